@@ -1,0 +1,49 @@
+"""`anima-train` and `anima`: prints user errors without a traceback, and ends with their exit code."""
+
+import sys
+from collections.abc import Callable
+
+import typer
+
+from anima_train.cli.cache import cache
+from anima_train.cli.check import check
+from anima_train.cli.download import download
+from anima_train.cli.reference import reference
+from anima_train.cli.tiny import tiny
+from anima_train.cli.train import train
+from anima_train.core.errors import ConfigError, UserError
+from anima_train.training.run import rank
+
+COMMANDS: tuple[Callable[..., None], ...] = (train, check, cache, tiny, download, reference)
+
+
+def application(commands: tuple[Callable[..., None], ...], text: str) -> typer.Typer:
+    """A typer application with these commands; a single one needs no name on the command line."""
+    app = typer.Typer(help=text, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+    for command in commands:
+        app.command()(command)
+    return app
+
+
+def main() -> None:
+    """The `anima` command."""
+    run(application(COMMANDS, "Tools for training the Anima text-to-image model."))
+
+
+def train_main() -> None:
+    """The `anima-train` command."""
+    run(application((train,), "Train a LoRA, or the whole Anima model, from a TOML file."))
+
+
+def run(app: typer.Typer) -> None:
+    """Run an application; a user's mistake is a message, a fault of ours a traceback."""
+    try:
+        app()
+    except UserError as error:
+        # Every process reads the same config; one of them says what is wrong with it.
+        if rank() == 0 or not isinstance(error, ConfigError):
+            for problem in error.problems:
+                print(f"error: {problem}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,19 @@
+"""`anima tiny`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from anima_train.tools.tiny import write_tiny
+
+
+def tiny(
+    folder: Annotated[Path, typer.Argument(help="Where to write it.", show_default=False)],
+    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
+    comfy: Annotated[bool, typer.Option("--comfy", help="The smallest shapes unmodified ComfyUI accepts.")] = False,
+) -> None:
+    """Write a random tiny model in the official file layout, to try everything on."""
+    paths = write_tiny(folder, seed, comfy)
+    for path in (paths.transformer, paths.vae, paths.llm, paths.tokenizer, paths.t5_tokenizer):
+        print(path)

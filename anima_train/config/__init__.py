@@ -1,0 +1,1 @@
+"""The configuration: its tree, how it is read, and the reference written from it."""

@@ -1,0 +1,288 @@
+"""The configuration tree, in diffusion-pipe's words. The docstring under each key is its reference."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
+
+from anima_train.adapters.full import Full
+from anima_train.adapters.lora import Lora
+from anima_train.core.settings import Settings
+from anima_train.data.sources import DatasetSettings
+from anima_train.objective.losses import Loss
+from anima_train.objective.timesteps import Timesteps
+from anima_train.optim.groups import COMPONENTS, Component, LearningRates
+from anima_train.optim.optimizers import AnyOptimizer
+from anima_train.optim.schedules import Constant, ScheduleSetting
+
+Dtype = Literal["bfloat16", "float32"]
+
+
+def refuse_float16(value: Any) -> Any:
+    """fp16 gets its reason, not a list of the allowed names."""
+    if value in ("float16", "fp16", "half"):
+        raise ValueError('float16 overflows in this model and trains to NaN; use "bfloat16" (or "float32")')
+    return value
+
+
+AnyDtype = Annotated[Literal["bfloat16", "float32", "float16", "fp16", "half"], AfterValidator(refuse_float16)]
+
+
+def plain_name(value: str) -> str:
+    """A name that makes a folder of its own and nothing else."""
+    if not value or value in (".", "..") or any(character in value for character in '/\\:*?"<>|\0'):
+        raise ValueError(f'found "{value}", expected a plain name without any of / \\ : * ? " < > |')
+    return value
+
+
+class ModelSettings(Settings):
+    """The model's files, what t is drawn from, and the learning rate of each component."""
+
+    type: Literal["anima"]
+    """The model family."""
+    transformer_path: str | None = None
+    """The transformer, with the LLM adapter inside: a .safetensors file or hf://owner/name/path. Absent: the official
+    file is downloaded."""
+    vae_path: str | None = None
+    """The Qwen-Image VAE, in its original Wan names: file or hf:// reference. Absent: downloaded."""
+    llm_path: str | None = None
+    """The Qwen3-0.6B text encoder: a .safetensors file, a Hugging Face folder, or an hf:// reference. Absent:
+    downloaded."""
+    llm_adapter_path: str | None = None
+    """A LLM adapter used instead of the one in transformer_path."""
+    tokenizer_path: str | None = None
+    """Folder of the Qwen3 tokenizer. Absent: a folder `tokenizer` near llm_path, else downloaded."""
+    t5_tokenizer_path: str | None = None
+    """Folder of the T5 tokenizer. Absent: a folder `t5_tokenizer` near llm_path, else downloaded."""
+    tiny_path: str | None = None
+    """Use the random tiny stand-in model in this folder, written there first if missing: tries everything, learns
+    nothing useful."""
+    dtype: AnyDtype = "bfloat16"
+    """What the forward and backward pass compute in: "bfloat16", or "float32" (slower; for comparisons). float16
+    overflows."""
+    transformer_dtype: AnyDtype | None = None
+    """What the base weights are kept in. Absent: as dtype. "float32" with dtype "bfloat16" trains fp32 weights under
+    autocast."""
+    cache_text_embeddings: Literal[True] = True
+    """Captions are encoded once, before training."""
+    timestep_sample_method: Literal["logit_normal", "uniform"] = "logit_normal"
+    """The distribution of t (0 clean, 1 noise) before the shift."""
+    sigmoid_scale: float = Field(default=1.0, gt=0)
+    """logit_normal: standard deviation of the normal under the sigmoid. Larger trains more at both ends."""
+    shift: float | None = Field(default=None, gt=0)
+    """Move t towards noise: t <- s t / (1 + (s - 1) t). Sampling uses 3."""
+    flux_shift: bool = False
+    """Move t towards noise, more for larger images, as Flux does. Not together with shift."""
+    multiscale_loss_weight: float | None = Field(default=None, gt=0)
+    """Adds this weight times the MSE of the 2x2 averages, for images of about 1024 pixels and more."""
+    self_attn_lr: float | None = Field(default=None, ge=0)
+    """Learning rate of the blocks' self-attention. Absent: optimizer.lr. 0 freezes it: no gradient, not in the
+    optimizer, not in the LoRA."""
+    cross_attn_lr: float | None = Field(default=None, ge=0)
+    """The same for the blocks' cross-attention."""
+    mlp_lr: float | None = Field(default=None, ge=0)
+    """The same for the blocks' MLPs."""
+    mod_lr: float | None = Field(default=None, ge=0)
+    """The same for the AdaLN modulations."""
+    llm_adapter_lr: float | None = Field(default=None, ge=0)
+    """The same for the LLM adapter. 0 also caches its output and keeps it out of memory; start with 0 on small
+    datasets."""
+
+
+class EvalDataset(Settings):
+    """A dataset the loss is measured on, never trained."""
+
+    name: str = Field(min_length=1)
+    """What its curves are called."""
+    config: str | DatasetSettings
+    """A dataset TOML, or an inline table with the same keys."""
+
+
+class Monitoring(Settings):
+    """Where the numbers go beside metrics.jsonl."""
+
+    tensorboard: bool = True
+    """Write TensorBoard files into the run folder."""
+    enable_wandb: bool = False
+    """Send the numbers to Weights & Biases."""
+    wandb_api_key: str = Field(default="", repr=False)
+    """Better left to the environment (WANDB_API_KEY); never written anywhere."""
+    wandb_tracker_name: str = ""
+    """The W&B project. Empty: anima-train."""
+    wandb_run_name: str = ""
+    """The W&B run. Empty: run_name."""
+
+
+class Config(Settings):
+    """One run."""
+
+    output_dir: str = Field(min_length=1)
+    """Run folders are made in here. Relative to the current folder."""
+    dataset: str | DatasetSettings
+    """A dataset TOML, or an inline table with the same keys."""
+    run_name: Annotated[str, AfterValidator(plain_name)] | None = None
+    """Name of the run folder and of the saved files. Absent: the config's name and the time."""
+    seed: int = Field(default=0, ge=0)
+    """Everything random follows from it."""
+    epochs: int | None = Field(default=None, ge=1)
+    """Times through the dataset. One of epochs and max_steps is required; with both, the run ends at whichever is
+    first."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps."""
+    micro_batch_size_per_gpu: int | list[list[int]] = 1
+    """Images that go through the model at once: a number, or a list of [resolution, number]; other resolutions take
+    the nearest entry."""
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    """Micro-batches per process and optimizer step."""
+    gradient_clipping: float = Field(default=1.0, ge=0)
+    """Largest norm of the gradient; 0 does not clip."""
+    lr_scheduler: ScheduleSetting = Constant()
+    """How the learning rate falls after the warmup: a name, or a table {type = "...", ...} with the schedule's own
+    keys."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the learning rate rises from nearly 0."""
+    force_constant_lr: float | None = Field(default=None, gt=0)
+    """One learning rate for every component that is not frozen, without schedule or warmup."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass: far less memory for about 40 % more work."""
+    huber_delta: float | None = Field(default=None, gt=0)
+    """Huber loss with this delta instead of MSE. At most one of the three."""
+    smooth_l1_beta: float | None = Field(default=None, gt=0)
+    """Smooth L1 loss with this beta instead of MSE."""
+    pseudo_huber_c: float | None = Field(default=None, gt=0)
+    """Pseudo-Huber loss sqrt(d^2 + c^2) - c with this c instead of MSE."""
+    uncond_fraction: float = Field(default=0.0, ge=0, le=1)
+    """Share of the samples trained with the empty caption, drawn anew each time; never in evaluation."""
+    eval_datasets: list[EvalDataset] = Field(default=[])
+    """Datasets to measure the loss on, at t's quantiles 0.1 to 0.9 with fixed noise."""
+    eval_every_n_epochs: int | None = Field(default=None, ge=1)
+    """Evaluate after every n epochs."""
+    eval_every_n_steps: int | None = Field(default=None, ge=1)
+    """Evaluate after every n steps."""
+    eval_every_n_examples: int | None = Field(default=None, ge=1)
+    """Evaluate after every n images seen."""
+    eval_before_first_step: bool = True
+    """Evaluate the base model first; later evaluations also report their difference from it."""
+    eval_micro_batch_size_per_gpu: int | list[list[int]] | None = None
+    """As micro_batch_size_per_gpu, for evaluation. Absent: the same."""
+    save_every_n_epochs: int | None = Field(default=None, ge=1)
+    """Save the LoRA or the model after every n epochs. It is always saved at the end."""
+    save_every_n_steps: int | None = Field(default=None, ge=1)
+    """Save after every n steps."""
+    save_every_n_examples: int | None = Field(default=None, ge=1)
+    """Save after every n images seen."""
+    save_every_n_minutes: float | None = Field(default=None, gt=0)
+    """Save at the first step after every n minutes."""
+    save_dtype: Dtype | None = None
+    """What the saved weights are converted to. Absent: as they are trained."""
+    checkpoint_every_n_epochs: int | None = Field(default=None, ge=1)
+    """Save the training state, to go on from with --resume, after every n epochs."""
+    checkpoint_every_n_steps: int | None = Field(default=None, ge=1)
+    """Save the training state after every n steps."""
+    checkpoint_every_n_minutes: float | None = Field(default=None, gt=0)
+    """Save the training state at the first step after every n minutes."""
+    keep_last: int = Field(default=2, ge=2)
+    """How many training states are kept."""
+    caching_batch_size: int = Field(default=1, ge=1)
+    """Images the VAE, and captions the text encoder, take at once while the cache is filled."""
+    cache_dir: str | None = None
+    """Folder of the cache. Absent: `.anima_cache` in each data folder."""
+    offline: bool = False
+    """Never look anything up on the Hub."""
+    x_axis_examples: bool = False
+    """Curves in TensorBoard and W&B over images seen instead of steps."""
+    model: ModelSettings
+    """The model."""
+    adapter: Annotated[Lora | Full, Field(discriminator="type")] = Full()
+    """What is trained: a LoRA, or (absent) the whole model."""
+    optimizer: AnyOptimizer
+    """The optimizer."""
+    monitoring: Monitoring = Monitoring()
+    """Trackers."""
+
+    def model_post_init(self, context: Any) -> None:
+        problems = list(self.contradictions())
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    def contradictions(self) -> Any:
+        """Settings that exclude each other, or cannot take effect."""
+        if self.epochs is None and self.max_steps is None:
+            yield "epochs, max_steps: neither is set; set at least one"
+        losses = [name for name in ("huber_delta", "smooth_l1_beta", "pseudo_huber_c") if getattr(self, name)]
+        if len(losses) > 1:
+            yield f"{', '.join(losses)}: these choose different losses; keep one"
+        if self.model.shift is not None and self.model.flux_shift:
+            yield "model.shift, model.flux_shift: both move t; keep one"
+        if self.model.timestep_sample_method == "uniform" and self.model.sigmoid_scale != 1.0:
+            yield 'model.sigmoid_scale: has no effect with timestep_sample_method = "uniform"; remove it'
+        if self.model.tiny_path is not None:
+            for name in ("transformer_path", "vae_path", "llm_path", "tokenizer_path", "t5_tokenizer_path"):
+                if getattr(self.model, name) is not None:
+                    yield f"model.{name}: has no effect together with model.tiny_path; remove one of them"
+        if self.force_constant_lr is not None and (self.warmup_steps or not isinstance(self.lr_scheduler, Constant)):
+            yield "force_constant_lr: excludes warmup_steps and lr_scheduler; remove them or it"
+        for name in ("micro_batch_size_per_gpu", "eval_micro_batch_size_per_gpu"):
+            value = getattr(self, name)
+            entries = [[1, value]] if isinstance(value, int) else value or []
+            if any(len(entry) != 2 or min(entry) < 1 for entry in entries) or value == []:
+                yield f"{name}: expected a positive integer, or a list of [resolution, number], such as [[512, 4]]"
+        if self.model.dtype == "float32" and self.model.transformer_dtype == "bfloat16":
+            yield 'model.transformer_dtype: "bfloat16" needs model.dtype = "bfloat16"'
+        intervals = (self.eval_every_n_epochs, self.eval_every_n_steps, self.eval_every_n_examples)
+        if any(intervals) and not self.eval_datasets:
+            yield "eval_every_n_...: has no effect without eval_datasets"
+        names = [dataset.name for dataset in self.eval_datasets]
+        if len(set(names)) < len(names):
+            yield f"eval_datasets: two sets have the same name ({', '.join(sorted(names))}), and would share a curve"
+        if all(rate == 0 for rate in self.learning_rates().by_component.values()):
+            yield "optimizer.lr: every component has learning rate 0; nothing would be trained"
+
+    # What the rooms below take, made from the flat keys ---------------------------------------------------------------
+
+    def timesteps(self) -> Timesteps:
+        """The distribution of t."""
+        model = self.model
+        return Timesteps(model.timestep_sample_method, model.sigmoid_scale, model.shift, model.flux_shift)
+
+    def loss(self) -> Loss:
+        """The loss."""
+        weight = self.model.multiscale_loss_weight
+        if self.huber_delta is not None:
+            return Loss("huber", self.huber_delta, weight)
+        if self.smooth_l1_beta is not None:
+            return Loss("smooth_l1", self.smooth_l1_beta, weight)
+        if self.pseudo_huber_c is not None:
+            return Loss("pseudo_huber", self.pseudo_huber_c, weight)
+        return Loss(multiscale_weight=weight)
+
+    def learning_rates(self) -> LearningRates:
+        """The base learning rate of each component."""
+        rates: dict[Component, float] = {}
+        for component in COMPONENTS:
+            own = None if component == "base" else getattr(self.model, f"{component}_lr")
+            rate = self.optimizer.lr if own is None else own
+            rates[component] = rate if self.force_constant_lr is None or rate == 0 else self.force_constant_lr
+        return LearningRates(rates)
+
+    def batch_sizes(self) -> int | list[tuple[int, int]]:
+        """Micro-batch sizes for training."""
+        return pairs(self.micro_batch_size_per_gpu)
+
+    def eval_batch_sizes(self) -> int | list[tuple[int, int]]:
+        """Micro-batch sizes for evaluation."""
+        own = self.eval_micro_batch_size_per_gpu
+        return pairs(self.micro_batch_size_per_gpu if own is None else own)
+
+
+def pairs(sizes: int | list[list[int]]) -> int | list[tuple[int, int]]:
+    """TOML's lists as pairs."""
+    return sizes if isinstance(sizes, int) else [(entry[0], entry[1]) for entry in sizes]
+
+
+def find_path(text: str, base: Path | None) -> Path:
+    """A path as written if it exists from the current folder, else from the folder of the file that names it."""
+    path = Path(text).expanduser()
+    if path.is_absolute() or path.exists() or base is None or not (base / path).exists():
+        return path
+    return base / path

@@ -1,0 +1,65 @@
+"""What the text side hands to the image side: conditions as they are cached, and as batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+CONTEXT_ROWS = 512  # cross-attention sees at least this many rows; those past the caption are zeros, and count
+T5_PAD = 0
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """What the LLM adapter reads of one caption, without padding; on the CPU."""
+
+    qwen: Float[Tensor, "S D"]  # last hidden state after the final norm, float32; S is 0 for the empty caption
+    t5_ids: Int[Tensor, " L"]  # int64
+
+
+@dataclass(frozen=True)
+class TextStates:
+    """What the LLM adapter reads of a batch; padded on the right."""
+
+    qwen: Float[Tensor, "B S D"]
+    qwen_mask: Bool[Tensor, "B S"]
+    t5_ids: Int[Tensor, "B L"]
+    t5_mask: Bool[Tensor, "B L"]
+
+    def to(self, device: torch.device) -> "TextStates":
+        """The batch on a device."""
+        return TextStates(
+            self.qwen.to(device), self.qwen_mask.to(device), self.t5_ids.to(device), self.t5_mask.to(device)
+        )
+
+
+def pad_rows(context: Float[Tensor, "B L C"]) -> Float[Tensor, "B rows C"]:
+    """Append rows of zeros up to `CONTEXT_ROWS`; longer contexts stay as they are."""
+    return F.pad(context, (0, 0, 0, max(0, CONTEXT_ROWS - context.shape[1])))
+
+
+def pad_states(texts: Sequence[EncodedText]) -> TextStates:
+    """A batch as the LLM adapter reads it; padded rows are zero (Qwen3) or id 0 (T5) and masked.
+
+    A batch of empty captions only gets one masked row, because attention over no rows at all is not defined.
+    """
+    qwen = pad_sequence([text.qwen for text in texts], batch_first=True)  # (B, S, D)
+    if qwen.shape[1] == 0:
+        qwen = qwen.new_zeros(len(texts), 1, qwen.shape[2])
+    t5_ids = pad_sequence([text.t5_ids for text in texts], batch_first=True, padding_value=T5_PAD)  # (B, L)
+    return TextStates(
+        qwen=qwen,
+        qwen_mask=length_mask([len(text.qwen) for text in texts], qwen),
+        t5_ids=t5_ids,
+        t5_mask=length_mask([len(text.t5_ids) for text in texts], t5_ids),
+    )
+
+
+def length_mask(lengths: Sequence[int], padded: Tensor) -> Bool[Tensor, "B S"]:
+    """True at the first `lengths[b]` positions of row b of a padded (B, S, ...) tensor."""
+    positions = torch.arange(padded.shape[1], device=padded.device)
+    return positions < torch.tensor(lengths, device=padded.device)[:, None]

@@ -1,0 +1,58 @@
+"""Aspect-ratio buckets: the pixel sizes an image can be trained at."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+SIDE_MULTIPLE = 16  # pixels: 8 by the VAE, 2 by the patches
+
+
+@dataclass(frozen=True, order=True)
+class Size:
+    """Width and height in pixels."""
+
+    width: int
+    height: int
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+    @property
+    def aspect(self) -> float:
+        """Width over height."""
+        return self.width / self.height
+
+    @property
+    def num_tokens(self) -> int:
+        """Image tokens the transformer sees."""
+        return (self.width // SIDE_MULTIPLE) * (self.height // SIDE_MULTIPLE)
+
+
+def aspect_ratios(min_ar: float, max_ar: float, number: int) -> list[float]:
+    """Width over height, evenly spaced in the logarithm from `min_ar` to `max_ar`."""
+    if number == 1:
+        return [math.sqrt(min_ar * max_ar)]
+    step = (math.log(max_ar) - math.log(min_ar)) / (number - 1)
+    return [math.exp(math.log(min_ar) + index * step) for index in range(number)]
+
+
+def size_of(resolution: int, aspect: float) -> Size:
+    """The size of about `resolution`^2 pixels with this aspect ratio, sides rounded to multiples of 16."""
+    width = math.sqrt(resolution**2 * aspect)
+    return Size(round_side(width), round_side(width / aspect))
+
+
+def round_side(side: float) -> int:
+    """The nearest multiple of 16, at least 16."""
+    return max(SIDE_MULTIPLE, round(side / SIDE_MULTIPLE) * SIDE_MULTIPLE)
+
+
+def nearest(aspect: float, sizes: Sequence[Size]) -> Size:
+    """The size whose aspect ratio is nearest in the logarithm; of equals the first."""
+    return min(sizes, key=lambda size: abs(math.log(size.aspect) - math.log(aspect)))
+
+
+def kept_fraction(width: int, height: int, size: Size) -> float:
+    """The share of an image's area that covering `size` and cropping keeps, in (0, 1]."""
+    ratio = (width / height) / size.aspect
+    return min(ratio, 1 / ratio)

@@ -1,0 +1,180 @@
+"""Batches: cached latents and text with the noise and t of their address, read ahead by threads."""
+
+import concurrent.futures
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from anima_train.core.conditions import EncodedText, TextStates, pad_rows, pad_states
+from anima_train.core.random import stream, uniform
+from anima_train.data.cache import Cache, entry_key
+from anima_train.data.plan import Draw, MicroBatch
+from anima_train.data.sources import Sample
+
+NUM_THREADS = 2
+READ_AHEAD = 4  # items
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the loss is computed on."""
+
+    latents: Float[Tensor, "B 16 1 H W"]  # normalised, float32
+    noise: Float[Tensor, "B 16 1 H W"]
+    t: Float[Tensor, " B"]
+    text: Tensor | TextStates  # context (B, 512, C), or what a trained adapter reads
+    mask: Float[Tensor, "B 1 1 H W"] | None
+    names: tuple[str, ...]  # of the samples, for messages
+    counts: bool = True  # False: a filler that only keeps processes in step
+
+    @property
+    def size(self) -> int:
+        """Samples in the batch."""
+        return self.latents.shape[0]
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device."""
+        return replace(
+            self,
+            latents=self.latents.to(device),
+            noise=self.noise.to(device),
+            t=self.t.to(device),
+            text=self.text.to(device),
+            mask=None if self.mask is None else self.mask.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class TextIdentity:
+    """What a caption's cache entry depends on beside the caption."""
+
+    encoder: str  # hash of the weights
+    tokenizer: str
+    t5_tokenizer: str
+    adapter: str  # hash of the frozen adapter's weights; "" where it trains, and Qwen states are cached
+    dtype: str
+
+    def key(self, caption: str) -> str:
+        """The cache key of a caption."""
+        return entry_key(
+            "text",
+            caption=caption,
+            encoder=self.encoder,
+            tokenizer=self.tokenizer,
+            t5_tokenizer=self.t5_tokenizer,
+            adapter=self.adapter,
+            dtype=self.dtype,
+        )
+
+
+@dataclass(frozen=True)
+class CachedData:
+    """The samples of a dataset, everything of them in the cache."""
+
+    samples: Sequence[Sample]
+    vae_identity: str
+    text_identity: TextIdentity
+    seed: int
+
+    def latents(self, sample: Sample) -> Float[Tensor, "16 1 H W"]:
+        """A sample's latents, float32."""
+        return sample.cache.read("latent", sample.latent_key(self.vae_identity))["latents"]
+
+    def masks(self, samples: Sequence[Sample]) -> Float[Tensor, "B 1 1 H W"] | None:
+        """The samples' masks; ones where only some have one, None where none has."""
+        if not any(sample.picture.mask for sample in samples):
+            return None
+        return torch.stack([self.mask(sample) for sample in samples])
+
+    def mask(self, sample: Sample) -> Float[Tensor, "1 1 H W"]:
+        """A sample's mask, ones without one."""
+        if sample.picture.mask is None:
+            return torch.ones(1, 1, sample.size.height // 8, sample.size.width // 8)
+        return sample.cache.read("mask", sample.mask_key())["mask"][:, None]
+
+    def text(self, captions: Sequence[tuple[Cache, str]]) -> Tensor | TextStates:
+        """The captions' conditions, padded to a batch."""
+        entries = [cache.read("text", self.text_identity.key(caption)) for cache, caption in captions]
+        if self.text_identity.adapter:
+            return torch.cat([pad_rows(entry["context"][None]) for entry in entries])
+        return pad_states([EncodedText(entry["qwen"], entry["t5_ids"]) for entry in entries])
+
+    def batch(
+        self,
+        samples: Sequence[Sample],
+        captions: Sequence[str],
+        t: Sequence[float],
+        noise: Sequence[torch.Generator],
+        counts: bool = True,
+    ) -> Batch:
+        """A batch with these captions, noise levels and generators of the noise, one for each sample."""
+        latents = torch.stack([self.latents(sample) for sample in samples])
+        return Batch(
+            latents=latents,
+            noise=torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in noise]),
+            t=torch.tensor(t, dtype=torch.float32),
+            text=self.text([(sample.cache, caption) for sample, caption in zip(samples, captions, strict=True)]),
+            mask=self.masks(samples),
+            names=tuple(sample.id for sample in samples),
+            counts=counts,
+        )
+
+    def training_batch(
+        self,
+        micro_batch: MicroBatch,
+        epoch: int,
+        counts: bool,
+        timestep: Callable[[float, int], float],
+        uncond_fraction: float,
+    ) -> Batch:
+        """The batch of a planned micro-batch: t, noise and caption dropout addressed by (epoch, sample, showing).
+
+        Args:
+            micro_batch: from the plan.
+            epoch: 0 the first.
+            counts: False for a filler.
+            timestep: (quantile, image tokens) -> t.
+            uncond_fraction: share of the captions replaced by the empty one.
+        """
+        samples = [self.samples[draw.sample] for draw in micro_batch.draws]
+
+        def address(kind: str, draw: Draw) -> tuple[str, int, str, int]:
+            return kind, epoch, self.samples[draw.sample].id, draw.showing
+
+        def caption(draw: Draw) -> str:
+            dropped = uniform(self.seed, *address("uncond", draw)) < uncond_fraction
+            return "" if dropped else self.samples[draw.sample].caption(self.seed, draw.showing)
+
+        return self.batch(
+            samples,
+            [caption(draw) for draw in micro_batch.draws],
+            [
+                timestep(uniform(self.seed, *address("t", draw)), micro_batch.size.num_tokens)
+                for draw in micro_batch.draws
+            ],
+            [stream(self.seed, *address("noise", draw)) for draw in micro_batch.draws],
+            counts,
+        )
+
+
+def read_ahead(items: Iterable[Item], make: Callable[[Item], Result]) -> Iterator[Result]:
+    """`map(make, items)` in order, a few results computed ahead by threads."""
+    with concurrent.futures.ThreadPoolExecutor(NUM_THREADS) as pool:
+        pending: list[concurrent.futures.Future[Result]] = []
+        try:
+            for item in items:
+                pending.append(pool.submit(make, item))
+                if len(pending) > READ_AHEAD:
+                    yield pending.pop(0).result()
+            while pending:
+                yield pending.pop(0).result()
+        finally:
+            for future in pending:
+                future.cancel()

@@ -1,0 +1,288 @@
+"""Captions to what the model reads of them: Qwen3's hidden states and T5's token ids."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
+
+from anima_train.core.conditions import EncodedText, length_mask
+from anima_train.core.errors import ModelFileError
+from anima_train.core.files import sha256_file
+from anima_train.model.weights import DERIVED, Entry, TensorFile, expect, match_keys, open_header, read_tensors
+
+MAX_TOKENS = 512  # of either stream; the reference trainer's limit
+T5_END = 1  # </s>
+T5_PAD = 0
+QWEN_PAD_TOKEN = "<|endoftext|>"
+ROPE_THETA = 1e6
+RMS_EPS = 1e-6
+
+# Any one of the first group makes a folder a tokenizer; the second group changes what it does.
+VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
+TOKENIZER_FILES = (
+    *VOCABULARY_FILES,
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "config.json",
+)
+
+
+@dataclass(frozen=True)
+class Tokenizers:
+    """Qwen3's and T5's tokenizers."""
+
+    qwen: PreTrainedTokenizerFast
+    t5: PreTrainedTokenizerFast
+
+
+def load_tokenizers(qwen_folder: Path, t5_folder: Path) -> Tokenizers:
+    """Load both tokenizers from local folders; nothing is downloaded and no code from the folders is run.
+
+    Raises:
+        ModelFileError: a folder is missing, holds no tokenizer, a damaged one, or another model's.
+    """
+    qwen_key, t5_key = "model.tokenizer_path", "model.t5_tokenizer_path"
+    qwen = load_tokenizer(
+        qwen_folder, qwen_key, "vocab.json and merges.txt with tokenizer_config.json, or tokenizer.json"
+    )
+    t5 = load_tokenizer(t5_folder, t5_key, "tokenizer.json")
+    if qwen.pad_token != QWEN_PAD_TOKEN:
+        raise ModelFileError(
+            f"{qwen_key}: {qwen_folder} is not Qwen3's tokenizer: its padding token is {qwen.pad_token!r}, "
+            f"expected {QWEN_PAD_TOKEN!r}"
+        )
+    if (ids := t5("")["input_ids"]) != [T5_END]:
+        raise ModelFileError(
+            f"{t5_key}: {t5_folder} is not T5's tokenizer: the empty caption gives the ids {ids}, expected [{T5_END}]"
+        )
+    return Tokenizers(qwen, t5)
+
+
+def load_tokenizer(folder: Path, key: str, files: str) -> PreTrainedTokenizerFast:
+    """Load one tokenizer; `key` is the setting to name in errors and `files` what the folder should hold."""
+    if not folder.is_dir():
+        raise ModelFileError(f"{key}: {folder}: there is no such folder; expected a folder with {files}")
+    if not holds_tokenizer(folder):
+        raise ModelFileError(f"{key}: {folder} holds no tokenizer; expected {files} in it")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
+        raise ModelFileError(
+            f"{key}: {folder}: its tokenizer files are incomplete or damaged ({type(error).__name__}: {error}); "
+            f"expected {files}; download them again"
+        ) from error
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether the folder has a vocabulary in it."""
+    return any((folder / name).is_file() for name in VOCABULARY_FILES)
+
+
+def find_tokenizer_folder(name: str, llm_path: Path) -> Path | None:
+    """The tokenizer folder that came with a text encoder, or None.
+
+    Looks for a sub-folder `name` that holds a tokenizer: in the text encoder's folder and the two folders above it.
+
+    Args:
+        name: "tokenizer" (Qwen3) or "t5_tokenizer".
+        llm_path: the text encoder, a file or a folder. A folder with Qwen3's tokenizer right in it is one too.
+    """
+    start = llm_path.absolute()  # not resolved: a download cache links each file to a folder of its own
+    if not start.is_dir():
+        start = start.parent
+    places = [start, *start.parents][:3]
+    candidates = [place / name for place in places]
+    if name == "tokenizer" and llm_path.is_dir():
+        candidates.insert(1, start)
+    return next((folder for folder in candidates if holds_tokenizer(folder)), None)
+
+
+def tokenizer_identity(folder: Path) -> str:
+    """SHA-256 over the names and bytes of the tokenizer files in the folder; other files do not count."""
+    return files_identity(folder / name for name in TOKENIZER_FILES)
+
+
+def files_identity(paths: Iterable[Path]) -> str:
+    """SHA-256 over names and bytes of those files that exist, in order of name."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        if path.is_file():
+            digest.update(f"{path.name}\0{sha256_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A caption as both tokenizers see it."""
+
+    qwen_ids: list[int]  # empty for the empty caption
+    t5_ids: list[int]  # ends with </s>
+    qwen_lost: int  # tokens cut off past MAX_TOKENS
+    t5_lost: int
+
+
+def tokenize(tokenizers: Tokenizers, caption: str) -> Tokens:
+    """The two token streams of a raw caption: no chat template, nothing added but T5's `</s>`."""
+    qwen_ids = token_ids(tokenizers.qwen, caption)
+    t5_ids = [*token_ids(tokenizers.t5, caption), T5_END]
+    return Tokens(
+        qwen_ids=qwen_ids[:MAX_TOKENS],
+        t5_ids=t5_ids if len(t5_ids) <= MAX_TOKENS else [*t5_ids[: MAX_TOKENS - 1], T5_END],
+        qwen_lost=max(0, len(qwen_ids) - MAX_TOKENS),
+        t5_lost=max(0, len(t5_ids) - MAX_TOKENS),
+    )
+
+
+def token_ids(tokenizer: PreTrainedTokenizerFast, caption: str) -> list[int]:
+    """The caption's own tokens, all of them; `verbose` would have transformers log that there are many."""
+    ids: list[int] = tokenizer(caption, add_special_tokens=False, truncation=False, padding=False, verbose=False)[
+        "input_ids"
+    ]
+    return ids
+
+
+class TextEncoder:
+    """Qwen3 as it is used here: token ids in, last hidden states out, in float32."""
+
+    def __init__(self, model: Qwen3Model, pad_id: int) -> None:
+        self.model = model
+        self.pad_id = pad_id
+
+    def encode(self, tokens: Sequence[Tokens]) -> list[EncodedText]:
+        """Encode captions in one right-padded batch; empty captions never reach the model and get no rows."""
+        sequences = [torch.tensor(item.qwen_ids) for item in tokens if item.qwen_ids]
+        states = iter(self.states(sequences)) if sequences else iter(())
+        nothing = torch.empty(0, self.model.config.hidden_size)
+        return [
+            EncodedText(next(states) if item.qwen_ids else nothing, torch.tensor(item.t5_ids, dtype=torch.int64))
+            for item in tokens
+        ]
+
+    @torch.no_grad()
+    def states(self, sequences: Sequence[Int[Tensor, " S"]]) -> list[Float[Tensor, "S D"]]:
+        """The states of each sequence of ids, none of them empty."""
+        ids = pad_sequence(list(sequences), batch_first=True, padding_value=self.pad_id)  # (B, S)
+        lengths = [len(sequence) for sequence in sequences]
+        mask = length_mask(lengths, ids)
+        device = self.model.device
+        output = self.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+        hidden = output.last_hidden_state.cpu()
+        # Cloned, or each caption would keep the whole padded batch alive.
+        return [row[:length].clone() for row, length in zip(hidden, lengths, strict=True)]
+
+
+def load_text_encoder(path: Path, tokenizers: Tokenizers, device: torch.device) -> TextEncoder:
+    """Load Qwen3 in float32 (as ComfyUI runs it), whatever dtype the file has.
+
+    Args:
+        path: a safetensors file, its keys with or without `model.`; or a folder of them with `config.json`.
+        tokenizers: for the padding id, and to check that every token has an embedding.
+        device: of the weights and the computation.
+
+    Raises:
+        ModelFileError: missing or damaged file, another kind of model, or tensors missing, unexpected or misshapen.
+    """
+    key = "model.llm_path"
+    files = [without_prefix(open_header(file)) for file in weight_files(path, key)]
+    merged = merge(path, files, key)
+    expect(merged, "text_encoder", key, ("text_encoder",))
+    config = read_config(path / "config.json", key) if path.is_dir() else infer_config(merged, key)
+    if len(tokenizers.qwen) > config.vocab_size:
+        raise ModelFileError(
+            f"{key}: {path} has embeddings for {config.vocab_size:,} tokens, but the tokenizer of model.tokenizer_path "
+            f"has {len(tokenizers.qwen):,}; they belong to different models"
+        )
+    with init_empty_weights(include_buffers=False):  # buffers are not in the file: `inv_freq` has to be computed
+        model = Qwen3Model(config)
+    match_keys(merged.entries, model.state_dict(), f"{key}: {path}")
+    # Weight by weight: `.to(float32)` on a model loaded in bfloat16 would keep a rounded `inv_freq`.
+    state = {
+        name: tensor.to(device=device, dtype=torch.float32) for file in files for name, tensor in read_tensors(file)
+    }
+    model.load_state_dict(state, assign=True)
+    return TextEncoder(model.to(device).eval().requires_grad_(False), tokenizers.qwen.pad_token_id)
+
+
+def weight_files(path: Path, key: str) -> list[Path]:
+    """The safetensors file itself, or all of those in the folder."""
+    if not path.is_dir():
+        return [path]
+    if files := sorted(path.glob("*.safetensors")):
+        return files
+    raise ModelFileError(f"{key}: the folder {path} holds no .safetensors file; expected config.json and the weights")
+
+
+def without_prefix(file: TensorFile) -> TensorFile:
+    """The file's entries as `Qwen3Model` names them; the output head (tied to the embedding) and buffers left out."""
+    entries = {
+        name.removeprefix("model."): entry
+        for name, entry in file.entries.items()
+        if name != "lm_head.weight" and not DERIVED.search(name)
+    }
+    return TensorFile(file.path, entries, file.metadata)
+
+
+def merge(path: Path, files: Sequence[TensorFile], key: str) -> TensorFile:
+    """All shards' entries as one header, for checks; no tensor may come twice."""
+    entries: dict[str, Entry] = {}
+    for file in files:
+        if twice := sorted(entries.keys() & file.entries.keys()):
+            raise ModelFileError(
+                f"{key}: {path} holds {len(twice)} tensors more than once, among them {twice[0]} in {file.path.name}; "
+                "leave only one set of weights in the folder"
+            )
+        entries.update(file.entries)
+    return TensorFile(path, entries, {})
+
+
+def read_config(path: Path, key: str) -> Qwen3Config:
+    """The `config.json` of a folder in transformers' layout."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelFileError(f"{key}: {path} cannot be read ({error}); a folder needs it beside the weights") from error
+    found = fields.get("model_type") if isinstance(fields, dict) else None
+    if found != "qwen3":
+        raise ModelFileError(f'{key}: {path}: model_type is {json.dumps(found)}, expected "qwen3"')
+    return Qwen3Config.from_dict(fields)
+
+
+def infer_config(file: TensorFile, key: str) -> Qwen3Config:
+    """Qwen3's dimensions, read off its tensors; what they cannot tell is the same in every Qwen3."""
+    numbers = {int(match[1]) for name in file.entries if (match := re.match(r"layers\.(\d+)\.", name))}
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in file.entries:
+            raise ModelFileError(f"{key}: {file.path}: the tensor {name} is missing; download the file again")
+        return file.entries[name].shape
+
+    vocab_size, hidden_size = shape("embed_tokens.weight")
+    head_dim = shape("layers.0.self_attn.q_norm.weight")[0]
+    return Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=shape("layers.0.mlp.gate_proj.weight")[0],
+        num_hidden_layers=max(numbers) + 1,
+        num_attention_heads=shape("layers.0.self_attn.q_proj.weight")[0] // head_dim,
+        num_key_value_heads=shape("layers.0.self_attn.k_proj.weight")[0] // head_dim,
+        head_dim=head_dim,
+        rms_norm_eps=RMS_EPS,
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
+        tie_word_embeddings=True,
+    )
+
+
+def text_encoder_identity(path: Path) -> str:
+    """SHA-256 of the file, or over a folder's weights and config."""
+    return files_identity([*path.glob("*.safetensors"), path / "config.json"]) if path.is_dir() else sha256_file(path)

@@ -1,0 +1,142 @@
+"""The Qwen-Image VAE for single images: exact 2-D convolutions in place of the causal 3-D ones.
+
+A causal convolution sees the first frame behind frames of zeros, so of its kernel only the last temporal tap counts:
+a 2-D convolution with that slice is equal, needs a third of the memory and is several times faster.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLQwenImage
+from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from anima_train.model.weights import Entry, expect, match_keys, open_header, read_tensors
+
+LATENT_CHANNELS = 16
+STAGE = 4  # modules per decoder stage in the Wan file: three residual blocks and an upsampler
+
+RENAMES: tuple[tuple[str, str], ...] = (
+    (r"\.norm1\.", ".residual.0."),
+    (r"\.conv1\.", ".residual.2."),
+    (r"\.norm2\.", ".residual.3."),
+    (r"\.conv2\.", ".residual.6."),
+    (r"\.conv_shortcut\.", ".shortcut."),
+    (r"\.mid_block\.resnets\.0\.", ".middle.0."),
+    (r"\.mid_block\.attentions\.0\.", ".middle.1."),
+    (r"\.mid_block\.resnets\.1\.", ".middle.2."),
+    (r"\.down_blocks\.", ".downsamples."),
+    (r"\.conv_in\.", ".conv1."),
+    (r"\.norm_out\.", ".head.0."),
+    (r"\.conv_out\.", ".head.2."),
+    (r"^quant_conv\.", "conv1."),
+    (r"^post_quant_conv\.", "conv2."),
+)
+
+
+def wan_key(key: str) -> str:
+    """The name in the original Wan file of a key in diffusers' names; the inverse of diffusers' own converter."""
+    for pattern, replacement in RENAMES:
+        key = re.sub(pattern, replacement, key)
+    if match := re.match(r"decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", key):
+        stage, kind, position = int(match[1]), match[2], int(match[3])
+        index = STAGE * stage + (position if kind == "resnets" else STAGE - 1)
+        key = f"decoder.upsamples.{index}.{key[match.end() :]}"
+    return key
+
+
+class FrameConv(nn.Conv2d):
+    """A causal 3-D convolution as the first frame of a clip sees it; weight: the last temporal tap."""
+
+    def __init__(self, conv: QwenImageCausalConv3d) -> None:
+        _, rows, columns = conv.kernel_size
+        super().__init__(conv.in_channels, conv.out_channels, (rows, columns), padding=(rows // 2, columns // 2))
+
+    def forward(self, x: Float[Tensor, "B C 1 h w"], cache_x: None = None) -> Float[Tensor, "B D 1 h w"]:
+        return super().forward(x.squeeze(2)).unsqueeze(2)
+
+
+class SingleFrameVAE(nn.Module):
+    """Pixels to normalised latents and back, one frame per sample.
+
+    Args:
+        vae: diffusers' VAE, whose modules are taken over and changed in place; its convolution weights are not kept,
+            so it may as well be on the meta device.
+    """
+
+    def __init__(self, vae: AutoencoderKLQwenImage) -> None:
+        super().__init__()
+        self.encoder = vae.encoder
+        self.quant_conv = vae.quant_conv
+        self.post_quant_conv = vae.post_quant_conv
+        self.decoder = vae.decoder
+        # Plain numbers, not buffers: `.to(bfloat16)` must not round them.
+        self.latents_mean: Sequence[float] = vae.config.latents_mean
+        self.latents_std: Sequence[float] = vae.config.latents_std
+        for name, module in list(self.named_modules()):
+            owner = self.get_submodule(name.rpartition(".")[0])
+            attribute = name.rpartition(".")[2]
+            if attribute == "time_conv":
+                delattr(owner, attribute)  # between frames; a single one never reaches it
+            elif isinstance(module, QwenImageCausalConv3d):
+                setattr(owner, attribute, FrameConv(module))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and so of the computation."""
+        return self.quant_conv.weight.dtype
+
+    def encode(self, pixels: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B 16 1 H W"]:
+        """The mode of the posterior, `(z - mean) / std` per channel, in float32.
+
+        Args:
+            pixels: in [-1, 1]; height and width divisible by 8.
+        """
+        moments = self.quant_conv(self.encoder(pixels.to(self.dtype).unsqueeze(2)))  # (B, 32, 1, H, W)
+        mode = moments[:, :LATENT_CHANNELS].float()  # the rest is the log-variance
+        return (mode - per_channel(self.latents_mean, mode)) / per_channel(self.latents_std, mode)
+
+    def decode(self, latents: Float[Tensor, "B 16 1 H W"]) -> Float[Tensor, "B 3 h w"]:
+        """Pixels in [-1, 1], clamped, in float32, from normalised latents."""
+        z = latents.float() * per_channel(self.latents_std, latents) + per_channel(self.latents_mean, latents)
+        pixels: Tensor = self.decoder(self.post_quant_conv(z.to(self.dtype)))
+        return pixels.squeeze(2).float().clamp(-1, 1)
+
+
+def per_channel(values: Sequence[float], like: Tensor) -> Float[Tensor, "1 C 1 1 1"]:
+    """One number per channel, in float32, on the device of `like`."""
+    return torch.tensor(values, dtype=torch.float32, device=like.device).view(1, -1, 1, 1, 1)
+
+
+def load_vae(path: Path, dtype: torch.dtype, device: torch.device) -> SingleFrameVAE:
+    """Load the VAE from its official file (Wan names); only what a single frame uses is read.
+
+    Args:
+        path: a safetensors file.
+        dtype: of the weights and the computation.
+        device: of the weights.
+
+    Raises:
+        ModelFileError: missing or damaged file, another kind of model, or tensors missing, unexpected or misshapen.
+    """
+    file = open_header(path)
+    expect(file, "vae", "model.vae_path", ("vae",))
+    wan_names = convert_wan_vae_to_diffusers(
+        {name: name for name in file.entries}
+    )  # diffusers name -> name in the file
+    found: Mapping[str, Entry] = {name: file.entries[wan_name] for name, wan_name in wan_names.items()}
+    with torch.device("meta"):
+        full = AutoencoderKLQwenImage(base_dim=found["encoder.down_blocks.0.norm1.gamma"].shape[0])
+        match_keys(found, full.state_dict(), f"model.vae_path: {path} (keys as diffusers names them)")
+        vae = SingleFrameVAE(full)
+    names = {wan_names[name]: name for name in vae.state_dict()}
+    state: dict[str, Tensor] = {}
+    for wan_name, tensor in read_tensors(file, names):
+        last_tap = tensor[:, :, -1] if tensor.dim() == 5 else tensor
+        state[names[wan_name]] = last_tap.contiguous().to(device=device, dtype=dtype)
+    vae.load_state_dict(state, assign=True)
+    return vae.eval().requires_grad_(False)

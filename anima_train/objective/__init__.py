@@ -1,0 +1,1 @@
+"""What a step minimises: the flow, the distribution of t, the losses."""

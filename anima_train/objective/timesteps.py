@@ -1,0 +1,49 @@
+"""Distributions of t, each given by its quantile function.
+
+A distribution on the real line or [0, 1] is drawn first; then at most one of two shifts moves it towards noise.
+"""
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Literal
+
+Method = Literal["logit_normal", "uniform"]
+
+FLUX_TOKENS = (256, 4096)  # image tokens at which flux_shift's mu is ...
+FLUX_MU = (0.5, 1.15)  # ... this; linear in between and beyond
+
+
+@dataclass(frozen=True)
+class Timesteps:
+    """The distribution of t that a run trains on."""
+
+    method: Method = "logit_normal"
+    sigmoid_scale: float = 1.0  # standard deviation of the normal under the sigmoid
+    shift: float | None = None
+    flux_shift: bool = False
+
+    def at(self, quantile: float, num_tokens: int) -> float:
+        """t at a quantile in (0, 1) of the distribution before the shift, then shifted.
+
+        Args:
+            quantile: a uniform random number gives a sample; a fixed one an evaluation point.
+            num_tokens: image tokens (a quarter of the latent pixels); only `flux_shift` looks at it.
+        """
+        if self.method == "uniform":
+            t = quantile
+        else:
+            # A 53-bit uniform number can be exactly 0; the normal has no such quantile.
+            normal = NormalDist().inv_cdf(min(max(quantile, 2**-53), 1 - 2**-53))
+            t = 1 / (1 + math.exp(-self.sigmoid_scale * normal))
+        if self.shift is not None:
+            return self.shift * t / (1 + (self.shift - 1) * t)
+        if self.flux_shift and t > 0:
+            return math.exp(flux_mu(num_tokens)) / (math.exp(flux_mu(num_tokens)) + 1 / t - 1)
+        return t
+
+
+def flux_mu(num_tokens: int) -> float:
+    """Flux's resolution-dependent exponent."""
+    slope = (FLUX_MU[1] - FLUX_MU[0]) / (FLUX_TOKENS[1] - FLUX_TOKENS[0])
+    return FLUX_MU[0] + slope * (num_tokens - FLUX_TOKENS[0])

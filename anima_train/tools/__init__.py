@@ -1,0 +1,1 @@
+"""What is done with model files beside training."""

@@ -1,0 +1,104 @@
+"""Evaluation: the loss of a held-out set at fixed quantiles of t with fixed noise.
+
+Two evaluations of the same weights are equal, and two checkpoints are compared on the same noise.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from anima_train.core.random import stream
+from anima_train.data.loader import CachedData, read_ahead
+from anima_train.data.plan import BatchSizes, batch_size_for
+from anima_train.objective.losses import Loss
+from anima_train.objective.timesteps import Timesteps
+from anima_train.training.objective import compute_loss
+
+QUANTILES = tuple(round(0.1 * tenth, 1) for tenth in range(1, 10))  # of the distribution of t before its shift
+NOISE_SEED = 0  # not the run's: runs with different seeds are measured on the same noise
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """A dataset the loss is measured on."""
+
+    name: str
+    data: CachedData
+    batch_sizes: BatchSizes
+
+    def batches(self) -> list[tuple[int, ...]]:
+        """Sample indices, bucket by bucket; every sample once."""
+        buckets: dict[tuple, list[int]] = defaultdict(list)
+        for index, sample in enumerate(self.data.samples):
+            buckets[sample.resolution, sample.size].append(index)
+        return [
+            tuple(indices[start : start + width])
+            for (resolution, _), indices in sorted(buckets.items())
+            for width in [batch_size_for(self.batch_sizes, resolution)]
+            for start in range(0, len(indices), width)
+        ]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The losses of one set: a row per sample, a column per quantile."""
+
+    name: str
+    losses: Tensor
+
+    def metrics(self, base: "Evaluation | None") -> dict[str, float]:
+        """What is logged: the mean, the mean at each quantile, and the difference from the base model.
+
+        The difference is paired (same samples, same noise); its standard error is over samples.
+        """
+        values = {f"{self.name}/loss": float(self.losses.mean())}
+        for quantile, loss in zip(QUANTILES, self.losses.mean(dim=0), strict=True):
+            values[f"{self.name}/loss_quantile_{quantile:.2f}"] = float(loss)
+        if base is not None:
+            differences = (self.losses - base.losses).mean(dim=1)
+            values[f"{self.name}/difference_from_base"] = float(differences.mean())
+            if len(differences) > 1:
+                error = float(differences.std()) / math.sqrt(len(differences))
+                values[f"{self.name}/difference_from_base_stderr"] = error
+        return values
+
+
+@torch.no_grad()
+def evaluate(
+    transformer: nn.Module, eval_set: EvalSet, loss: Loss, timesteps: Timesteps, accelerator: Accelerator
+) -> Evaluation:
+    """Measure one set; dropout is off, captions are never dropped. Processes share the batches."""
+    was_training = transformer.training
+    transformer.eval()
+    samples = eval_set.data.samples
+    mine = eval_set.batches()[accelerator.process_index :: accelerator.num_processes]
+
+    def points() -> Iterator[tuple[tuple[int, ...], int]]:
+        for indices in mine:
+            for column in range(len(QUANTILES)):
+                yield indices, column
+
+    def make(point: tuple[tuple[int, ...], int]) -> tuple:
+        indices, column = point
+        chosen = [samples[index] for index in indices]
+        t = [timesteps.at(QUANTILES[column], sample.size.num_tokens) for sample in chosen]
+        captions = [sample.caption(eval_set.data.seed, 0) for sample in chosen]
+        noise = [stream(NOISE_SEED, "evaluation", sample.id, column) for sample in chosen]
+        return indices, column, eval_set.data.batch(chosen, captions, t, noise)
+
+    found: list[tuple[int, int, float]] = []
+    for indices, column, batch in read_ahead(points(), make):
+        values = compute_loss(transformer, batch.to(accelerator.device), loss)
+        found.extend((index, column, float(value)) for index, value in zip(indices, values.cpu(), strict=True))
+    transformer.train(was_training)
+    losses = torch.full((len(samples), len(QUANTILES)), torch.nan, dtype=torch.float64)
+    everyone: Sequence[tuple[int, int, float]] = gather_object(found)
+    for index, column, value in everyone:
+        losses[index, column] = value
+    return Evaluation(eval_set.name, losses)

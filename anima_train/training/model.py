@@ -1,0 +1,164 @@
+"""The model's files found, checked from their headers, and loaded."""
+
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from anima_train.config.load import LoadedConfig
+from anima_train.core.errors import ModelFileError, UserError
+from anima_train.model import hub
+from anima_train.model.dit import MiniTrainDIT, TransformerShape
+from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
+from anima_train.model.text import find_tokenizer_folder
+from anima_train.model.weights import (
+    ADAPTER_PREFIX,
+    DERIVED,
+    TensorFile,
+    adapter_prefix,
+    expect,
+    fingerprint,
+    load_into,
+    open_header,
+    read_tensors,
+    transformer_prefix,
+)
+from anima_train.tools.tiny import tiny_paths, write_tiny
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where everything lies, on this machine."""
+
+    transformer: Path
+    vae: Path
+    llm: Path
+    tokenizer: Path
+    t5_tokenizer: Path
+    llm_adapter: Path | None = None  # instead of the one inside the transformer file
+
+    @cached_property
+    def transformer_header(self) -> TensorFile:
+        """The transformer's tensors without prefix, adapter and derived buffers."""
+        header = self.whole_transformer_header
+        kept = {name: entry for name, entry in header.entries.items() if not name.startswith(ADAPTER_PREFIX)}
+        return TensorFile(header.path, kept, header.metadata)
+
+    @cached_property
+    def whole_transformer_header(self) -> TensorFile:
+        """The transformer file's tensors without prefix and derived buffers."""
+        file = open_header(self.transformer)
+        accepted = ("transformer",) if self.llm_adapter is None else ("transformer", "cosmos")
+        expect(file, "transformer", "model.transformer_path", accepted)
+        file = file.stripped(transformer_prefix(file) or "")
+        kept = {name: entry for name, entry in file.entries.items() if not DERIVED.search(name)}
+        return TensorFile(file.path, kept, file.metadata)
+
+    @cached_property
+    def adapter_header(self) -> TensorFile:
+        """The LLM adapter's tensors without prefix."""
+        if self.llm_adapter is None:
+            return self.whole_transformer_header.stripped(ADAPTER_PREFIX)
+        file = open_header(self.llm_adapter)
+        expect(file, "llm_adapter", "model.llm_adapter_path", ("llm_adapter", "transformer"))
+        prefix = transformer_prefix(file)
+        prefix = adapter_prefix(file) if prefix is None else prefix + ADAPTER_PREFIX
+        assert prefix is not None
+        file = file.stripped(prefix)
+        kept = {name: entry for name, entry in file.entries.items() if not DERIVED.search(name)}
+        return TensorFile(file.path, kept, file.metadata)
+
+    def check_headers(self) -> None:
+        """Look at every file's header.
+
+        Raises:
+            ModelFileError: every wrong file at once.
+        """
+        problems: list[str] = []
+        checks: list[Callable[[], object]] = [lambda: self.transformer_header, lambda: self.adapter_header]
+        checks.append(lambda: expect(open_header(self.vae), "vae", "model.vae_path", ("vae",)))
+        if not self.llm.is_dir():
+            checks.append(lambda: expect(open_header(self.llm), "text_encoder", "model.llm_path", ("text_encoder",)))
+        for check in checks:
+            try:
+                check()
+            except ModelFileError as error:
+                problems.extend(problem for problem in error.problems if problem not in problems)
+        if problems:
+            raise ModelFileError(problems)
+
+    def adapter_fingerprint(self) -> str:
+        """Hash of the adapter's weights alone, wherever they lie."""
+        return fingerprint(self.adapter_header)
+
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """The adapter's weights under the names they have in a whole transformer."""
+        return {ADAPTER_PREFIX + name: tensor for name, tensor in read_tensors(self.adapter_header)}
+
+
+def find_model_files(loaded: LoadedConfig) -> ModelFiles:
+    """Every model file the configuration names or implies; missing official ones are downloaded.
+
+    Raises:
+        ModelFileError: every file that is missing and cannot be downloaded, and every wrong one, at once.
+    """
+    config = loaded.config
+    if config.model.tiny_path is not None:
+        folder = Path(config.model.tiny_path)
+        paths = tiny_paths(folder)
+        if not all(path.exists() for path in astuple(paths)):
+            paths = write_tiny(folder)
+        adapter = loaded.model_path("llm_adapter_path")
+        return ModelFiles(
+            paths.transformer, paths.vae, paths.llm, paths.tokenizer, paths.t5_tokenizer,
+            None if adapter is None else hub.resolve("transformer_path", adapter, config.offline),
+        )  # fmt: skip
+
+    problems: list[str] = []
+    found: dict[str, Path] = {}
+
+    def resolve(slot: str, path: str | None) -> None:
+        try:
+            found[slot] = hub.resolve(slot, path, config.offline)
+        except UserError as error:
+            problems.extend(error.problems)
+
+    for slot in ("transformer_path", "vae_path", "llm_path"):
+        resolve(slot, loaded.model_path(slot))
+    for slot, name in (("tokenizer_path", "tokenizer"), ("t5_tokenizer_path", "t5_tokenizer")):
+        path = loaded.model_path(slot)
+        near = None if path is not None or "llm_path" not in found else find_tokenizer_folder(name, found["llm_path"])
+        resolve(slot, path if near is None else str(near))
+    if config.model.llm_adapter_path is not None:
+        resolve("llm_adapter_path", loaded.model_path("llm_adapter_path"))
+    if problems:
+        raise ModelFileError(problems)
+    files = ModelFiles(
+        found["transformer_path"], found["vae_path"], found["llm_path"], found["tokenizer_path"],
+        found["t5_tokenizer_path"], found.get("llm_adapter_path"),
+    )  # fmt: skip
+    files.check_headers()
+    return files
+
+
+def load_llm_adapter(files: ModelFiles, dtype: torch.dtype, device: torch.device) -> LLMAdapter:
+    """The LLM adapter, frozen."""
+    header = files.adapter_header
+    with torch.device("meta"):
+        adapter = LLMAdapter(LLMAdapterShape.of(header.entries))
+    load_into(adapter, header, f"LLM adapter in {header.path}", dtype, device)
+    return adapter
+
+
+def load_transformer(files: ModelFiles, with_adapter: bool, dtype: torch.dtype, device: torch.device) -> MiniTrainDIT:
+    """The transformer, frozen, with the adapter inside where it trains."""
+    header = files.transformer_header
+    with torch.device("meta"):
+        transformer = MiniTrainDIT(TransformerShape.of(header.entries))
+    load_into(transformer, header, f"model.transformer_path {header.path}", dtype, device)
+    if with_adapter:
+        transformer.llm_adapter = load_llm_adapter(files, dtype, device)
+    return transformer

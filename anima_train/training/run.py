@@ -1,0 +1,132 @@
+"""The run's folder: its lock, the resolved config, the manifest, the metrics."""
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from filelock import FileLock, Timeout
+
+from anima_train import __version__
+from anima_train.config.config import Config
+from anima_train.core.errors import ConfigError
+from anima_train.core.files import sha256_file, write_text
+from anima_train.data.sources import Sample
+from anima_train.optim.groups import GroupRow
+from anima_train.training.model import ModelFiles
+
+LIBRARIES = ("torch", "accelerate", "peft", "transformers", "diffusers", "safetensors", "pillow", "numpy")
+
+
+class RunFolder:
+    """OUTPUT_DIR/RUN_NAME, held by this process while it trains."""
+
+    def __init__(self, output_dir: Path, name: str) -> None:
+        self.name = name
+        self.path = output_dir / name
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.evaluations_path = self.path / "evaluations.jsonl"
+        self.lock = FileLock(self.path / ".lock")
+
+    @property
+    def checkpoints(self) -> Path:
+        """Training states."""
+        return self.path / "checkpoints"
+
+    def weights_path(self, step: int | None) -> Path:
+        """The file of the weights after a step, or (None) at the end of the run."""
+        suffix = "" if step is None else f"-s{step:06d}"
+        return self.path / "weights" / f"{self.name}{suffix}.safetensors"
+
+    def open(self, resume: bool) -> None:
+        """Make the folder and take its lock.
+
+        Raises:
+            ConfigError: another process trains in it, or it holds a run and `resume` is false, or the reverse.
+        """
+        has_run = self.metrics_path.exists()
+        if has_run and not resume:
+            raise ConfigError(
+                f"{self.path}: already holds a run; go on with it with --resume, set another run_name, or remove it"
+            )
+        if resume and not has_run:
+            raise ConfigError(f"{self.path}: there is no run to resume; set run_name to that of the run")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            raise ConfigError(f"{self.path}: another process is training in this folder") from None
+        except OSError as error:
+            raise ConfigError(f"output_dir: {self.path} cannot be written ({error.strerror})") from error
+
+    def close(self) -> None:
+        """Give the folder back."""
+        self.lock.release()
+
+    def keep_metrics(self, num_steps: int) -> None:
+        """Forget what was logged after the first `num_steps` steps: a resumed run does them again."""
+        for path in (self.metrics_path, self.evaluations_path):
+            if path.exists():
+                lines = path.read_text(encoding="utf-8").splitlines()
+                write_text(path, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= num_steps))
+
+    def log(self, path: Path, values: Mapping[str, Any]) -> None:
+        """Append one JSON object as a line."""
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+def config_toml(config: Config) -> str:
+    """The resolved configuration, every default in it, as TOML that can be run again; without secrets."""
+    data = config.model_dump(exclude_none=True, exclude={"monitoring": {"wandb_api_key"}})
+    return tomli_w.dumps(data)
+
+
+def dataset_digest(samples: Iterable[Sample]) -> str:
+    """A hash of every image, size and caption."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(repr((sample.id, sample.picture.sha256, str(sample.size), sample.caption(0, 0))).encode())
+    return digest.hexdigest()
+
+
+def manifest(
+    config: Config, run_name: str, files: ModelFiles, samples: Iterable[Sample], groups: Iterable[GroupRow],
+    num_steps: int, num_processes: int,
+) -> dict[str, Any]:  # fmt: skip
+    """What someone needs to reproduce the run, or to know what a file came from."""
+    slots = {"transformer": files.transformer, "vae": files.vae, "text_encoder": files.llm}
+    if files.llm_adapter is not None:
+        slots["llm_adapter"] = files.llm_adapter
+    rows = list(groups)
+    return {
+        "run": run_name,
+        "anima_train": __version__,
+        "python": platform.python_version(),
+        "libraries": {name: version(name) for name in LIBRARIES},
+        "model_files": {
+            slot: {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            for slot, path in slots.items()
+            if path.is_file()
+        },
+        "dataset_sha256": dataset_digest(samples),
+        "seed": config.seed,
+        "num_steps": num_steps,
+        "num_processes": num_processes,
+        "groups": [
+            {"component": row.component, "lr": row.lr, "modules": row.num_modules, "parameters": row.num_parameters}
+            for row in rows
+        ],
+        "trained": [row.component for row in rows if row.num_parameters],
+        "llm_adapter_trained": any(row.component == "llm_adapter" and row.num_parameters for row in rows),
+    }
+
+
+def rank() -> int:
+    """This process's number, from what `accelerate launch` and `torchrun` set."""
+    return int(os.environ.get("RANK", "0"))

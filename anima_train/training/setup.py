@@ -1,0 +1,134 @@
+"""Everything before the first step that needs no training: the scan, the plan, the groups, and a report of them."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from anima_train.config.load import Dataset, LoadedConfig
+from anima_train.core.errors import DataError, count
+from anima_train.data.plan import Plan, Timetable, batch_size_for
+from anima_train.data.sources import Sample, Scan, listed, scan
+from anima_train.model.dit import MiniTrainDIT, TransformerShape
+from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
+from anima_train.optim.groups import GroupRow, LearningRates, group_table
+from anima_train.training.model import ModelFiles
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def scan_dataset(dataset: Dataset, seed: int, write: bool) -> Scan:
+    """Look at every image of a dataset; see `data.sources.scan`."""
+    return scan(dataset.settings, dataset.folders, dataset.masks, dataset.caches, seed, write)
+
+
+def scan_all(loaded: LoadedConfig, write: bool) -> dict[str, Scan]:
+    """Look at every image of the training set and the evaluation sets.
+
+    Raises:
+        DataError: a set is empty, or too many of its images are bad; for all sets at once.
+    """
+    scans = {}
+    problems: list[str] = []
+    for dataset in (loaded.train, *loaded.evals):
+        try:
+            scans[dataset.name] = scan_dataset(dataset, loaded.config.seed, write)
+            scans[dataset.name].check(dataset.settings.max_bad_fraction)
+        except DataError as error:
+            problems.extend(f"dataset {dataset.name}: {problem}" for problem in error.problems)
+    if problems:
+        raise DataError(problems)
+    return scans
+
+
+def make_plan(loaded: LoadedConfig, samples: Sequence[Sample], num_processes: int) -> Plan:
+    """The plan of the run's batches."""
+    config = loaded.config
+    return Plan(samples, config.seed, config.batch_sizes(), config.gradient_accumulation_steps * num_processes)
+
+
+def make_timetable(loaded: LoadedConfig, plan: Plan) -> Timetable:
+    """The timetable of the run."""
+    return Timetable.of(plan, loaded.config.epochs, loaded.config.max_steps)
+
+
+def trainable_transformer(loaded: LoadedConfig, files: ModelFiles) -> MiniTrainDIT:
+    """The transformer with what is trained attached, on the meta device: names and shapes, no memory."""
+    rates = loaded.config.learning_rates()
+    with torch.device("meta"):
+        transformer = MiniTrainDIT(TransformerShape.of(files.transformer_header.entries))
+        if rates.by_component["llm_adapter"] != 0:
+            transformer.llm_adapter = LLMAdapter(LLMAdapterShape.of(files.adapter_header.entries))
+    loaded.config.adapter.attach(transformer, rates, loaded.config.seed)
+    return transformer
+
+
+def group_rows(transformer: MiniTrainDIT, rates: LearningRates) -> list[GroupRow]:
+    """The table of what is trained, a frozen LLM adapter that is not in memory included."""
+    parameters = list(transformer.named_parameters())
+    trained = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
+    return group_table(trained, [*(name for name, _ in parameters), "llm_adapter."], rates)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Lines for the person at the terminal."""
+
+    lines: Sequence[str]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
+
+
+def groups_text(rows: Iterable[GroupRow]) -> list[str]:
+    """The groups as a table."""
+    lines = [f"{'component':<12} {'lr':>10} {'modules':>8} {'parameters':>14}"]
+    total_modules = total_parameters = 0
+    for row in rows:
+        lr = "frozen" if row.lr == 0 else f"{row.lr:g}" if row.num_parameters else "-"
+        lines.append(f"{row.component:<12} {lr:>10} {row.num_modules:>8,} {row.num_parameters:>14,}")
+        total_modules += row.num_modules
+        total_parameters += row.num_parameters
+    lines.append(f"{'total':<12} {'':>10} {total_modules:>8,} {total_parameters:>14,}")
+    return lines
+
+
+def data_text(name: str, found: Scan) -> list[str]:
+    """What a scan found."""
+    pictures = {sample.picture.path for sample in found.samples}
+    lines = [f"dataset {name}: {count(len(pictures), 'image')} of {found.num_images:,} found"]
+    for title, items in (
+        ("cannot be used", found.bad),
+        ("set aside by a setting", found.skipped),
+        ("warning", found.warnings),
+    ):
+        lines.extend(f"  {title}: {line}" for line in listed(items))
+    return lines
+
+
+def plan_text(plan: Plan, timetable: Timetable, epochs: int | None) -> list[str]:
+    """Buckets, batches and steps."""
+    lines = [f"{'bucket':<12} {'images':>8} {'batch':>6} {'short by':>9}"]
+    buckets = Counter((sample.resolution, sample.size) for sample in plan.samples)
+    for (resolution, size), number in sorted(buckets.items()):
+        batch = batch_size_for(plan.batch_sizes, resolution)
+        lines.append(f"{size!s:<12} {number:>8,} {batch:>6} {-number % batch:>9}")
+    steps = plan.steps_in(0)
+    ending = (
+        "max_steps" if epochs is None or timetable.num_steps < timetable.first_steps[-1] else count(epochs, "epoch")
+    )
+    lines.append(f"{count(steps, 'step')} in the first epoch; {count(timetable.num_steps, 'step')} in all ({ending})")
+    return lines
+
+
+def report(loaded: LoadedConfig, files: ModelFiles, scans: dict[str, Scan], num_processes: int) -> Report:
+    """What the run would do."""
+    rates = loaded.config.learning_rates()
+    plan = make_plan(loaded, scans["train"].samples, num_processes)
+    lines = [f"note: {note}" for note in loaded.notes]
+    for name, found in scans.items():
+        lines.extend(data_text(name, found))
+    lines.extend(plan_text(plan, make_timetable(loaded, plan), loaded.config.epochs))
+    lines.extend(groups_text(group_rows(trainable_transformer(loaded, files), rates)))
+    return Report(lines)

@@ -1,0 +1,383 @@
+"""The training loop, read from top to bottom."""
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from tqdm import tqdm
+
+from anima_train.adapters.full import Full
+from anima_train.config.config import Config
+from anima_train.config.load import LoadedConfig
+from anima_train.core.errors import ConfigError, DataError, NumericError
+from anima_train.core.files import write_text
+from anima_train.core.random import derive
+from anima_train.data.loader import Batch, CachedData, read_ahead
+from anima_train.data.plan import MicroBatch, Plan, Timetable
+from anima_train.data.sources import Sample, Scan, listed
+from anima_train.model.dit import MiniTrainDIT
+from anima_train.optim.groups import optimizer_groups
+from anima_train.optim.schedules import lr_factor
+from anima_train.training.checkpoints import load_state, save_state, save_weights, saved_states
+from anima_train.training.encode import Share, fill_cache, text_identity, vae_identity, without_rejected
+from anima_train.training.evaluate import EvalSet, Evaluation, evaluate
+from anima_train.training.metadata import weights_metadata
+from anima_train.training.model import ModelFiles, find_model_files, load_transformer
+from anima_train.training.objective import compute_loss
+from anima_train.training.run import RunFolder, config_toml, manifest
+from anima_train.training.setup import (
+    DTYPES,
+    data_text,
+    group_rows,
+    groups_text,
+    make_plan,
+    make_timetable,
+    plan_text,
+    report,
+    scan_all,
+)
+from anima_train.training.trackers import start_trackers, track, tracker_names
+
+MAX_SKIPPED = 10  # steps in a row without a finite gradient
+
+
+def make_accelerator(config: Config, run_path: Path) -> Accelerator:
+    """Device, processes and autocast."""
+    return Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="bf16" if config.model.dtype == "bfloat16" else "no",
+        log_with=tracker_names(config.monitoring),
+        project_dir=str(run_path),
+        # One process may encode for hours while the others wait.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))],
+    )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The data of a run: everything in the cache."""
+
+    files: ModelFiles
+    train: CachedData
+    evals: list[EvalSet]
+
+
+def prepare_data(loaded: LoadedConfig, accelerator: Accelerator) -> Prepared:
+    """Find the model's files, look at the images, and fill the cache."""
+    config = loaded.config
+    with accelerator.main_process_first():  # one process downloads and reads the images, the others find it done
+        files = find_model_files(loaded)
+        files.check_headers()
+        scans = scan_all(loaded, write=accelerator.is_main_process)
+    for name, found in scans.items():
+        accelerator.print("\n".join(data_text(name, found)))
+    vae_id = vae_identity(files)
+    dtype = DTYPES[config.model.dtype]
+    text_id = text_identity(files, config.learning_rates().by_component["llm_adapter"] == 0, dtype)
+    done = fill_cache(
+        [sample for found in scans.values() for sample in found.samples],
+        files,
+        vae_id,
+        text_id,
+        config.seed,
+        config.uncond_fraction > 0,
+        Share(accelerator.process_index, accelerator.num_processes),
+        accelerator.device,
+        dtype,
+        config.caching_batch_size,
+        accelerator.is_main_process,
+        accelerator.print,
+    )
+    accelerator.wait_for_everyone()
+    accelerator.print(
+        f"cache: {done.num_latents:,} latents, {done.num_masks:,} masks and {done.num_texts:,} texts added"
+    )
+    bad_fractions = {dataset.name: dataset.settings.max_bad_fraction for dataset in (loaded.train, *loaded.evals)}
+    data = {
+        name: CachedData(usable(name, found, bad_fractions[name], vae_id, accelerator), vae_id, text_id, config.seed)
+        for name, found in scans.items()
+    }
+    evals = [EvalSet(dataset.name, data[dataset.name], config.eval_batch_sizes()) for dataset in loaded.evals]
+    return Prepared(files, data["train"], evals)
+
+
+def usable(name: str, found: Scan, max_bad_fraction: float, vae_id: str, accelerator: Accelerator) -> list[Sample]:
+    """The samples whose latents could be made; the others are listed.
+
+    Raises:
+        DataError: too many could not, or none is left.
+    """
+    kept, bad = without_rejected(found.samples, vae_id)
+    for line in listed(bad):
+        accelerator.print(f"dataset {name}: cannot be used: {line}")
+    try:
+        Scan(kept, found.num_images, found.bad + bad, found.skipped).check(max_bad_fraction)
+    except DataError as error:
+        raise DataError([f"dataset {name}: {problem}" for problem in error.problems]) from None
+    return kept
+
+
+@dataclass(frozen=True)
+class Task:
+    """One micro-batch of this process."""
+
+    step: int
+    epoch: int
+    index: int  # among the step's micro-batches of all processes: addresses dropout
+    micro_batch: MicroBatch
+    counts: bool
+    num_samples: int  # in the whole step, all processes
+    last: bool  # of the step, for this process
+
+
+def tasks(plan: Plan, timetable: Timetable, start: int, accelerator: Accelerator) -> Iterator[Task]:
+    """This process's micro-batches from step `start` to the end of the run."""
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    planned: tuple[int, list] = (-1, [])
+    for step in range(start, timetable.num_steps):
+        epoch, place = timetable.place(step)
+        if planned[0] != epoch:
+            planned = (epoch, plan.epoch(epoch))
+        share = planned[1][place].share(rank, world_size)
+        for index, (micro_batch, counts) in enumerate(share):
+            yield Task(
+                step, epoch, rank + index * world_size, micro_batch, counts, planned[1][place].num_samples,
+                index == len(share) - 1,
+            )  # fmt: skip
+
+
+@dataclass
+class Due:
+    """Whether something that happens every n epochs, steps, images or minutes is due after a step."""
+
+    epochs: int | None = None
+    steps: int | None = None
+    examples: int | None = None
+    minutes: float | None = None
+    last_time: float = 0.0
+
+    def after(self, step: int, epoch_done: int | None, seen_before: int, seen: int) -> bool:
+        """After `step` steps in all; `epoch_done` epochs are complete with it, or None; images seen before and now."""
+        due = (self.epochs is not None and epoch_done is not None and epoch_done % self.epochs == 0) or (
+            self.steps is not None and step % self.steps == 0
+        )
+        if self.examples is not None:
+            due = due or seen // self.examples > seen_before // self.examples
+        if self.minutes is not None and time.monotonic() - self.last_time >= self.minutes * 60:
+            self.last_time = time.monotonic()
+            due = True
+        return due
+
+
+def run_training(loaded: LoadedConfig, dry_run: bool = False, resume: bool = False) -> Path | None:
+    """Train as the configuration says; returns the final weights' path, or None for a dry run."""
+    config = loaded.config
+    run = RunFolder(Path(config.output_dir), loaded.run_name)
+    accelerator = make_accelerator(config, run.path)
+    if dry_run:
+        if accelerator.is_main_process:
+            files = find_model_files(loaded)
+            files.check_headers()
+            print(report(loaded, files, scan_all(loaded, write=True), accelerator.num_processes))
+        return None
+    for note in loaded.notes:
+        accelerator.print(f"note: {note}")
+    if accelerator.is_main_process:
+        run.open(resume)
+    try:
+        return train(loaded, run, accelerator, resume)
+    finally:
+        if accelerator.is_main_process:
+            run.close()
+        accelerator.end_training()
+
+
+def train(loaded: LoadedConfig, run: RunFolder, accelerator: Accelerator, resume: bool) -> Path:
+    """The run, from the images to the last saved file."""
+    config = loaded.config
+    is_main = accelerator.is_main_process
+    device = accelerator.device
+    rates = config.learning_rates()
+    loss_function, timesteps = config.loss(), config.timesteps()
+
+    # Data: everything into the cache, then the plan of every batch.
+    data = prepare_data(loaded, accelerator)
+    plan = make_plan(loaded, data.train.samples, accelerator.num_processes)
+    timetable = make_timetable(loaded, plan)
+    accelerator.print("\n".join(plan_text(plan, timetable, config.epochs)))
+
+    # Model: base weights, what is trained, its optimizer.
+    with_adapter = rates.by_component["llm_adapter"] != 0
+    weights_dtype = DTYPES[config.model.transformer_dtype or config.model.dtype]
+    transformer = load_transformer(data.files, with_adapter, weights_dtype, device)
+    config.adapter.attach(transformer, rates, config.seed)
+    transformer.checkpoint_blocks = config.activation_checkpointing
+    transformer.train()
+    rows = group_rows(transformer, rates)
+    accelerator.print("\n".join(groups_text(rows)))
+    groups = optimizer_groups(transformer.named_parameters(), rates, config.optimizer.weight_decay)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    if not parameters:
+        raise ConfigError("nothing is trained: every component that this model has is frozen")
+    model = accelerator.prepare(transformer)
+    optimizer = config.optimizer.build(groups)
+
+    # Where to start.
+    start = 0
+    if resume:
+        states = saved_states(run.checkpoints)
+        start = load_state(states[-1], transformer, optimizer) if states else 0
+        accelerator.print(f"resuming after step {start}")
+    if is_main:
+        run.keep_metrics(start)
+        write_text(run.path / "config.toml", config_toml(config))
+        facts = manifest(
+            config, run.name, data.files, data.train.samples, rows, timetable.num_steps, accelerator.num_processes
+        )
+        write_text(run.path / "manifest.json", json.dumps(facts, indent=1))
+    start_trackers(accelerator, config.monitoring, run.name)
+
+    base: dict[str, Evaluation] = {}
+
+    def run_evaluation(step: int, seen: int) -> None:
+        for eval_set in data.evals:
+            result = evaluate(model, eval_set, loss_function, timesteps, accelerator)
+            if step == 0:
+                base[eval_set.name] = result
+            values = result.metrics(base.get(eval_set.name))
+            if is_main:
+                run.log(run.evaluations_path, {"step": step, "examples": seen, **values})
+                tqdm.write(f"step {step}: {eval_set.name}/loss {values[f'{eval_set.name}/loss']:.5f}")
+            track(accelerator, values, seen if config.x_axis_examples else step)
+
+    def save(step: int | None) -> Path:
+        path = run.weights_path(step)
+        done = timetable.num_steps if step is None else step
+        metadata = weights_metadata(config, run.name, done, timetable.place(max(0, done - 1))[0] + 1, len(plan.samples))
+        save_weights(path, weights_to_save(config, transformer, data.files, with_adapter), metadata)
+        return path
+
+    if config.eval_before_first_step and start == 0:
+        run_evaluation(0, 0)
+
+    now = time.monotonic()
+    save_due = Due(
+        config.save_every_n_epochs, config.save_every_n_steps, config.save_every_n_examples,
+        config.save_every_n_minutes, now,
+    )  # fmt: skip
+    state_due = Due(
+        config.checkpoint_every_n_epochs, config.checkpoint_every_n_steps, None, config.checkpoint_every_n_minutes, now
+    )
+    eval_due = Due(config.eval_every_n_epochs, config.eval_every_n_steps, config.eval_every_n_examples)
+
+    def make_batch(task: Task) -> tuple[Task, Batch]:
+        batch = data.train.training_batch(
+            task.micro_batch, task.epoch, task.counts, timesteps.at, config.uncond_fraction
+        )
+        return task, batch
+
+    bar = tqdm(
+        total=timetable.num_steps, initial=start, desc=run.name, unit="step", disable=not is_main, mininterval=0.5
+    )
+    started, seen, seen_here, skipped = time.monotonic(), images_before(plan, timetable, start), 0, 0
+    step_loss = torch.zeros((), device=device)
+    for task, batch in read_ahead(tasks(plan, timetable, start, accelerator), make_batch):
+        # Forward and backward. Each sample weighs the same in the step, whatever the sizes of the micro-batches. DDP
+        # averages gradients over processes, so that what is wanted as a sum is multiplied by their number.
+        torch.manual_seed(derive(config.seed, "dropout", task.step, task.index))
+        with contextlib.nullcontext() if task.last else accelerator.no_sync(model):
+            losses = compute_loss(model, batch.to(device), loss_function)
+            share = losses.sum() / task.num_samples * (1.0 if task.counts else 0.0)
+            accelerator.backward(share * accelerator.num_processes)
+        step_loss += share.detach()
+        if not task.last:
+            continue
+
+        # Update.
+        schedule_factor = (
+            1.0
+            if config.force_constant_lr is not None
+            else lr_factor(config.lr_scheduler, task.step, timetable.num_steps, config.warmup_steps)
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * schedule_factor
+        norm = float(accelerator.clip_grad_norm_(parameters, config.gradient_clipping or math.inf))
+        if math.isfinite(norm):
+            optimizer.step()
+            skipped = 0
+        else:
+            skipped += 1
+            if is_main:
+                tqdm.write(f"warning: step {task.step + 1}: the gradient is not finite; not applied ({batch.names[0]})")
+            if skipped == MAX_SKIPPED:
+                raise NumericError(f"{skipped} steps in a row without a finite gradient; the last saved files are kept")
+        optimizer.zero_grad(set_to_none=True)
+        loss = float(accelerator.reduce(step_loss, "sum"))
+        step_loss.zero_()
+
+        # Log.
+        step = task.step + 1
+        seen_before, seen = seen, seen + task.num_samples
+        seen_here += task.num_samples
+        speed = seen_here / (time.monotonic() - started)
+        if is_main:
+            values: dict[str, Any] = {
+                "step": step,
+                "epoch": task.epoch,
+                "examples": seen,
+                "loss": loss,
+                "lr": config.optimizer.lr * schedule_factor,
+                **{f"lr/{group['component']}": group["lr"] for group in optimizer.param_groups},
+                "grad_norm": norm,
+                "images_per_second": speed,
+            }
+            run.log(run.metrics_path, values)
+            shown = {key: value for key, value in values.items() if key not in ("step", "examples")}
+            track(accelerator, shown, seen if config.x_axis_examples else step)
+            bar.set_postfix_str(
+                f"loss {loss:.4f}, lr {values['lr']:.2g}, grad {norm:.2g}, {speed:.2f} images/s", refresh=False
+            )
+        bar.update()
+
+        # Evaluate and save.
+        due = (step, timetable.ends_epoch(task.step), seen_before, seen)
+        if eval_due.after(*due):
+            run_evaluation(step, seen)
+        if is_main and save_due.after(*due) and step < timetable.num_steps:
+            tqdm.write(f"step {step}: saved {save(step)}")
+        if is_main and state_due.after(*due):
+            save_state(run.checkpoints, step, transformer, optimizer, config.keep_last)
+    bar.close()
+    final = run.weights_path(None)
+    if is_main:
+        save(None)
+        print(f"saved {final}")
+    accelerator.wait_for_everyone()
+    return final
+
+
+def weights_to_save(
+    config: Config, transformer: MiniTrainDIT, files: ModelFiles, with_adapter: bool
+) -> dict[str, torch.Tensor]:
+    """The LoRA, or the whole model; a frozen LLM adapter that is not in memory comes from its file."""
+    tensors = config.adapter.tensors(transformer)
+    if isinstance(config.adapter, Full) and not with_adapter:
+        tensors |= config.adapter.outside(files.adapter_tensors())
+    if config.save_dtype is None:
+        return tensors
+    return {name: tensor.to(DTYPES[config.save_dtype]) for name, tensor in tensors.items()}
+
+
+def images_before(plan: Plan, timetable: Timetable, step: int) -> int:
+    """Images seen in the steps before this one."""
+    epoch, place = timetable.place(step) if step else (0, 0)
+    whole = sum(len(draws) for done in range(epoch) for draws in plan.draws(done).values())
+    return whole + sum(planned.num_samples for planned in plan.epoch(epoch)[:place])
