@@ -49,18 +49,22 @@ class Lora(Settings):
         """Add A and B to every targeted linear of a component that is not frozen; only they train.
 
         A is Kaiming-uniform (a = sqrt 5) from a stream of its own per module, B zero: the model starts as the base.
+        With every component of the blocks frozen nothing is added.
         """
         transformer.requires_grad_(False)
         targets = [name for name in target_modules(transformer) if not rates.frozen(name)]
+        if not targets:
+            return
         # PEFT matches a list of names by suffix, and `blocks.0.self_attn.q_proj` is a suffix of the LLM adapter's
         # module too. A string is a regular expression over the whole name.
         config = LoraConfig(
             r=self.rank,
-            lora_alpha=self.scale * self.rank,
+            lora_alpha=self.rank if self.alpha is None else self.alpha,
             lora_dropout=self.dropout,
             target_modules="|".join(map(re.escape, targets)),
         )
-        inject_adapter_in_model(config, transformer, adapter_name=NAME)
+        # On the meta device, because PEFT's own initial values are drawn from the global generator.
+        inject_adapter_in_model(config, transformer, adapter_name=NAME, low_cpu_mem_usage=True)
         layers = dict(lora_layers(transformer))
         assert sorted(layers) == sorted(targets)
         for name, layer in layers.items():

@@ -45,5 +45,3 @@ def run(app: typer.Typer) -> None:
             for problem in error.problems:
                 print(f"error: {problem}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)

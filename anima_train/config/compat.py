@@ -1,67 +1,80 @@
 """Keys of other trainers: accepted with a note, refused for now, or translated in an error message."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-# Keys of diffusion-pipe's engine, and of video, without meaning here: accepted with one note each.
-IGNORED = {
-    "pipeline_stages": "models are not split into pipeline stages here",
-    "partition_method": "models are not split into pipeline stages here",
-    "partition_split": "models are not split into pipeline stages here",
-    "steps_per_print": "every step is logged",
-    "reentrant_activation_checkpointing": "checkpointing is never reentrant",
-    "map_num_proc": "images are read by threads",
-    "eval_gradient_accumulation_steps": "evaluation needs no accumulation",
-    "video_clip_mode": "videos are not trained",
-    "logging_steps": "every step is logged",
-}
-IGNORED_DATASET = {"frame_buckets": "videos are not trained"}
+from anima_train.core.settings import quoted
 
-# What a later version will do. The value is the setting that means "off", which is accepted, as it has its effect.
-OFF: dict[str, Any] = {
-    "blocks_to_swap": 0,
-    "compile": False,
-    "ema": {},
-    "sampling": {},
-    "metadata": {},
-    "model.text_encoder_nf4": False,
-    "model.text_encoder_fp8": False,
-    "model.t5_path": None,
-    "adapter.use_dora": False,
-    "adapter.use_rslora": False,
-    "adapter.init_from_existing": None,
-    "adapter.target_modules": None,
-    "adapter.exclude_modules": None,
-    "adapter.rank_pattern": {},
-    "adapter.alpha_pattern": {},
-}
-OFF_DATASET: dict[str, Any] = {
-    "shuffle_tags": False,
-    "role": "train",
-    "weight": None,
-    "recursive": False,
-    "keep_first_n_tags": 0,
-    "tag_dropout": 0.0,
-    "protected_tags": [],
-    "no_upscale": False,
-    "alpha_as_mask": False,
-    "horizontal_flip": False,
-    "hf_dataset": None,
-}
-NOT_YET_HINTS = {"shuffle_tags": "; cache_shuffle_num gives a fixed number of shuffled variants"}
 
-# Values that a later version will accept.
-NOT_YET_VALUES: dict[str, tuple[Any, ...]] = {
-    "model.type": ("cosmos_predict2",),
-    "model.transformer_dtype": ("float8", "float8_e4m3fn", "int8", "nf4"),
-    "model.cache_text_embeddings": (False,),
-    "activation_checkpointing": ("offload", "unsloth", "selective"),
-    "adapter.type": ("lokr", "loha"),
-    "optimizer.type": (
-        "adamw8bit", "adamw8bitkahan", "stableadamw", "sgd", "lion", "adafactor", "prodigy", "schedule-free", "muon",
-        "came", "CAME", "automagic",
-    ),
-}  # fmt: skip
+@dataclass(frozen=True)
+class Keys:
+    """The keys of a file that its settings classes do not have. Names are dotted."""
+
+    ignored: dict[str, str]  # without meaning here: why. Accepted with one note each
+    off: dict[str, Any]  # not supported yet: the value that means "off", which is accepted, as it has its effect
+    not_yet: dict[str, tuple[str, ...]]  # values of our own keys that are not supported yet
+
+
+MAIN = Keys(
+    ignored={
+        "pipeline_stages": "models are not split into pipeline stages",
+        "partition_method": "models are not split into pipeline stages",
+        "partition_split": "models are not split into pipeline stages",
+        "steps_per_print": "every step is logged",
+        "logging_steps": "every step is logged",
+        "reentrant_activation_checkpointing": "checkpointing is never reentrant",
+        "map_num_proc": "images are read by threads",
+        "eval_gradient_accumulation_steps": "evaluation needs no accumulation",
+        "disable_block_swap_for_eval": "no blocks are swapped",
+        "video_clip_mode": "videos are not trained",
+    },
+    off={
+        "blocks_to_swap": 0,
+        "compile": False,
+        "ema": {},
+        "sampling": {},
+        "metadata": {},
+        "model.text_encoder_nf4": False,
+        "model.text_encoder_fp8": False,
+        "model.t5_path": "",
+        "adapter.use_dora": False,
+        "adapter.use_rslora": False,
+        "adapter.init_from_existing": "",
+        "adapter.target_modules": [],
+        "adapter.exclude_modules": [],
+        "adapter.rank_pattern": {},
+        "adapter.alpha_pattern": {},
+    },
+    not_yet={
+        "model.type": ("cosmos_predict2",),
+        "model.transformer_dtype": ("float8", "float8_e4m3fn", "int8", "nf4"),
+        "activation_checkpointing": ("offload", "unsloth", "selective"),
+        "adapter.type": ("lokr", "loha"),
+        "optimizer.type": (
+            "adamw8bit", "adamw8bitkahan", "stableadamw", "sgd", "lion", "adafactor", "prodigy", "schedule-free",
+            "muon", "came", "automagic",
+        ),
+    },
+)  # fmt: skip
+DATASET = Keys(
+    ignored={"frame_buckets": "videos are not trained"},
+    off={
+        "shuffle_tags": False,
+        "role": "train",
+        "weight": None,  # whatever its value, it has one
+        "recursive": False,
+        "keep_first_n_tags": 0,
+        "tag_dropout": 0,
+        "protected_tags": [],
+        "no_upscale": False,
+        "alpha_as_mask": False,
+        "horizontal_flip": False,
+        "hf_dataset": "",
+    },
+    not_yet={},
+)
+INSTEAD = {"shuffle_tags": "; cache_shuffle_num gives a fixed number of shuffled variants"}
 
 # Names from other trainers -> what to write here.
 FOREIGN = {
@@ -81,6 +94,8 @@ FOREIGN = {
     "network_args": "its keys stand in [adapter]",
     "train_batch_size": "it is called micro_batch_size_per_gpu",
     "batch_size": "it is called micro_batch_size_per_gpu",
+    "image_micro_batch_size_per_gpu": "it is called micro_batch_size_per_gpu, as only images are trained",
+    "image_eval_micro_batch_size_per_gpu": "it is called eval_micro_batch_size_per_gpu, as only images are trained",
     "max_train_steps": "it is called max_steps",
     "steps": "it is called max_steps",
     "max_train_epochs": "it is called epochs",
@@ -120,6 +135,9 @@ FOREIGN = {
     "num_gpus": "the number of processes is given to accelerate launch or torchrun",
     "blocks_to_checkpoint": "activation_checkpointing = true recomputes every block",
     "wandb": "it is called enable_wandb, in [monitoring]",
+    "fuse_adapters": "fusing LoRAs into the base is not supported yet",
+    "huggingface_repo": "uploading is not supported yet",
+    "upload_hf_from_epoch": "uploading is not supported yet",
     "sample_prompts": "previews are not supported yet",
     "network_train_unet_only": "write llm_adapter_lr = 0, in [model]",
 }
@@ -127,39 +145,31 @@ FOREIGN = {
 
 def translate(
     data: dict[str, Any],
-    ignored: dict[str, str],
-    off: dict[str, Any],
-    prefix: str,
-    problem: Callable[[str], None],
-    note: Callable[[str], None],
+    keys: Keys,
+    problem: Callable[[str, str], None],
+    note: Callable[[str, str], None],
+    prefix: str = "",
 ) -> dict[str, Any]:
     """A copy of a table without the keys that other trainers have and this one does not.
 
     Args:
-        data: one table; nested tables are looked into with their dotted names.
-        ignored: keys without meaning here, by their dotted name.
-        off: keys not supported yet, with the value that means "off".
+        data: one table; nested tables are looked into.
+        keys: what its file may hold besides settings.
+        problem: gets the name of each key that is not supported yet, and a sentence.
+        note: gets the name of each key without meaning, and why.
         prefix: dotted name of the table, with a final dot, or "".
-        problem: gets a sentence for each value that is not supported yet.
-        note: gets a sentence for each ignored key.
     """
     kept: dict[str, Any] = {}
     for key, value in data.items():
         name = prefix + key
-        if name in ignored:
-            note(f"{name}: has no meaning here ({ignored[name]}); ignored")
-        elif name in off:
-            if value != off[name] and value not in ({}, [], "", None):
-                problem(f"{name}: not supported yet{NOT_YET_HINTS.get(key, '')}; remove it")
-        elif any(value is wanted or (isinstance(value, str) and value == wanted) for wanted in not_yet(name)):
-            problem(f"{name}: {value!r} is not supported yet")
-        elif isinstance(value, dict):
-            kept[key] = translate(value, ignored, off, f"{name}.", problem, note)
+        if name in keys.ignored:
+            note(name, keys.ignored[name])
+        elif name in keys.off:
+            off = keys.off[name]
+            if value != off or isinstance(value, bool) != isinstance(off, bool):
+                problem(name, f"not supported yet{INSTEAD.get(key, '')}; remove it")
         else:
-            kept[key] = value
+            if isinstance(value, str) and value.lower() in keys.not_yet.get(name, ()):
+                problem(name, f"found {quoted(value)}, which is not supported yet")
+            kept[key] = translate(value, keys, problem, note, f"{name}.") if isinstance(value, dict) else value
     return kept
-
-
-def not_yet(name: str) -> Iterator[Any]:
-    """Values of a key that a later version will accept."""
-    yield from NOT_YET_VALUES.get(name, ())

@@ -1,13 +1,13 @@
 """The configuration tree, in diffusion-pipe's words. The docstring under each key is its reference."""
 
-from pathlib import Path
+import os
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
 from anima_train.adapters.full import Full
 from anima_train.adapters.lora import Lora
-from anima_train.core.settings import Settings
+from anima_train.core.settings import Settings, quoted, value_text
 from anima_train.data.sources import DatasetSettings
 from anima_train.objective.losses import Loss
 from anima_train.objective.timesteps import Timesteps
@@ -15,24 +15,50 @@ from anima_train.optim.groups import COMPONENTS, Component, LearningRates
 from anima_train.optim.optimizers import AnyOptimizer
 from anima_train.optim.schedules import Constant, ScheduleSetting
 
-Dtype = Literal["bfloat16", "float32"]
+EVAL_INTERVALS = ("eval_every_n_epochs", "eval_every_n_steps", "eval_every_n_examples")
+STATE_INTERVALS = ("checkpoint_every_n_epochs", "checkpoint_every_n_steps", "checkpoint_every_n_minutes")
+DEFAULT_KEEP_LAST = 2
 
 
 def refuse_float16(value: Any) -> Any:
     """fp16 gets its reason, not a list of the allowed names."""
     if value in ("float16", "fp16", "half"):
-        raise ValueError('float16 overflows in this model and trains to NaN; use "bfloat16" (or "float32")')
+        raise ValueError(f'found "{value}", which overflows in this model and trains to NaN; use "bfloat16"')
     return value
 
 
-AnyDtype = Annotated[Literal["bfloat16", "float32", "float16", "fp16", "half"], AfterValidator(refuse_float16)]
+def only_true(value: bool) -> bool:
+    """A key whose other value is not supported yet."""
+    if not value:
+        raise ValueError("found false, which is not supported yet; remove it")
+    return value
 
 
 def plain_name(value: str) -> str:
     """A name that makes a folder of its own and nothing else."""
-    if not value or value in (".", "..") or any(character in value for character in '/\\:*?"<>|\0'):
-        raise ValueError(f'found "{value}", expected a plain name without any of / \\ : * ? " < > |')
+    if value in ("", ".", "..") or not value.isprintable() or set(value) & set('/\\:*?"<>|'):
+        raise ValueError(f'found {quoted(value)}, expected a plain name without any of / \\ : * ? " < > |')
+    if len(value.encode()) > 150:  # files have it with a step number and a temporary suffix, in at most 255 bytes
+        raise ValueError(f"found a name of {len(value.encode())} bytes, expected at most 150")
     return value
+
+
+def batch_sizes(value: int | list[list[int]]) -> int | list[list[int]]:
+    """Positive numbers, and each resolution once."""
+    entries = value if isinstance(value, list) else [[1, value]]
+    if not entries or any(len(entry) != 2 or min(entry) < 1 for entry in entries):
+        expected = "a positive integer, or a list of [resolution, number], such as [[512, 4]]"
+        raise ValueError(f"found {value_text(value)}, expected {expected}")
+    resolutions = [entry[0] for entry in entries]
+    if len(set(resolutions)) < len(resolutions):
+        raise ValueError(f"found {value_text(value)}, expected each resolution once")
+    return value
+
+
+Dtype = Literal["bfloat16", "float32"]
+ComputeDtype = Annotated[Dtype, BeforeValidator(refuse_float16)]
+Folder = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+BatchSizes = Annotated[int | list[list[int]], AfterValidator(batch_sizes)]
 
 
 class ModelSettings(Settings):
@@ -54,16 +80,15 @@ class ModelSettings(Settings):
     """Folder of the Qwen3 tokenizer. Absent: a folder `tokenizer` near llm_path, else downloaded."""
     t5_tokenizer_path: str | None = None
     """Folder of the T5 tokenizer. Absent: a folder `t5_tokenizer` near llm_path, else downloaded."""
-    tiny_path: str | None = None
+    tiny_path: Folder | None = None
     """Use the random tiny stand-in model in this folder, written there first if missing: tries everything, learns
     nothing useful."""
-    dtype: AnyDtype = "bfloat16"
-    """What the forward and backward pass compute in: "bfloat16", or "float32" (slower; for comparisons). float16
-    overflows."""
-    transformer_dtype: AnyDtype | None = None
+    dtype: ComputeDtype = "bfloat16"
+    """What the forward and backward pass compute in: "bfloat16", or "float32" (slower; for comparisons)."""
+    transformer_dtype: ComputeDtype | None = None
     """What the base weights are kept in. Absent: as dtype. "float32" with dtype "bfloat16" trains fp32 weights under
     autocast."""
-    cache_text_embeddings: Literal[True] = True
+    cache_text_embeddings: Annotated[bool, AfterValidator(only_true)] = True
     """Captions are encoded once, before training."""
     timestep_sample_method: Literal["logit_normal", "uniform"] = "logit_normal"
     """The distribution of t (0 clean, 1 noise) before the shift."""
@@ -87,6 +112,39 @@ class ModelSettings(Settings):
     llm_adapter_lr: float | None = Field(default=None, ge=0)
     """The same for the LLM adapter. 0 also caches its output and keeps it out of memory; start with 0 on small
     datasets."""
+
+    @field_validator("tiny_path")
+    @classmethod
+    def excludes_files(cls, value: str | None, earlier: ValidationInfo) -> str | None:
+        """The tiny model has files of its own."""
+        replaced = ("transformer_path", "vae_path", "llm_path", "tokenizer_path", "t5_tokenizer_path")
+        if value is not None and (others := [key for key in replaced if earlier.data.get(key) is not None]):
+            raise ValueError(f"replaces {', '.join(others)}, which would have no effect; keep one")
+        return value
+
+    @field_validator("transformer_dtype")
+    @classmethod
+    def holds_gradients(cls, value: str | None, earlier: ValidationInfo) -> str | None:
+        """float32 computation wants float32 weights."""
+        if value == "bfloat16" and earlier.data.get("dtype") == "float32":
+            raise ValueError('found "bfloat16", which needs dtype = "bfloat16"; remove it')
+        return value
+
+    @field_validator("sigmoid_scale")
+    @classmethod
+    def has_a_sigmoid(cls, value: float, earlier: ValidationInfo) -> float:
+        """Only one of the distributions has a sigmoid."""
+        if value != 1 and earlier.data.get("timestep_sample_method") == "uniform":
+            raise ValueError('has no effect with timestep_sample_method = "uniform"; remove it')
+        return value
+
+    @field_validator("flux_shift")
+    @classmethod
+    def one_shift(cls, value: bool, earlier: ValidationInfo) -> bool:
+        """t is shifted once."""
+        if value and earlier.data.get("shift") is not None:
+            raise ValueError("excludes shift, which moves t too; keep one")
+        return value
 
 
 class EvalDataset(Settings):
@@ -116,7 +174,7 @@ class Monitoring(Settings):
 class Config(Settings):
     """One run."""
 
-    output_dir: str = Field(min_length=1)
+    output_dir: Folder
     """Run folders are made in here. Relative to the current folder."""
     dataset: str | DatasetSettings
     """A dataset TOML, or an inline table with the same keys."""
@@ -129,7 +187,7 @@ class Config(Settings):
     first."""
     max_steps: int | None = Field(default=None, ge=1)
     """Optimizer steps."""
-    micro_batch_size_per_gpu: int | list[list[int]] = 1
+    micro_batch_size_per_gpu: BatchSizes = 1
     """Images that go through the model at once: a number, or a list of [resolution, number]; other resolutions take
     the nearest entry."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
@@ -163,7 +221,7 @@ class Config(Settings):
     """Evaluate after every n images seen."""
     eval_before_first_step: bool = True
     """Evaluate the base model first; later evaluations also report their difference from it."""
-    eval_micro_batch_size_per_gpu: int | list[list[int]] | None = None
+    eval_micro_batch_size_per_gpu: BatchSizes | None = None
     """As micro_batch_size_per_gpu, for evaluation. Absent: the same."""
     save_every_n_epochs: int | None = Field(default=None, ge=1)
     """Save the LoRA or the model after every n epochs. It is always saved at the end."""
@@ -181,11 +239,11 @@ class Config(Settings):
     """Save the training state after every n steps."""
     checkpoint_every_n_minutes: float | None = Field(default=None, gt=0)
     """Save the training state at the first step after every n minutes."""
-    keep_last: int = Field(default=2, ge=2)
+    keep_last: int = Field(default=DEFAULT_KEEP_LAST, ge=2)
     """How many training states are kept."""
     caching_batch_size: int = Field(default=1, ge=1)
     """Images the VAE, and captions the text encoder, take at once while the cache is filled."""
-    cache_dir: str | None = None
+    cache_dir: Folder | None = None
     """Folder of the cache. Absent: `.anima_cache` in each data folder."""
     offline: bool = False
     """Never look anything up on the Hub."""
@@ -200,43 +258,72 @@ class Config(Settings):
     monitoring: Monitoring = Monitoring()
     """Trackers."""
 
-    def model_post_init(self, context: Any) -> None:
-        problems = list(self.contradictions())
-        if problems:
-            raise ValueError("\n".join(problems))
+    # Options that exclude each other, or could not take effect: each a check of the last field it concerns, so that all
+    # are found at once. `earlier` holds the fields above that are right by themselves.
 
-    def contradictions(self) -> Any:
-        """Settings that exclude each other, or cannot take effect."""
-        if self.epochs is None and self.max_steps is None:
-            yield "epochs, max_steps: neither is set; set at least one"
-        losses = [name for name in ("huber_delta", "smooth_l1_beta", "pseudo_huber_c") if getattr(self, name)]
-        if len(losses) > 1:
-            yield f"{', '.join(losses)}: these choose different losses; keep one"
-        if self.model.shift is not None and self.model.flux_shift:
-            yield "model.shift, model.flux_shift: both move t; keep one"
-        if self.model.timestep_sample_method == "uniform" and self.model.sigmoid_scale != 1.0:
-            yield 'model.sigmoid_scale: has no effect with timestep_sample_method = "uniform"; remove it'
-        if self.model.tiny_path is not None:
-            for name in ("transformer_path", "vae_path", "llm_path", "tokenizer_path", "t5_tokenizer_path"):
-                if getattr(self.model, name) is not None:
-                    yield f"model.{name}: has no effect together with model.tiny_path; remove one of them"
-        if self.force_constant_lr is not None and (self.warmup_steps or not isinstance(self.lr_scheduler, Constant)):
-            yield "force_constant_lr: excludes warmup_steps and lr_scheduler; remove them or it"
-        for name in ("micro_batch_size_per_gpu", "eval_micro_batch_size_per_gpu"):
-            value = getattr(self, name)
-            entries = [[1, value]] if isinstance(value, int) else value or []
-            if any(len(entry) != 2 or min(entry) < 1 for entry in entries) or value == []:
-                yield f"{name}: expected a positive integer, or a list of [resolution, number], such as [[512, 4]]"
-        if self.model.dtype == "float32" and self.model.transformer_dtype == "bfloat16":
-            yield 'model.transformer_dtype: "bfloat16" needs model.dtype = "bfloat16"'
-        intervals = (self.eval_every_n_epochs, self.eval_every_n_steps, self.eval_every_n_examples)
-        if any(intervals) and not self.eval_datasets:
-            yield "eval_every_n_...: has no effect without eval_datasets"
-        names = [dataset.name for dataset in self.eval_datasets]
-        if len(set(names)) < len(names):
-            yield f"eval_datasets: two sets have the same name ({', '.join(sorted(names))}), and would share a curve"
-        if all(rate == 0 for rate in self.learning_rates().by_component.values()):
-            yield "optimizer.lr: every component has learning rate 0; nothing would be trained"
+    @field_validator("max_steps")
+    @classmethod
+    def has_an_end(cls, value: int | None, earlier: ValidationInfo) -> int | None:
+        """A run ends after epochs or steps."""
+        if value is None and earlier.data.get("epochs", 1) is None:
+            raise ValueError("neither epochs nor max_steps is set; set at least one")
+        return value
+
+    @field_validator("force_constant_lr")
+    @classmethod
+    def excludes_schedule(cls, value: float | None, earlier: ValidationInfo) -> float | None:
+        """A constant rate has neither warmup nor schedule."""
+        others = [key for key in ("lr_scheduler", "warmup_steps") if earlier.data.get(key) not in (None, 0, Constant())]
+        if value is not None and others:
+            raise ValueError(f"excludes {' and '.join(others)}; remove {'it' if len(others) == 1 else 'them'} or this")
+        return value
+
+    @field_validator("smooth_l1_beta", "pseudo_huber_c")
+    @classmethod
+    def one_loss(cls, value: float | None, earlier: ValidationInfo) -> float | None:
+        """There is one loss."""
+        others = [key for key in ("huber_delta", "smooth_l1_beta") if earlier.data.get(key) is not None]
+        if value is not None and others:
+            raise ValueError(f"chooses another loss than {' and '.join(others)}; keep one")
+        return value
+
+    @field_validator("eval_datasets")
+    @classmethod
+    def own_names(cls, value: list[EvalDataset]) -> list[EvalDataset]:
+        """Every set has curves of its own."""
+        names = [dataset.name for dataset in value]
+        if "train" in names:
+            raise ValueError('found the name "train", which is that of the training set')
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two sets are called {', '.join(map(quoted, repeated))}, and would share a curve")
+        return value
+
+    @field_validator("eval_before_first_step")
+    @classmethod
+    def ever_evaluates(cls, value: bool, earlier: ValidationInfo) -> bool:
+        """Evaluation sets are evaluated."""
+        if not value and earlier.data.get("eval_datasets") and not any(map(earlier.data.get, EVAL_INTERVALS)):
+            raise ValueError(f"found false, so eval_datasets are never evaluated; set {' or '.join(EVAL_INTERVALS)}")
+        return value
+
+    @field_validator("keep_last")
+    @classmethod
+    def has_states_to_keep(cls, value: int, earlier: ValidationInfo) -> int:
+        """Only a run with training states can keep some."""
+        if value != DEFAULT_KEEP_LAST and all(earlier.data.get(key, 1) is None for key in STATE_INTERVALS):
+            raise ValueError(f"has no effect, as no training state is saved; set {' or '.join(STATE_INTERVALS)}")
+        return value
+
+    @field_validator("optimizer")
+    @classmethod
+    def trains_something(cls, value: AnyOptimizer, earlier: ValidationInfo) -> AnyOptimizer:
+        """Something has a learning rate."""
+        model, adapter = earlier.data.get("model"), earlier.data.get("adapter")
+        # What belongs to no component has no linear for a LoRA.
+        components = COMPONENTS[:-1] if isinstance(adapter, Lora) else COMPONENTS
+        if model is not None and all(component_rate(model, value, component) == 0 for component in components):
+            raise ValueError("lr is 0 for every component that could be trained; nothing would be")
+        return value
 
     # What the rooms below take, made from the flat keys ---------------------------------------------------------------
 
@@ -260,8 +347,7 @@ class Config(Settings):
         """The base learning rate of each component."""
         rates: dict[Component, float] = {}
         for component in COMPONENTS:
-            own = None if component == "base" else getattr(self.model, f"{component}_lr")
-            rate = self.optimizer.lr if own is None else own
+            rate = component_rate(self.model, self.optimizer, component)
             rates[component] = rate if self.force_constant_lr is None or rate == 0 else self.force_constant_lr
         return LearningRates(rates)
 
@@ -275,14 +361,12 @@ class Config(Settings):
         return pairs(self.micro_batch_size_per_gpu if own is None else own)
 
 
+def component_rate(model: ModelSettings, optimizer: AnyOptimizer, component: Component) -> float:
+    """A component's learning rate: its own, else the optimizer's."""
+    own = None if component == "base" else getattr(model, f"{component}_lr")
+    return optimizer.lr if own is None else own
+
+
 def pairs(sizes: int | list[list[int]]) -> int | list[tuple[int, int]]:
     """TOML's lists as pairs."""
     return sizes if isinstance(sizes, int) else [(entry[0], entry[1]) for entry in sizes]
-
-
-def find_path(text: str, base: Path | None) -> Path:
-    """A path as written if it exists from the current folder, else from the folder of the file that names it."""
-    path = Path(text).expanduser()
-    if path.is_absolute() or path.exists() or base is None or not (base / path).exists():
-        return path
-    return base / path

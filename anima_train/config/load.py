@@ -1,27 +1,36 @@
 """From TOML files and --set to a `Config`: every mistake in one report."""
 
-import copy
-import difflib
-import json
 import os
-import tomllib
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from anima_train.config.compat import FOREIGN, IGNORED, IGNORED_DATASET, OFF, OFF_DATASET, translate
-from anima_train.config.config import Config, find_path
+from anima_train.config.compat import DATASET, FOREIGN, MAIN, Keys, translate
+from anima_train.config.config import Config, ModelSettings
+from anima_train.config.notes import without_effect
+from anima_train.config.paths import find_path, path_fault
+from anima_train.config.read import Table, apply_override, read_toml
 from anima_train.core.errors import ConfigError
 from anima_train.core.settings import Settings, validation_problems
 from anima_train.data.cache import Cache
-from anima_train.data.sources import CACHE_FOLDER, DatasetSettings
-from anima_train.model.hub import is_reference
+from anima_train.data.sources import CACHE_FOLDER, DatasetSettings, Directory
+from anima_train.model.hub import is_reference, parse_reference
 
-Table = dict[str, Any]
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+MODEL_PATHS = ("transformer_path", "vae_path", "llm_path", "llm_adapter_path", "tokenizer_path", "t5_tokenizer_path")
+# What to say about unknown keys: those of other trainers, and those that stand in the other file.
+MAIN_HINTS = dict.fromkeys(DatasetSettings.model_fields, "it belongs in the dataset") | FOREIGN
+DATASET_HINTS = dict.fromkeys(Config.model_fields, "it belongs in the main file") | FOREIGN
+DATASET_HINTS |= dict.fromkeys(
+    DatasetSettings.model_fields.keys() - Directory.model_fields.keys(), "it belongs outside of [[directory]]"
+)
 
 
 @dataclass(frozen=True)
@@ -43,159 +52,152 @@ class LoadedConfig:
     run_name: str
     train: Dataset
     evals: tuple[Dataset, ...]
-    notes: tuple[str, ...]  # one for each key that has no meaning here
+    notes: tuple[str, ...]  # one for each key that changes nothing
     base: Path  # folder of the config file: relative paths are also looked up there
 
     def model_path(self, key: str) -> str | None:
         """A path from [model]: found, an hf:// reference, or None."""
-        text = getattr(self.config.model, key)
-        if text is None or is_reference(text):
-            return text
-        return str(find_path(text, self.base))
+        path: str | None = getattr(self.config.model, key)
+        return path
 
 
-def read_toml(path: Path) -> Table:
-    """A TOML file, with or without a BOM.
+@dataclass(frozen=True)
+class Place:
+    """A table in the user's files: how messages name it, and where its paths are looked for."""
 
-    Raises:
-        ConfigError: missing (with the nearest name there is), not UTF-8, or a syntax error with line and column.
-    """
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: does not exist{near(path)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from error
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        message = str(error)
-        hint = ""
-        if "\\" in message or "hex value" in message or "escape" in message.lower():
-            hint = r"; write Windows paths in single quotes: 'C:\models\anima.safetensors'"
-        raise ConfigError(f"{path}: syntax error: {message}{hint}") from error
+    file: str
+    folder: Path
+    prefix: str = ""  # key path of the table, with a final dot
 
-
-def near(path: Path) -> str:
-    """`; did you mean "cats"?` with the sibling whose name is nearest, or the part of the path that is missing."""
-    parent = path.parent
-    if not parent.is_dir():
-        return f" (there is no folder {parent}{near(parent)})" if parent != path else ""
-    names = [name for name in os.listdir(parent) if not name.startswith(".")]
-    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
-    return f'; did you mean "{parent / close[0]}"?' if close else ""
-
-
-def apply_override(data: Table, text: str) -> None:
-    """One `key.path=value`, the value in TOML.
-
-    Raises:
-        ConfigError: no `=`, a value that is no TOML, or a path through something that is no table.
-    """
-    key, equals, value = text.partition("=")
-    parts = [part.strip() for part in key.split(".")]
-    if not equals or not all(parts):
-        raise ConfigError(f"--set {text}: expected key.path=value")
-    try:
-        parsed = tomllib.loads(f"value = {value.strip()}")["value"]
-    except tomllib.TOMLDecodeError as error:
-        quoted = json.dumps(value.strip(), ensure_ascii=False)
-        raise ConfigError(
-            f"--set {text}: the value is not TOML ({error}); text needs quotes: --set '{key}={quoted}'"
-        ) from error
-    table = data
-    for part in parts[:-1]:
-        inner = table.setdefault(part, {})
-        if not isinstance(inner, dict):
-            raise ConfigError(f"--set {text}: {part} is not a table")
-        table = inner
-    table[parts[-1]] = parsed
+    def inside(self, key: str) -> "Place":
+        """A table in this one."""
+        return Place(self.file, self.folder, f"{self.prefix}{key}.")
 
 
 class Loader:
-    """Reads a configuration and the datasets it names, collecting problems on the way."""
+    """Reads a configuration and the datasets it names, collecting problems and notes on the way."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.main = Place(path.name, path.parent)
+        self.overridden: list[str] = []  # key paths of what --set made
         self.problems: list[str] = []
         self.notes: list[str] = []
+        self.named: set[str] = set()  # keys with a problem; the first one found says the most
 
-    def problem_in(self, where: str) -> Callable[[str], None]:
-        """A function that files problems under a file's name."""
-        return lambda text: self.problems.extend(f"{where}: {line}" for line in text.splitlines())
+    def name(self, place: Place, key: str) -> str:
+        """A key as messages name it: with its file, or with --set."""
+        path = (place.prefix + key).strip(".")
+        if not path:
+            return place.file
+        is_set = any(re.match(rf"{re.escape(made)}($|[.\[])", path) for made in self.overridden)
+        return f"--set {path}" if is_set and place.file == self.main.file else f"{place.file}: {path}"
 
-    def note_in(self, where: str) -> Callable[[str], None]:
-        """A function that files notes under a file's name."""
-        return lambda text: self.notes.append(f"{where}: {text}")
+    def problem(self, place: Place, key: str, text: str) -> None:
+        """File what is wrong with a key; for a whole table the text has a line for each problem."""
+        name = self.name(place, key)
+        if name not in self.named:
+            self.named.add(name)
+            self.problems.extend(f"{name}: {line}" for line in text.splitlines())
 
-    def validate(self, root: type[Settings], data: Table, where: str) -> Any:
+    def note(self, place: Place, key: str, why: str) -> None:
+        """File a key that changes nothing."""
+        self.notes.append(f"{self.name(place, key)}: has no effect, as {why}")
+
+    def translated(self, data: Table, keys: Keys, place: Place) -> Table:
+        """A table without the keys of other trainers."""
+        return translate(data, keys, partial(self.problem, place), partial(self.note, place))
+
+    def validated(
+        self, root: type[AnySettings], data: Table, place: Place, hints: Mapping[str, str]
+    ) -> AnySettings | None:
         """The settings object, or None with its problems filed."""
         try:
             return root.model_validate(data)
         except ValidationError as error:
-            for problem in validation_problems(error, data, root, FOREIGN):
-                self.problem_in(where)(problem)
+            for key, text in validation_problems(error, data, root, hints).items():
+                self.problem(place, key, text)
             return None
 
-    def dataset_table(self, value: str | Table, key: str) -> tuple[Table | None, str, Path]:
-        """The table of a dataset that is given inline or as a file, the name for messages, and its folder."""
-        where, base = f"{self.path.name}: {key}", self.path.parent
+    def found(self, place: Place, key: str, text: str, wanted: str) -> Path:
+        """Where a path leads; if nowhere, that is filed."""
+        if fault := path_fault(text, place.folder, wanted):
+            self.problem(place, key, fault)
+        return find_path(text, place.folder)
+
+    def dataset(self, name: str, value: object, key: str, cache_dir: str | None) -> Dataset | None:
+        """A dataset, given as a path or as a table, with its folders found; or None with its problems filed."""
+        place = self.main.inside(key)
         if isinstance(value, str):
-            path = find_path(value, base)
-            where, base = path.name, path.parent
+            if fault := path_fault(value, place.folder, "file"):
+                self.problem(self.main, key, fault)
+                return None
+            path = find_path(value, place.folder)
+            place = Place(value, path.parent)
             try:
                 value = read_toml(path)
             except ConfigError as error:
-                self.problem_in(f"{self.path.name}: {key}")(str(error))
-                return None, where, base
-        table = translate(value, IGNORED_DATASET, OFF_DATASET, "", self.problem_in(where), self.note_in(where))
-        directories = table.get("directory")
-        if isinstance(directories, list):
+                self.problems.extend(error.problems)
+                return None
+        if not isinstance(value, dict):
+            return None  # the wrong type is reported with the config's own
+        table = self.translated(value, DATASET, place)
+        if isinstance(directories := table.get("directory"), list):
             table["directory"] = [
-                translate(
-                    directory, IGNORED_DATASET, OFF_DATASET, "", self.problem_in(f"{where}: directory[{index}]"),
-                    self.note_in(where),
-                )
-                if isinstance(directory, dict)
-                else directory
-                for index, directory in enumerate(directories)
-            ]  # fmt: skip
-        return table, where, base
+                self.translated(entry, DATASET, place.inside(f"directory[{index}]"))
+                if isinstance(entry, dict)
+                else entry
+                for index, entry in enumerate(directories)
+            ]
+        settings = self.validated(DatasetSettings, table, place, DATASET_HINTS)
+        return None if settings is None else self.with_folders(name, settings, place, cache_dir)
 
-    def dataset(self, name: str, value: Any, key: str, cache_dir: Path | None) -> Dataset | None:
-        """A dataset with its folders found, or None with its problems filed."""
-        if not isinstance(value, str | dict):
-            return None  # the type error is reported with the config's own
-        table, where, base = self.dataset_table(value, key)
-        settings = None if table is None else self.validate(DatasetSettings, table, where)
-        if settings is None:
-            return None
+    def with_folders(self, name: str, settings: DatasetSettings, place: Place, cache_dir: str | None) -> Dataset:
+        """A dataset with its folders found; those that are missing are filed."""
+        directories: list[Directory] = []
         folders: list[Path] = []
         masks: list[Path | None] = []
         caches: list[Cache] = []
         for index, directory in enumerate(settings.directory):
-            for which, text in (("path", directory.path), ("mask_path", directory.mask_path)):
-                if text is None:
-                    masks.append(None)
-                    continue
-                folder = find_path(text, base)
-                if not folder.is_dir():
-                    fault = "is not a folder" if folder.exists() else f"does not exist{near(folder)}"
-                    self.problem_in(where)(f'directory[{index}].{which}: "{text}" {fault}')
-                (folders if which == "path" else masks).append(folder)
-            caches.append(Cache(cache_dir if cache_dir is not None else folders[-1] / CACHE_FOLDER))
+            here = place.inside(f"directory[{index}]")
+            folder = self.found(here, "path", directory.path, "folder")
+            mask = None
+            if directory.mask_path is not None:
+                mask = self.found(here, "mask_path", directory.mask_path, "folder")
+            folders.append(folder)
+            masks.append(mask)
+            caches.append(Cache(folder / CACHE_FOLDER if cache_dir is None else Path(cache_dir)))
+            found = {"path": str(folder)} | ({} if mask is None else {"mask_path": str(mask)})
+            directories.append(directory.model_copy(update=found))
+            self.notes.extend(f"{place.file}: {place.prefix}{text}" for text in settings.without_effect(index))
+        settings = settings.model_copy(update={"directory": directories})
         return Dataset(name, settings, tuple(folders), tuple(masks), tuple(caches))
 
-    def check_paths(self, config: Config) -> None:
-        """Model paths that name nothing."""
-        for key in (
-            "transformer_path", "vae_path", "llm_path", "llm_adapter_path", "tokenizer_path", "t5_tokenizer_path"
-        ):  # fmt: skip
-            text = getattr(config.model, key)
-            if text is not None and not is_reference(text):
-                path = find_path(text, self.path.parent)
-                if not path.exists():
-                    self.problem_in(self.path.name)(f'model.{key}: "{text}" does not exist{near(path)}')
+    def with_files(self, model: ModelSettings) -> ModelSettings:
+        """The model's settings with its files found; those that are missing are filed."""
+        place = self.main.inside("model")
+        found = {}
+        for key in MODEL_PATHS:
+            text = getattr(model, key)
+            if text is None:
+                continue
+            if is_reference(text):
+                try:
+                    parse_reference(text)
+                except ConfigError as error:
+                    self.problem(place, key, str(error))
+            else:
+                found[key] = str(self.found(place, key, text, "file or folder"))
+        return model.model_copy(update=found)
+
+    def check_folders(self, config: Config) -> None:
+        """Folders that are made where they are missing, but cannot be where something else is."""
+        for key, text in (
+            ("output_dir", config.output_dir),
+            ("cache_dir", config.cache_dir),
+            ("model.tiny_path", config.model.tiny_path),
+        ):
+            if text is not None and os.path.exists(text):
+                self.found(self.main, key, text, "folder")
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
@@ -209,48 +211,51 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
         ConfigError: everything that is wrong, at once.
     """
     loader = Loader(path)
-    data = copy.deepcopy(read_toml(path))
+    data = read_toml(path)
     for text in overrides:
         try:
-            apply_override(data, text)
+            loader.overridden.append(apply_override(data, text))
         except ConfigError as error:
-            loader.problems.append(str(error))
-    where = path.name
-    translated = translate(data, IGNORED, OFF, "", loader.problem_in(where), loader.note_in(where))
-    # Datasets are checked on their own, so that their messages name their own file. The config then gets them
-    # unread: as paths.
-    dataset_value = translated.get("dataset")
-    eval_values = translated.get("eval_datasets", [])
-    shell = dict(translated)
-    if isinstance(dataset_value, dict):
-        shell["dataset"] = ""
-    if isinstance(eval_values, list):
-        shell["eval_datasets"] = [
-            {**entry, "config": ""} if isinstance(entry, dict) and isinstance(entry.get("config"), dict) else entry
-            for entry in eval_values
-        ]
-    config = loader.validate(Config, shell, where)
-    cache_dir = Path(translated["cache_dir"]) if isinstance(translated.get("cache_dir"), str) else None
-    train = loader.dataset("train", dataset_value, "dataset", cache_dir)
-    evals = []
-    for index, entry in enumerate(eval_values if isinstance(eval_values, list) else []):
-        if isinstance(entry, dict) and isinstance(entry.get("name"), str):
-            key = f"eval_datasets[{index}].config"
-            evals.append(loader.dataset(entry["name"], entry.get("config"), key, cache_dir))
+            loader.problems.extend(error.problems)
+    data = loader.translated(data, MAIN, loader.main)
+
+    # Datasets are checked on their own, so that their messages name their own file; until then the config has paths.
+    entries = data.get("eval_datasets")
+    entries = entries if isinstance(entries, list) else []
+    config = loader.validated(Config, without_tables(data), loader.main, MAIN_HINTS)
+    cache_dir = None if config is None else config.cache_dir
+    train = loader.dataset("train", data.get("dataset"), "dataset", cache_dir)
+    evals = [
+        loader.dataset(str(entry.get("name")), entry.get("config"), f"eval_datasets[{index}].config", cache_dir)
+        for index, entry in enumerate(entries)
+        if isinstance(entry, dict)
+    ]
     if config is not None:
-        loader.check_paths(config)
-    if loader.problems or config is None or train is None or None in evals:
+        loader.check_folders(config)
+        config = config.model_copy(update={"model": loader.with_files(config.model)})
+    if loader.problems or config is None or train is None:
         raise ConfigError(loader.problems)
-    whole = config.model_copy(
+
+    found = tuple(dataset for dataset in evals if dataset is not None)
+    sets = zip(config.eval_datasets, found, strict=True)
+    config = config.model_copy(
         update={
             "dataset": train.settings,
-            "eval_datasets": [
-                entry.model_copy(update={"config": dataset.settings})
-                for entry, dataset in zip(config.eval_datasets, evals, strict=True)
-                if dataset is not None
-            ],
+            "eval_datasets": [entry.model_copy(update={"config": dataset.settings}) for entry, dataset in sets],
         }
     )
+    for key, why in without_effect(config):
+        loader.note(loader.main, key, why)
     run_name = config.run_name or f"{path.stem}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
-    found = tuple(dataset for dataset in evals if dataset is not None)
-    return LoadedConfig(whole, run_name, train, found, tuple(loader.notes), path.parent)
+    return LoadedConfig(config, run_name, train, found, tuple(dict.fromkeys(loader.notes)), path.parent)
+
+
+def without_tables(data: Table) -> dict[str, Any]:
+    """A main table in which paths stand for the datasets that are tables."""
+    data = {key: "" if key == "dataset" and isinstance(value, dict) else value for key, value in data.items()}
+    if isinstance(entries := data.get("eval_datasets"), list):
+        data["eval_datasets"] = [
+            entry | {"config": ""} if isinstance(entry, dict) and isinstance(entry.get("config"), dict) else entry
+            for entry in entries
+        ]
+    return data

@@ -4,114 +4,128 @@ import json
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
-import tomli_w
+import annotated_types
+from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from anima_train.config.config import Config
 from anima_train.core.files import write_text
-from anima_train.core.settings import Settings, settings_in
-from anima_train.data.sources import DatasetSettings, Directory
+from anima_train.core.settings import Settings, is_settings, members_of, type_name
+from anima_train.data.sources import DatasetSettings
 
-WIDTH = 116
-HEADER = """\
-# Every key of anima-train, with its default and its meaning. Written by `anima reference`; do not edit.
-# A line that is commented out shows the default or, after "required", the type. Tables whose name is followed by a type
-# show one of several choices.
+WIDTH = 118
+HOW_TO_READ = """\
+# `#key = value` is a key with its default: to change it, remove the # and write another value.
+# `# key = (kind of value)` is a key without a default. Only those that are required have to be there.
 """
-DATASET_HEADER = """\
-# Every key of a dataset file, with its default and its meaning. Written by `anima reference`; do not edit.
+HEADER = f"""\
+# Every key of anima-train, with its meaning. Written by `anima reference`; do not edit.
+{HOW_TO_READ}# A table that is shown several times, each with another `type`, is a choice: use one of them.
+"""
+DATASET_HEADER = f"""\
+# Every key of a dataset file, with its meaning. Written by `anima reference`; do not edit.
 # The same keys can stand in the main file, in [dataset].
-"""
+{HOW_TO_READ}"""
+KINDS: dict[Any, str] = {str: "text", int: "integer", float: "number", bool: "true or false"}
 
 
 def write_reference(folder: Path) -> list[Path]:
     """Write the reference files into a folder; returns their paths."""
     files = {
-        "reference.toml": HEADER + "\n" + "\n".join(settings_lines(Config, "")),
-        "reference_dataset.toml": DATASET_HEADER + "\n" + "\n".join(settings_lines(DatasetSettings, "")),
-        "schema.json": schema(Config),
-        "schema_dataset.json": schema(DatasetSettings),
+        "reference.toml": "\n".join([HEADER, *settings_lines(Config)]),
+        "reference_dataset.toml": "\n".join([DATASET_HEADER, *settings_lines(DatasetSettings)]),
+        "schema.json": json.dumps(Config.model_json_schema(), indent=1),
+        "schema_dataset.json": json.dumps(DatasetSettings.model_json_schema(), indent=1),
     }
     for name, text in files.items():
         write_text(folder / name, text.rstrip() + "\n")
     return [folder / name for name in files]
 
 
-def schema(root: type[Settings]) -> str:
-    """A JSON schema for editors."""
-    return json.dumps(root.model_json_schema(), indent=1)
-
-
-def settings_lines(root: type[Settings], table: str) -> Iterator[str]:
-    """The keys of a settings class, then its tables."""
-    tables: list[tuple[str, FieldInfo]] = []
-    for name, field in root.model_fields.items():
-        if is_table(field):
-            tables.append((name, field))
-            continue
-        yield from comment(field.description or "")
-        yield f"# {name} = {default_text(field)}"
-        yield ""
-    for name, field in tables:
-        path = f"{table}{name}"
-        is_list = get_origin(bare(field.annotation)) is list
-        for choice in settings_in(field.annotation):
+def settings_lines(root: type[Settings], path: str = "", above: type[Settings] = Settings) -> Iterator[str]:
+    """The keys of a settings class, then its tables; keys that the class `above` has too are only named."""
+    fields = sorted(root.model_fields.items(), key=lambda item: item[0] != "type")
+    shared = [name for name, field in fields if same(field, above.model_fields.get(name))]
+    for name, field in fields:
+        if name not in shared and (not choices_of(field) or accepts_name(field)):
             yield from comment(field.description or "")
-            if has_type(choice):
-                yield from comment(f'type = "{choice.model_fields["type"].default}": {choice.__doc__ or ""}')
-            yield f"# [[{path}]]" if is_list else f"# [{path}]"
+            yield key_line(name, field)
             yield ""
-            yield from settings_lines(choice, f"{path}.")
+    if shared:
+        yield from comment(
+            f"These keys, explained above, can stand here too, for this table alone: {', '.join(shared)}."
+        )
+        yield ""
+    for name, field in fields:
+        choices = choices_of(field)
+        is_list = get_origin(members_of(field.annotation)[0]) is list
+        for number, choice in enumerate(choices):
+            yield from comment(field.description or "") if number == 0 else ()
+            yield from comment(choice.__doc__ or "") if len(choices) > 1 else ()
+            yield f"#[[{path}{name}]]" if is_list else f"#[{path}{name}]"
+            yield from () if type_name(choice) else ("",)  # a choice starts with its type
+            yield from settings_lines(choice, f"{path}{name}.", root)
 
 
-def has_type(settings: type[Settings]) -> bool:
-    """Whether a settings class is one of several choices."""
-    return "type" in settings.model_fields and settings.model_fields["type"].default is not PydanticUndefined
+def same(field: FieldInfo, other: FieldInfo | None) -> bool:
+    """Whether two keys mean the same."""
+    return other is not None and field.description == other.description
 
 
-def is_table(field: FieldInfo) -> bool:
-    """Whether a key's value is a table, or a list of tables, with keys of its own."""
-    annotation = bare(field.annotation)
-    if str in get_args(annotation) or field.annotation in (str,):
-        return False
-    inner = list(settings_in(annotation))
-    return bool(inner) and (inner != [DatasetSettings] or inner == [Directory])
+def choices_of(field: FieldInfo) -> list[type[Settings]]:
+    """The settings classes of a key that is a table or a list of tables; none where a path can stand instead."""
+    members = members_of(field.annotation)
+    if get_origin(members[0]) is list:
+        members = members_of(get_args(members[0])[0])
+    return [] if str in members else [member for member in members if is_settings(member)]
 
 
-def bare(annotation: Any) -> Any:
-    """An annotation without `Annotated`."""
-    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+def accepts_name(field: FieldInfo) -> bool:
+    """Whether the name of a choice can stand for its table."""
+    return any(isinstance(part, BeforeValidator) for part in field.metadata)
 
 
-def default_text(field: FieldInfo) -> str:
-    """A default in TOML, or what is expected where there is none."""
+def key_line(name: str, field: FieldInfo) -> str:
+    """A key with its default and the kind of its value."""
+    kind = ", ".join([kind_text(field.annotation), *limits(field)])
     if field.is_required():
-        return f"(required: {type_text(field.annotation)})"
+        return f"# {name} = (required: {kind})"
     default = field.get_default(call_default_factory=True)
     if default is None:
-        return f"(absent: {type_text(field.annotation)})"
-    if isinstance(default, Settings):
-        return json.dumps(default.model_dump()["type"])
-    return tomli_w.dumps({"x": default}, multiline_strings=False).partition("=")[2].strip()
+        return f"# {name} = ({kind})"
+    value = json.dumps(type_name(type(default)) if isinstance(default, Settings) else default)
+    return f"#{name} = {value}" + ("" if kind in (value, KINDS[bool]) else f"  # {kind}")
 
 
-def type_text(annotation: Any) -> str:
+def kind_text(annotation: Any) -> str:
     """A type in TOML's words."""
-    names = {str: "text", int: "integer", float: "number", bool: "true or false"}
-    annotation = bare(annotation)
-    if annotation in names:
-        return names[annotation]
-    if get_origin(annotation) is list:
-        return f"list of {type_text(get_args(annotation)[0])}"
-    if isinstance(annotation, type) and issubclass(annotation, Settings):
-        return "table"
-    arguments = [argument for argument in get_args(annotation) if argument is not type(None)]
-    if arguments and all(isinstance(argument, str | bool) for argument in arguments):
-        return " or ".join(json.dumps(argument) for argument in arguments)
-    return " or ".join(dict.fromkeys(type_text(argument) for argument in arguments))
+    kinds = []
+    for member in members_of(annotation):
+        if get_origin(member) is list:
+            kinds.append(f"[{kind_text(get_args(member)[0])}, ...]")
+        elif get_origin(member) is Literal:
+            kinds.extend(map(json.dumps, get_args(member)))
+        elif is_settings(member):
+            kinds.append(json.dumps(type_name(member)) if type_name(member) else "table")
+        else:
+            kinds.append(KINDS[member])
+    return " or ".join(filter(None, [", ".join(kinds[:-1]), kinds[-1]]))
+
+
+def limits(field: FieldInfo) -> Iterator[str]:
+    """The smallest and largest value of a number."""
+    for part in field.metadata:
+        match part:
+            case annotated_types.Ge():
+                yield f"at least {part.ge}"
+            case annotated_types.Gt():
+                yield f"more than {part.gt}"
+            case annotated_types.Le():
+                yield f"at most {part.le}"
+            case annotated_types.Lt():
+                yield f"less than {part.lt}"
 
 
 def comment(text: str) -> Iterator[str]:

@@ -28,7 +28,7 @@ def stream(seed: int, *address: Address) -> torch.Generator:
 
 def uniform(seed: int, *address: Address) -> float:
     """One number in [0, 1) for this address."""
-    return derive(seed, *address) / 2**63
+    return (derive(seed, *address) >> 10) / 2**53  # the bits a float holds: 63 of them would round up to 1
 
 
 def shuffled(items: Iterable[Item], key: Callable[[Item], Address], seed: int, *address: Address) -> list[Item]:

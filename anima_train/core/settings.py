@@ -2,18 +2,43 @@
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Union, get_args, get_origin
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, TypeGuard, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 Location = tuple[int | str, ...]
+
+KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text", list: "a list", dict: "a table"}
+# What was expected, by pydantic's name of the error and with its context; other errors keep pydantic's words.
+EXPECTED = {
+    "bool_type": "true or false",
+    "int_type": "an integer",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text in quotes",
+    "list_type": "a list",
+    "model_type": "a table",
+    "model_attributes_type": "a table",
+    "greater_than": "more than {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "less than {lt:g}",
+    "less_than_equal": "at most {le:g}",
+    "literal_error": "{expected}",
+    "string_too_short": "text of {min_length} or more characters",
+    "too_short": "a list of {min_length} or more",
+    "too_long": "a list of {max_length} or fewer",
+}
 
 
 class Settings(BaseModel):
     """Strict, immutable settings: unknown keys, wrong types, infinities and NaN are errors.
 
-    The docstring under each field is its meaning in the reference config, the JSON schema and the error messages.
+    The docstring under each field is its meaning in the reference config and the JSON schema.
     """
 
     model_config = ConfigDict(
@@ -26,6 +51,12 @@ class Settings(BaseModel):
     )
 
 
+def quoted(text: str) -> str:
+    """Text as TOML would have it, with whatever could move a terminal's cursor escaped."""
+    shown = json.dumps(text, ensure_ascii=False)
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in shown)
+
+
 def key_path(location: Location) -> str:
     """`("directory", 0, "path")` as `directory[0].path`."""
     text = ""
@@ -33,68 +64,178 @@ def key_path(location: Location) -> str:
         if isinstance(part, int):
             text += f"[{part}]"
         else:
-            text += f".{part}" if text else part
+            text += ("." if text else "") + (part if re.fullmatch(r"[A-Za-z0-9_-]+", part) else quoted(part))
     return text
 
 
 def value_text(value: object) -> str:
-    """A value as the user wrote it, shortened, with its type: `"1e-4" (a string)`."""
-    kinds = {bool: "a boolean", int: "an integer", float: "a number", str: "a string", list: "a list", dict: "a table"}
+    """A value as the user wrote it, shortened, with its type: `"1e-4" (text)`."""
     if isinstance(value, dict):
         return "a table"
-    shown = json.dumps(value, ensure_ascii=True, default=str)
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    return f"{shown} ({kinds.get(type(value), type(value).__name__)})"
+    if isinstance(value, bool):
+        return str(value).lower()
+    shown = quoted(value) if isinstance(value, str) else json.dumps(value, default=str)
+    shown = {"NaN": "nan", "Infinity": "inf", "-Infinity": "-inf"}.get(shown, shown)
+    return f"{shown if len(shown) <= 60 else shown[:57] + '...'} ({KINDS.get(type(value), type(value).__name__)})"
+
+
+def nearest(word: str, names: Iterable[str]) -> str | None:
+    """The name that `word` was most likely meant to be, whatever its case."""
+    by_lower = {name.lower(): name for name in names}
+    found = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.7)
+    return by_lower[found[0]] if found else None
 
 
 def validation_problems(
-    error: ValidationError, data: object, root: type[Settings], foreign: Mapping[str, str]
-) -> list[str]:
-    """One sentence per mistake: key path, what was found, what was expected, and a suggestion for unknown keys.
+    error: ValidationError, data: object, root: type[Settings], hints: Mapping[str, str]
+) -> dict[str, str]:
+    """Key path -> what was found there and what was expected, for every mistake.
 
     Args:
         error: what pydantic found, all of it.
         data: the input, to show the offending values.
         root: the settings class the input was meant for, to suggest its keys.
-        foreign: names other trainers use -> what to write here.
+        hints: unknown key -> what to write instead, for keys that `root` knows nothing of.
     """
-    known = dict(known_keys(root))
     problems: dict[Location, str] = {}
-    expected: dict[Location, list[str]] = {}
+    expected: dict[Location, list[str]] = {}  # a value that no member of a union takes has one entry for each
     for detail in error.errors(include_url=False):
-        location = real_location(detail["loc"], data)
-        where = key_path(location) or "the file"
+        spot = Spot.of(detail["loc"], root)
+        location = spot.location
         if detail["type"] == "extra_forbidden":
-            problems[location] = f"{where}: unknown key{suggestion(location, known, foreign)}"
+            problems[location] = f"unknown key{suggestion(spot, root, hints)}"
         elif detail["type"] == "missing":
-            problems[location] = f"{where}: missing, and required"
+            problems[location] = "missing, and required"
         elif detail["type"] == "value_error":
-            problems[location] = (f"{where}: " if location else "") + str(detail["ctx"]["error"])
-        elif detail["type"] in ("union_tag_invalid", "union_tag_not_found"):
-            tag = detail["ctx"].get("tag", "")
-            names = detail["ctx"].get("expected_tags", "")
-            found = f'found "{tag}"' if tag else "missing"
-            problems[location] = f"{where}.type: {found}, expected one of {names or 'the documented types'}"
+            problems[location] = str(detail["ctx"]["error"])
+        elif detail["type"].startswith("union_tag_"):
+            if isinstance(value_at(data, location), dict):  # else the type is short for a table
+                location = (*location, "type")
+            problems[location] = unknown_type(value_at(data, location), [type_name(choice) for choice in spot.members])
         else:
-            wanted = detail["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-            expected.setdefault(location, []).append(wanted)
-            found = value_text(value_at(data, location))
-            problems[location] = f"{where}: found {found}, expected {' or '.join(dict.fromkeys(expected[location]))}"
-    return list(problems.values())
+            words = expected.setdefault(location, [])
+            words.append(expectation(detail))
+            found = found_text(location, value_at(data, location))
+            problems[location] = f"found {found}, expected {' or '.join(dict.fromkeys(words))}"
+    # A value that could be a number or a list, and is a list, is wrong only where one of its items is.
+    shallow = {location[:length] for location in problems for length in range(len(location))} & set(expected)
+    return {key_path(location): text for location, text in problems.items() if location not in shallow}
 
 
-def real_location(location: Location, data: object) -> Location:
-    """Pydantic's location without the union members and tags it inserts: only the parts that lead into `data`."""
-    real: list[int | str] = []
-    here = data
-    for position, part in enumerate(location):
-        if isinstance(here, Mapping) and isinstance(part, str) and (part in here or position == len(location) - 1):
+def expectation(detail: ErrorDetails) -> str:
+    """What pydantic wanted instead, in TOML's words."""
+    if detail["type"] not in EXPECTED:
+        return detail["msg"].removeprefix("Input should be ")
+    return EXPECTED[detail["type"]].format(**detail.get("ctx", {})).replace("'", '"')
+
+
+def found_text(location: Location, value: object) -> str:
+    """A value for a message; a secret only by its type."""
+    if str(location[-1]).endswith("api_key"):
+        return KINDS.get(type(value), "something else")
+    return value_text(value)
+
+
+def unknown_type(value: object, names: list[str]) -> str:
+    """The sentence for a `type` that is none of `names`."""
+    listed = f"expected one of {', '.join(map(quoted, names))}"
+    if value is None:
+        return f"missing; {listed}"
+    close = nearest(value, names) if isinstance(value, str) else None
+    return f"found {value_text(value)}, {listed}" + (f"; did you mean {quoted(close)}?" if close else "")
+
+
+def suggestion(spot: "Spot", root: type[Settings], hints: Mapping[str, str]) -> str:
+    """What the user may have meant by an unknown key."""
+    key = str(spot.location[-1])
+    word = key.lower().replace("-", "_")
+    if word in hints:
+        return f"; {hints[word]}"
+    if owners := [type_name(choice) for choice in spot.choices if key in choice.model_fields]:
+        return f" of type {quoted(type_name(spot.table))}; only {' and '.join(map(quoted, owners))} has it"
+    places: dict[str, list[str]] = {}
+    for name, table in tables(root):
+        for field in table.model_fields:
+            if name not in places.setdefault(field, []):
+                places[field].append(name)
+    if key in places:
+        return f"; it belongs {' or '.join(places[key])}"
+    if close := nearest(word, {field: None for choice in spot.choices for field in choice.model_fields}):
+        return f"; did you mean {close}?"
+    if close := nearest(word, places):
+        return f"; did you mean {close}, {' or '.join(places[close])}?"
+    return ""
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A place in the user's data, and the types that meet there."""
+
+    location: Location  # only keys and indices that the user wrote, or should have
+    table: type[Settings]  # the table its last key stands in
+    choices: list[type[Settings]]  # the tables that could stand in that one's place
+    members: list[Any]  # the types that the value may have
+
+    @classmethod
+    def of(cls, location: Location, root: type[Settings]) -> "Spot":
+        """The place pydantic means: it adds the name of the member after each key whose type is a union."""
+        real: list[int | str] = []
+        table = root
+        choices: list[type[Settings]] = []
+        tried: list[Any] = []
+        here = members_of(root)
+        for part in location:
+            if len(here) > 1:
+                tried, here = here, [member for member in here if is_called(member, part)]
+                continue
             real.append(part)
-            here = here.get(part)
-        elif isinstance(here, Sequence) and isinstance(part, int) and not isinstance(here, str):
-            real.append(part)
-            here = here[part] if part < len(here) else None
-    return tuple(real)
+            member = here[0] if here else None
+            if is_settings(member):
+                table, choices = member, list(filter(is_settings, tried)) if member in tried else [member]
+                field = member.model_fields.get(str(part))
+                here = [] if field is None else members_of(field.annotation)
+            else:
+                here = members_of(get_args(member)[0]) if get_origin(member) is list else []
+        return cls(tuple(real), table, choices, here)
+
+
+def members_of(annotation: Any) -> list[Any]:
+    """The types a value may have: those in a union, else the one there is; without None and `Annotated`."""
+    if get_origin(annotation) is Annotated:
+        return members_of(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [member for part in get_args(annotation) if part is not NoneType for member in members_of(part)]
+    return [annotation]
+
+
+def is_settings(annotation: Any) -> TypeGuard[type[Settings]]:
+    """Whether this type is a settings class."""
+    return isinstance(annotation, type) and issubclass(annotation, Settings)
+
+
+def is_called(member: Any, name: int | str) -> bool:
+    """Whether pydantic calls this member of a union by this name."""
+    if is_settings(member):
+        return name in (member.__name__, type_name(member))
+    return get_origin(member) is list and str(name).startswith("list[")
+
+
+def type_name(table: type[Settings]) -> str:
+    """The value of `type` by which a settings class is chosen; empty where there is no choice."""
+    field = table.model_fields.get("type")
+    return "" if field is None or field.is_required() else str(field.default)
+
+
+def tables(root: type[Settings], name: str = "", is_list: bool = False) -> Iterator[tuple[str, type[Settings]]]:
+    """(where the user writes it, class) for every table below a settings class, itself included."""
+    place = f"in [[{name}]]" if is_list else f"in [{name}]"
+    yield place if name else "at the top of the file, above the first [table]", root
+    for key, field in root.model_fields.items():
+        for member in members_of(field.annotation):
+            in_list = get_origin(member) is list
+            for inner in members_of(get_args(member)[0]) if in_list else [member]:
+                if is_settings(inner):
+                    yield from tables(inner, f"{name}.{key}" if name else key, in_list)
 
 
 def value_at(data: object, location: Location) -> object:
@@ -105,38 +246,3 @@ def value_at(data: object, location: Location) -> object:
         except (KeyError, IndexError, TypeError):
             return None
     return data
-
-
-def known_keys(root: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted path without list indices, key) for every key below a settings class, unions included."""
-    for name, field in root.model_fields.items():
-        yield prefix + name, name
-        for inner in settings_in(field.annotation):
-            yield from known_keys(inner, f"{prefix}{name}.")
-
-
-def settings_in(annotation: Any) -> Iterator[type[Settings]]:
-    """The settings classes inside an annotation such as `list[A] | B | None`."""
-    if isinstance(annotation, type) and issubclass(annotation, Settings):
-        yield annotation
-    elif get_origin(annotation) is not None or get_origin(annotation) is Union:
-        for argument in get_args(annotation):
-            yield from settings_in(argument)
-
-
-def suggestion(location: Location, known: Mapping[str, str], foreign: Mapping[str, str]) -> str:
-    """What the user may have meant by an unknown key."""
-    key = str(location[-1])
-    table = ".".join(str(part) for part in location[:-1] if isinstance(part, str))
-    if key in foreign:
-        return f"; {foreign[key]}"
-    here = [name for path, name in known.items() if path.rpartition(".")[0] == table]
-    if close := difflib.get_close_matches(key, here, n=1, cutoff=0.7):
-        return f"; did you mean {close[0]}?"
-    elsewhere = [path for path, name in known.items() if name == key]
-    if elsewhere:
-        return f"; it belongs at {elsewhere[0]}"
-    if close := difflib.get_close_matches(key, list(known.values()), n=1, cutoff=0.8):
-        path = next(path for path, name in known.items() if name == close[0])
-        return f"; did you mean {path}?"
-    return ""

@@ -23,6 +23,11 @@ class Size:
         return self.width / self.height
 
     @property
+    def resolution(self) -> int:
+        """The side, in pixels, of the square with this area."""
+        return round(math.sqrt(self.width * self.height))
+
+    @property
     def num_tokens(self) -> int:
         """Image tokens the transformer sees."""
         return (self.width // SIDE_MULTIPLE) * (self.height // SIDE_MULTIPLE)

@@ -14,11 +14,11 @@ from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from anima_train.core.errors import DataError, SpaceError
-from anima_train.core.files import atomic_path, write_text
+from anima_train.core.files import atomic_path
 
 SCHEMA = 1  # raise when the meaning of an entry changes
 Kind = Literal["latent", "mask", "text"]
@@ -52,17 +52,23 @@ class Cache:
         """Write an entry.
 
         Raises:
-            SpaceError: the folder cannot be written; names the bytes this entry needs.
+            SpaceError: as `write`.
         """
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        path = self.path(kind, key)
+        self.write(self.path(kind, key), save(tensors, metadata={"crc32": str(checksum(tensors))}))
+
+    def write(self, path: Path, content: bytes) -> None:
+        """Write a file of the cache, whole or not at all.
+
+        Raises:
+            SpaceError: it cannot be written; names the bytes it needs.
+        """
         try:
             with atomic_path(path) as temporary:
-                save_file(dict(tensors), temporary, metadata={"crc32": str(checksum(tensors))})
-        except SpaceError as error:
-            needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+                temporary.write_bytes(content)  # not safetensors' own writer, which hides the reason of a failure
+        except (SpaceError, OSError) as error:
             raise SpaceError(
-                f"cache folder {self.folder}: {error}; this entry needs {needed:,} bytes. Free some space, or set "
+                f"cache folder {self.folder}: {error}; this file needs {len(content):,} bytes. Free some space, or set "
                 "cache_dir to a folder that can be written"
             ) from error
 
@@ -96,16 +102,29 @@ class Cache:
         try:
             return self.load(kind, key)
         except DamagedEntry as error:
-            self.remove(kind, key)
-            raise DataError(f"cache entry damaged: {error}; removed. Start again to rebuild it") from error
+            try:
+                self.remove(kind, key)
+            except OSError as failure:
+                remedy = f"it could not be removed ({failure.strerror}): remove it and start again to rebuild it"
+            else:
+                remedy = "removed. Start again to rebuild it"
+            raise DataError(f"cache entry damaged: {error}; {remedy}") from error
 
     def reject(self, key: str, reason: str) -> None:
-        """Remember that the latent of this key cannot be made, so that no run tries again."""
-        write_text(self.folder / "rejected" / f"{key}.txt", reason)
+        """Remember that the latent or mask of this key cannot be made, so that no run tries again.
+
+        Raises:
+            SpaceError: as `write`.
+        """
+        # A reason may name a file, and a file's name may hold bytes that are no UTF-8.
+        self.write(self.folder / "rejected" / f"{key}.txt", reason.encode("utf-8", errors="backslashreplace"))
 
     def rejected(self) -> dict[str, str]:
-        """Latent keys that cannot be made, with the reasons."""
-        return {path.stem: path.read_text(encoding="utf-8") for path in (self.folder / "rejected").glob("*.txt")}
+        """Keys of latents and masks that cannot be made, with the reasons."""
+        return {
+            path.stem: path.read_text(encoding="utf-8", errors="replace")
+            for path in (self.folder / "rejected").glob("*.txt")
+        }
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> int:

@@ -1,6 +1,6 @@
 """Captions: read from files, and the variants a sample is trained on."""
 
-import codecs
+import stat
 from pathlib import Path
 
 from anima_train.core.random import shuffled
@@ -14,16 +14,19 @@ def read_caption(path: Path) -> str:
     """A caption file's text: UTF-8 with or without BOM, line ends and NULs cleaned, outer white space removed.
 
     Raises:
-        BadCaption: not UTF-8, with the offset of the first bad byte; or not readable.
+        BadCaption: not UTF-8, with the offset of the first bad byte in the file; or not readable.
     """
     try:
-        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+        if not stat.S_ISREG(path.stat().st_mode):  # a FIFO would block
+            raise BadCaption("not a file")
+        data = path.read_bytes()
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadCaption(f"not UTF-8 (byte {error.start} is 0x{data[error.start]:02x}); save it as UTF-8") from error
     except OSError as error:
         raise BadCaption(f"not readable ({error.strerror})") from error
-    return text.replace("\x00", "").replace("\r\n", "\n").replace("\r", "\n").strip()
+    # The BOM is removed after decoding, because an offset counts from the start of the file.
+    return text.removeprefix("\ufeff").replace("\x00", "").replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
 def shuffled_tags(caption: str, delimiter: str, seed: int, sample: str, variant: int) -> str:

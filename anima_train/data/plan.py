@@ -8,14 +8,16 @@ No image is dropped: the last micro-batch of a bucket is as short as the bucket 
 epoch has as many micro-batches as are left.
 """
 
+import itertools
 import math
 from bisect import bisect_right
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
-from itertools import accumulate
 
+from anima_train.core.errors import ConfigError
 from anima_train.core.random import shuffled
 from anima_train.data.buckets import Size
 from anima_train.data.sources import Sample
@@ -23,7 +25,7 @@ from anima_train.data.sources import Sample
 BatchSizes = int | Sequence[tuple[int, int]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Draw:
     """One showing of a sample."""
 
@@ -31,7 +33,7 @@ class Draw:
     showing: int  # how often the sample was shown before this, since the start of the run: picks the caption variant
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class MicroBatch:
     """What goes through the transformer at once: one size."""
 
@@ -82,23 +84,32 @@ class Plan:
     micro_batches_per_step: int
 
     @cached_property
-    def phases(self) -> list[float]:
-        """Where each sample stands in its directory's turn-taking, evenly spread over [0, 1)."""
-        by_directory: dict[int, list[int]] = defaultdict(list)
+    def turns(self) -> list[tuple[int, int, int]]:
+        """(a, b, c) for each sample: before epoch e it is shown (a * e + b) // c times.
+
+        With num_repeats = p / q that is floor(e * p / q + b / c), where b / c spreads the samples of a directory evenly
+        over [0, 1), so that every epoch shows the same number of them, give or take one. In integers, because a
+        rounding error would show a sample an epoch too early or too late.
+        """
+        directories: dict[int, list[int]] = defaultdict(list)
         for index, sample in enumerate(self.samples):
-            by_directory[sample.directory].append(index)
-        phases = [0.0] * len(self.samples)
-        for directory, indices in by_directory.items():
+            directories[sample.directory].append(index)
+        turns = [(0, 0, 1)] * len(self.samples)
+        for directory, indices in directories.items():
+            repeats = exact(self.samples[indices[0]].rules.num_repeats)
             order = shuffled(indices, lambda index: self.samples[index].id, self.seed, "turns", directory)
             for place, index in enumerate(order):
-                phases[index] = place / len(order)
-        return phases
+                turns[index] = (
+                    repeats.numerator * len(order),
+                    repeats.denominator * place,
+                    repeats.denominator * len(order),
+                )
+        return turns
 
     def shown_before(self, index: int, epoch: int) -> int:
         """How often a sample is shown in all epochs before this one: `num_repeats` per epoch, fractions by turns."""
-        # The small number keeps 3 * 0.1 from falling below the 0.3 that was meant.
-        repeats = self.samples[index].rules.num_repeats
-        return math.floor(epoch * repeats + self.phases[index] + 1e-9)
+        a, b, c = self.turns[index]
+        return (a * epoch + b) // c
 
     def draws(self, epoch: int) -> dict[tuple[int, Size], list[Draw]]:
         """The showings of an epoch by bucket."""
@@ -132,17 +143,20 @@ class Plan:
         )
         return math.ceil(micro_batches / self.micro_batches_per_step)
 
-    def steps_before(self, num_epochs: int) -> list[int]:
-        """Steps before each epoch: entry e is the first step of epoch e, the last entry the total."""
-        if all(sample.rules.num_repeats == int(sample.rules.num_repeats) for sample in self.samples):
-            lengths = [self.steps_in(0)] * num_epochs
-        else:
-            lengths = [self.steps_in(epoch) for epoch in range(num_epochs)]
-        return [0, *accumulate(lengths)]
+    def lengths(self) -> Iterator[int]:
+        """The number of steps in each epoch, without end: they repeat as the turns of `num_repeats` do."""
+        repeats = {sample.rules.num_repeats for sample in self.samples}
+        period = math.lcm(*(exact(number).denominator for number in repeats))
+        known: list[int] = []
+        for epoch in itertools.count():
+            if epoch < period:
+                known.append(self.steps_in(epoch))
+            yield known[epoch % period]
 
-    def bucket_counts(self) -> Counter[Size]:
-        """Samples per size."""
-        return Counter(sample.size for sample in self.samples)
+
+def exact(repeats: float) -> Fraction:
+    """The number as it was written: 0.1 is 1/10."""
+    return Fraction(str(repeats))
 
 
 @dataclass(frozen=True)
@@ -154,24 +168,33 @@ class Timetable:
 
     @classmethod
     def of(cls, plan: Plan, epochs: int | None, max_steps: int | None) -> "Timetable":
-        """The timetable of a run that ends after `epochs` or `max_steps`, whichever is first; one must be given."""
-        if epochs is not None:
-            first_steps = plan.steps_before(epochs)
-        else:
-            assert max_steps is not None
-            first_steps = [0]
-            while first_steps[-1] < max_steps:
-                epoch = len(first_steps) - 1
-                first_steps.append(first_steps[-1] + plan.steps_in(epoch))
-        total = first_steps[-1]
-        return cls(first_steps, total if max_steps is None else min(total, max_steps))
+        """The timetable of a run that ends after `epochs` or `max_steps`, whichever is first; one must be given.
+
+        Raises:
+            ConfigError: the run would have no step.
+        """
+        assert plan.samples
+        assert epochs is not None or max_steps is not None
+        first_steps = [0]
+        for _, length in zip(itertools.count() if epochs is None else range(epochs), plan.lengths(), strict=False):
+            first_steps.append(first_steps[-1] + length)
+            if (
+                max_steps is not None and first_steps[-1] > max_steps
+            ):  # not >=: more than all steps, if max_steps ends it
+                break
+        num_steps = first_steps[-1] if max_steps is None else min(first_steps[-1], max_steps)
+        if num_steps == 0:
+            raise ConfigError(
+                f"no image is shown in {epochs} epochs with this num_repeats; raise epochs or num_repeats"
+            )
+        return cls(first_steps, num_steps)
 
     def place(self, step: int) -> tuple[int, int]:
-        """(epoch, index in the epoch) of a step, 0 the first."""
+        """(epoch, index in the epoch) of a step, 0 the first; epochs without a step are passed over."""
         epoch = bisect_right(self.first_steps, step) - 1
         return epoch, step - self.first_steps[epoch]
 
     def ends_epoch(self, step: int) -> int | None:
         """The number of epochs that are complete after this step, if it is the last of one."""
-        epoch, _ = self.place(step)
-        return epoch + 1 if self.first_steps[epoch + 1] == step + 1 else None
+        epoch, _ = self.place(step + 1)
+        return epoch if self.first_steps[epoch] == step + 1 else None

@@ -214,6 +214,13 @@ def load_text_encoder(path: Path, tokenizers: Tokenizers, device: torch.device) 
     return TextEncoder(model.to(device).eval().requires_grad_(False), tokenizers.qwen.pad_token_id)
 
 
+def text_encoder_width(path: Path) -> int:
+    """The width of the states that the text encoder in a file or folder gives, from the headers alone."""
+    key = "model.llm_path"
+    files = [without_prefix(open_header(file)) for file in weight_files(path, key)]
+    return merge(path, files, key).entries["embed_tokens.weight"].shape[1]
+
+
 def weight_files(path: Path, key: str) -> list[Path]:
     """The safetensors file itself, or all of those in the folder."""
     if not path.is_dir():

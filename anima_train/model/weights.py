@@ -1,38 +1,53 @@
-"""Safetensors files: checked headers, what a file holds, and tensors read without a second copy.
+"""Safetensors files: checked headers, what a file holds, tensors read and written without a second copy.
 
 The only place, beside `adapters/names.py`, that knows a key prefix. Nothing here ever unpickles.
 """
 
+import contextlib
 import hashlib
 import json
+import math
+import os
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from anima_train.core.errors import ModelFileError
+from anima_train.core.errors import ModelFileError, count
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+MAX_NAME_LENGTH = 500
+MAX_DIMS = 16
+MAX_ELEMENTS = 2**60  # more, and torch cannot count the bytes of a shape
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 TRANSFORMER_PREFIXES = ("net.", "model.diffusion_model.", "diffusion_model.", "")
@@ -70,61 +85,112 @@ def open_header(path: Path) -> TensorFile:
     Raises:
         ModelFileError: missing, empty, truncated, or another kind of file, with the diagnosis.
     """
-    if not path.is_file():
-        raise ModelFileError(f"{path}: there is no such file")
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        start = file.read(512)
-        if problem := foreign_content(start):
-            raise ModelFileError(f"{path}: {problem}")
-        if size < 8 or (length := struct.unpack("<Q", start[:8])[0]) > min(size - 8, MAX_HEADER_BYTES) or length < 2:
-            raise ModelFileError(f"{path}: not a complete safetensors file ({size:,} bytes); download it again")
-        file.seek(8)
-        try:
-            header = json.loads(file.read(length))
-        except (ValueError, RecursionError) as error:
-            raise ModelFileError(f"{path}: its safetensors header is damaged ({error}); download it again") from error
-    if not isinstance(header, dict):
-        raise ModelFileError(f"{path}: its safetensors header is damaged (not a table); download it again")
-    metadata = header.pop("__metadata__", {}) or {}
-    entries = {name: parse_entry(path, name, fields, 8 + length) for name, fields in header.items()}
-    if entries and (end := max(entry.end for entry in entries.values())) != size:
+    with opened(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        start = stream.read(512)
+        length = struct.unpack("<Q", start[:8])[0] if len(start) > 8 else 0
+        if start[8:9] != b"{" or length > MAX_HEADER_BYTES:
+            raise ModelFileError(f"{path}: {foreign_content(start)}")
+        stream.seek(8)
+        text = stream.read(length)
+    if len(text) < length:
         raise ModelFileError(
-            f"{path}: truncated or damaged: its header needs {end:,} bytes, the file has {size:,}; download it again"
+            f"{path}: truncated: its header alone needs {8 + length:,} bytes, the file has {size:,}; download it again"
         )
-    return TensorFile(path, entries, {str(key): str(value) for key, value in metadata.items()})
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=table_of)
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, str(error)) from error
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise damaged(path, "its metadata is not a table of texts")
+    entries = {name: parse_entry(path, name, fields, 8 + length) for name, fields in header.items()}
+
+    position = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+        if entry.start != position:
+            raise damaged(path, f"tensor {name} starts at byte {entry.start:,}, expected {position:,}")
+        position = entry.end
+    if position > size:
+        raise ModelFileError(f"{path}: truncated: it needs {position:,} bytes, and has {size:,}; download it again")
+    if position < size:
+        raise damaged(path, f"it describes {position:,} bytes, and the file has {size:,}")
+    return TensorFile(path, entries, metadata)
 
 
-def foreign_content(start: bytes) -> str | None:
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[FileIO]:
+    """Open a file for reading without a buffer.
+
+    Raises:
+        ModelFileError: it is missing, or no plain file, or reading fails.
+    """
+    try:
+        if not path.is_file():
+            found = "this is a folder" if path.is_dir() else "there is no such file"
+            raise ModelFileError(f"{path}: {found}; expected a .safetensors file")
+        with open(path, "rb", buffering=0) as stream:
+            yield stream
+    except OSError as error:
+        raise ModelFileError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def damaged(path: Path, reason: str) -> ModelFileError:
+    """The error for a header that no writer of this format makes."""
+    return ModelFileError(f"{path}: its safetensors header is damaged ({reason}); download it again")
+
+
+def foreign_content(start: bytes) -> str:
     """What a file that is no safetensors file is, from its first bytes."""
     text = start.lstrip(b"\xef\xbb\xbf \r\n\t").lower()
     if not start:
         return "the file is empty; download it again"
     if text.startswith(b"version https://git-lfs"):
         return "this is a git-lfs pointer, not the file itself; run `git lfs pull`, or download the file directly"
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<!--")):
         return "this is an HTML page, not a model file (a failed download); download it again"
-    if start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and start[8:9] != b"{"):
+    if start.startswith(b"PK\x03\x04") or re.match(rb"\x80[\x01-\x05]", start):
         return "this is a pickle (.ckpt, .pt), which can run code when opened and is never loaded; use .safetensors"
     if start.startswith(b"GGUF"):
         return "this is a GGUF file (quantised for inference); training needs the .safetensors file in bf16"
-    return None
+    return "this is not a safetensors file, or only its first bytes; download it again"
+
+
+def table_of(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object as a dict; a name that comes twice is an error, not the last one's."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError("a name comes twice")
+    return table
 
 
 def parse_entry(path: Path, name: str, fields: object, data_start: int) -> Entry:
-    """One header entry, with its offsets checked against its shape."""
-    try:
-        kind, shape, (start, end) = fields["dtype"], fields["shape"], fields["data_offsets"]  # type: ignore[index]
-        dtype = DTYPES[kind]
-        elements = 1
-        for side in shape:
-            elements *= side
-        valid = 0 <= start <= end and end - start == elements * dtype.itemsize and all(side >= 0 for side in shape)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelFileError(f"{path}: tensor {name}: unreadable header entry ({error}); download it again") from error
-    if not valid:
-        raise ModelFileError(f"{path}: tensor {name}: its offsets do not fit its shape; download it again")
+    """One header entry, with every type checked, and its offsets against its shape."""
+    if len(name) > MAX_NAME_LENGTH or not name.isprintable():
+        raise damaged(path, f"unreadable tensor name {name[:60]!a}")
+    if not isinstance(fields, dict):
+        raise damaged(path, f"tensor {name} has no description")
+    kind, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    if not isinstance(kind, str) or not is_counts(shape) or not is_counts(offsets) or len(offsets) != 2:
+        raise damaged(path, f"the description of tensor {name} is not valid")
+    if kind not in DTYPES:
+        raise ModelFileError(
+            f"{path}: tensor {name} is of type {kind[:20]!a}, which cannot be read; if the file is quantised, use "
+            "the original in bf16 or fp32"
+        )
+    if len(shape) > MAX_DIMS or math.prod(max(side, 1) for side in shape) > MAX_ELEMENTS:
+        raise damaged(path, f"the shape of tensor {name} is impossible")
+    start, end = offsets
+    dtype = DTYPES[kind]
+    if end - start != math.prod(shape) * dtype.itemsize:
+        raise damaged(path, f"the offsets of tensor {name} do not fit its shape")
     return Entry(dtype, tuple(shape), data_start + start, data_start + end)
+
+
+def is_counts(value: object) -> TypeGuard[list[int]]:
+    """Whether a JSON value is a list of integers of at least 0."""
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
 def read_tensors(file: TensorFile, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -137,7 +203,7 @@ def read_tensors(file: TensorFile, names: Iterable[str] | None = None) -> Iterat
         ModelFileError: the file ends early, or a tensor holds NaN or infinity.
     """
     wanted = file.entries if names is None else {name: file.entries[name] for name in names}
-    with open(file.path, "rb", buffering=0) as stream:
+    with opened(file.path) as stream:
         for name, entry in sorted(wanted.items(), key=lambda item: item[1].start):
             tensor = torch.empty(entry.shape, dtype=entry.dtype)
             stream.seek(entry.start)
@@ -176,9 +242,9 @@ def check_finite(tensor: Tensor, what: str) -> None:
 def fingerprint(file: TensorFile) -> str:
     """SHA-256 over names, shapes, dtypes and bytes of the given tensors, whatever else the file holds."""
     digest = hashlib.sha256()
-    for name, entry in sorted(file.entries.items()):
-        digest.update(repr((name, str(entry.dtype), entry.shape)).encode())
-        with open(file.path, "rb") as stream:
+    with opened(file.path) as stream:
+        for name, entry in sorted(file.entries.items()):
+            digest.update(repr((name, str(entry.dtype), entry.shape)).encode())
             stream.seek(entry.start)
             remaining = entry.end - entry.start
             while remaining:
@@ -190,6 +256,29 @@ def fingerprint(file: TensorFile) -> str:
     return digest.hexdigest()
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, one tensor after the other; the same content gives the same bytes.
+
+    Unlike the safetensors library's own function this holds one tensor at a time in memory, not all of them, and a
+    full disk is an OSError. Not atomic by itself: `path` is a temporary one.
+    """
+    # Wide types first, as the format's own writer does: every tensor is then aligned to its type.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    position = 0
+    for name, tensor in ordered:
+        end = position + tensor.numel() * tensor.element_size()
+        offsets = [position, end]
+        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for _, tensor in ordered:
+            stream.write(byte_view(tensor.detach().cpu().contiguous()))
+
+
 # What a file holds ---------------------------------------------------------------------------------------------------
 
 SLOTS = {
@@ -199,40 +288,75 @@ SLOTS = {
     "text_encoder": "a Qwen3 text encoder",
     "vae": "the Qwen-Image VAE in Wan names",
 }
-SIGNS: tuple[tuple[str, str], ...] = (
-    (r"(lora_(A|B|down|up|unet)|\.lokr_|\.hada_)", "a LoRA"),
-    (r"^conditioner\.embedders\.", "a Stable Diffusion XL checkpoint"),
-    (r"^cond_stage_model\.", "a Stable Diffusion 1 or 2 checkpoint"),
-    (r"double_blocks\.\d+\.img_attn", "a Flux transformer"),
-    (r"^(transformer\.)?transformer_blocks\.\d+\.attn1\.to_q", "a transformer in diffusers names"),
-    (r"(^|\.)encoder\.block\.\d+\.layer\.0\.SelfAttention", "a T5 text encoder"),
-    (r"^(encoder|decoder)\.(conv_in|mid_block)\.", "a VAE in diffusers names"),
-    (r"^(first_stage_model\.|encoder\.down\.\d+\.block)", "an SD or Flux VAE"),
-    (r"layers\.\d+\.self_attn\.q_proj\.bias", "a Qwen2 text encoder"),
-    (r"layers\.\d+\.self_attn\.q_proj", "a language model that is not Qwen3"),
+SLOT_KEYS = {
+    "transformer": "model.transformer_path",
+    "llm_adapter": "model.llm_adapter_path",
+    "text_encoder": "model.llm_path",
+    "vae": "model.vae_path",
+}
+# Key pattern -> a key of `SLOTS`, or a description. The first pattern found in any name counts.
+SIGNS = tuple(
+    (re.compile(pattern), kind)
+    for pattern, kind in (
+        (r"(^|[._])lora[._]|\.(lokr|hada|oft|boft|glora)_", "a LoRA"),
+        (r"(^|\.)blocks\.block0\.", "a Cosmos-Predict1 transformer"),
+        (rf"^({'|'.join(map(re.escape, TRANSFORMER_PREFIXES))})x_embedder\.proj\.1\.weight$", "transformer"),
+        (r"(^|\.)x_embedder\.proj\.1\.weight$", "a transformer like Anima's, but with another prefix to its keys"),
+        (r"^conditioner\.embedders\.", "a Stable Diffusion XL checkpoint"),
+        (r"^cond_stage_model\.", "a Stable Diffusion 1 or 2 checkpoint"),
+        (r"(^|\.)input_blocks\.0\.0\.", "a Stable Diffusion U-Net"),
+        (r"(^|\.)joint_blocks\.\d+\.", "a Stable Diffusion 3 transformer"),
+        (r"(^|\.)double_blocks\.\d+\.img_attn", "a Flux transformer"),
+        (r"(^|\.)blocks\.\d+\.cross_attn\.norm_q\.weight$", "a Wan video transformer"),
+        (r"(^|\.)transformer_blocks\.\d+\.attn1?\.to_q\.", "a transformer in diffusers names, not in ComfyUI's"),
+        (r"(^|\.)blocks\.0\.norm_cross_attn\.weight$", "llm_adapter"),
+        (r"(^|\.)text_model\.(encoder|embeddings)\.", "a CLIP text encoder"),
+        (r"(^|\.)layers\.\d+\.(pre_feedforward_layernorm|post_ffw_norm)\.", "a Gemma text encoder"),
+        (r"(^|\.)layers\.\d+\.mlp\.experts\.", "a mixture-of-experts language model"),
+        (r"^(model\.)?layers\.0\.self_attn\.q_norm\.weight$", "text_encoder"),
+        (r"(^|\.)layers\.\d+\.self_attn\.q_proj\.bias$", "a Qwen2 text encoder"),
+        (r"(^|\.)layers\.\d+\.self_attn\.q_proj\.weight$", "a language model that is not Qwen3"),
+        (r"(^|\.)encoder\.block\.\d+\.layer\.0\.SelfAttention\.", "a T5 text encoder"),
+        (r"^encoder\.downsamples\.0\.residual\.0\.gamma$", "vae"),
+        (r"^encoder\.downsamples\.0\.downsamples\.", "the VAE of Wan 2.2"),
+        (r"^(first_stage_model\.|vae\.)?encoder\.down\.\d+\.block\.", "an SD or Flux VAE"),
+        (r"^(encoder|decoder)\.(mid_block|down_blocks|up_blocks)\.", "a VAE in diffusers names, not in Wan's"),
+    )
 )
+# What the dimensions of each model are read from, with the number of sides: without these no module can be built.
+DIMENSIONS: Mapping[str, Mapping[str, int]] = {
+    "transformer": {
+        "x_embedder.proj.1.weight": 2,
+        "blocks.0.self_attn.q_norm.weight": 1,
+        "blocks.0.cross_attn.k_proj.weight": 2,
+        "blocks.0.adaln_modulation_self_attn.1.weight": 2,
+    },
+    "llm_adapter": {
+        "embed.weight": 2,
+        "blocks.0.cross_attn.k_proj.weight": 2,
+        "blocks.0.cross_attn.q_norm.weight": 1,
+    },
+    "text_encoder": {
+        "embed_tokens.weight": 2,
+        "layers.0.self_attn.q_norm.weight": 1,
+        "layers.0.self_attn.q_proj.weight": 2,
+        "layers.0.self_attn.k_proj.weight": 2,
+        "layers.0.mlp.gate_proj.weight": 2,
+    },
+    "vae": {"encoder.downsamples.0.residual.0.gamma": 4},
+}
 
 
 def identify(file: TensorFile) -> str:
     """A key of `SLOTS` for files this trainer uses, or a description such as "a LoRA"."""
     names = file.entries
-    for pattern, description in SIGNS[:1]:
-        if any(re.search(pattern, name) for name in names):
-            return description
-    prefix = transformer_prefix(file)
-    if prefix is not None:
-        has_adapter = any(name.startswith(prefix + ADAPTER_PREFIX) for name in names)
-        return "transformer" if has_adapter else "cosmos"
-    if any(re.search(r"(^|\.)blocks\.0\.norm_cross_attn\.weight$", name) for name in names):
-        return "llm_adapter"
-    if any(re.search(r"(^|\.)layers\.0\.self_attn\.q_norm\.weight$", name) for name in names):
-        return "text_encoder"
-    if "encoder.downsamples.0.residual.0.gamma" in names:
-        return "vae"
-    for pattern, description in SIGNS[1:]:
-        if any(re.search(pattern, name) for name in names):
-            return description
-    return "a file of unknown kind" + (f" (its first key is {min(names)})" if names else " (it holds no tensors)")
+    kind = next((kind for pattern, kind in SIGNS if any(map(pattern.search, names))), None)
+    if kind == "transformer":
+        adapter = f"{transformer_prefix(file)}{ADAPTER_PREFIX}"
+        return "transformer" if any(name.startswith(adapter) for name in names) else "cosmos"
+    if kind is None:
+        return "a file of unknown kind" + (f" (its first key is {min(names)})" if names else " (it holds no tensors)")
+    return kind
 
 
 def transformer_prefix(file: TensorFile) -> str | None:
@@ -256,18 +380,63 @@ def expect(file: TensorFile, slot: str, key: str, accepted: tuple[str, ...]) -> 
     """Check that the file given for config key `key` holds one of the accepted kinds, in a dtype to train from.
 
     Raises:
-        ModelFileError: "slot X expects Y; this looks like Z".
+        ModelFileError: "slot X expects Y; this looks like Z", or what keeps the model from being built.
     """
     kind = identify(file)
     if kind not in accepted:
-        looks = SLOTS.get(kind, kind)
-        raise ModelFileError(f"{key}: expects {SLOTS[slot]}; {file.path} looks like {looks}")
-    kinds = Counter(entry.dtype for entry in file.entries.values())
+        remedy = f"; it belongs in {SLOT_KEYS[kind]}" if kind in SLOT_KEYS else ""
+        if kind == "cosmos" and slot == "transformer":
+            remedy = "; give the adapter as model.llm_adapter_path, or a file with the adapter inside"
+        raise ModelFileError(f"{key}: expects {SLOTS[slot]}; {file.path} looks like {SLOTS.get(kind, kind)}{remedy}")
+    kinds = Counter(entry.dtype for name, entry in file.entries.items() if not DERIVED.search(name))
     if quantised := {dtype: number for dtype, number in kinds.items() if dtype not in FLOATS}:
         listing = ", ".join(f"{number} {str(dtype).removeprefix('torch.')}" for dtype, number in quantised.items())
         raise ModelFileError(
             f"{key}: {file.path} is quantised ({listing} tensors); training needs the original in bf16 or fp32"
         )
+    if problems := [f"{key}: {file.path}: {problem}" for problem in layout_problems(file, kind)]:
+        raise ModelFileError(problems)
+
+
+def layout_problems(file: TensorFile, kind: str) -> Iterator[str]:
+    """What is wrong with the keys of a file of this kind (of `SLOTS`), as far as it shows before a module is built."""
+    prefix = key_prefix(file, kind)
+    part = file.stripped(prefix)
+    yield from dimension_problems(part.entries, "transformer" if kind == "cosmos" else kind)
+    if kind == "transformer":
+        yield from dimension_problems(part.stripped(ADAPTER_PREFIX).entries, "llm_adapter")
+    outside = [name for name in file.entries if not name.startswith(prefix) and name != "lm_head.weight"]
+    if outside:
+        yield f"{len(outside)} keys unexpected: {first_five(outside)}"
+
+
+def key_prefix(file: TensorFile, kind: str) -> str:
+    """What the keys of a file of this kind (of `SLOTS`) begin with."""
+    if kind in ("transformer", "cosmos"):
+        return transformer_prefix(file) or ""
+    if kind == "llm_adapter":
+        return adapter_prefix(file) or ""
+    if kind == "text_encoder" and any(name.startswith("model.layers.") for name in file.entries):
+        return "model."
+    return ""
+
+
+def dimension_problems(entries: Mapping[str, Entry], kind: str) -> Iterator[str]:
+    """What keeps the dimensions of a model from being read off its tensors (keys without prefix)."""
+    for name, num_sides in DIMENSIONS[kind].items():
+        shape = entries[name].shape if name in entries else None
+        if shape is None:
+            yield f"the tensor {name} is missing"
+        elif len(shape) != num_sides or 0 in shape:
+            yield f"the tensor {name} has the shape {shape}, expected {count(num_sides, 'side')}"
+    numbers = {match[1] for name in entries if (match := re.match(r"(?:blocks|layers)\.(\d+)\.", name))}
+    if absent := [str(number) for number in range(len(numbers)) if str(number) not in numbers]:
+        yield f"{len(absent)} blocks missing among {len(numbers)}: {first_five(absent)}"
+
+
+def first_five(names: Sequence[str]) -> str:
+    """The first five of a list, and whether there are more."""
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def match_keys(found: Mapping[str, Entry], wanted: Mapping[str, Tensor], what: str) -> None:
@@ -284,7 +453,7 @@ def match_keys(found: Mapping[str, Entry], wanted: Mapping[str, Tensor], what: s
         if name in found and found[name].shape != tuple(tensor.shape)
     ]
     problems = [
-        f"{what}: {len(names)} {kind}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        f"{what}: {len(names)} {kind}: {first_five(names)}"
         for kind, names in (("keys missing", missing), ("keys unexpected", unexpected), ("shapes differ", shapes))
         if names
     ]

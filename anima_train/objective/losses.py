@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -19,8 +20,8 @@ class Loss:
     """The loss of a run.
 
     `parameter` is delta of huber (torch's `huber_loss`), beta of smooth_l1 (torch's `smooth_l1_loss`) and c of
-    pseudo_huber, `sqrt(d^2 + c^2) - c`. `multiscale_weight` w adds w times the MSE of the 2x2 averages, and divides by
-    1 + w, for images of at least 0.9 * 1024 pixels a side (geometric mean).
+    pseudo_huber, `sqrt(d^2 + c^2) - c`. `multiscale_weight` w adds w times the MSE (whatever the kind) of the 2x2
+    averages, and divides by 1 + w, for images of at least 0.9 * 1024 pixels a side (geometric mean).
     """
 
     kind: Kind = "mse"
@@ -33,14 +34,19 @@ class Loss:
         target: Float[Tensor, "B C 1 H W"],
         mask: Float[Tensor, "B 1 1 H W"] | None = None,
     ) -> Float[Tensor, " B"]:
-        """The mean over each sample's elements, the mask (0 to 1) multiplied in before."""
+        """The mean over each sample's elements, the mask (0 to 1) multiplied in before.
+
+        Args:
+            prediction: the model's velocity, in any floating-point dtype; H and W even.
+            target: the true velocity.
+            mask: 1 where the image counts, 0 where it does not; None: it counts everywhere.
+        """
         prediction, target = prediction.float(), target.float()
         loss = masked_mean(self.elements(prediction, target), mask)
         height, width = target.shape[-2:]
         if self.multiscale_weight is None or math.sqrt(height * width) * LATENT_PIXELS < MULTISCALE_SIDE:
             return loss
-        coarse_mask = None if mask is None else halve(mask)
-        coarse = masked_mean((halve(prediction) - halve(target)).square(), coarse_mask)
+        coarse = masked_mean(coarse_errors(prediction - target, mask), None)
         return (loss + self.multiscale_weight * coarse) / (1 + self.multiscale_weight)
 
     def elements(self, prediction: Tensor, target: Tensor) -> Tensor:
@@ -51,7 +57,8 @@ class Loss:
             return F.smooth_l1_loss(prediction, target, reduction="none", beta=self.parameter)
         squared = (prediction - target).square()
         if self.kind == "pseudo_huber":
-            return (squared + self.parameter**2).sqrt() - self.parameter
+            # sqrt(d^2 + c^2) - c, written so that small errors do not cancel to nothing.
+            return squared / ((squared + self.parameter**2).sqrt() + self.parameter)
         return squared
 
 
@@ -60,6 +67,16 @@ def masked_mean(elements: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None:
         elements = elements * mask
     return elements.flatten(1).mean(dim=1)
+
+
+def coarse_errors(difference: Tensor, mask: Tensor | None) -> Tensor:
+    """The squared 2x2 averages of the difference; under a mask, averages weighted by it, times its own average.
+
+    So what the mask excludes has no part in the coarse term either, not even beside what it includes.
+    """
+    if mask is None:
+        return halve(difference).square()
+    return halve(difference * mask).square() / halve(mask).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def halve(x: Float[Tensor, "B C 1 H W"]) -> Float[Tensor, "B C 1 H/2 W/2"]:

@@ -24,7 +24,7 @@ class Timesteps:
     flux_shift: bool = False
 
     def at(self, quantile: float, num_tokens: int) -> float:
-        """t at a quantile in (0, 1) of the distribution before the shift, then shifted.
+        """t at a quantile in [0, 1] of the distribution before the shift, then shifted.
 
         Args:
             quantile: a uniform random number gives a sample; a fixed one an evaluation point.
@@ -33,14 +33,24 @@ class Timesteps:
         if self.method == "uniform":
             t = quantile
         else:
-            # A 53-bit uniform number can be exactly 0; the normal has no such quantile.
-            normal = NormalDist().inv_cdf(min(max(quantile, 2**-53), 1 - 2**-53))
-            t = 1 / (1 + math.exp(-self.sigmoid_scale * normal))
+            # A uniform random number can be exactly 0 or 1; the normal has no such quantiles.
+            t = sigmoid(self.sigmoid_scale * NormalDist().inv_cdf(min(max(quantile, 2**-53), 1 - 2**-53)))
         if self.shift is not None:
-            return self.shift * t / (1 + (self.shift - 1) * t)
-        if self.flux_shift and t > 0:
-            return math.exp(flux_mu(num_tokens)) / (math.exp(flux_mu(num_tokens)) + 1 / t - 1)
+            return shifted(t, self.shift)
+        if self.flux_shift:
+            return shifted(t, math.exp(flux_mu(num_tokens)))
         return t
+
+
+def sigmoid(x: float) -> float:
+    """`1 / (1 + e^-x)`, without overflow for any x."""
+    small = math.exp(-abs(x))
+    return (1 if x >= 0 else small) / (1 + small)
+
+
+def shifted(t: float, shift: float) -> float:
+    """`s t / (1 + (s - 1) t)`, which is also `s / (s + 1/t - 1)`; written so that 0 stays 0 and 1 stays 1 exactly."""
+    return shift * t / (shift * t + (1 - t))
 
 
 def flux_mu(num_tokens: int) -> float:

@@ -107,7 +107,7 @@ AnySchedule = Annotated[
     Constant | Linear | Cosine | CosineWithRestarts | Polynomial | WarmupStableDecay | Rex,
     Field(discriminator="type"),
 ]
-ScheduleSetting = Annotated[AnySchedule, BeforeValidator(named)]
+ScheduleSetting = Annotated[AnySchedule, BeforeValidator(named, json_schema_input_type=str | AnySchedule)]
 
 
 def lr_factor(schedule: Schedule, step: int, num_steps: int, warmup_steps: int) -> float:

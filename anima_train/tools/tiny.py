@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3Model
@@ -25,6 +24,7 @@ from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
 from anima_train.model.text import QWEN_PAD_TOKEN, T5_END
 from anima_train.model.vae import LATENT_CHANNELS, wan_key
+from anima_train.model.weights import write_tensors
 
 QWEN_TOKENS = 400
 T5_ROWS = 32128  # of the real adapter's embedding
@@ -181,7 +181,7 @@ def random_tensor(name: str, shape: torch.Size, seed: int) -> Tensor:
 def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file."""
     with atomic_path(path) as temporary:
-        save_file(dict(tensors), temporary, metadata={"format": "pt"})
+        write_tensors(temporary, tensors, {"format": "pt"})
 
 
 def adapter_shape(size: TinySize, num_t5_tokens: int) -> LLMAdapterShape:

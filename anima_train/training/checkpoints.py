@@ -1,42 +1,57 @@
 """What a run leaves: the weights users load elsewhere, and the state to go on from. Safetensors and JSON only."""
 
-import json
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
+from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from anima_train.core.errors import ModelFileError, NumericError
+from anima_train.core.errors import ModelFileError, NumericError, count
 from anima_train.core.files import atomic_path, sync, write_text
-from anima_train.model.weights import open_header, read_tensors
+from anima_train.core.settings import Settings
+from anima_train.model.weights import match_keys, open_header, read_tensors, write_tensors
 
 STATE_FOLDER = re.compile(r"step-(\d+)")
 
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a LoRA or a checkpoint atomically, open it again and check every key, shape and value.
+    """Write a LoRA or a checkpoint atomically, after reading back every key, shape and value of it.
 
     Raises:
         NumericError: a weight is not finite; nothing is written.
         SpaceError: the disk is full; earlier files are intact.
+        ModelFileError: the disk does not give back what was written; earlier files are intact.
     """
-    held = {name: tensor.detach().to("cpu").contiguous() for name, tensor in sorted(tensors.items())}
-    if broken := [name for name, tensor in held.items() if not bool(torch.isfinite(tensor).all())]:
-        raise NumericError(f"{path.name}: not saved, {len(broken)} tensors are not finite, such as {broken[0]}")
+    check_finite(path, tensors)
     with atomic_path(path) as temporary:
-        save_file(held, temporary, metadata={"format": "pt", **metadata})
-    header = open_header(path)
-    if set(header.entries) != set(held):
-        raise ModelFileError(f"{path}: holds other keys than were written; check the disk")
-    for name, tensor in read_tensors(header):
-        if not torch.equal(tensor, held[name]):
-            raise ModelFileError(f"{path}: {name} reads back with other values than were written; check the disk")
+        write_tensors(temporary, tensors, {"format": "pt", **metadata})
+        found = open_header(temporary)
+        match_keys(found.entries, tensors, f"{path}: reads back with other keys than were written; check the disk")
+        for name, tensor in read_tensors(found):
+            if not torch.equal(tensor, tensors[name].detach().cpu()):
+                raise ModelFileError(f"{path}: {name} reads back with other values than were written; check the disk")
+
+
+def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise NumericError if any tensor that is about to be saved holds NaN or infinity."""
+    if broken := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
+        raise NumericError(
+            f"{path.name}: not saved, because {count(len(broken), 'tensor')} of {len(tensors):,} hold NaN or infinity, "
+            f"such as {broken[0]}; earlier files are intact"
+        )
+
+
+class StateFacts(Settings):
+    """What `state.json` says."""
+
+    version: Literal[1] = 1
+    step: int = Field(ge=0)
+    optimizer: str
 
 
 def save_state(folder: Path, step: int, transformer: nn.Module, optimizer: Optimizer, keep_last: int) -> Path:
@@ -44,20 +59,34 @@ def save_state(folder: Path, step: int, transformer: nn.Module, optimizer: Optim
 
     Trained weights and the optimizer's moments as they are in memory, nothing converted. The folder gets its name only
     when everything in it is on disk.
+
+    Raises:
+        NumericError: a weight or a moment is not finite; earlier states are intact.
+        SpaceError: the disk is full; earlier states are intact.
     """
     final = folder / f"step-{step:06d}"
     temporary = folder / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    weights = {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
-    write_tensors(temporary / "weights.safetensors", weights)
-    write_tensors(temporary / "optimizer.safetensors", optimizer_tensors(optimizer))
-    write_text(temporary / "state.json", json.dumps({"step": step, "optimizer": type(optimizer).__name__}))
-    sync(temporary)
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
+    for abandoned in folder.glob(".step-*.tmp"):  # of a process that was killed while saving
+        shutil.rmtree(abandoned)
+    weights = trained_parameters(transformer)
+    moments = optimizer_tensors(optimizer, weights)
+    for tensors in (weights, moments):
+        check_finite(final, tensors)
+    try:
+        for name, tensors in (("weights", weights), ("optimizer", moments)):
+            with atomic_path(temporary / f"{name}.safetensors") as path:
+                write_tensors(path, tensors, {})
+        facts = StateFacts(step=step, optimizer=type(optimizer).__name__)
+        write_text(temporary / "state.json", facts.model_dump_json())
+        sync(temporary)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     sync(folder)
     for old in saved_states(folder)[:-keep_last]:
-        shutil.rmtree(old)
+        if old != final:
+            shutil.rmtree(old)
     return final
 
 
@@ -68,40 +97,61 @@ def saved_states(folder: Path) -> list[Path]:
 
 
 def load_state(folder: Path, transformer: nn.Module, optimizer: Optimizer) -> int:
-    """Put a saved state back; returns the number of steps done.
+    """Put a saved state back; returns the number of steps done. Nothing is changed unless all of it can be read.
 
     Raises:
-        ModelFileError: it was saved by a run with other trained parameters or another optimizer.
+        ModelFileError: it is damaged, or was saved by a run with other trained parameters or another optimizer.
     """
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    if state["optimizer"] != type(optimizer).__name__:
-        raise ModelFileError(f"{folder}: saved with optimizer {state['optimizer']}, not {type(optimizer).__name__}")
-    trained = {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
-    saved = dict(read_tensors(open_header(folder / "weights.safetensors")))
-    if set(saved) != set(trained):
-        difference = sorted(set(saved) ^ set(trained))
+    try:
+        facts = StateFacts.model_validate_json((folder / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ModelFileError(
-            f"{folder}: saved with other trained parameters ({len(difference)} differ, such as {difference[0]})"
+            f"{folder}: state.json is missing, damaged or of another version; remove the folder to resume from the one "
+            "before"
+        ) from error
+    kind = type(optimizer).__name__
+    if facts.optimizer != kind:
+        raise ModelFileError(
+            f"{folder}: saved with the optimizer {facts.optimizer}, and the configuration makes {kind}; resume with "
+            "the configuration the run was started with"
         )
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(saved[name])
-    entries: dict[int, dict[str, Tensor]] = {}
+    trained = trained_parameters(transformer)
+    weights = open_header(folder / "weights.safetensors")
+    match_keys(weights.entries, trained, f"{folder}: saved by a run that trains other parameters")
+    if other := [name for name, entry in weights.entries.items() if entry.dtype != trained[name].dtype]:
+        found, expected = weights.entries[other[0]].dtype, trained[other[0]].dtype
+        raise ModelFileError(
+            f"{folder}: saved by a run that trains in another dtype: {other[0]} is {found}, expected {expected}"
+        )
+    saved = dict(read_tensors(weights))
+    state: dict[int, dict[str, Tensor]] = {}
+    indices = {name: index for index, name in enumerate(names_in_order(optimizer, trained))}
     for name, tensor in read_tensors(open_header(folder / "optimizer.safetensors")):
-        index, _, key = name.partition(".")
-        entries.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
-    step: int = state["step"]
-    return step
+        parameter, _, key = name.rpartition(".")
+        if parameter not in indices:
+            raise ModelFileError(f"{folder}: the optimizer's state is of other parameters, such as {parameter}")
+        state.setdefault(indices[parameter], {})[key] = tensor
+
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    with torch.no_grad():
+        for name, tensor in saved.items():
+            trained[name].copy_(tensor)
+    return facts.step
 
 
-def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Every state tensor as `INDEX.NAME`, the index being the parameter's place in the groups."""
+def trained_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that get updates, by name."""
+    return {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
+
+
+def names_in_order(optimizer: Optimizer, trained: Mapping[str, nn.Parameter]) -> list[str]:
+    """The name of each of the optimizer's parameters, in the order in which its state counts them."""
+    names = {id(parameter): name for name, parameter in trained.items()}
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def optimizer_tensors(optimizer: Optimizer, trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Every state tensor as `PARAMETER.NAME`."""
+    names = names_in_order(optimizer, trained)
     state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": tensor for index, entry in state.items() for name, tensor in entry.items()}
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Tensors to a safetensors file, atomically."""
-    with atomic_path(path) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+    return {f"{names[index]}.{key}": tensor for index, entry in state.items() for key, tensor in entry.items()}

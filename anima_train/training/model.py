@@ -1,6 +1,6 @@
 """The model's files found, checked from their headers, and loaded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from anima_train.core.errors import ModelFileError, UserError
 from anima_train.model import hub
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
-from anima_train.model.text import find_tokenizer_folder
+from anima_train.model.text import find_tokenizer_folder, text_encoder_width
 from anima_train.model.weights import (
     ADAPTER_PREFIX,
     DERIVED,
@@ -87,8 +87,24 @@ class ModelFiles:
                 check()
             except ModelFileError as error:
                 problems.extend(problem for problem in error.problems if problem not in problems)
-        if problems:
+        if problems or (problems := list(self.misfits())):
             raise ModelFileError(problems)
+
+    def misfits(self) -> Iterator[str]:
+        """Parts that are each right, and of different models."""
+        adapter = LLMAdapterShape.of(self.adapter_header.entries)
+        transformer = TransformerShape.of(self.transformer_header.entries)
+        text_width = text_encoder_width(self.llm)
+        if text_width != adapter.source_width:
+            yield (
+                f"model.llm_path: {self.llm} gives states of width {text_width:,}, and the LLM adapter reads "
+                f"{adapter.source_width:,}; Anima needs Qwen3-0.6B"
+            )
+        if adapter.target_width != transformer.context_width:
+            yield (
+                f"model.llm_adapter_path: {self.adapter_header.path} gives a context of width "
+                f"{adapter.target_width:,}, and the transformer reads {transformer.context_width:,}"
+            )
 
     def adapter_fingerprint(self) -> str:
         """Hash of the adapter's weights alone, wherever they lie."""

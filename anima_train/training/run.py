@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from anima_train import __version__
 from anima_train.config.config import Config
-from anima_train.core.errors import ConfigError
+from anima_train.core.errors import ConfigError, ModelFileError
 from anima_train.core.files import sha256_file, write_text
 from anima_train.data.sources import Sample
 from anima_train.optim.groups import GroupRow
@@ -32,6 +32,11 @@ class RunFolder:
         self.metrics_path = self.path / "metrics.jsonl"
         self.evaluations_path = self.path / "evaluations.jsonl"
         self.lock = FileLock(self.path / ".lock")
+
+    @property
+    def manifest_path(self) -> Path:
+        """What the run was made from."""
+        return self.path / "manifest.json"
 
     @property
     def checkpoints(self) -> Path:
@@ -67,6 +72,21 @@ class RunFolder:
     def close(self) -> None:
         """Give the folder back."""
         self.lock.release()
+
+    def check_same_run(self, facts: Mapping[str, Any]) -> None:
+        """Refuse to go on from a state of other files, data, seed or components than those of this run.
+
+        Raises:
+            ModelFileError: which of them differ, and what they were.
+        """
+        before = json.loads(self.manifest_path.read_text(encoding="utf-8"))
+        problems = [
+            f"{self.path}: cannot resume: {name} was {json.dumps(before.get(name))}, and is {json.dumps(facts[name])}"
+            for name in ("model_files", "dataset_sha256", "seed", "trained", "micro_batches_per_step")
+            if before.get(name) != facts[name]
+        ]
+        if problems:
+            raise ModelFileError(problems)
 
     def keep_metrics(self, num_steps: int) -> None:
         """Forget what was logged after the first `num_steps` steps: a resumed run does them again."""
@@ -118,6 +138,7 @@ def manifest(
         "seed": config.seed,
         "num_steps": num_steps,
         "num_processes": num_processes,
+        "micro_batches_per_step": config.gradient_accumulation_steps * num_processes,
         "groups": [
             {"component": row.component, "lr": row.lr, "modules": row.num_modules, "parameters": row.num_parameters}
             for row in rows

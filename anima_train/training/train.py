@@ -52,9 +52,9 @@ MAX_SKIPPED = 10  # steps in a row without a finite gradient
 def make_accelerator(config: Config, run_path: Path) -> Accelerator:
     """Device, processes and autocast."""
     return Accelerator(
-        cpu=not torch.cuda.is_available(),
+        cpu=not torch.accelerator.is_available(),
         mixed_precision="bf16" if config.model.dtype == "bfloat16" else "no",
-        log_with=tracker_names(config.monitoring),
+        log_with=tracker_names(config.monitoring) or None,
         project_dir=str(run_path),
         # One process may encode for hours while the others wait.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))],
@@ -232,6 +232,12 @@ def train(loaded: LoadedConfig, run: RunFolder, accelerator: Accelerator, resume
 
     # Where to start.
     start = 0
+    if is_main:
+        facts = manifest(
+            config, run.name, data.files, data.train.samples, rows, timetable.num_steps, accelerator.num_processes
+        )
+        if resume:
+            run.check_same_run(facts)
     if resume:
         states = saved_states(run.checkpoints)
         start = load_state(states[-1], transformer, optimizer) if states else 0
@@ -239,10 +245,7 @@ def train(loaded: LoadedConfig, run: RunFolder, accelerator: Accelerator, resume
     if is_main:
         run.keep_metrics(start)
         write_text(run.path / "config.toml", config_toml(config))
-        facts = manifest(
-            config, run.name, data.files, data.train.samples, rows, timetable.num_steps, accelerator.num_processes
-        )
-        write_text(run.path / "manifest.json", json.dumps(facts, indent=1))
+        write_text(run.manifest_path, json.dumps(facts, indent=1))
     start_trackers(accelerator, config.monitoring, run.name)
 
     base: dict[str, Evaluation] = {}

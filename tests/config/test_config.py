@@ -1,0 +1,192 @@
+"""Options that exclude each other, and what the rooms below are given."""
+
+import pytest
+
+from anima_train.config.config import Config
+
+EVAL = {"eval_datasets": [{"name": "a", "config": {"directory": [{"path": "data"}]}}]}
+FROZEN = {f"model.{name}_lr": 0.0 for name in ("self_attn", "cross_attn", "mlp", "mod", "llm_adapter")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"epochs": None}, "max_steps: neither epochs nor max_steps is set; set at least one"),
+        (
+            {"huber_delta": 1.0, "smooth_l1_beta": 1.0},
+            "smooth_l1_beta: chooses another loss than huber_delta; keep one",
+        ),
+        (
+            {"smooth_l1_beta": 1.0, "pseudo_huber_c": 1.0},
+            "pseudo_huber_c: chooses another loss than smooth_l1_beta; keep one",
+        ),
+        (
+            {"model.shift": 3.0, "model.flux_shift": True},
+            "model.flux_shift: excludes shift, which moves t too; keep one",
+        ),
+        (
+            {"model.timestep_sample_method": "uniform", "model.sigmoid_scale": 1.3},
+            'model.sigmoid_scale: has no effect with timestep_sample_method = "uniform"; remove it',
+        ),
+        (
+            {"model.tiny_path": "tiny", "model.vae_path": "data", "model.llm_path": "data"},
+            "model.tiny_path: replaces vae_path, llm_path, which would have no effect; keep one",
+        ),
+        (
+            {"model.dtype": "float32", "model.transformer_dtype": "bfloat16"},
+            'model.transformer_dtype: found "bfloat16", which needs dtype = "bfloat16"; remove it',
+        ),
+        (
+            {"force_constant_lr": 1e-5, "warmup_steps": 10, "lr_scheduler": "cosine"},
+            "force_constant_lr: excludes lr_scheduler and warmup_steps; remove them or this",
+        ),
+        (
+            {"force_constant_lr": 1e-5, "warmup_steps": 10},
+            "force_constant_lr: excludes warmup_steps; remove it or this",
+        ),
+        (
+            EVAL | {"eval_before_first_step": False},
+            "eval_before_first_step: found false, so eval_datasets are never evaluated; set eval_every_n_epochs or "
+            "eval_every_n_steps or eval_every_n_examples",
+        ),
+        (
+            {"eval_datasets": EVAL["eval_datasets"] * 2},
+            'eval_datasets: two sets are called "a", and would share a curve',
+        ),
+        (
+            {"eval_datasets": [EVAL["eval_datasets"][0] | {"name": "train"}]},
+            'eval_datasets: found the name "train", which is that of the training set',
+        ),
+        (
+            {"keep_last": 5},
+            "keep_last: has no effect, as no training state is saved; set checkpoint_every_n_epochs or "
+            "checkpoint_every_n_steps or checkpoint_every_n_minutes",
+        ),
+        (
+            {"model.cache_text_embeddings": False},
+            "model.cache_text_embeddings: found false, which is not supported yet; remove it",
+        ),
+        (FROZEN, "optimizer: lr is 0 for every component that could be trained; nothing would be"),
+        ({"optimizer.lr": 0}, "optimizer: lr is 0 for every component that could be trained; nothing would be"),
+        (
+            {"optimizer.lr": 0.0, "adapter": {"type": "full"}},
+            "optimizer: lr is 0 for every component that could be trained; nothing would be",
+        ),
+    ],
+)
+def test_contradictory_options_are_refused(project, changes, problem):
+    changes = {key: project.absent if value is None else value for key, value in changes.items()}
+    assert project.problems(changes) == [f"main.toml: {problem}"]
+    # ... together with mistakes anywhere else
+    elsewhere = {"seed": "x", "monitoring.tensorboard": 1, "optimizer.weight_decay": -1, "model.mlp": 1}
+    both = project.problems(changes | elsewhere)
+    if not problem.startswith("optimizer:"):  # which is judged by the values that are wrong here
+        assert f"main.toml: {problem}" in both
+    assert len(both) >= 4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_steps": 5},
+        {"epochs": None, "max_steps": 5},
+        {"force_constant_lr": 1e-5, "lr_scheduler": "constant"},
+        {"model.timestep_sample_method": "uniform", "model.shift": 3.0},
+        {"model.tiny_path": "tiny", "model.llm_adapter_path": "data"},
+        {"model.dtype": "float32", "model.transformer_dtype": "float32"},
+        {"model.transformer_dtype": "float32"},
+        {"optimizer.lr": 0, "model.mod_lr": 1e-5},
+        FROZEN | {"adapter": {"type": "full"}},
+        {"keep_last": 5, "checkpoint_every_n_minutes": 0.5},
+        EVAL | {"eval_before_first_step": False, "eval_every_n_examples": 3},
+        {"save_every_n_epochs": 1, "save_every_n_steps": 10, "save_every_n_minutes": 1},
+    ],
+)
+def test_options_that_go_together_are_accepted(project, changes):
+    project.load({key: project.absent if value is None else value for key, value in changes.items()})
+
+
+@pytest.mark.parametrize("key", ["dtype", "transformer_dtype"])
+@pytest.mark.parametrize("name", ["float16", "fp16", "half"])
+def test_half_precision_is_refused_with_the_reason(project, key, name):
+    assert project.problems({f"model.{key}": name}) == [
+        f'main.toml: model.{key}: found "{name}", which overflows in this model and trains to NaN; use "bfloat16"'
+    ]
+
+
+def test_half_precision_is_not_offered_as_a_choice(project):
+    (problem,) = project.problems({"model.dtype": "float61"})
+    assert problem == 'main.toml: model.dtype: found "float61" (text), expected "bfloat16" or "float32"'
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "C:", "a*", "a?", 'a"b', "<a>", "a|b", "a\nb", "\x9b"])
+def test_a_run_name_makes_one_folder(project, name):
+    (problem,) = project.problems({"run_name": name})
+    assert problem.startswith("main.toml: run_name: found ")
+    assert problem.isprintable()
+
+
+def test_a_run_name_leaves_room_for_suffixes(project):
+    assert project.load({"run_name": "画" * 50}).run_name == "画" * 50
+    assert project.problems({"run_name": "画" * 51}) == [
+        "main.toml: run_name: found a name of 153 bytes, expected at most 150"
+    ]
+
+
+@pytest.mark.parametrize("value", ["cosine", {"type": "cosine"}])
+def test_a_schedule_can_be_a_name_or_a_table(project, value):
+    assert project.load({"lr_scheduler": value}).config.lr_scheduler.type == "cosine"
+
+
+def test_components_have_their_own_rate_or_the_optimizers(project):
+    config = project.load({"model.mod_lr": 1e-5, "model.llm_adapter_lr": 0, "optimizer.lr": 2e-5}).config
+    assert config.learning_rates().by_component == {
+        "self_attn": 2e-5, "cross_attn": 2e-5, "mlp": 2e-5, "mod": 1e-5, "llm_adapter": 0, "base": 2e-5
+    }  # fmt: skip
+
+
+def test_a_forced_rate_leaves_frozen_components_frozen(project):
+    config = project.load({"model.mod_lr": 1e-5, "model.llm_adapter_lr": 0, "force_constant_lr": 3e-5}).config
+    assert config.learning_rates().by_component == {
+        "self_attn": 3e-5, "cross_attn": 3e-5, "mlp": 3e-5, "mod": 3e-5, "llm_adapter": 0, "base": 3e-5
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "parameter"),
+    [
+        ({}, "mse", 0.0),
+        ({"huber_delta": 0.1}, "huber", 0.1),
+        ({"smooth_l1_beta": 0.2}, "smooth_l1", 0.2),
+        ({"pseudo_huber_c": 0.3}, "pseudo_huber", 0.3),
+    ],
+)
+def test_the_loss_is_the_one_that_was_chosen(project, changes, kind, parameter):
+    loss = project.load(changes | {"model.multiscale_loss_weight": 0.5}).config.loss()
+    assert (loss.kind, loss.parameter, loss.multiscale_weight) == (kind, parameter, 0.5)
+
+
+def test_the_distribution_of_t_is_the_one_that_was_chosen(project):
+    timesteps = project.load({"model.sigmoid_scale": 1.3, "model.shift": 3.0}).config.timesteps()
+    assert (timesteps.method, timesteps.sigmoid_scale, timesteps.shift, timesteps.flux_shift) == (
+        "logit_normal", 1.3, 3.0, False
+    )  # fmt: skip
+
+
+def test_evaluation_takes_the_training_batch_size_unless_it_has_its_own(project):
+    assert project.load({"micro_batch_size_per_gpu": [[512, 4]]}).config.eval_batch_sizes() == [(512, 4)]
+    own = project.load({"micro_batch_size_per_gpu": 4, "eval_micro_batch_size_per_gpu": 2}).config
+    assert (own.batch_sizes(), own.eval_batch_sizes()) == (4, 2)
+
+
+def test_a_config_cannot_be_changed(project):
+    config = project.load().config
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 3
+
+
+def test_the_secret_is_not_in_the_configs_text(project):
+    config = project.load({"monitoring": {"enable_wandb": True, "wandb_api_key": "hunter2"}}).config
+    assert config.monitoring.wandb_api_key == "hunter2"
+    assert "hunter2" not in repr(config)
+    assert isinstance(config, Config)

@@ -1,0 +1,510 @@
+"""Every mistake at once, in the user's words; and what a correct config becomes."""
+
+import datetime
+import itertools
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+import pytest
+import tomli_w
+
+from anima_train.config.config import Config
+from anima_train.config.load import load_config
+from anima_train.core.errors import ConfigError
+from anima_train.core.settings import is_settings, members_of, type_name
+from anima_train.data.sources import DatasetSettings
+
+EXAMPLES = Path(__file__).parents[1] / "data_files" / "diffusion_pipe"
+
+
+def every_key(root, path, choice=None):
+    """(key path, field, what must be set besides) for every key below a settings class."""
+    choice = choice or {}
+    for name, field in root.model_fields.items():
+        yield f"{path}{name}", field, choice
+        members = members_of(field.annotation)
+        is_list = get_origin(members[0]) is list
+        tables = [m for m in (members_of(get_args(members[0])[0]) if is_list else members) if is_settings(m)]
+        for table in tables:
+            inside = f"{path}{name}.0" if is_list else f"{path}{name}"
+            if table is DatasetSettings:
+                continue  # swept on its own, as its messages name its own file
+            given = {inside: {"type": type_name(table)}} if len(tables) > 1 else {}
+            yield from every_key(table, f"{inside}.", choice | given)
+
+
+def accepted(annotation):
+    """Python types of the TOML values that a key takes."""
+    for member in members_of(annotation):
+        if get_origin(member) is Literal:
+            yield from map(type, get_args(member))
+        elif is_settings(member):
+            yield from (dict, str)  # text where a name or a path is short for a table; elsewhere it is wrong too
+        else:
+            yield get_origin(member) or member
+            if member is float:
+                yield int
+
+
+VALUES = [datetime.date(2020, 1, 2), "1e-4", True, 3, 1.5, math.inf, math.nan, [[[]]], {"no such key": 1}]
+MAIN_KEYS = list(every_key(Config, ""))
+DATASET_KEYS = list(every_key(DatasetSettings, ""))
+
+
+def wrong_values(field):
+    types = set(accepted(field.annotation))
+    return [v for v in VALUES if type(v) not in types or (isinstance(v, float) and not math.isfinite(v))]
+
+
+def names(problem, file, key):
+    """Whether a problem is that of a key: of its path, or of something inside."""
+    path = key.replace(".0", "[0]")
+    return any(problem.startswith(f"{file}: {path}{after}") for after in (":", ".", "["))
+
+
+@pytest.mark.parametrize(("key", "field", "given"), MAIN_KEYS, ids=[key for key, *_ in MAIN_KEYS])
+def test_no_key_of_the_main_file_takes_a_value_of_another_type(project, key, field, given):
+    given = {"eval_datasets": [{"name": "a", "config": {"directory": [{"path": "data"}]}}]} | given
+    for value in wrong_values(field):
+        changes = given | {key: value}
+        if key.endswith(".type"):
+            changes |= {key.rpartition(".")[0]: {"lr": 1.0} if key.startswith("optimizer") else {}}
+            changes[key] = changes.pop(key)  # after its table
+        problems = project.problems(changes)
+        assert any(names(problem, "main.toml", key) for problem in problems), (value, problems)
+
+
+@pytest.mark.parametrize(("key", "field", "given"), DATASET_KEYS, ids=[key for key, *_ in DATASET_KEYS])
+@pytest.mark.parametrize("inline", [True, False], ids=["inline", "file"])
+def test_no_key_of_a_dataset_takes_a_value_of_another_type(project, key, field, given, inline):
+    assert not given
+    for value in wrong_values(field):
+        if inline:
+            problems = project.problems({f"dataset.{key}": value})
+            file = "main.toml: dataset."
+        else:
+            project.config({key: value}, "sets/dataset.toml", {"directory": [{"path": "data"}]})
+            problems = project.problems({"dataset": "sets/dataset.toml"})
+            file = "sets/dataset.toml: "
+        path = key.replace(".0", "[0]")
+        assert any(problem.startswith(f"{file}{path}{after}") for problem in problems for after in ":.["), (
+            value,
+            problems,
+        )
+
+
+@pytest.mark.parametrize("table", sorted({key.rpartition(".")[0] for key, *_ in MAIN_KEYS}))
+def test_no_table_swallows_an_unknown_key(project, table):
+    given = {"eval_datasets": [{"name": "a", "config": {"directory": [{"path": "data"}]}}]}
+    if table == "lr_scheduler":
+        given["lr_scheduler"] = {"type": "cosine"}
+    path = f"{table}.zzzzzz" if table else "zzzzzz"
+    assert project.problems(given | {path: 1}) == [f"main.toml: {path.replace('.0', '[0]')}: unknown key"]
+
+
+def test_the_sweep_sees_every_settings_class():
+    swept = {key for key, *_ in MAIN_KEYS}
+    assert {"seed", "model.llm_adapter_lr", "adapter.rank", "optimizer.betas", "lr_scheduler.power"} <= swept
+    assert {"monitoring.wandb_api_key", "eval_datasets.0.name"} <= swept
+    assert {"directory.0.path", "directory.0.min_ar", "max_bad_fraction"} <= {key for key, *_ in DATASET_KEYS}
+
+
+def test_every_mistake_is_reported_at_once(project):
+    project.write("data/cats/a.txt", "")
+    project.write(
+        "dataset.toml",
+        """
+        resolutions = ["512"]
+        shuffle_tags = true
+        [[directory]]
+        path = "data/cats"
+        min_arr = 0.5
+        [[directory]]
+        mask_path = "masks"
+        """,
+    )
+    project.write("other.toml", "[[directory]]\npath = 'data/catz'\n")
+    project.write(
+        "main.toml",
+        """
+        output_dir = "out"
+        dataset = "dataset.toml"
+        epochs = "3"
+        seed = true
+        learning_rate = 1e-4
+        huber_delta = 1.0
+        pseudo_huber_c = 1.0
+        lr_scheduler = "cosin"
+        micro_batch_size_per_gpu = [[512, "4"]]
+        eval_datasets = [{ name = "held out", config = "other.toml" }, { name = "b", config = "zoo.toml" }]
+        [model]
+        type = "anima"
+        dtype = "fp16"
+        shift = 3.0
+        flux_shift = true
+        lr = 1e-4
+        [adapter]
+        type = "lokr"
+        [optimizer]
+        type = "adamw"
+        betas = [0.9]
+        [monitoring]
+        enable_wandb = "yes"
+        """,
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_config(Path("main.toml"), ["adapter.rank=x", "seed_=1"])
+    assert sorted(caught.value.problems) == sorted(
+        [
+            "--set adapter.rank: the value is not TOML (Invalid value); text needs quotes: --set 'adapter.rank=\"x\"'",
+            "--set seed_: unknown key; did you mean seed?",
+            'main.toml: epochs: found "3" (text), expected an integer',
+            "main.toml: seed: found true, expected an integer",
+            "main.toml: learning_rate: unknown key; it is called lr, in [optimizer]",
+            "main.toml: pseudo_huber_c: chooses another loss than huber_delta; keep one",
+            'main.toml: lr_scheduler: found "cosin" (text), expected one of "constant", "linear", "cosine", '
+            '"cosine_with_restarts", "polynomial", "wsd", "rex"; did you mean "cosine"?',
+            'main.toml: micro_batch_size_per_gpu[0][1]: found "4" (text), expected an integer',
+            'main.toml: model.dtype: found "fp16", which overflows in this model and trains to NaN; use "bfloat16"',
+            "main.toml: model.flux_shift: excludes shift, which moves t too; keep one",
+            "main.toml: model.lr: unknown key; it belongs in [optimizer]",
+            'main.toml: adapter.type: found "lokr", which is not supported yet',
+            "main.toml: optimizer.lr: missing, and required",
+            "main.toml: optimizer.betas: found [0.9] (a list), expected a list of 2 or more",
+            'main.toml: monitoring.enable_wandb: found "yes" (text), expected true or false',
+            'dataset.toml: resolutions[0]: found "512" (text), expected an integer or a list',
+            "dataset.toml: shuffle_tags: not supported yet; cache_shuffle_num gives a fixed number of shuffled "
+            "variants; remove it",
+            "dataset.toml: directory[0].min_arr: unknown key; did you mean min_ar?",
+            "dataset.toml: directory[1].path: missing, and required",
+            'other.toml: directory[0].path: "data/catz" does not exist; did you mean "data/cats"?',
+            'main.toml: eval_datasets[1].config: "zoo.toml" does not exist',
+        ]
+    )
+
+
+def test_an_empty_file_lacks_everything_that_is_required(project):
+    project.write("main.toml", "")
+    with pytest.raises(ConfigError) as caught:
+        load_config(Path("main.toml"))
+    assert sorted(caught.value.problems) == [
+        "main.toml: dataset: missing, and required",
+        "main.toml: max_steps: neither epochs nor max_steps is set; set at least one",
+        "main.toml: model: missing, and required",
+        "main.toml: optimizer: missing, and required",
+        "main.toml: output_dir: missing, and required",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("epochs", "3", 'found "3" (text), expected an integer'),
+        ("epochs", True, "found true, expected an integer"),
+        ("epochs", 3.0, "found 3.0 (a number), expected an integer"),
+        ("epochs", 0, "found 0 (an integer), expected at least 1"),
+        ("warmup_steps", -1, "found -1 (an integer), expected at least 0"),
+        ("warmup_steps", 0.1, "found 0.1 (a number), expected an integer"),
+        ("output_dir", 3, "found 3 (an integer), expected text in quotes"),
+        ("output_dir", "", 'found "" (text), expected text of 1 or more characters'),
+        ("optimizer.lr", "1e-4", 'found "1e-4" (text), expected a number'),
+        ("optimizer.lr", math.inf, "found inf (a number), expected a finite number"),
+        ("optimizer.lr", -math.inf, "found -inf (a number), expected a finite number"),
+        ("optimizer.lr", math.nan, "found nan (a number), expected a finite number"),
+        ("optimizer.lr", True, "found true, expected a number"),
+        ("optimizer.lr", -1e-4, "found -0.0001 (a number), expected at least 0"),
+        ("optimizer.betas", 0.9, "found 0.9 (a number), expected a list"),
+        ("optimizer", "adamw", 'found "adamw" (text), expected a table'),
+        ("uncond_fraction", 1.5, "found 1.5 (a number), expected at most 1"),
+        ("activation_checkpointing", 1, "found 1 (an integer), expected true or false"),
+        ("seed", datetime.date(2020, 1, 2), 'found "2020-01-02" (date), expected an integer'),
+        ("save_dtype", "int4", 'found "int4" (text), expected "bfloat16" or "float32"'),
+        ("model.timestep_sample_method", 3, 'found 3 (an integer), expected "logit_normal" or "uniform"'),
+        ("model", [], "found [] (a list), expected a table"),
+        ("dataset", 3, "found 3 (an integer), expected text in quotes or a table"),
+        ("eval_datasets", {}, "found a table, expected a list"),
+        ("monitoring.wandb_api_key", 1234, "found an integer, expected text in quotes"),
+        ("run_name", "x" * 100 + "\n", f'found "{"x" * 100}\\n", expected a plain name without any of '
+         '/ \\ : * ? " < > |'),
+        ("adapter.rank", {}, "found a table, expected an integer"),
+        ("dataset.resolutions", [512.0], None),
+        ("dataset.resolutions", ["512"], None),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_shown_with_what_was_expected(project, key, value, text):
+    (problem,) = project.problems({key: value})
+    assert problem.startswith(f"main.toml: {key}")
+    if text is not None:
+        assert problem == f"main.toml: {key}: {text}"
+
+
+def test_long_values_are_shortened(project):
+    (problem,) = project.problems({"epochs": "x" * 10_000})
+    assert len(problem) < 120
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        0,
+        -1,
+        [],
+        [[512]],
+        [[512, 0]],
+        [[0, 4]],
+        [[512, 4, 1]],
+        [[]],
+        "4",
+        [[512, 4.0]],
+        [[512, True]],
+        4.0,
+        [512, 4],
+        {},
+    ],
+)
+@pytest.mark.parametrize("key", ["micro_batch_size_per_gpu", "eval_micro_batch_size_per_gpu"])
+def test_bad_batch_sizes_are_refused_once_and_by_name(project, key, value):
+    problems = project.problems({key: value})
+    assert problems
+    assert all(problem.startswith(f"main.toml: {key}") for problem in problems)
+    assert all("[list" not in problem and ".int" not in problem for problem in problems)
+
+
+def test_a_resolution_with_two_batch_sizes_is_refused(project):
+    assert project.problems({"micro_batch_size_per_gpu": [[512, 4], [512, 2]]}) == [
+        "main.toml: micro_batch_size_per_gpu: found [[512, 4], [512, 2]] (a list), expected each resolution once"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (
+            {"optimizer.type": "adamww"},
+            'optimizer.type: found "adamww" (text), expected one of "adamw", "adamw_optimi"; did you mean "adamw"?',
+        ),
+        ({"optimizer.type": 3}, 'optimizer.type: found 3 (an integer), expected one of "adamw", "adamw_optimi"'),
+        ({"optimizer.type": "adamw8bit"}, 'optimizer.type: found "adamw8bit", which is not supported yet'),
+        ({"optimizer.type": "AdamW8bitKahan"}, 'optimizer.type: found "AdamW8bitKahan", which is not supported yet'),
+        ({"optimizer": {"lr": 1.0}}, 'optimizer.type: missing; expected one of "adamw", "adamw_optimi"'),
+        ({"adapter.type": "lokr"}, 'adapter.type: found "lokr", which is not supported yet'),
+        ({"adapter.type": "Lora"}, 'adapter.type: found "Lora" (text), expected one of "lora", "full"; '
+         'did you mean "lora"?'),
+        ({"adapter": {"type": "full", "rank": 4}}, 'adapter.rank: unknown key of type "full"; only "lora" has it'),
+        ({"lr_scheduler": {"type": "linear", "power": 2.0}},
+         'lr_scheduler.power: unknown key of type "linear"; only "polynomial" has it'),
+        ({"lr_scheduler": {"type": "polynomial", "power": "2"}},
+         'lr_scheduler.power: found "2" (text), expected a number'),
+        ({"lr_scheduler": {"type": "polynomial", "polynomial": 1}},
+         "lr_scheduler.polynomial: unknown key"),
+        ({"lr_scheduler": {"power": 2.0}},
+         'lr_scheduler.type: missing; expected one of "constant", "linear", "cosine", "cosine_with_restarts", '
+         '"polynomial", "wsd", "rex"'),
+        ({"optimizer.adamw": 1}, "optimizer.adamw: unknown key"),
+        ({"model.type": "cosmos_predict2"}, 'model.type: found "cosmos_predict2", which is not supported yet'),
+        ({"model.type": "flux"}, 'model.type: found "flux" (text), expected "anima"'),
+    ],
+)  # fmt: skip
+def test_choices_are_named_as_the_user_wrote_them(project, changes, problem):
+    assert project.problems(changes) == [f"main.toml: {problem}"]
+
+
+def test_a_secret_is_in_no_message(project):
+    problems = project.problems({"monitoring.wandb_api_key": ["hunter2"], "epochs": "1"}, ["monitoring.x=1"])
+    assert "hunter2" not in "\n".join(problems)
+
+
+def test_keys_that_could_move_the_cursor_are_escaped(project):
+    project.write("main.toml", '"a\\u001b[2J" = 1\n')
+    with pytest.raises(ConfigError) as caught:
+        load_config(Path("main.toml"))
+    assert 'main.toml: "a\\u001b[2J": unknown key' in caught.value.problems
+    assert all(problem.isprintable() for problem in caught.value.problems)
+
+
+def test_every_missing_path_is_reported(project):
+    project.write("models/anima.safetensors", "")
+    found = project.problems(
+        {
+            "model.transformer_path": "models/anma.safetensors",
+            "model.vae_path": "",
+            "model.llm_path": "hf://no",
+            "model.tokenizer_path": "~nobody/x",
+            "dataset.directory": [{"path": "data", "mask_path": "dada"}, {"path": "main.toml"}],
+            "eval_datasets": [{"name": "a", "config": "data"}],
+            "output_dir": "models/anima.safetensors",
+            "cache_dir": "main.toml",
+        }
+    )
+    assert [problem.removeprefix("main.toml: ").partition(" ")[0] for problem in found] == [
+        "dataset.directory[0].mask_path:",
+        "dataset.directory[1].path:",
+        "eval_datasets[0].config:",
+        "output_dir:",
+        "cache_dir:",
+        "model.transformer_path:",
+        "model.vae_path:",
+        "model.llm_path:",
+        "model.tokenizer_path:",
+    ]
+    assert found[0].endswith('"dada" does not exist; did you mean "data"?')
+    assert found[1].endswith('"main.toml" is a file, expected a folder')
+    assert found[2].endswith('"data" is a folder, expected a file')
+    assert found[5].endswith('"models/anma.safetensors" does not exist; did you mean "models/anima.safetensors"?')
+    assert "expected hf://owner/name[@revision]/path" in found[7]
+
+
+def test_a_broken_dataset_file_is_named_itself(project):
+    project.write("sets/dataset.toml", "a = = 1")
+    (problem,) = project.problems({"dataset": "sets/dataset.toml", "eval_datasets": []})
+    assert problem.startswith("sets/dataset.toml: syntax error: Invalid value (at line 1, column 5)")
+
+
+def test_one_file_used_twice_is_reported_once(project):
+    project.write("dataset.toml", "frame_buckets = [1]\nresolution = 512\n[[directory]]\npath = 'dta'\n")
+    changes = {"dataset": "dataset.toml", "eval_datasets": [{"name": "a", "config": "dataset.toml"}]}
+    assert project.problems(changes) == ["dataset.toml: resolution: unknown key; it is called resolutions, a list, in "
+                                         "the dataset"]  # fmt: skip
+    project.write("dataset.toml", "frame_buckets = [1]\n[[directory]]\npath = 'data'\n")
+    assert project.load(changes).notes == ("dataset.toml: frame_buckets: has no effect, as videos are not trained",)
+
+
+@pytest.mark.parametrize("inline", [True, False])
+def test_a_dataset_follows_the_same_rules_in_a_file_and_inline(project, inline):
+    table = {"resolutions": [512], "directory": [{"path": "data", "num_repeats": 2}, {"path": "data"}]}
+    value = table if inline else "sets/dataset.toml"
+    project.write("sets/dataset.toml", tomli_w.dumps(table))
+    loaded = project.load({"dataset": value, "eval_datasets": [{"name": "held out", "config": value}]})
+    (held_out,) = loaded.evals
+    assert (loaded.train.name, held_out.name) == ("train", "held out")
+    assert loaded.train.settings == held_out.settings == DatasetSettings.model_validate(table)
+    assert loaded.train.folders == (Path("data"), Path("data"))
+    assert loaded.config.dataset == loaded.train.settings
+    assert loaded.config.eval_datasets[0].config == held_out.settings
+
+
+def test_paths_are_looked_up_beside_the_file_that_names_them(project):
+    for name in ("project/sets/cats/a.txt", "project/sets/masks/a.txt", "project/vae.safetensors", "here/a.txt"):
+        project.write(name, "")
+    project.write(
+        "project/sets/dataset.toml",
+        "[[directory]]\npath = 'cats'\nmask_path = 'masks'\n[[directory]]\npath = 'here'\n",
+    )
+    path = project.config({"dataset": "sets/dataset.toml", "model.vae_path": "vae.safetensors"}, "project/main.toml")
+    loaded = load_config(path.relative_to(project.folder))
+    assert loaded.train.folders == (Path("project/sets/cats"), Path("here"))
+    assert loaded.train.masks == (Path("project/sets/masks"), None)
+    assert loaded.model_path("vae_path") == "project/vae.safetensors"
+    assert loaded.model_path("llm_path") is None
+
+
+def test_caches_lie_beside_the_data_or_in_cache_dir(project):
+    assert [cache.folder for cache in project.load().train.caches] == [Path("data/.anima_cache")]
+    loaded = project.load({"cache_dir": "caches"})
+    assert [cache.folder for cache in loaded.train.caches] == [Path("caches")]
+
+
+def test_the_resolved_config_loads_to_itself_from_anywhere_in_the_same_project(project):
+    for name in ("project/sets/cats/a.txt", "project/vae.safetensors"):
+        project.write(name, "")
+    project.write("project/sets/dataset.toml", "[[directory]]\npath = 'cats'\nresolutions = [512]\n")
+    changes = {
+        "dataset": "sets/dataset.toml",
+        "eval_datasets": [{"name": "a", "config": "sets/dataset.toml"}],
+        "model.vae_path": "vae.safetensors",
+        "lr_scheduler": {"type": "wsd", "decay_fraction": 0.5},
+        "run_name": "run",
+    }
+    first = load_config(project.config(changes, "project/main.toml").relative_to(project.folder))
+    resolved = project.write("out/run/config.toml", tomli_w.dumps(first.config.model_dump(exclude_none=True)))
+    second = load_config(resolved)
+    assert second.config == first.config
+    assert second.train.folders == first.train.folders
+
+
+def test_the_home_folder_is_resolved_in_folders_that_are_made(project, monkeypatch):
+    monkeypatch.setenv("HOME", str(project.folder))
+    config = project.load({"output_dir": "~/out", "cache_dir": "~/cache", "model.tiny_path": "~/tiny"}).config
+    assert (config.output_dir, config.cache_dir, config.model.tiny_path) == tuple(
+        str(project.folder / name) for name in ("out", "cache", "tiny")
+    )
+
+
+def test_references_to_the_hub_are_left_alone(project):
+    reference = "hf://circlestone-labs/Anima/split_files/vae/qwen_image_vae.safetensors"
+    assert project.load({"model.vae_path": reference}).model_path("vae_path") == reference
+
+
+def test_a_run_is_named_after_the_config_and_the_time(project):
+    first, second = project.load().run_name, project.load({"run_name": "mine"}).run_name
+    assert first.startswith("main-20")
+    assert len(first) == len("main-20260101-000000")
+    assert second == "mine"
+
+
+def test_the_same_directory_can_stand_twice(project):
+    loaded = project.load({"dataset.directory": [{"path": "data"}, {"path": "data", "resolutions": [512]}]})
+    assert len(loaded.train.folders) == 2
+
+
+def test_a_diffusion_pipe_config_runs_with_only_its_paths_changed(project):
+    for name in ("diffusion_pipe_main.toml", "diffusion_pipe_dataset.toml"):
+        shutil.copy(EXAMPLES / name, name)
+    for name in ("anima-preview.safetensors", "qwen_image_vae.safetensors", "qwen_3_06b_base.safetensors"):
+        project.write(f"elsewhere/models/{name}", "")
+    for name in ("style", "style_masked/masks"):
+        os.makedirs(f"elsewhere/data/{name}")
+    for name in ("diffusion_pipe_main.toml", "diffusion_pipe_dataset.toml"):
+        text = Path(name).read_text()
+        project.write(name, text.replace("'models/", "'elsewhere/models/").replace("'data/", "'elsewhere/data/"))
+
+    loaded = load_config(Path("diffusion_pipe_main.toml"))
+
+    assert [note.split(": ")[:2] for note in loaded.notes] == [
+        ["diffusion_pipe_main.toml", key]
+        for key in (
+            "pipeline_stages", "eval_gradient_accumulation_steps", "partition_method", "steps_per_print",
+            "video_clip_mode",
+        )
+    ] + [["diffusion_pipe_dataset.toml", "frame_buckets"]]  # fmt: skip
+    config = loaded.config
+    assert config.batch_sizes() == [(512, 4), (1024, 1)]
+    assert config.eval_batch_sizes() == 1
+    assert config.learning_rates().by_component == {
+        "self_attn": 2e-5, "cross_attn": 2e-5, "mlp": 2e-5, "mod": 1e-5, "llm_adapter": 0, "base": 2e-5
+    }  # fmt: skip
+    assert config.timesteps().sigmoid_scale == 1.3
+    assert loaded.train.masks == (None, Path("elsewhere/data/style_masked/masks"))
+    assert [loaded.train.settings.rules(index).num_repeats for index in (0, 1)] == [2, 0.5]
+    assert [loaded.train.settings.rules(index).resolutions for index in (0, 1)] == [[512, 1024], [512]]
+
+
+def test_a_diffusion_pipe_config_without_its_paths_has_no_other_problem(project):
+    for name in ("diffusion_pipe_main.toml", "diffusion_pipe_dataset.toml"):
+        shutil.copy(EXAMPLES / name, name)
+    with pytest.raises(ConfigError) as caught:
+        load_config(Path("diffusion_pipe_main.toml"))
+    keys = [problem.split(": ")[1] for problem in caught.value.problems]
+    assert keys == [
+        "directory[0].path", "directory[1].path", "directory[1].mask_path",
+        "model.transformer_path", "model.vae_path", "model.llm_path",
+    ]  # fmt: skip
+
+
+def test_every_subset_of_two_mistakes_is_reported_whole(project):
+    mistakes = {
+        "max_steps": "3",
+        "seed": -1,
+        "pseudo_huber_c": 0.0,
+        "model.flux_shif": True,
+        "optimizer.lr": "x",
+        "adapter.rank": 0,
+        "dataset.resolutions": [],
+        "monitoring.tensorboard": 0,
+    }
+    for first, second in itertools.combinations(mistakes, 2):
+        problems = project.problems({first: mistakes[first], second: mistakes[second]})
+        assert sorted(problem.split(": ")[1] for problem in problems) == sorted([first, second])

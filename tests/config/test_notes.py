@@ -1,0 +1,73 @@
+"""Settings that change nothing are noted."""
+
+import pytest
+
+EVAL = [{"name": "a", "config": {"directory": [{"path": "data"}]}}]
+NO_SETS = "there are no eval_datasets"
+
+
+@pytest.mark.parametrize(
+    ("changes", "notes"),
+    [
+        ({}, []),
+        ({"eval_every_n_steps": 5}, [("eval_every_n_steps", NO_SETS)]),
+        ({"eval_every_n_epochs": 5, "eval_datasets": []}, [("eval_every_n_epochs", NO_SETS)]),
+        (
+            {"eval_before_first_step": True, "eval_micro_batch_size_per_gpu": 1},
+            [("eval_before_first_step", NO_SETS), ("eval_micro_batch_size_per_gpu", NO_SETS)],
+        ),
+        (
+            {
+                "eval_datasets": EVAL,
+                "eval_every_n_steps": 5,
+                "eval_before_first_step": True,
+                "eval_micro_batch_size_per_gpu": 1,
+            },
+            [],
+        ),
+        ({"keep_last": 2}, [("keep_last", "no training state is saved without checkpoint_every_n_...")]),
+        ({"keep_last": 2, "checkpoint_every_n_steps": 5}, []),
+        (
+            {"monitoring": {"wandb_api_key": "x", "wandb_run_name": "y", "wandb_tracker_name": ""}},
+            [
+                ("monitoring.wandb_api_key", "enable_wandb is false"),
+                ("monitoring.wandb_run_name", "enable_wandb is false"),
+            ],
+        ),
+        ({"monitoring": {"enable_wandb": True, "wandb_api_key": "x"}}, []),
+        (
+            {"x_axis_examples": True, "monitoring.tensorboard": False},
+            [("x_axis_examples", "there are neither TensorBoard nor W&B curves")],
+        ),
+        ({"x_axis_examples": True}, []),
+        ({"save_every_n_epochs": 2, "save_every_n_steps": 3}, []),
+    ],
+)
+def test_keys_without_effect_are_noted(project, changes, notes):
+    assert project.load(changes).notes == tuple(f"main.toml: {key}: has no effect, as {why}" for key, why in notes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "keys"),
+    [
+        ({"ar_buckets": [1.5], "min_ar": 0.4}, ["min_ar"]),
+        ({"enable_ar_bucket": False, "num_ar_buckets": 5, "max_ar": 3.0}, ["num_ar_buckets", "max_ar"]),
+        ({"size_buckets": [[512, 512]], "resolutions": [512], "ar_buckets": [1.5]}, ["resolutions", "ar_buckets"]),
+        ({"cache_shuffle_delimiter": "; "}, ["cache_shuffle_delimiter"]),
+        ({"cache_shuffle_delimiter": "; ", "cache_shuffle_num": 2}, []),
+        ({"min_ar": 0.4, "max_ar": 3.0, "num_ar_buckets": 5, "resolutions": [512]}, []),
+    ],
+)
+def test_keys_of_a_dataset_without_effect_are_noted(project, changes, keys):
+    for table in ("dataset.", "dataset.directory.0."):
+        notes = project.load({f"{table}{key}": value for key, value in changes.items()}).notes
+        assert len(notes) == len(keys)
+        assert all(note.startswith("main.toml: dataset.directory[0]: ") and "has no effect" in note for note in notes)
+        assert all(any(key in note for note in notes) for key in keys)
+
+
+def test_a_dataset_that_is_read_twice_is_noted_once(project):
+    project.write("dataset.toml", "cache_shuffle_delimiter = '; '\n[[directory]]\npath = 'data'\n")
+    changes = {"dataset": "dataset.toml", "eval_datasets": [{"name": "a", "config": "dataset.toml"}]}
+    (note,) = project.load(changes).notes
+    assert note.startswith("dataset.toml: directory[0]: cache_shuffle_delimiter has no effect")

@@ -1,0 +1,163 @@
+"""Files are there whole or not at all."""
+
+import errno
+import hashlib
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from anima_train.core.errors import SpaceError
+from anima_train.core.files import HASH_CHUNK, atomic_path, current_umask, sha256_file, write_text
+
+
+def python(code, *arguments):
+    """Run code in a process of its own, with the files room imported."""
+    setup = "import os, resource, signal, sys\nfrom pathlib import Path\nfrom anima_train.core.files import *\n"
+    return subprocess.run(
+        [sys.executable, "-c", setup + code, *map(str, arguments)],
+        capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+
+
+@pytest.fixture
+def umask():
+    """Set the umask for one test."""
+    before = current_umask()
+    yield os.umask
+    os.umask(before)
+
+
+@pytest.mark.parametrize("size", [0, 1, HASH_CHUNK, HASH_CHUNK + 1])
+def test_the_hash_is_sha256_of_all_bytes(tmp_path, size):
+    data = bytes(range(256)) * (size // 256 + 1)
+    (tmp_path / "a").write_bytes(data[:size])
+    assert sha256_file(tmp_path / "a") == hashlib.sha256(data[:size]).hexdigest()
+
+
+def test_a_file_appears_with_its_folders_and_nothing_else(tmp_path):
+    write_text(tmp_path / "a/b/c.txt", "猫\n")
+    assert (tmp_path / "a/b/c.txt").read_bytes() == "猫\n".encode()
+    assert os.listdir(tmp_path / "a/b") == ["c.txt"]
+
+
+def test_a_file_is_replaced_at_the_end_only(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with atomic_path(path) as temporary:
+        assert temporary.parent == tmp_path
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+
+
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, SystemExit, OSError])
+def test_whatever_is_raised_leaves_the_old_file_and_no_temporary_one(tmp_path, failure):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def write_half():
+        with atomic_path(path) as temporary:
+            temporary.write_text("half of the new")
+            raise failure("stop")
+
+    with pytest.raises(failure, match="stop"):
+        write_half()
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_writer_that_removes_its_file_leaves_the_old_one(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(FileNotFoundError), atomic_path(path) as temporary:
+        temporary.unlink()
+    assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600), (0o002, 0o664)])
+def test_the_umask_is_respected(tmp_path, umask, mask, mode):
+    umask(mask)
+    with atomic_path(tmp_path / "a") as temporary:
+        temporary.write_text("")
+        temporary.chmod(0o600)  # as safetensors does
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == mode
+    assert current_umask() == mask
+
+
+def test_a_full_disk_is_an_error_of_its_own_and_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    # The kernel refuses to let a file grow past the limit, as a full disk would.
+    done = python(
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "try:\n"
+        "    write_text(Path(sys.argv[1]), 'x' * 2000)\n"
+        "except SpaceError as error:\n"
+        "    print(error)\n"
+        "    sys.exit(error.exit_code)\n",
+        path,
+    )
+    assert done.returncode == 6, done.stderr
+    assert done.stdout == f"{path}: could not be written (File too large); earlier files are intact\n"
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_folder_that_may_not_be_written_is_an_error_of_the_same_kind(tmp_path):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o555)
+    done = python(
+        "if os.geteuid() == 0:\n"
+        "    os.setuid(65534)\n"
+        "try:\n"
+        "    write_text(Path(sys.argv[1]), 'x')\n"
+        "except SpaceError as error:\n"
+        "    print(error)\n",
+        locked / "a.txt",
+    )
+    assert done.stdout.startswith(f"{locked}/a.txt: could not be written (Permission denied)"), done.stderr
+    assert os.listdir(locked) == []
+
+
+@pytest.mark.parametrize("number", ["ENOSPC", "EDQUOT", "EROFS"])
+def test_every_way_of_having_no_space_is_recognised(tmp_path, number):
+    with pytest.raises(SpaceError, match="earlier files are intact"), atomic_path(tmp_path / "a"):
+        raise OSError(getattr(errno, number), os.strerror(getattr(errno, number)))
+
+
+def test_a_writer_killed_in_the_middle_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    done = python(
+        "with atomic_path(Path(sys.argv[1])) as temporary:\n"
+        "    temporary.write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n",
+        path,
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert path.read_text() == "old"
+    write_text(path, "new")  # what it left is in nobody's way
+    assert path.read_text() == "new"
+
+
+def test_several_writers_leave_one_whole_file(tmp_path):
+    path = tmp_path / "a.txt"
+    code = "for _ in range(50):\n    write_text(Path(sys.argv[1]), sys.argv[2] * 10_000)\n"
+    setup = "import sys\nfrom pathlib import Path\nfrom anima_train.core.files import write_text\n"
+    writers = [
+        subprocess.Popen([sys.executable, "-c", setup + code, str(path), letter], cwd=Path(__file__).parents[2])
+        for letter in "ab"
+    ]
+    seen = set()
+    while any(writer.poll() is None for writer in writers):
+        if path.exists():
+            seen.add(path.read_text())
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert seen | {path.read_text()} <= {"a" * 10_000, "b" * 10_000}
+    assert os.listdir(tmp_path) == ["a.txt"]

@@ -1,0 +1,283 @@
+"""Cache entries: what their names depend on, and what becomes of damage, of a full disk and of two writers."""
+
+import contextlib
+import hashlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import anima_train
+from anima_train.core.errors import DataError, SpaceError
+from anima_train.data.buckets import Size
+from anima_train.data.cache import SCHEMA, Cache, DamagedEntry, entry_key
+from anima_train.data.loader import TextIdentity
+from anima_train.data.sources import Picture, Rules, Sample
+
+KEY = "ab" + "0" * 62
+KEY2 = "cd" + "0" * 62
+
+WRITER = """
+import sys, torch
+from pathlib import Path
+from anima_train.data.cache import Cache
+cache = Cache(Path(sys.argv[1]))
+for round in range(3):
+    for entry in range(40):
+        cache.save("latent", f"{entry:064x}", {"latents": torch.full((16, 40), float(entry))})
+"""
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return Cache(tmp_path / "cache")
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+@contextlib.contextmanager
+def largest_file(num_bytes: int) -> Iterator[None]:
+    """As on a disk that is full after this many bytes of a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# Names
+
+
+def sample(cache: Cache, **changes: object) -> Sample:
+    picture = {"path": Path("a.png"), "sha256": "image", "width": 60, "height": 40, "caption": "a cat",
+               "mask": Path("m.png"), "mask_sha256": "mask"}  # fmt: skip
+    picture |= {name: value for name, value in changes.items() if name in picture}
+    rest = {"size": Size(48, 32), "resolution": 40, "directory": 0, "rules": Rules(), "id": "0/a.png@40"}
+    rest |= {name: value for name, value in changes.items() if name in rest}
+    return Sample(picture=Picture(**picture), cache=cache, **rest)
+
+
+def test_a_latent_depends_on_image_size_and_vae_only(cache: Cache):
+    key = sample(cache).latent_key("vae")
+    for change in ({"sha256": "other"}, {"size": Size(64, 32)}, {"size": Size(48, 64)}):
+        assert sample(cache, **change).latent_key("vae") != key
+    assert sample(cache).latent_key("other vae") != key
+    for change in (
+        {"path": Path("moved/b.png")}, {"caption": "a dog"}, {"mask_sha256": "other"}, {"mask": None}, {"id": "x"},
+        {"directory": 3}, {"resolution": 41}, {"rules": Rules(num_repeats=3)},
+    ):  # fmt: skip
+        assert sample(cache, **change).latent_key("vae") == key
+
+
+def test_a_mask_depends_on_mask_image_size_and_size_only(cache: Cache):
+    key = sample(cache).mask_key()
+    for change in (
+        {"mask_sha256": "other"}, {"width": 61}, {"height": 41}, {"size": Size(64, 32)}, {"size": Size(48, 64)}
+    ):  # fmt: skip
+        assert sample(cache, **change).mask_key() != key
+    for change in ({"path": Path("b.png")}, {"mask": Path("n.png")}, {"caption": "a dog"}, {"sha256": "other"}):
+        assert sample(cache, **change).mask_key() == key
+
+
+def test_a_text_depends_on_caption_encoder_tokenizers_adapter_and_dtype():
+    whole = {"encoder": "e", "tokenizer": "t", "t5_tokenizer": "t5", "adapter": "a", "dtype": "bfloat16"}
+    keys = {TextIdentity(**{**whole, name: "other"}).key("a cat") for name in whole}
+    keys |= {TextIdentity(**whole).key(caption) for caption in ("a cat", "a dog", "", "a cat ")}
+    assert len(keys) == 9
+    assert TextIdentity(**whole).key("a cat") == TextIdentity(**whole).key("a cat")
+
+
+def test_values_never_run_together():
+    assert entry_key("text", caption="ab", encoder="c") != entry_key("text", caption="a", encoder="bc")
+    assert entry_key("text", a="1") != entry_key("text", a=1)
+    assert entry_key("latent", a="1") != entry_key("mask", a="1")
+
+
+def test_a_caption_of_any_characters_has_a_key():
+    assert len({entry_key("text", caption=caption) for caption in ("猫", "\ud83d", "\x00", '"', "\\")}) == 5
+
+
+def test_an_entry_of_another_schema_is_not_seen(cache: Cache):
+    text = json.dumps({"image": "x", "kind": "latent", "schema": SCHEMA + 1}, sort_keys=True)
+    cache.save("latent", hashlib.sha256(text.encode()).hexdigest(), {"latents": torch.zeros(2)})
+    assert entry_key("latent", image="x") not in cache.keys("latent")
+    same = json.dumps({"image": "x", "kind": "latent", "schema": SCHEMA}, sort_keys=True)
+    assert entry_key("latent", image="x") == hashlib.sha256(same.encode()).hexdigest()
+
+
+# Content
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"latents": torch.randn(16, 1, 4, 6)},
+        {"context": torch.randn(5, 8).to(torch.bfloat16)},
+        {"qwen": torch.randn(3, 8, dtype=torch.bfloat16), "t5_ids": torch.tensor([5, 2**40, 1])},
+        {"qwen": torch.empty(0, 8), "t5_ids": torch.tensor([1])},  # the empty caption
+        {"mask": torch.tensor(0.5)},
+        {"mask": torch.arange(12.0).reshape(3, 4).T},  # not contiguous
+        {"latents": torch.arange(12.0)[4:8]},  # part of a larger tensor
+        {"latents": torch.tensor([float("nan"), float("inf"), -0.0])},
+    ],
+)
+def test_an_entry_is_read_as_it_was_written(cache: Cache, tensors: dict[str, Tensor]):
+    cache.save("latent", KEY, tensors)
+    found = cache.read("latent", KEY)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name].nan_to_num(7.0), tensor.nan_to_num(7.0)) or tensor.numel() == 0
+        assert found[name].shape == tensor.shape
+
+
+def test_saving_again_replaces(cache: Cache):
+    cache.save("latent", KEY, {"latents": torch.zeros(3)})
+    cache.save("latent", KEY, {"latents": torch.ones(4)})
+    assert torch.equal(cache.read("latent", KEY)["latents"], torch.ones(4))
+    assert len(files(cache.folder)) == 1
+
+
+def test_keys_lists_each_kind_by_itself(cache: Cache):
+    assert cache.keys("latent") == set()  # no folder yet
+    cache.save("latent", KEY, {"latents": torch.zeros(3)})
+    cache.save("text", KEY2, {"context": torch.zeros(3)})
+    assert cache.keys("latent") == {KEY}
+    assert cache.keys("text") == {KEY2}
+    assert cache.keys("mask") == set()
+
+
+def test_temporary_files_are_no_entries(cache: Cache):
+    path = cache.path("latent", KEY)
+    cache.save("latent", KEY, {"latents": torch.zeros(3)})
+    (path.parent / f".{path.name}.x7_q.tmp").write_bytes(b"half")  # what a killed process leaves
+    assert cache.keys("latent") == {KEY}
+
+
+def test_the_permissions_are_those_of_the_umask(cache: Cache):
+    old = os.umask(0o027)
+    try:
+        cache.save("latent", KEY, {"latents": torch.zeros(3)})
+    finally:
+        os.umask(old)
+    assert cache.path("latent", KEY).stat().st_mode & 0o777 == 0o640
+
+
+# Damage
+
+
+def test_every_flipped_bit_is_noticed(cache: Cache):
+    cache.save("latent", KEY, {"latents": torch.arange(3, dtype=torch.bfloat16), "t5_ids": torch.tensor([4])})
+    path = cache.path("latent", KEY)
+    content = path.read_bytes()
+    cache.load("latent", KEY)
+    for position in range(len(content)):
+        for bit in range(8):
+            path.write_bytes(content[:position] + bytes([content[position] ^ 1 << bit]) + content[position + 1 :])
+            with pytest.raises(DamagedEntry):
+                cache.load("latent", KEY)
+
+
+def test_every_truncation_is_noticed(cache: Cache):
+    cache.save("latent", KEY, {"latents": torch.arange(3.0)})
+    path = cache.path("latent", KEY)
+    content = path.read_bytes()
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
+        with pytest.raises(DamagedEntry):
+            cache.load("latent", KEY)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", b"version https://git-lfs", b"\xff" * 100, b"\0" * 100])
+def test_other_content_is_damage(cache: Cache, content: bytes):
+    cache.path("latent", KEY).parent.mkdir(parents=True)
+    cache.path("latent", KEY).write_bytes(content)
+    with pytest.raises(DamagedEntry):
+        cache.load("latent", KEY)
+
+
+def test_reading_a_damaged_entry_removes_it_and_says_what_to_do(cache: Cache):
+    cache.save("latent", KEY, {"latents": torch.arange(3.0)})
+    path = cache.path("latent", KEY)
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(DataError, match="Start again to rebuild it") as caught:
+        cache.read("latent", KEY)
+    assert str(path) in str(caught.value)
+    assert cache.keys("latent") == set()
+
+
+def test_a_damaged_entry_that_cannot_be_removed_is_named(cache: Cache):
+    cache.path("latent", KEY).mkdir(parents=True)
+    with pytest.raises(DataError, match="could not be removed") as caught:
+        cache.read("latent", KEY)
+    assert str(cache.path("latent", KEY)) in str(caught.value)
+
+
+def test_a_missing_entry_is_named(cache: Cache):
+    with pytest.raises(DataError, match=KEY):
+        cache.read("latent", KEY)
+
+
+# Rejected
+
+
+def test_rejected_keys_are_remembered_with_their_reasons(cache: Cache):
+    assert cache.rejected() == {}
+    cache.reject(KEY, "truncated: the file stops, 猫")
+    cache.reject(KEY2, "its mask \udcff.png: not an image")  # a name that is not UTF-8
+    assert Cache(cache.folder).rejected() == {
+        KEY: "truncated: the file stops, 猫",
+        KEY2: "its mask \\udcff.png: not an image",
+    }
+
+
+# Space
+
+
+def test_a_full_disk_names_the_bytes_and_leaves_nothing_behind(cache: Cache):
+    cache.save("latent", KEY, {"latents": torch.zeros(10)})
+    cache.save("latent", KEY2, {"latents": torch.ones(1000)})
+    before = {path: path.read_bytes() for path in files(cache.folder)}
+    with largest_file(2000), pytest.raises(SpaceError) as caught:
+        cache.save("latent", KEY2, {"latents": torch.zeros(1000)})
+    size = cache.path("latent", KEY2).stat().st_size
+    assert f"needs {size:,} bytes" in str(caught.value)
+    assert "cache_dir" in str(caught.value)
+    assert {path: path.read_bytes() for path in files(cache.folder)} == before
+
+
+def test_a_folder_that_cannot_be_made_is_a_space_error(tmp_path: Path):
+    (tmp_path / "file").write_text("not a folder")
+    cache = Cache(tmp_path / "file" / "cache")
+    with pytest.raises(SpaceError, match=r"needs [\d,]+ bytes") as caught:
+        cache.save("latent", KEY, {"latents": torch.zeros(10)})
+    assert str(cache.folder) in str(caught.value)
+    with pytest.raises(SpaceError, match="needs 8 bytes"):
+        cache.reject(KEY, "no image")
+
+
+# Several processes
+
+
+def test_two_processes_that_write_the_same_entries_leave_valid_ones(cache: Cache):
+    environment = {**os.environ, "PYTHONPATH": str(Path(anima_train.__file__).parents[1])}
+    command = [sys.executable, "-c", WRITER, str(cache.folder)]
+    writers = [subprocess.Popen(command, env=environment) for _ in range(2)]
+    while any(writer.poll() is None for writer in writers):
+        for key in cache.keys("latent"):  # an entry that is visible is whole, all the time
+            assert torch.equal(cache.load("latent", key)["latents"], torch.full((16, 40), float(int(key, 16))))
+        time.sleep(0.01)
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert cache.keys("latent") == {f"{entry:064x}" for entry in range(40)}
+    assert len(files(cache.folder)) == 40  # no temporary file is left

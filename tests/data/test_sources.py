@@ -1,0 +1,743 @@
+"""Folders of real files, good and bad, and what the scan makes of them."""
+
+import hashlib
+import json
+import os
+import sys
+import threading
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pydantic import ValidationError
+
+from anima_train.core.errors import DataError
+from anima_train.data.buckets import Size
+from anima_train.data.cache import Cache
+from anima_train.data.sources import CACHE_FOLDER, MAX_LISTED, DatasetSettings, Picture, Scan, listed, printable, scan
+
+SQUARES = {"resolutions": [64], "enable_ar_bucket": False}
+
+OPENED: list[str] = []  # files opened while a test listens
+LISTENING = threading.Event()
+
+
+def note_opened(event: str, arguments: tuple) -> None:
+    if event == "open" and LISTENING.is_set() and isinstance(arguments[0], str | bytes):
+        OPENED.append(os.path.basename(os.fsdecode(arguments[0])))
+
+
+sys.addaudithook(note_opened)  # there is no way to remove one
+
+
+@pytest.fixture
+def opened() -> Iterator[list[str]]:
+    """The names of all files that Python opens during the test."""
+    OPENED.clear()
+    LISTENING.set()
+    yield OPENED
+    LISTENING.clear()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "images"
+    path.mkdir()
+    return path
+
+
+def image(path: Path, width: int = 80, height: int = 80, caption: str | None = "a cat", **options: object) -> Path:
+    """An image whose pixels depend on its name, with its caption."""
+    path.parent.mkdir(exist_ok=True)
+    generator = np.random.default_rng(zlib.crc32(os.fsencode(path.name)))
+    Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path, **options)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+    return path
+
+
+def settings(keys: dict[str, object] | None = None, *directories: dict[str, object]) -> DatasetSettings:
+    tables = [{"path": "unused", **directory} for directory in directories] or [{"path": "unused"}]
+    return DatasetSettings.model_validate({**(keys or {}), "directory": tables})
+
+
+def look(folder: Path, masks: Path | None = None, seed: int = 0, write: bool = True, **keys: object) -> Scan:
+    """Scan one folder, its cache beside it."""
+    cache = Cache(folder.parent / "cache")
+    return scan(settings({**SQUARES, **keys}), [folder], [masks], [cache], seed, write)
+
+
+def names(found: Scan) -> list[str]:
+    return [sample.picture.path.name for sample in found.samples]
+
+
+def pictures(found: Scan) -> list[Picture]:
+    return [sample.picture for sample in found.samples]
+
+
+def captions(found: Scan) -> dict[str, str]:
+    return {sample.picture.path.name: sample.caption(0, 0) for sample in found.samples}
+
+
+def the_warning(found: Scan, text: str) -> str:
+    """The one warning that holds this text."""
+    (warning,) = [warning for warning in found.warnings if text in warning]
+    return warning
+
+
+def problems(keys: dict[str, object], *directories: dict[str, object]) -> str:
+    with pytest.raises(ValidationError) as caught:
+        settings(keys, *directories)
+    return str(caught.value)
+
+
+# Settings
+
+
+def test_a_directory_overrides_the_dataset_key_by_key():
+    dataset = settings(
+        {"resolutions": [512], "num_repeats": 2, "caption_prefix": "all, ", "min_ar": 0.7},
+        {},
+        {"resolutions": [768, 1024], "caption_prefix": ""},
+    )
+    first, second = dataset.rules(0), dataset.rules(1)
+    assert (first.resolutions, first.num_repeats, first.caption_prefix, first.min_ar) == ([512], 2, "all, ", 0.7)
+    assert (second.resolutions, second.num_repeats, second.caption_prefix, second.min_ar) == ([768, 1024], 2, "", 0.7)
+
+
+def test_false_and_zero_in_a_directory_override_too():
+    rules = settings({"skip_empty_caption": True, "cache_shuffle_num": 4}, {"skip_empty_caption": False}).rules(0)
+    assert not rules.skip_empty_caption
+    zero = settings({"cache_shuffle_num": 4, "min_kept": 0.5}, {"cache_shuffle_num": 0, "min_kept": 0}).rules(0)
+    assert (zero.cache_shuffle_num, zero.min_kept) == (0, 0)
+
+
+def test_defaults():
+    rules = settings().rules(0)
+    assert rules.sizes(1.0) == [(1024, Size(1024, 1024))]
+    assert rules.sizes(0.5) == [(1024, Size(720, 1456))]
+    assert len(rules.buckets[0][1]) == 9
+    assert (rules.num_repeats, rules.caption_prefix) == (1, "")
+
+
+def test_every_resolution_has_the_buckets():
+    rules = settings({"resolutions": [512, 1024]}).rules(0)
+    assert rules.sizes(2.0) == [(512, Size(720, 368)), (1024, Size(1456, 720))]
+
+
+def test_a_resolution_may_be_a_size_with_its_area():
+    assert settings({"resolutions": [[1280, 720]]}).rules(0).sizes(1.0) == [(960, Size(960, 960))]
+
+
+def test_without_buckets_everything_is_square():
+    rules = settings({"resolutions": [512], "enable_ar_bucket": False}).rules(0)
+    assert rules.sizes(3.0) == [(512, Size(512, 512))]
+
+
+@pytest.mark.parametrize("ratios", [[0.75, 1.0], [[3, 4], [2, 2]]])
+def test_ratios_can_be_given(ratios: list):
+    rules = settings({"resolutions": [512], "ar_buckets": ratios}).rules(0)
+    assert rules.buckets == [(512, [Size(448, 592), Size(512, 512)])]  # 443.4 x 591.2, 512 x 512
+
+
+def test_sizes_can_be_given_and_each_has_the_resolution_of_its_area():
+    rules = settings({"size_buckets": [[512, 512], [1024, 512, 1], [1024, 2048]]}).rules(0)
+    assert rules.sizes(1.1) == [(512, Size(512, 512))]
+    assert rules.sizes(2.0) == [(724, Size(1024, 512))]
+    assert rules.sizes(0.4) == [(1448, Size(1024, 2048))]
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"min_ar": 2.0, "max_ar": 0.5}, "min_ar 2.0 is larger than max_ar 0.5"),
+        ({"resolutions": [16]}, "found 16, expected 64 to 4096"),
+        ({"resolutions": [5000]}, "found 5000, expected 64 to 4096"),
+        ({"resolutions": [[1024]]}, "expected a number of pixels or [width, height]"),
+        ({"resolutions": [[1024, 0]]}, "expected a number of pixels or [width, height]"),
+        ({"resolutions": [512, 512]}, "given twice"),
+        ({"resolutions": []}, "resolutions"),
+        ({"size_buckets": [[512, 500]]}, "multiples of 16"),
+        ({"size_buckets": [[512, 512, 33]]}, "multiples of 16"),
+        ({"size_buckets": [[0, 512]]}, "multiples of 16"),
+        ({"ar_buckets": [0.0]}, "expected a positive ratio"),
+        ({"ar_buckets": [-1.0]}, "expected a positive ratio"),
+        ({"ar_buckets": [[1, 0]]}, "expected a positive ratio"),
+        ({"num_repeats": 0}, "num_repeats"),
+        ({"num_repeats": 1e-9}, "num_repeats"),
+        ({"subsample_ratio": 1.5}, "subsample_ratio"),
+        ({"missing_caption": "maybe"}, "missing_caption"),
+    ],
+)
+def test_wrong_settings_are_refused(keys: dict[str, object], expected: str):
+    assert expected in problems(keys)
+    assert expected in problems({}, {}, keys)
+
+
+def test_all_wrong_settings_are_named_at_once():
+    found = problems({}, {"resolutions": [16]}, {"min_ar": 3.0, "ar_buckets": [0.0]})
+    assert "directory[0]: resolutions: found 16" in found
+    assert "directory[1]: min_ar 3.0 is larger" in found
+    assert "directory[1]: ar_buckets: found 0.0" in found
+
+
+@pytest.mark.parametrize(
+    ("keys", "directory", "expected"),
+    [
+        (
+            {"size_buckets": [[64, 64]], "resolutions": [512]},
+            {},
+            ["resolutions has no effect, because of size_buckets"],
+        ),
+        ({"size_buckets": [[64, 64]]}, {"min_ar": 0.6}, ["min_ar has no effect, because of size_buckets"]),
+        ({"ar_buckets": [1.0], "min_ar": 0.6}, {}, ["min_ar has no effect, because of ar_buckets"]),
+        ({"enable_ar_bucket": False}, {"ar_buckets": [1.0]}, ["ar_buckets has no effect, because of enable_ar_bucket"]),
+        (
+            {"cache_shuffle_delimiter": ";"},
+            {},
+            ["cache_shuffle_delimiter has no effect, because of cache_shuffle_num"],
+        ),
+        (
+            {"size_buckets": [[64, 64], [512, 512]]},
+            {},
+            ["size_buckets: [512, 512] is never used: [64, 64] has its aspect ratio"],
+        ),
+        ({"min_ar": 0.6}, {"ar_buckets": [1.0]}, []),  # may be meant for other directories
+        ({"cache_shuffle_delimiter": ", ", "enable_ar_bucket": True}, {"size_buckets": [[64, 64]]}, []),  # the defaults
+        ({"resolutions": [512], "min_ar": 0.6, "cache_shuffle_num": 2, "cache_shuffle_delimiter": ";"}, {}, []),
+    ],
+)
+def test_keys_without_effect_are_warned_of(keys: dict[str, object], directory: dict[str, object], expected: list[str]):
+    dataset = settings(keys, directory)
+    assert list(dataset.without_effect(0)) == [f"directory[0]: {text}" for text in expected]
+
+
+# Images
+
+
+def test_every_image_goes_to_every_resolution(folder: Path):
+    image(folder / "a.png", 90, 80)
+    image(folder / "b.jpg", 80, 160)
+    found = look(folder, resolutions=[64, 128], enable_ar_bucket=True, ar_buckets=[0.5, 1.0])
+    assert [(s.id, s.resolution, s.size) for s in found.samples] == [
+        ("0/a.png@64", 64, Size(64, 64)),
+        ("0/a.png@128", 128, Size(128, 128)),
+        ("0/b.jpg@64", 64, Size(48, 96)),
+        ("0/b.jpg@128", 128, Size(96, 176)),
+    ]
+    assert found.num_images == 2
+    assert found.warnings == []
+    first = found.samples[0].picture
+    assert (first.width, first.height, first.caption) == (90, 80, "a cat")
+    assert first.sha256 == hashlib.sha256((folder / "a.png").read_bytes()).hexdigest()
+
+
+def test_ids_hold_no_folder_and_are_distinct_where_a_folder_is_given_twice(folder: Path):
+    image(folder / "a.png")
+    dataset = settings(SQUARES, {"num_repeats": 1}, {"num_repeats": 3})
+    found = scan(dataset, [folder] * 2, [None] * 2, [Cache(folder / CACHE_FOLDER)] * 2, 0, True)
+    assert [sample.id for sample in found.samples] == ["0/a.png@64", "1/a.png@64"]
+    assert [sample.rules.num_repeats for sample in found.samples] == [1, 3]
+    assert found.warnings == []  # meant, so no duplicate
+
+
+def test_names_of_every_kind_work(folder: Path):
+    wanted = ["a b.png", "猫.png", "é.jpg", "x" * 240 + ".png", "UPPER.PNG", "two.dots.png", "-dash.png", "#%$'.webp"]
+    for name in wanted:
+        image(folder / name, caption=f"caption of {name}")
+    found = look(folder)
+    assert sorted(names(found)) == sorted(wanted)
+    assert captions(found) == {name: f"caption of {name}" for name in wanted}
+    assert found.warnings == found.bad == []
+
+
+def test_names_that_no_terminal_should_see_are_escaped_when_shown(folder: Path):
+    image(Path(os.fsdecode(os.fsencode(folder) + b"/\xff.png")))
+    image(folder / "\x1b[31mred.png")
+    (folder / "\x1b]0;title\x07.png").write_text("not an image")
+    found = look(folder)
+    assert sorted(sample.id for sample in found.samples) == ["0/\\udcff.png@64", "0/\\x1b[31mred.png@64"]
+    assert [line.isprintable() for line in listed(found.bad)] == [True]
+    assert pictures(look(folder)) == pictures(found)
+
+
+def test_files_that_are_no_images_are_set_aside_with_their_reasons(folder: Path):
+    image(folder / "good.png")
+    (folder / "text.png").write_text("not an image")
+    (folder / "zero.jpg").write_bytes(b"")
+    (folder / "half.png").write_bytes((folder / "good.png").read_bytes()[:300])
+    (folder / "folder.png").mkdir()
+    os.mkfifo(folder / "fifo.png")  # opening it would wait for ever
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    (folder / "nothing.png").symlink_to(folder / "missing")
+    found = look(folder)
+    assert names(found) == ["good.png"]
+    assert found.num_images == 8
+    reasons = dict(line.split(": ", 1) for line in found.bad)
+    assert {Path(path).name for path in reasons} == {
+        "text.png", "zero.jpg", "half.png", "folder.png", "fifo.png", "loop.png", "nothing.png"
+    }  # fmt: skip
+    assert "text" in reasons[str(folder / "text.png")]
+    assert "zero bytes" in reasons[str(folder / "zero.jpg")]
+    assert "truncated" in reasons[str(folder / "half.png")]
+    assert "a folder" in reasons[str(folder / "folder.png")]
+    assert "a FIFO" in reasons[str(folder / "fifo.png")]
+    assert "not readable" in reasons[str(folder / "loop.png")]
+
+
+def test_a_symbolic_link_to_an_image_is_an_image(folder: Path, tmp_path: Path):
+    image(tmp_path / "elsewhere" / "x.png", caption=None)
+    (folder / "a.png").symlink_to(tmp_path / "elsewhere" / "x.png")
+    assert names(look(folder)) == ["a.png"]
+
+
+def test_a_loop_of_folders_ends(folder: Path):
+    image(folder / "a.png")
+    (folder / "again").symlink_to(folder, target_is_directory=True)
+    found = look(folder)
+    assert names(found) == ["a.png"]
+    assert "again" in the_warning(found, "subfolders, which are not searched: 1")
+
+
+def test_files_that_are_not_used_are_counted(folder: Path):
+    image(folder / "a.png")
+    for name in ("b.gif", "c.tiff", "captions.json"):
+        (folder / name).write_bytes(b"x")
+    (folder / ".DS_Store").write_bytes(b"x")
+    (folder / ".anima_cache").mkdir()
+    assert "neither images nor captions, not used: 3, such as b.gif" in the_warning(look(folder), "neither")
+
+
+def test_the_mask_folder_is_no_stray_subfolder(folder: Path):
+    image(folder / "a.png")
+    image(folder / "masks" / "a.png", caption=None)
+    assert look(folder, masks=folder / "masks").warnings == []
+
+
+def test_small_images_are_set_aside_with_the_reason(folder: Path):
+    image(folder / "a.png", 64, 80)
+    image(folder / "b.png", 63, 80)
+    found = look(folder)
+    assert names(found) == ["a.png"]
+    assert found.skipped == [f"{folder / 'b.png'}: 63x80 is smaller than min_image_side = 64"]
+    assert found.bad == []
+    assert names(look(folder, min_image_side=1)) == ["a.png", "b.png"]
+
+
+def test_extreme_images_are_set_aside_at_every_resolution(folder: Path):
+    image(folder / "a.png", 80, 80)
+    image(folder / "b.png", 400, 80)
+    # 5 : 1 cropped to 48x96 keeps a tenth, cropped to 208x48 (aspect 4.33) most of it; both resolutions must agree.
+    found = look(folder, resolutions=[64, 128], enable_ar_bucket=True, ar_buckets=[0.5, 1.0], min_kept=0.25)
+    assert names(found) == ["a.png", "a.png"]
+    (line,) = found.skipped
+    assert line.startswith(f"{folder / 'b.png'}: 400x80 is too far from every bucket: cropping to 64x64 would keep 20%")
+    assert names(look(folder, min_kept=0.2)) == ["a.png", "b.png"]
+
+
+def test_an_image_that_one_resolution_refuses_is_refused_by_all(folder: Path):
+    image(folder / "a.png", 160, 80)
+    # At 64 the sides are rounded to 96x48, exactly 2 : 1; at 80 to 112x64, which keeps 87.5 %.
+    found = look(folder, resolutions=[64, 80], enable_ar_bucket=True, ar_buckets=[2.0], min_kept=0.9)
+    assert found.samples == []
+    assert len(found.skipped) == 1
+
+
+def test_the_same_image_twice_is_a_warning(folder: Path):
+    image(folder / "a.png")
+    (folder / "b.png").write_bytes((folder / "a.png").read_bytes())
+    (folder / "c.png").write_bytes((folder / "a.png").read_bytes())
+    image(folder / "d.png")
+    found = look(folder, resolutions=[64, 128])
+    assert len(found.samples) == 8
+    warning = the_warning(found, "more than once")
+    assert warning.startswith("2 images are in the dataset more than once")
+    assert f"{folder / 'b.png'}, which equals {folder / 'a.png'}" in warning
+
+
+def test_the_same_image_in_two_directories_is_a_warning(tmp_path: Path):
+    image(tmp_path / "one" / "a.png")
+    image(tmp_path / "two" / "a.png")
+    found = scan(
+        settings(SQUARES, {}, {}),
+        [tmp_path / "one", tmp_path / "two"],
+        [None, None],
+        [Cache(tmp_path / "one" / "c"), Cache(tmp_path / "two" / "c")],
+        0,
+        True,
+    )
+    assert "1 image is in the dataset more than once" in the_warning(found, "more than once")
+
+
+def test_what_the_header_shows_is_warned_of_once_for_all_files(folder: Path):
+    for name in ("a.png", "b.png", "c.png"):
+        image(folder / name, format="JPEG")
+    assert "named .png but holds JPEG: 3, such as a.png" in the_warning(look(folder), "JPEG")
+
+
+# Subsampling
+
+
+def test_a_subsample_has_the_right_size_and_is_stable(folder: Path):
+    for number in range(20):
+        image(folder / f"{number:02}.png", 64, 64, caption=None)
+    chosen = names(look(folder, subsample_ratio=0.4))
+    assert len(chosen) == 8
+    assert chosen == sorted(chosen)
+    assert names(look(folder, subsample_ratio=0.4, resolutions=[128])) == chosen
+    assert set(names(look(folder, subsample_ratio=0.2))) < set(chosen)
+    assert names(look(folder, subsample_ratio=0.4, seed=1)) != chosen
+    assert len(names(look(folder, subsample_ratio=0.001))) == 1
+    image(folder / "new.png", 64, 64, caption=None)
+    assert len({*chosen} - {*names(look(folder, subsample_ratio=0.4))}) <= 1
+
+
+# Captions
+
+
+def test_captions_are_found_whatever_the_case_of_their_ending(folder: Path):
+    image(folder / "a.png", caption=None)
+    (folder / "a.TXT").write_text("upper")
+    assert captions(look(folder)) == {"a.png": "upper"}
+
+
+def test_a_prefix_stands_before_every_caption(folder: Path):
+    image(folder / "a.png", caption="a cat")
+    image(folder / "b.png", caption="")
+    image(folder / "c.png", caption=None)
+    found = look(folder, caption_prefix="my style, ")
+    assert captions(found) == {"a.png": "my style, a cat", "b.png": "my style, ", "c.png": "my style, "}
+    assert "trained with caption_prefix alone: 1, such as c.png" in the_warning(found, "without a .txt")
+    assert "trained with caption_prefix alone: 1, such as b.png" in the_warning(found, "empty caption")
+
+
+def test_missing_and_empty_captions_train_as_the_empty_one_with_a_warning(folder: Path):
+    image(folder / "a.png")
+    image(folder / "b.png", caption=None)
+    image(folder / "c.png", caption=None)
+    image(folder / "d.png", caption=" \n")
+    found = look(folder)
+    assert captions(found) == {"a.png": "a cat", "b.png": "", "c.png": "", "d.png": ""}
+    assert "without a .txt caption, trained with the empty one: 2, such as b.png" in the_warning(found, "without")
+    assert "with an empty caption, trained with the empty one: 1, such as d.png" in the_warning(found, "with an")
+
+
+def test_missing_and_empty_captions_can_be_skipped(folder: Path):
+    image(folder / "a.png")
+    image(folder / "b.png", caption=None)
+    image(folder / "c.png", caption="")
+    found = look(folder, skip_empty_caption=True)
+    assert names(found) == ["a.png"]
+    assert found.skipped == [
+        f"{folder / 'b.png'}: its caption is missing",
+        f"{folder / 'c.png'}: its caption is empty",
+    ]
+    assert found.warnings == found.bad == []
+
+
+def test_missing_captions_can_be_an_error_for_all_folders_at_once(tmp_path: Path):
+    for name in ("one", "two"):
+        image(tmp_path / name / "a.png")
+        for number in range(MAX_LISTED + 5):
+            image(tmp_path / name / f"b{number:02}.png", 16, 16, caption=None)
+    dataset = settings({**SQUARES, "missing_caption": "error"}, {}, {})
+    with pytest.raises(DataError) as caught:
+        scan(dataset, [tmp_path / "one", tmp_path / "two"], [None] * 2, [Cache(tmp_path / "c")] * 2, 0, True)
+    for name in ("one", "two"):
+        assert f"{tmp_path / name}: {MAX_LISTED + 5} images have no .txt caption" in str(caught.value)
+        assert str(tmp_path / name / "b00.png") in str(caught.value)
+    assert str(caught.value).count("... and 5 more") == 2
+
+
+def test_an_empty_caption_is_not_a_missing_one(folder: Path):
+    image(folder / "a.png", caption="")
+    assert captions(look(folder, missing_caption="error")) == {"a.png": ""}
+
+
+def test_a_caption_that_is_not_utf8_sets_its_image_aside(folder: Path):
+    image(folder / "a.png")
+    image(folder / "b.png")
+    (folder / "b.txt").write_bytes(b"caf\xe9")
+    found = look(folder)
+    assert names(found) == ["a.png"]
+    assert found.bad == [f"{folder / 'b.png'}: its caption b.txt: not UTF-8 (byte 3 is 0xe9); save it as UTF-8"]
+
+
+def test_a_caption_without_an_image_is_warned_of(folder: Path):
+    image(folder / "a.png")
+    (folder / "b.txt").write_text("no image")
+    assert "captions without an image: 1, such as b.txt" in the_warning(look(folder), "without an image")
+
+
+def test_text_that_is_a_special_token_is_warned_of(folder: Path):
+    image(folder / "a.png", caption="a < b </b> <3 |x|")
+    assert look(folder).warnings == []
+    image(folder / "b.png", caption="a cat </s> and more")
+    image(folder / "c.png", caption="<|im_end|>")
+    assert "special token, as </s> is: 2, such as b.txt" in the_warning(look(folder), "special")
+
+
+def test_images_that_differ_in_their_ending_share_a_caption_but_no_id(folder: Path):
+    image(folder / "a.png", caption="shared")
+    image(folder / "a.jpg", caption="shared")
+    found = look(folder)
+    assert [sample.id for sample in found.samples] == ["0/a.jpg@64", "0/a.png@64"]
+    assert captions(found) == {"a.jpg": "shared", "a.png": "shared"}
+    assert "share caption and mask, because their names differ in the ending only: 2" in the_warning(found, "share")
+
+
+def test_of_two_captions_the_first_by_name_is_used_and_the_other_warned_of(folder: Path):
+    image(folder / "a.png", caption="lower")
+    (folder / "a.TXT").write_text("upper")
+    found = look(folder)
+    assert captions(found) == {"a.png": "upper"}
+    assert "captions not used, because another differs in the ending only: 1, such as a.txt" in the_warning(
+        found, "not used"
+    )
+
+
+def test_shuffled_captions_take_turns_and_every_resolution_shares_them(folder: Path):
+    image(folder / "a.png", caption="1girl, solo, smile, sky, tree")
+    found = look(folder, resolutions=[64, 128], cache_shuffle_num=3, caption_prefix="style, ")
+    first, second = found.samples
+    texts = first.captions(0)
+    assert len(set(texts)) == 3
+    assert all(text.startswith("style, ") and len(text.split(", ")) == 6 for text in texts)
+    assert [first.caption(0, showing) for showing in range(6)] == texts * 2
+    assert second.captions(0) == texts
+    assert first.captions(1) != texts
+
+
+def test_without_shuffling_there_is_one_caption(folder: Path):
+    image(folder / "a.png", caption="b, a")
+    (sample,) = look(folder).samples
+    assert sample.captions(0) == ["b, a"]
+    assert sample.caption(0, 7) == "b, a"
+
+
+# Masks
+
+
+def test_masks_are_found_by_stem_with_any_ending(folder: Path, tmp_path: Path):
+    image(folder / "a.png")
+    image(folder / "b.jpg")
+    image(folder / "c.png")
+    masks = tmp_path / "masks"
+    image(masks / "a.jpg", caption=None)
+    image(masks / "b.WEBP", caption=None)
+    image(masks / "stray.png", caption=None)
+    found = look(folder, masks=masks)
+    assert [picture.mask for picture in pictures(found)] == [masks / "a.jpg", masks / "b.WEBP", None]
+    assert pictures(found)[0].mask_sha256 == hashlib.sha256((masks / "a.jpg").read_bytes()).hexdigest()
+    assert pictures(found)[2].mask_sha256 == ""
+    assert found.warnings == [f"{folder}: images without a mask, trained whole: 1, such as c.png"]
+
+
+def test_a_bad_mask_sets_its_image_aside(folder: Path, tmp_path: Path):
+    image(folder / "a.png")
+    image(folder / "b.png")
+    image(tmp_path / "masks" / "a.png", caption=None)
+    (tmp_path / "masks" / "b.png").write_text("not an image")
+    found = look(folder, masks=tmp_path / "masks")
+    assert names(found) == ["a.png"]
+    (line,) = found.bad
+    assert line.startswith(f"{folder / 'b.png'}: its mask b.png: not an image")
+
+
+def test_of_two_masks_the_first_by_name_is_used_and_the_other_warned_of(folder: Path, tmp_path: Path):
+    image(folder / "a.png")
+    image(tmp_path / "masks" / "a.png", caption=None)
+    image(tmp_path / "masks" / "a.jpg", caption=None)
+    found = look(folder, masks=tmp_path / "masks")
+    assert found.samples[0].picture.mask == tmp_path / "masks" / "a.jpg"
+    assert "1, such as a.png" in the_warning(found, "masks not used")
+
+
+# Too many bad ones, or none at all
+
+
+def test_too_many_bad_images_stop_with_all_of_them_listed(folder: Path):
+    for number in range(8):
+        image(folder / f"good{number}.png")
+    for number in range(2):
+        (folder / f"bad{number}.png").write_text("not an image")
+    found = look(folder)
+    found.check(0.2)  # a fifth is allowed
+    with pytest.raises(DataError) as caught:
+        found.check(0.19)
+    text = str(caught.value)
+    assert "2 images of 10 cannot be used (20.0%, more than max_bad_fraction = 0.19)" in text
+    assert all(f"bad{number}.png: not an image" in text for number in range(2))
+
+
+def test_long_lists_are_cut_with_the_number_left():
+    lines = [f"line {number}" for number in range(MAX_LISTED + 3)]
+    assert listed(lines) == [*lines[:MAX_LISTED], "... and 3 more"]
+    assert listed(lines[:MAX_LISTED]) == lines[:MAX_LISTED]
+
+
+def test_images_that_a_setting_leaves_out_do_not_count_as_bad(folder: Path):
+    image(folder / "a.png")
+    image(folder / "b.png", 20, 20)
+    look(folder).check(0.0)
+
+
+def test_an_empty_folder_is_an_error_that_names_it(folder: Path):
+    (folder / "a.gif").write_bytes(b"x")
+    with pytest.raises(DataError, match="no image is left to train on") as caught:
+        look(folder).check(1.0)
+    assert str(folder) in str(caught.value)
+    assert "a.gif" in str(caught.value)
+
+
+def test_a_folder_whose_images_are_all_set_aside_is_an_error_with_the_reasons(folder: Path):
+    image(folder / "a.png", 20, 20)
+    (folder / "b.png").write_text("not an image")
+    with pytest.raises(DataError, match="no image is left to train on") as caught:
+        look(folder).check(1.0)
+    assert "min_image_side" in str(caught.value)
+    assert "b.png: not an image" in str(caught.value)
+
+
+def test_a_folder_without_an_image_beside_one_with_images_is_warned_of(folder: Path, tmp_path: Path):
+    image(folder / "a.png")
+    (tmp_path / "empty").mkdir()
+    found = scan(
+        settings(SQUARES, {}, {}), [folder, tmp_path / "empty"], [None] * 2, [Cache(tmp_path / "c")] * 2, 0, True
+    )
+    assert str(tmp_path / "empty") in the_warning(found, "holds no image")
+
+
+def test_folders_that_cannot_be_listed_are_named_together(tmp_path: Path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DataError) as caught:
+        scan(
+            settings(SQUARES, {}, {}),
+            [tmp_path / "file", tmp_path / "gone"],
+            [None] * 2,
+            [Cache(tmp_path / "c")] * 2,
+            0,
+            True,
+        )
+    assert [problem.split(": ")[0] for problem in caught.value.problems] == [
+        str(tmp_path / n) for n in ("file", "gone")
+    ]
+
+
+# The memory of file facts
+
+
+def test_a_second_scan_opens_no_image_and_no_mask(folder: Path, tmp_path: Path, opened: list[str]):
+    image(folder / "a.png", 90, 70)
+    image(folder / "b.png", format="JPEG")
+    image(tmp_path / "masks" / "a.png", caption=None)
+    first = look(folder, masks=tmp_path / "masks")
+    assert {"a.png", "b.png"} <= set(opened)
+    opened.clear()
+    second = look(folder, masks=tmp_path / "masks")
+    assert [name for name in opened if name.endswith(".png")] == []
+    assert "a.txt" in opened  # captions are read each time
+    assert pictures(second) == pictures(first)
+    assert second.warnings == first.warnings
+
+
+def test_a_changed_image_is_looked_at_again(folder: Path, opened: list[str]):
+    image(folder / "a.png", 90, 70)
+    image(folder / "b.png")
+    look(folder)
+    opened.clear()
+    image(folder / "a.png", 70, 90)
+    picture = look(folder).samples[0].picture
+    assert (picture.width, picture.height) == (70, 90)
+    assert picture.sha256 == hashlib.sha256((folder / "a.png").read_bytes()).hexdigest()
+    assert "b.png" not in opened
+
+
+def test_a_replaced_image_with_the_size_and_time_of_the_old_one_is_noticed(folder: Path):
+    path = image(folder / "a.png")
+    look(folder)
+    status = path.stat()
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    while path.stat().st_ctime_ns == status.st_ctime_ns:  # the clock of files ticks a few hundred times a second
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_mtime_ns == status.st_mtime_ns
+    assert path.stat().st_size == status.st_size
+    assert look(folder).samples[0].picture.sha256 == hashlib.sha256(content).hexdigest()
+
+
+def test_a_bad_image_is_looked_at_until_it_is_repaired(folder: Path):
+    image(folder / "a.png")
+    (folder / "b.png").write_text("not an image")
+    assert len(look(folder).bad) == len(look(folder).bad) == 1
+    image(folder / "b.png")
+    assert names(look(folder)) == ["a.png", "b.png"]
+
+
+def memo_files(folder: Path) -> list[Path]:
+    return sorted((folder.parent / "cache").glob("images_*.json"))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]", b"null", b'{"a.png": null}', b'{"a.png": [1, 2, 3]}'])
+def test_a_damaged_memory_is_ignored_and_replaced(folder: Path, content: bytes):
+    image(folder / "a.png")
+    expected = pictures(look(folder))
+    (memo,) = memo_files(folder)
+    good = memo.read_bytes()
+    memo.write_bytes(content)
+    assert pictures(look(folder)) == expected
+    assert memo.read_bytes() == good
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda entry: {"sha256": entry[3]},  # another shape
+        lambda entry: entry[:2] + entry[3:],  # without a time
+        lambda entry: [*entry, "more"],
+        lambda entry: [*entry[:4], "wide", *entry[5:]],
+    ],
+)
+def test_a_memory_of_another_shape_is_ignored(folder: Path, change):
+    image(folder / "a.png")
+    expected = pictures(look(folder))
+    (memo,) = memo_files(folder)
+    entries = json.loads(memo.read_bytes())
+    memo.write_text(json.dumps({name: change(entry) for name, entry in entries.items()}))
+    assert pictures(look(folder)) == expected
+
+
+def test_only_the_process_that_may_write_does(folder: Path):
+    image(folder / "a.png")
+    look(folder, write=False)
+    assert memo_files(folder) == []
+
+
+def test_a_memory_that_cannot_be_written_is_a_warning(folder: Path, tmp_path: Path):
+    image(folder / "a.png")
+    (tmp_path / "cache").write_text("a file where the cache should be")
+    found = look(folder)
+    assert names(found) == ["a.png"]
+    assert str(tmp_path / "cache") in the_warning(found, "read the images again")
+
+
+def test_folders_with_one_cache_keep_apart_what_they_remember(tmp_path: Path, opened: list[str]):
+    cache = Cache(tmp_path / "cache")
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for width, folder in zip((80, 90), folders, strict=True):
+        image(folder / "a.png", width, 80)
+    for _ in range(2):
+        opened.clear()
+        found = scan(settings(SQUARES, {}, {}), folders, [None] * 2, [cache] * 2, 0, True)
+        assert [sample.picture.width for sample in found.samples] == [80, 90]
+    assert "a.png" not in opened
+
+
+def test_printable_keeps_letters_and_escapes_the_rest():
+    assert printable("a 猫 é 🐈") == "a 猫 é 🐈"
+    assert printable("\x1b[0m\n\udcff\u202e") == "\\x1b[0m\\n\\udcff\\u202e"
