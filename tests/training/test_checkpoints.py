@@ -1,5 +1,6 @@
 """Saved weights and training states: whole or not there, exact, and refused where they do not fit."""
 
+import contextlib
 import json
 import os
 import resource
@@ -40,13 +41,15 @@ def tensors():
     }
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files():
-    """No file may grow past 20 kB, as on a full disk."""
+    """While open, no file may grow past 20 kB, as on a full disk; short, because pytest's own log is a file too."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 # Weights -------------------------------------------------------------------------------------------------------------
@@ -80,11 +83,12 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, bad):
     assert os.listdir(tmp_path) == [path.name]
 
 
-def test_a_full_disk_leaves_the_old_weights_and_nothing_else(tmp_path, small_files):
+def test_a_full_disk_leaves_the_old_weights_and_nothing_else(tmp_path):
     path = tmp_path / "style.safetensors"
     save_weights(path, tensors(), {})
     before = path.read_bytes()
-    with pytest.raises(SpaceError, match=r"style\.safetensors: could not be written .* earlier files are intact"):
+    message = r"style\.safetensors: could not be written .* earlier files are intact"
+    with small_files(), pytest.raises(SpaceError, match=message):
         save_weights(path, {"a": torch.zeros(100_000)}, {})
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == [path.name]
@@ -261,12 +265,12 @@ def test_a_state_that_is_not_finite_is_not_saved_over_good_ones(tmp_path, where)
     assert os.listdir(tmp_path) == ["step-000001"]
 
 
-def test_a_full_disk_leaves_the_old_states_and_nothing_else(tmp_path, small_files):
+def test_a_full_disk_leaves_the_old_states_and_nothing_else(tmp_path):
     model = lora_model(rank=1)
     optimizer = optimizer_for(model)
     save_state(tmp_path, 1, model, optimizer, keep_last=1)
     train(model, optimizer, 1)  # with moments it is too large
-    with pytest.raises(SpaceError, match="earlier files are intact"):
+    with small_files(), pytest.raises(SpaceError, match="earlier files are intact"):
         save_state(tmp_path, 2, model, optimizer, keep_last=1)
     assert os.listdir(tmp_path) == ["step-000001"]
     other = lora_model(rank=1)
