@@ -1,16 +1,17 @@
 """Optimizers, each a settings class with a `build` method; the union at the foot is the registry."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from anima_train.core.settings import Settings
 
 Groups = list[dict[str, Any]]
+CHUNK = 2**24  # elements updated at once; half a GB of temporary float32 tensors
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -106,35 +107,62 @@ class KahanAdamW(Optimizer):
         """One update of every parameter that has a gradient."""
         loss = None if closure is None else closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self.update(parameter, parameter.grad.float(), group)
+            for parameters in self.chunks(group["params"]):
+                self.update(parameters, group)
         return loss
 
-    def update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        """One update of one parameter, in float32."""
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(parameter, dtype=self.moments_dtype)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=self.moments_dtype)
-            if parameter.dtype == torch.bfloat16:
-                state["compensation"] = torch.zeros_like(parameter, dtype=torch.int16)
-        state["step"] += 1
-        step = int(state["step"])
-        beta1, beta2 = group["betas"]
-        mean = state["exp_avg"].float().lerp(gradient, 1 - beta1)
-        square = state["exp_avg_sq"].float().mul(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        state["exp_avg"].copy_(mean)
-        state["exp_avg_sq"].copy_(square)
+    def chunks(self, parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+        """Parameters of one kind and age, about `CHUNK` elements together: a LoRA has a thousand small ones."""
+        chunk: list[nn.Parameter] = []
+        kind: tuple[Any, ...] = ()
+        size = 0
+        for parameter in parameters:
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter] or self.start(parameter)
+            state["step"] += 1
+            this_kind = (parameter.dtype, parameter.device, int(state["step"]))
+            if chunk and (this_kind != kind or size + parameter.numel() > CHUNK):
+                yield chunk
+                chunk, size = [], 0
+            kind = this_kind
+            chunk.append(parameter)
+            size += parameter.numel()
+        if chunk:
+            yield chunk
 
-        weight = join_halves(parameter, state["compensation"]) if "compensation" in state else parameter.float()
-        weight = weight.mul(1 - group["lr"] * group["weight_decay"])
+    def start(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """The state of a parameter that was never updated."""
+        state = self.state[parameter]
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        state["exp_avg"] = torch.zeros_like(parameter, dtype=self.moments_dtype)
+        state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=self.moments_dtype)
+        if parameter.dtype == torch.bfloat16:
+            state["compensation"] = torch.zeros_like(parameter, dtype=torch.int16)
+        return state
+
+    def update(self, parameters: Sequence[nn.Parameter], group: dict[str, Any]) -> None:
+        """One update of parameters of one kind, in float32, as one flat tensor: few kernels for many parameters."""
+        states = [self.state[parameter] for parameter in parameters]
+        step = int(states[0]["step"])
+        beta1, beta2 = group["betas"]
+        gradient = flat([parameter.grad for parameter in parameters if parameter.grad is not None]).float()
+        mean = flat([state["exp_avg"] for state in states]).float().lerp_(gradient, 1 - beta1)
+        square = flat([state["exp_avg_sq"] for state in states]).float().mul_(beta2)
+        square.addcmul_(gradient, gradient, value=1 - beta2)
+        store(mean, [state["exp_avg"] for state in states])
+        store(square, [state["exp_avg_sq"] for state in states])
+
+        weight = flat(parameters)
+        compensated = weight.dtype == torch.bfloat16
+        if compensated:
+            weight = join_halves(weight, flat([state["compensation"] for state in states]))
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
         denominator = square.div_(1 - beta2**step).sqrt_().add_(group["eps"])
         weight.addcdiv_(mean, denominator, value=-group["lr"] / (1 - beta1**step))
-        parameter.copy_(weight)
-        if "compensation" in state:
-            state["compensation"].copy_(lower_half(weight))
+        store(weight, parameters)
+        if compensated:
+            store(lower_half(weight), [state["compensation"] for state in states])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put a state back as it is; torch would convert all of it to the parameters' dtype."""
@@ -145,6 +173,17 @@ class KahanAdamW(Optimizer):
             for name, value in state_dict["state"].get(index, {}).items():
                 if name != "step":
                     self.state[parameter][name] = value.to(device=parameter.device, copy=True)
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """The tensors' elements in one, a copy."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def store(values: Tensor, targets: Sequence[Tensor]) -> None:
+    """Put the elements of a flat tensor back into the tensors they belong to, converted to their dtype."""
+    parts = values.split([target.numel() for target in targets])
+    torch._foreach_copy_(list(targets), [part.view_as(target) for part, target in zip(parts, targets, strict=True)])
 
 
 def lower_half(weight: Tensor) -> Tensor:

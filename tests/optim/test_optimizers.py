@@ -217,3 +217,21 @@ def test_types_choose_the_optimizer():
     registry = TypeAdapter(AnyOptimizer)
     assert isinstance(registry.validate_python({"type": "adamw", "lr": 1e-5}), AdamW)
     assert isinstance(registry.validate_python({"type": "adamw_optimi", "lr": 1e-5, "betas": [0, 0.99]}), AdamWKahan)
+
+
+def test_how_many_parameters_are_updated_together_changes_nothing(monkeypatch):
+    def trained(chunk):
+        monkeypatch.setattr("anima_train.optim.optimizers.CHUNK", chunk)
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(3, 4), (5,), (2, 2, 2), (7, 1)]
+        parameters = [nn.Parameter(torch.randn(shape, generator=generator).bfloat16()) for shape in shapes]
+        parameters.append(nn.Parameter(torch.randn(6, generator=generator)))
+        optimizer = KahanAdamW(groups_of(parameters, 0.1), 1e-2, BETAS, 1e-8)
+        for _ in range(3):
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            optimizer.step()
+        return parameters
+
+    for alone, together in zip(trained(1), trained(1000), strict=True):
+        assert torch.equal(alone, together)
