@@ -60,8 +60,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Flush a file or a folder to disk; file systems that cannot sync a folder are left to themselves."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush a file or a folder to disk; where folders cannot be flushed (Windows, some file systems) nothing happens."""
+    on_windows = os.name == "nt"
+    if on_windows and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if on_windows else os.O_RDONLY)  # Windows flushes only what it may write
     try:
         os.fsync(descriptor)
     except OSError as error:
