@@ -60,7 +60,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Flush a file or a folder to disk; where folders cannot be flushed (Windows, some file systems) nothing happens."""
+    """Flush a file or a folder to disk; nothing happens where folders cannot be flushed, as on Windows."""
     on_windows = os.name == "nt"
     if on_windows and path.is_dir():
         return
