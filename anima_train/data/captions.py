@@ -1,9 +1,16 @@
 """Captions: read from files, and the variants a sample is trained on."""
 
+import json
+import re
 import stat
 from pathlib import Path
+from typing import Any
 
 from anima_train.core.random import shuffled
+
+CAPTIONS_JSON_FORM = 'expected {"file name": "caption" or ["several", "captions"]}'
+# Tags whose underscores are no spaces: emoticons, as ^_^, o_o or (o)_(o), and the model's own score tags.
+KEEPS_UNDERSCORES = re.compile(r"\S_\S|[^\w\s]\S{0,2}_\S{0,2}[^\w\s]|score_\d(_up)?")
 
 
 class BadCaption(Exception):
@@ -11,10 +18,19 @@ class BadCaption(Exception):
 
 
 def read_caption(path: Path) -> str:
-    """A caption file's text: UTF-8 with or without BOM, line ends and NULs cleaned, outer white space removed.
+    """A caption file's text, as `cleaned`: UTF-8 with or without BOM.
 
     Raises:
         BadCaption: not UTF-8, with the offset of the first bad byte in the file; or not readable.
+    """
+    return cleaned(read_utf8(path))
+
+
+def read_utf8(path: Path) -> str:
+    """A file's text without BOM.
+
+    Raises:
+        BadCaption: as `read_caption`.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # a FIFO would block
@@ -26,7 +42,64 @@ def read_caption(path: Path) -> str:
     except OSError as error:
         raise BadCaption(f"not readable ({error.strerror})") from error
     # The BOM is removed after decoding, because an offset counts from the start of the file.
-    return text.removeprefix("\ufeff").replace("\x00", "").replace("\r\n", "\n").replace("\r", "\n").strip()
+    return text.removeprefix("\ufeff")
+
+
+def cleaned(text: str) -> str:
+    """The text without NULs and outer white space, its line ends as line feeds."""
+    return text.replace("\x00", "").replace("\r\n", "\n").replace("\r", "\n").strip()
+
+
+def read_captions_json(path: Path) -> dict[str, tuple[str, ...]]:
+    """What a captions.json holds: {"file name": "caption" or ["several", "captions"]}.
+
+    Raises:
+        BadCaption: not readable, or not of that form; names the line and column, or the entry.
+    """
+    text = read_utf8(path)
+    try:
+        # Pairs, to see a name given twice; and no int, which raises an error of its own on thousands of digits.
+        pairs = json.loads(text, object_pairs_hook=list, parse_int=float)
+    except json.JSONDecodeError as error:
+        raise BadCaption(f"not JSON (line {error.lineno}, column {error.colno}: {error.msg})") from error
+    except RecursionError as error:
+        raise BadCaption(f"nested too deeply; {CAPTIONS_JSON_FORM}") from error
+    if not text.lstrip().startswith("{"):
+        raise BadCaption(CAPTIONS_JSON_FORM)
+    captions: dict[str, tuple[str, ...]] = {}
+    for name, value in pairs:
+        if name in captions:
+            raise BadCaption(f"{json.dumps(name)} is given twice; merge the two into a list of captions")
+        captions[name] = caption_list(name, value)
+    return captions
+
+
+def caption_list(name: str, value: Any) -> tuple[str, ...]:
+    """The captions of one entry of a captions.json.
+
+    Raises:
+        BadCaption: it is neither text nor a list of texts, or a text that is no Unicode.
+    """
+    texts = value if isinstance(value, list) else [value]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise BadCaption(f"{json.dumps(name)}: {CAPTIONS_JSON_FORM}")
+    if not all(text.isascii() or not re.search("[\ud800-\udfff]", text) for text in texts):
+        raise BadCaption(f"{json.dumps(name)}: half of a surrogate pair, which is no character")
+    return tuple(map(cleaned, texts))
+
+
+def without_underscores(caption: str, delimiter: str) -> str:
+    """The caption with spaces for underscores, but not in tags that `KEEPS_UNDERSCORES`.
+
+    Tags are what the delimiter, a comma or a line end separates.
+    """
+    parts = re.split(
+        rf"({re.escape(delimiter)}|[,\n])", caption
+    )  # tags at even places, what separates them at odd ones
+    for place in range(0, len(parts), 2):
+        if not KEEPS_UNDERSCORES.fullmatch(parts[place].strip()):
+            parts[place] = parts[place].replace("_", " ")
+    return "".join(parts)
 
 
 def shuffled_tags(caption: str, delimiter: str, seed: int, sample: str, variant: int) -> str:

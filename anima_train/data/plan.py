@@ -87,16 +87,16 @@ class Plan:
     def turns(self) -> list[tuple[int, int, int]]:
         """(a, b, c) for each sample: before epoch e it is shown (a * e + b) // c times.
 
-        With num_repeats = p / q that is floor(e * p / q + b / c), where b / c spreads the samples of a directory evenly
-        over [0, 1), so that every epoch shows the same number of them, give or take one. In integers, because a
-        rounding error would show a sample an epoch too early or too late.
+        With num_repeats = p / q that is floor(e * p / q + b / c), where b / c spreads the samples of a directory that
+        have this num_repeats evenly over [0, 1), so that every epoch shows the same number of them, give or take one.
+        In integers, because a rounding error would show a sample an epoch too early or too late.
         """
-        directories: dict[int, list[int]] = defaultdict(list)
+        groups: dict[tuple[int, float], list[int]] = defaultdict(list)
         for index, sample in enumerate(self.samples):
-            directories[sample.directory].append(index)
+            groups[sample.directory, sample.rules.num_repeats].append(index)
         turns = [(0, 0, 1)] * len(self.samples)
-        for directory, indices in directories.items():
-            repeats = exact(self.samples[indices[0]].rules.num_repeats)
+        for (directory, num_repeats), indices in groups.items():
+            repeats = exact(num_repeats)
             order = shuffled(indices, lambda index: self.samples[index].id, self.seed, "turns", directory)
             for place, index in enumerate(order):
                 turns[index] = (

@@ -1,13 +1,15 @@
 """The dataset's settings, and the scan that turns folders of images and captions into samples."""
 
 import concurrent.futures
+import functools
 import hashlib
+import math
 import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,16 +17,26 @@ from pydantic import Field, TypeAdapter
 
 from anima_train.core.errors import DataError, SpaceError, count
 from anima_train.core.files import sha256_file
-from anima_train.core.random import shuffled
+from anima_train.core.random import shuffled, uniform
 from anima_train.core.settings import Settings
 from anima_train.data.buckets import Size, aspect_ratios, kept_fraction, nearest, size_of
 from anima_train.data.cache import Cache, entry_key
-from anima_train.data.captions import BadCaption, read_caption, shuffled_tags
+from anima_train.data.captions import (
+    BadCaption,
+    read_caption,
+    read_captions_json,
+    shuffled_tags,
+    without_underscores,
+)
 from anima_train.data.images import EXTENSIONS, BadImage, probe
 
 MAX_LISTED = 20  # files named in one message
 CACHE_FOLDER = ".anima_cache"
 MEMO_VERSION = 1  # raise when the meaning of `FileFacts` changes
+CAPTIONS_JSON = "captions.json"
+NATURAL = "_nl"  # ends the stem of a natural-language caption
+CAPTION_FILES = {"tags": ".txt", "nl": "_nl.txt", "mixed": ".txt or _nl.txt"}  # by caption_mode
+KOHYA_FOLDER = re.compile(r"([1-9][0-9]{0,3})_[^/]*")  # at most four digits: longer ones are dates, not repeats
 
 # Text that a tokenizer of the model reads as one of its special tokens, not as letters.
 SPECIAL_TOKEN = re.compile(r"</s>|<pad>|<unk>|<extra_id_\d+>|<\|\w+\|>")
@@ -56,18 +68,41 @@ class DirectorySettings(Settings):
     all of them in two. Default 1."""
     subsample_ratio: float | None = Field(default=None, gt=0, le=1)
     """Use only this share of the images, the same ones in every epoch. Default 1."""
+    recursive: bool | None = None
+    """Search sub-folders too, those of mask_path as well; captions and masks are found by the same path below path and
+    mask_path. Hidden folders and the cache are left out. Default false."""
+    kohya_folders: bool | None = None
+    """Search the sub-folders of path that are named as 10_name (1 to 9999) too, and show their images num_repeats * 10
+    times. The name behind the number is not used. Default false."""
     cache_shuffle_num: int | None = Field(default=None, ge=0)
     """Number of shuffled variants of each caption's tags; epochs take turns through them. 0 leaves captions as they
-    are. Default 0."""
+    are. Natural-language captions are not shuffled. Default 0."""
     cache_shuffle_delimiter: str | None = Field(default=None, min_length=1)
-    """What separates tags, for cache_shuffle_num. Default ", "."""
+    """What separates tags, for cache_shuffle_num, trigger_word and replace_underscores. Default ", "."""
     caption_prefix: str | None = None
     """Put in front of every caption, missing and empty ones too, as it stands. Default ""."""
+    trigger_word: str | None = None
+    """Put first of all, before caption_prefix, with cache_shuffle_delimiter behind it; not where the caption is missing
+    or empty, and not a second time where the caption begins with it already. Never shuffled. Default "" (none)."""
+    replace_underscores: bool | None = None
+    """Write spaces for the underscores in tags, except in those that look like emoticons, as ^_^, o_o and (o)_(o) do,
+    and in score_7 and the like. Natural-language captions, caption_prefix and trigger_word stay as they are.
+    Default false."""
+    captions_per_line: bool | None = None
+    """Each line of a .txt file that is not empty is a caption of its own; the showings of an image take turns through
+    its captions. Default false: the whole file is one caption. A captions.json can give lists of captions anyway."""
+    caption_mode: Literal["tags", "nl", "mixed"] | None = None
+    """Which captions are used: "tags" those in {stem}.txt or captions.json, "nl" those in natural language in
+    {stem}_nl.txt, "mixed" both, by nl_weight; an image that has only one of the two is trained with that one.
+    Default "tags"."""
+    nl_weight: float | None = Field(default=None, ge=0, le=1)
+    """With caption_mode = "mixed", the share of each image's showings that use its natural-language caption, evenly
+    spread. Default 0.5."""
     skip_empty_caption: bool | None = None
     """Set aside images whose caption is empty or missing. Default false."""
     missing_caption: Literal["empty", "error"] | None = None
-    """What to do with an image without a .txt file: "empty" trains it with the empty caption (after caption_prefix) and
-    counts it; "error" stops. Default "empty"."""
+    """What to do with an image without a caption (of the kind that caption_mode asks for): "empty" trains it with the
+    empty one (after caption_prefix) and counts it; "error" stops. Default "empty"."""
     min_image_side: int | None = Field(default=None, ge=1)
     """Images whose shorter side has fewer pixels are set aside. Default 64."""
     min_kept: float | None = Field(default=None, ge=0, le=1)
@@ -75,7 +110,8 @@ class DirectorySettings(Settings):
 
 
 class Directory(DirectorySettings):
-    """A folder of images with a .txt caption beside each."""
+    """A folder of images with a .txt caption beside each, or with a captions.json, {"file name": "caption" or
+    ["several", "captions"]}, in the folder of the images, which counts before the .txt files."""
 
     path: str
     """The folder. Relative to the current folder or, where that does not exist, to this file."""
@@ -149,9 +185,16 @@ class Rules:
     size_buckets: Sequence[Sequence[int]] | None = None
     num_repeats: float = 1.0
     subsample_ratio: float = 1.0
+    recursive: bool = False
+    kohya_folders: bool = False
     cache_shuffle_num: int = 0
     cache_shuffle_delimiter: str = ", "
     caption_prefix: str = ""
+    trigger_word: str = ""
+    replace_underscores: bool = False
+    captions_per_line: bool = False
+    caption_mode: str = "tags"
+    nl_weight: float = 0.5
     skip_empty_caption: bool = False
     missing_caption: str = "empty"
     min_image_side: int = 64
@@ -179,7 +222,7 @@ class Rules:
             if bad:
                 yield f"ar_buckets: found {ratio}, expected a positive ratio or [width, height]"
 
-    @cached_property
+    @functools.cached_property
     def buckets(self) -> list[tuple[int, list[Size]]]:
         """(resolution, sizes) for each resolution."""
         if not self.enable_ar_bucket:
@@ -200,6 +243,18 @@ class Rules:
             return [(size.resolution, size)]
         return [(resolution, nearest(aspect, sizes)) for resolution, sizes in self.buckets]
 
+    def searches(self, folder: str) -> bool:
+        """Whether a sub-folder, named by its path below `path`, is searched."""
+        return self.recursive or (self.kohya_folders and KOHYA_FOLDER.fullmatch(folder) is not None)
+
+    def of_folder(self, folder: str) -> "Rules":
+        """What holds for the images of the sub-folder of this name directly below `path`; "" is `path` itself."""
+        match = KOHYA_FOLDER.fullmatch(folder) if self.kohya_folders else None
+        if match is None:
+            return self
+        # As a fraction, because 3 * 0.1 is no tenth of anything, and a plan of exact turns would never repeat.
+        return replace(self, num_repeats=float(Fraction(str(self.num_repeats)) * int(match[1])))
+
 
 ASPECT_KEYS = ("min_ar", "max_ar", "num_ar_buckets")
 REPLACED: Sequence[tuple[str, Callable[[Rules], bool], Sequence[str]]] = (
@@ -211,7 +266,17 @@ REPLACED: Sequence[tuple[str, Callable[[Rules], bool], Sequence[str]]] = (
     ),
     ("enable_ar_bucket", lambda rules: not rules.enable_ar_bucket, ("ar_buckets", *ASPECT_KEYS)),
     ("ar_buckets", lambda rules: rules.ar_buckets is not None, ASPECT_KEYS),
-    ("cache_shuffle_num", lambda rules: rules.cache_shuffle_num == 0, ("cache_shuffle_delimiter",)),
+    (
+        "caption_mode",
+        lambda rules: rules.caption_mode == "nl",
+        ("cache_shuffle_num", "replace_underscores", "nl_weight"),
+    ),
+    ("caption_mode", lambda rules: rules.caption_mode == "tags", ("nl_weight",)),
+    (
+        "cache_shuffle_num",
+        lambda rules: rules.cache_shuffle_num == 0 and not rules.trigger_word and not rules.replace_underscores,
+        ("cache_shuffle_delimiter",),
+    ),
 )
 
 
@@ -222,15 +287,27 @@ def side(resolution: int | Sequence[int]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One image file with its caption and mask."""
+    """One image file with its captions, as they are in the files, and its mask."""
 
     path: Path
     sha256: str
     width: int  # pixels, after EXIF orientation
     height: int
-    caption: str  # as in the file, without the prefix
+    caption: str  # tags; "" where only natural language is used, or nothing
     mask: Path | None
     mask_sha256: str
+    more_captions: tuple[str, ...] = ()  # tags too; with `caption` they take turns
+    natural: tuple[str, ...] = ()  # in natural language, none empty; none where caption_mode does not use them
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """All captions that are not in natural language."""
+        return (self.caption, *self.more_captions)
+
+    @property
+    def has_caption(self) -> bool:
+        """Whether any caption holds text."""
+        return any(self.tags) or bool(self.natural)
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,19 +322,66 @@ class Sample:
     rules: Rules
     cache: Cache
 
+    # Captions. A picture has T captions of tags, each in S = max(1, cache_shuffle_num) orders, and N in natural
+    # language. Its showings 0, 1, 2 ... are its variants. Of those before showing k, floor(k * share + phase) use
+    # natural language, with a phase in [0, 1) of its own for each picture; so each picture keeps the share from its
+    # first showings on, and all of them together in each epoch. The n-th of these showings uses caption n mod N. The
+    # m-th of the others uses caption m mod T, in order (m div T) mod S. So there are at most T * S + N texts, however
+    # often the picture is shown.
+
+    @property
+    def name(self) -> str:
+        """Of the picture, in addresses: every resolution shares the same texts in the cache."""
+        return self.id.rpartition("@")[0]
+
+    @property
+    def natural_share(self) -> float:
+        """Share of the showings that use natural language."""
+        if not self.picture.natural:
+            return 0.0
+        only = self.rules.caption_mode == "nl" or not any(self.picture.tags)
+        return 1.0 if only else self.rules.nl_weight
+
     def caption(self, seed: int, variant: int) -> str:
-        """The caption of a variant; variants repeat after `cache_shuffle_num`."""
-        number = self.rules.cache_shuffle_num
-        caption = self.picture.caption
-        if number and caption:
-            # By the picture, not by the sample: every resolution shares the same texts in the cache.
-            name = f"{self.directory}/{self.picture.path.name}"
-            caption = shuffled_tags(caption, self.rules.cache_shuffle_delimiter, seed, name, variant % number)
-        return self.rules.caption_prefix + caption
+        """The caption of a variant: what showing number `variant` of the sample, 0 the first, is trained with."""
+        natural, share = self.picture.natural, self.natural_share
+        if share > 0:
+            phase = uniform(seed, "natural", self.name)
+            before = math.floor(variant * share + phase)
+            if math.floor((variant + 1) * share + phase) > before:
+                return self.dressed(natural[before % len(natural)])
+            variant -= before
+        tags = self.picture.tags
+        return self.tags_caption(seed, tags[variant % len(tags)], variant // len(tags))
 
     def captions(self, seed: int) -> list[str]:
         """Every caption this sample can be trained with."""
-        return [self.caption(seed, variant) for variant in range(max(1, self.rules.cache_shuffle_num))]
+        texts = []
+        if self.natural_share < 1:
+            orders = range(max(1, self.rules.cache_shuffle_num))
+            texts = [self.tags_caption(seed, tags, order) for order in orders for tags in self.picture.tags]
+        if self.natural_share > 0:
+            texts += map(self.dressed, self.picture.natural)
+        return texts
+
+    def tags_caption(self, seed: int, tags: str, order: int) -> str:
+        """Tags as they are trained, in one of their orders; these repeat after `cache_shuffle_num`."""
+
+        def arranged(text: str) -> str:
+            if self.rules.replace_underscores:
+                text = without_underscores(text, delimiter)
+            return shuffled_tags(text, delimiter, seed, self.name, order % number) if number and text else text
+
+        number, delimiter = self.rules.cache_shuffle_num, self.rules.cache_shuffle_delimiter
+        return self.dressed(tags, arranged)
+
+    def dressed(self, text: str, arranged: Callable[[str], str] = str) -> str:
+        """A caption with what stands before it; `arranged` changes all of it but a trigger word it begins with."""
+        prefix, word, delimiter = self.rules.caption_prefix, self.rules.trigger_word, self.rules.cache_shuffle_delimiter
+        if not word or not text:
+            return prefix + arranged(text)
+        rest = "" if text == word else arranged(text.removeprefix(word + delimiter))
+        return delimiter.join(filter(None, [word, prefix + rest]))
 
     def latent_key(self, vae_identity: str) -> str:
         """Key of its latent in the cache."""
@@ -344,6 +468,7 @@ class FactsMemo:
 
     def __init__(self, cache: Cache, kind: str, folder: Path) -> None:
         self.cache = cache
+        self.folder = folder
         digest = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()
         self.path = cache.folder / f"{kind}_{MEMO_VERSION}_{digest[:16]}.json"
         try:
@@ -352,13 +477,14 @@ class FactsMemo:
             self.known = {}
         self.changed = False
 
-    def facts(self, path: Path) -> FileFacts:
-        """The file's facts, from memory where it has not changed.
+    def facts(self, file: str) -> FileFacts:
+        """A file's facts, by its path in the folder, from memory where it has not changed.
 
         Raises:
             BadImage: the file is no image that can be used.
         """
-        name = printable(path.name)
+        path = self.folder / file
+        name = printable(file)
         try:
             status = path.stat()
             # Taken before the file is read: a file that changes meanwhile is looked at again the next time.
@@ -445,10 +571,10 @@ def scan_folder(
     Raises:
         DataError: the folder cannot be read, or captions are missing where that is not allowed.
     """
-    files = Files.of(folder, mask_folder)
+    files = Files.of(folder, mask_folder, rules, cache)
     memo = FactsMemo(cache, "images", folder)
     mask_memo = FactsMemo(cache, "masks", folder if mask_folder is None else mask_folder)
-    looks, bad = look_at(files, memo, mask_memo)
+    looks, bad = look_at(files, rules, memo, mask_memo)
     warnings = []
     try:
         if write:
@@ -457,126 +583,239 @@ def scan_folder(
     except SpaceError as error:  # everything else may be in the cache already: then nothing needs to be written
         warnings.append(f"the next start will have to read the images again: {error}")
 
-    uncaptioned = [look.picture.path for look in looks if look.picture.path.stem not in files.captions]
+    uncaptioned = [look for look in looks if look.is_uncaptioned]
     if uncaptioned and rules.missing_caption == "error":
         noun = count(len(uncaptioned), "image has", "images have")
-        title = f'{folder}: {noun} no .txt caption, and missing_caption is "error":'
-        raise DataError([title, *listed([str(path) for path in uncaptioned])])
+        title = f'{folder}: {noun} no {CAPTION_FILES[rules.caption_mode]} caption, and missing_caption is "error":'
+        raise DataError([title, *listed([str(look.picture.path) for look in uncaptioned])])
     skipped = []
-    pictures = []
-    for picture in (look.picture for look in looks):
-        if picture.caption or not rules.skip_empty_caption:
-            pictures.append(picture)
+    usable = []
+    for look in looks:
+        if look.picture.has_caption or not rules.skip_empty_caption:
+            usable.append(look)
         else:
-            fault = "empty" if picture.path.stem in files.captions else "missing"
-            skipped.append(f"{picture.path}: its caption is {fault}")
-    kept = shuffled(pictures, lambda picture: picture.path.name, seed, "subsample", index)
+            fault = "missing" if look.is_uncaptioned else "empty"
+            skipped.append(f"{look.picture.path}: its caption is {fault}")
+    kept = shuffled(usable, lambda look: look.file, seed, "subsample", index)
     kept = kept[: max(1, round(len(kept) * rules.subsample_ratio))]
+    rules_of = functools.cache(rules.of_folder)  # one object for each folder
     samples = []
-    for picture in sorted(kept, key=lambda picture: os.fsencode(picture.path.name)):
+    for look in sorted(kept, key=lambda look: os.fsencode(look.file)):
+        top, slash, _ = look.file.partition("/")
         try:
-            samples.extend(place(picture, index, rules, cache))
+            samples.extend(place(look.file, look.picture, index, rules_of(top if slash else ""), cache))
         except Unsuitable as reason:
-            skipped.append(f"{picture.path}: {reason}")
+            skipped.append(f"{look.picture.path}: {reason}")
     warnings.extend(folder_warnings(files, looks, rules))
     return Scan(samples, len(files.images), bad, skipped, warnings)
 
 
 @dataclass(frozen=True)
 class Files:
-    """What a directory and its mask folder hold."""
+    """What a directory and its mask folder hold: names are paths in them, with slashes; stems have no ending."""
 
     folder: Path
-    has_masks: bool
-    images: list[Path]  # all that is named like one, whatever it is
-    captions: dict[str, list[Path]]  # by stem; the first is read
-    masks: dict[str, list[Path]]
-    subfolders: list[Path]  # without the mask folder
-    others: list[Path]
+    mask_folder: Path | None
+    images: list[str]  # all that is named like one, whatever it is
+    captions: dict[str, list[str]]  # by stem; the first is read
+    natural: dict[str, list[str]]  # captions in natural language, by the stem of the image
+    from_json: dict[str, tuple[str, ...]]  # captions that a captions.json gives, by image
+    masks: dict[str, list[str]]
+    subfolders: list[str]  # not searched; without the mask folder
+    again: list[str]  # not searched, because they are folders that are searched under another name
+    others: list[str]
 
     @classmethod
-    def of(cls, folder: Path, mask_folder: Path | None) -> "Files":
+    def of(cls, folder: Path, mask_folder: Path | None, rules: Rules, cache: Cache) -> "Files":
         """List both folders.
 
         Raises:
-            DataError: one cannot be read.
+            DataError: one cannot be read, or a captions.json in it.
         """
-        paths = [path for path in list_folder(folder) if path != mask_folder]
-        images = [path for path in paths if is_image(path)]
-        captions = [path for path in paths if is_caption(path)]
-        rest = [p for p in paths if not (is_image(p) or is_caption(p) or p.name.startswith("."))]
-        subfolders = [path for path in rest if path.is_dir()]
-        masks = [] if mask_folder is None else [path for path in list_folder(mask_folder) if is_image(path)]
-        others = [path for path in rest if path not in set(subfolders)]
-        return cls(folder, mask_folder is not None, images, by_stem(captions), by_stem(masks), subfolders, others)
+        own = [cache.folder] if mask_folder is None else [cache.folder, mask_folder]
+        names, again = list_folder(folder, rules.searches, own)
+        images = [name for name in names if is_image(name)]
+        texts = [name for name in names if is_caption(name)]
+        stems = {stem_of(name) for name in images}
+        # x_nl.txt belongs to the image x, but to the image x_nl if there is one.
+        natural = [name for name in texts if is_natural(name) and stem_of(name) not in stems]
+        captions = sorted(set(texts) - set(natural), key=os.fsencode)
+        tables = [name for name in names if os.path.basename(name) == CAPTIONS_JSON]
+        used = {*images, *texts, *tables}
+        rest = [name for name in names if not (name in used or os.path.basename(name).startswith("."))]
+        subfolders = [name for name in rest if os.path.isdir(folder / name)]
+        masks: list[str] = []
+        if mask_folder is not None:
+            masks, _ = list_folder(mask_folder, rules.searches, [cache.folder])
+        return cls(
+            folder=folder,
+            mask_folder=mask_folder,
+            images=images,
+            captions=by_stem(captions),
+            natural={stem.removesuffix(NATURAL): files for stem, files in by_stem(natural).items()},
+            from_json=captions_from(folder, tables),
+            masks=by_stem([name for name in masks if is_image(name)]),
+            subfolders=subfolders,
+            again=again,
+            others=sorted(set(rest) - set(subfolders), key=os.fsencode),
+        )
 
 
-def list_folder(folder: Path) -> list[Path]:
-    """Everything in a folder, ordered by the bytes of the names.
+def list_folder(folder: Path, searches: Callable[[str], bool], without: Sequence[Path]) -> tuple[list[str], list[str]]:
+    """Everything in a folder and the sub-folders that are to be searched, ordered by the bytes of the names.
+
+    Each folder is searched once, under the name that is found first, so that loops of links end.
+
+    Args:
+        folder: where to start.
+        searches: whether a sub-folder of this name is searched; hidden ones never are.
+        without: folders to pass over.
+
+    Returns:
+        the names of files and of sub-folders that are not searched; the names of folders met again.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: one cannot be read.
     """
+    names: list[str] = []
+    again: list[str] = []
     try:
-        return [folder / name for name in sorted(os.listdir(folder), key=os.fsencode)]
+        passed_over = {identity(path) for path in without if path.exists()}
+        seen = {identity(folder)}
+        pending = [""]
+        for inside in pending:  # it grows
+            for entry in sorted(os.listdir(folder / inside), key=os.fsencode):
+                name = inside + entry
+                if not os.path.isdir(folder / name):
+                    names.append(name)
+                elif (own := identity(folder / name)) in passed_over:
+                    continue
+                elif entry.startswith(".") or not searches(name):
+                    names.append(name)
+                elif own in seen:
+                    again.append(name)
+                else:
+                    seen.add(own)
+                    pending.append(f"{name}/")
     except OSError as error:
-        raise DataError(f"{folder}: cannot be read ({error.strerror}); it should be a folder of images") from error
+        place = folder if error.filename is None else error.filename
+        raise DataError(f"{place}: cannot be read ({error.strerror}); it should be a folder of images") from error
+    return sorted(names, key=os.fsencode), again
 
 
-def is_image(path: Path) -> bool:
-    """Whether a path is named like an image, whatever it is."""
-    return path.suffix.lower() in EXTENSIONS
+def identity(folder: Path) -> tuple[int, int]:
+    """What is the same for every name of a folder."""
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
-def is_caption(path: Path) -> bool:
-    """Whether a path is named like a caption, whatever it is."""
-    return path.suffix.lower() == ".txt"
+def captions_from(folder: Path, tables: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """The captions of every captions.json, by image; each names the images beside it.
+
+    Raises:
+        DataError: they cannot be read; all of them at once.
+    """
+    captions: dict[str, tuple[str, ...]] = {}
+    problems = []
+    for table in tables:
+        inside = table.removesuffix(CAPTIONS_JSON)
+        try:
+            captions |= {inside + name: texts for name, texts in read_captions_json(folder / table).items()}
+        except BadCaption as error:
+            problems.append(f"{folder / table}: {error}")
+    if problems:
+        raise DataError(problems)
+    return captions
 
 
-def by_stem(paths: Iterable[Path]) -> dict[str, list[Path]]:
-    """Paths by their names without the ending."""
-    stems: dict[str, list[Path]] = defaultdict(list)
-    for path in paths:
-        stems[path.stem].append(path)
+def is_image(name: str) -> bool:
+    """Whether a file is named like an image, whatever it is."""
+    return os.path.splitext(name)[1].lower() in EXTENSIONS
+
+
+def is_caption(name: str) -> bool:
+    """Whether a file is named like a caption, whatever it is."""
+    return os.path.splitext(name)[1].lower() == ".txt"
+
+
+def is_natural(name: str) -> bool:
+    """Whether a file is named like a caption in natural language."""
+    return is_caption(name) and stem_of(name).endswith(NATURAL)
+
+
+def stem_of(name: str) -> str:
+    """A name without its ending."""
+    return os.path.splitext(name)[0]
+
+
+def by_stem(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names by their stems."""
+    stems: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        stems[stem_of(name)].append(name)
     return dict(stems)
 
 
 class Look(NamedTuple):
-    """An image that can be used, and what its header made `probe` warn of."""
+    """An image that can be used, and what was found on the way."""
 
+    file: str  # its path in the directory
     picture: Picture
-    warnings: Sequence[str]
+    is_uncaptioned: bool  # none of the kind that caption_mode asks for, not even an empty one
+    warnings: Sequence[str]  # of `probe`, from the header
 
 
-def look_at(files: Files, memo: FactsMemo, mask_memo: FactsMemo) -> tuple[list[Look], list[str]]:
+def look_at(files: Files, rules: Rules, memo: FactsMemo, mask_memo: FactsMemo) -> tuple[list[Look], list[str]]:
     """The images that can be used, and "path: reason" for the others."""
 
-    def look(path: Path) -> Look:
-        facts = memo.facts(path)
-        caption, mask, mask_sha256 = "", None, ""
-        if path.stem in files.captions:
-            file = files.captions[path.stem][0]
+    def texts(file: str) -> tuple[str, ...]:
+        try:
+            text = read_caption(files.folder / file)
+        except BadCaption as error:
+            raise BadCaption(f"its caption {file}: {error}") from error
+        lines = text.split("\n") if rules.captions_per_line else [text]
+        return tuple(line for line in map(str.strip, lines) if line) or ("",)
+
+    def look(name: str) -> Look:
+        facts = memo.facts(name)
+        stem = stem_of(name)
+        tags: tuple[str, ...] = ()
+        natural: tuple[str, ...] = ()
+        if rules.caption_mode != "nl":
+            tags = files.from_json.get(name, ()) or (texts(files.captions[stem][0]) if stem in files.captions else ())
+        if rules.caption_mode != "tags" and stem in files.natural:
+            natural = texts(files.natural[stem][0])
+        mask, mask_sha256 = None, ""
+        if files.mask_folder is not None and stem in files.masks:
+            file = files.masks[stem][0]
+            mask = files.mask_folder / file
             try:
-                caption = read_caption(file)
-            except BadCaption as error:
-                raise BadCaption(f"its caption {file.name}: {error}") from error
-        if path.stem in files.masks:
-            mask = files.masks[path.stem][0]
-            try:
-                mask_sha256 = mask_memo.facts(mask).sha256
+                mask_sha256 = mask_memo.facts(file).sha256
             except BadImage as error:
-                raise BadImage(f"its mask {mask.name}: {error}") from error
-        return Look(Picture(path, facts.sha256, facts.width, facts.height, caption, mask, mask_sha256), facts.warnings)
+                raise BadImage(f"its mask {file}: {error}") from error
+        caption, *more = tags or ("",)
+        picture = Picture(
+            path=files.folder / name,
+            sha256=facts.sha256,
+            width=facts.width,
+            height=facts.height,
+            caption=caption,
+            mask=mask,
+            mask_sha256=mask_sha256,
+            more_captions=tuple(more),
+            natural=tuple(filter(None, natural)),
+        )
+        return Look(name, picture, not tags and not natural, facts.warnings)
 
     looks = []
     bad = []
     pool = concurrent.futures.ThreadPoolExecutor()
     try:
-        for path, future in [(path, pool.submit(look, path)) for path in files.images]:
+        for name, future in [(name, pool.submit(look, name)) for name in files.images]:
             try:
                 looks.append(future.result())
             except (BadImage, BadCaption) as error:
-                bad.append(f"{path}: {error}")
+                bad.append(f"{files.folder / name}: {error}")
     finally:
         pool.shutdown(cancel_futures=True)  # so that Ctrl-C does not wait for all that is left
     return looks, bad
@@ -584,49 +823,88 @@ def look_at(files: Files, memo: FactsMemo, mask_memo: FactsMemo) -> tuple[list[L
 
 def folder_warnings(files: Files, looks: Sequence[Look], rules: Rules) -> Iterator[str]:
     """What the user should know of a folder, one line for each kind."""
-    pictures = [look.picture for look in looks]
+    images = set(files.images)
     stems = by_stem(files.images)
     bare = "caption_prefix alone" if rules.caption_prefix else "the empty one"
-    findings: dict[str, list[Path]] = {
+    kind = CAPTION_FILES[rules.caption_mode]
+    # An image without any caption is counted as that, not as one without natural language.
+    mixed = [look for look in looks if rules.caption_mode == "mixed" and look.picture.has_caption]
+    is_tagged = rules.caption_mode != "nl"  # whether captions.json and {stem}.txt are used
+    before = rules.trigger_word + rules.caption_prefix
+    findings: dict[str, list[str]] = {
         "subfolders, which are not searched": files.subfolders,
+        "subfolders that are searched under another name, not searched again": files.again,
         "files that are neither images nor captions, not used": files.others,
-        f"images without a .txt caption, trained with {bare}": [
-            p.path for p in pictures if p.path.stem not in files.captions and not rules.skip_empty_caption
+        f"images without a {kind} caption, trained with {bare}": [
+            look.file for look in looks if look.is_uncaptioned and not rules.skip_empty_caption
         ],
         f"images with an empty caption, trained with {bare}": [
-            p.path for p in pictures if not p.caption and p.path.stem in files.captions and not rules.skip_empty_caption
+            look.file
+            for look in looks
+            if not (look.is_uncaptioned or look.picture.has_caption or rules.skip_empty_caption)
         ],
-        "captions with text that the tokenizer reads as a special token, as </s> is": [
-            files.captions[p.path.stem][0] for p in pictures if SPECIAL_TOKEN.search(rules.caption_prefix + p.caption)
+        "images without a natural-language caption (_nl.txt), trained with their tags alone": [
+            look.file for look in mixed if not look.picture.natural
         ],
-        "captions without an image": [paths[0] for stem, paths in files.captions.items() if stem not in stems],
+        "images without tags, trained with their natural-language caption (_nl.txt) alone": [
+            look.file for look in mixed if not any(look.picture.tags)
+        ],
+        'natural-language captions (_nl.txt), not used, because caption_mode is "tags"': [
+            names[0] for stem, names in files.natural.items() if stem in stems and rules.caption_mode == "tags"
+        ],
+        "images with a caption that holds text that the tokenizer reads as a special token, as </s> is": [
+            look.file
+            for look in looks
+            if any(SPECIAL_TOKEN.search(text) for text in (before, *look.picture.tags, *look.picture.natural))
+        ],
+        "captions without an image": [
+            names[0]
+            for captions in (files.captions, files.natural)
+            for stem, names in captions.items()
+            if stem not in stems
+        ],
+        "entries of captions.json without an image": [name for name in files.from_json if name not in images],
+        "captions in .txt files not used, because captions.json has them": [
+            files.captions[stem_of(name)][0]
+            for name in files.from_json
+            if is_tagged and name in images and stem_of(name) in files.captions
+        ],
         "images that share caption and mask, because their names differ in the ending only": [
-            path for paths in stems.values() for path in paths if len(paths) > 1
+            name for names in stems.values() for name in names if len(names) > 1
         ],
         "captions not used, because another differs in the ending only": [
-            path for paths in files.captions.values() for path in paths[1:]
+            name for captions in (files.captions, files.natural) for names in captions.values() for name in names[1:]
         ],
         "masks not used, because another differs in the ending only": [
-            path for paths in files.masks.values() for path in paths[1:]
+            name for names in files.masks.values() for name in names[1:]
         ],
-        "images without a mask, trained whole": [p.path for p in pictures if files.has_masks and p.mask is None],
+        "images without a mask, trained whole": [
+            look.file for look in looks if files.mask_folder is not None and look.picture.mask is None
+        ],
     }
-    for picture, warnings in looks:
-        for warning in warnings:
-            findings.setdefault(warning, []).append(picture.path)
+    for look in looks:
+        for warning in look.warnings:
+            findings.setdefault(warning, []).append(look.file)
     if not files.images:
         yield f"{files.folder}: holds no image ({', '.join(sorted(EXTENSIONS))})"
-    for text, paths in findings.items():
-        if paths:
-            yield f"{files.folder}: {text}: {len(paths):,}, such as {paths[0].name}"
+    for text, names in findings.items():
+        if names:
+            yield f"{files.folder}: {text}: {len(names):,}, such as {names[0]}"
 
 
 class Unsuitable(Exception):
     """A good image that the dataset's rules leave out; the message is the reason."""
 
 
-def place(picture: Picture, index: int, rules: Rules, cache: Cache) -> list[Sample]:
+def place(file: str, picture: Picture, index: int, rules: Rules, cache: Cache) -> list[Sample]:
     """The picture at every resolution.
+
+    Args:
+        file: its path in the directory.
+        picture: with its facts.
+        index: of the directory.
+        rules: of its folder.
+        cache: of the directory.
 
     Raises:
         Unsuitable: too small, or too far from every bucket's aspect ratio.
@@ -641,6 +919,6 @@ def place(picture: Picture, index: int, rules: Rules, cache: Cache) -> list[Samp
                 f"{picture.width}x{picture.height} is too far from every bucket: cropping to {size} would keep "
                 f"{kept:.0%} of it (min_kept = {rules.min_kept:g})"
             )
-        name = f"{index}/{printable(picture.path.name)}@{resolution}"
+        name = f"{index}/{printable(file)}@{resolution}"
         samples.append(Sample(name, picture, size, resolution, index, rules, cache))
     return samples

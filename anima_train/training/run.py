@@ -111,7 +111,7 @@ def dataset_digest(samples: Iterable[Sample]) -> str:
     """A hash of every image, size and caption."""
     digest = hashlib.sha256()
     for sample in samples:
-        digest.update(repr((sample.id, sample.picture.sha256, str(sample.size), sample.caption(0, 0))).encode())
+        digest.update(repr((sample.id, sample.picture.sha256, str(sample.size), sample.captions(0))).encode())
     return digest.hexdigest()
 
 

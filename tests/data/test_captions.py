@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from anima_train.data.captions import BadCaption, read_caption, shuffled_tags
+from anima_train.data.captions import (
+    BadCaption,
+    read_caption,
+    read_captions_json,
+    shuffled_tags,
+    without_underscores,
+)
 
 TAGS = "1girl, solo, long hair, blue eyes, smile, outdoors, sky, cloud"
 
@@ -97,3 +103,60 @@ def test_every_tag_comes_first_about_equally_often():
 def test_other_delimiters_split_exactly():
     assert sorted(shuffled_tags("a; b;c", ";", 3, "x", 1).split(";")) == [" b", "a", "c"]
     assert shuffled_tags("one sentence, and no semicolon", ";", 3, "x", 1) == "one sentence, and no semicolon"
+
+
+def from_json(tmp_path: Path, content: bytes) -> dict[str, tuple[str, ...]]:
+    path = tmp_path / "captions.json"
+    path.write_bytes(content)
+    return read_captions_json(path)
+
+
+def test_captions_json_holds_one_or_several_captions_for_each_name(tmp_path: Path):
+    content = '\ufeff{"a.png": "a cat\\r\\n", "\u732b.png": ["one", " two "], "c.png": "\\ud83d\\udc08"}'.encode()
+    assert from_json(tmp_path, content) == {"a.png": ("a cat",), "\u732b.png": ("one", "two"), "c.png": ("\U0001f408",)}
+    assert from_json(tmp_path, b"{}") == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "not JSON (line 1, column 1: "),
+        (b'{"a": "b",\n"c": }', "not JSON (line 2, column 6: "),
+        (b'{"a": "b"} x', "not JSON (line 1, column 12: "),
+        (b'{"a": "caf\xe9"}', "not UTF-8 (byte 10 is 0xe9)"),
+        (b'[["a", "b"]]', "expected {"),
+        (b'"a"', "expected {"),
+        (b'{"a": 1}', '"a": expected {'),
+        (b'{"a": ' + b"1" * 5000 + b"}", '"a": expected {'),
+        (b'{"a": null}', '"a": expected {'),
+        (b'{"a": []}', '"a": expected {'),
+        (b'{"a": ["b", 1]}', '"a": expected {'),
+        (b'{"a": {"b": "c"}}', '"a": expected {'),
+        (b'{"a": "b", "a": "c"}', '"a" is given twice'),
+        (b'{"a": "\\ud83d"}', '"a": half of a surrogate pair'),
+        (b'{"a": ' + b"[" * 200_000, "nested too deeply"),
+    ],
+)
+def test_captions_json_of_another_form_is_refused(tmp_path: Path, content: bytes, expected: str):
+    with pytest.raises(BadCaption) as caught:
+        from_json(tmp_path, content)
+    assert str(caught.value).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("long_hair, very_long_hair", "long hair, very long hair"),
+        ("^_^, o_o, ;_;, (o)_(o), <|>_<|>, ||_||, >_<", "^_^, o_o, ;_;, (o)_(o), <|>_<|>, ||_||, >_<"),
+        ("score_7, score_7_up, score_board", "score_7, score_7_up, score board"),
+        ("a_cat,^_^,\nb_dog", "a cat,^_^,\nb dog"),
+        ("saber_(fate), :d_d, @some_artist", "saber (fate), :d d, @some artist"),
+        ("", ""),
+    ],
+)
+def test_underscores_are_spaces_but_in_emoticons_and_scores(text: str, expected: str):
+    assert without_underscores(text, ", ") == expected
+
+
+def test_tags_end_at_the_delimiter_too():
+    assert without_underscores("a_cat | ^_^ | b_dog", " | ") == "a cat | ^_^ | b dog"

@@ -91,6 +91,14 @@ def test_each_directory_has_its_own_repeats():
         assert sum(number for index, number in shown(plan(items), epoch).items() if 10 <= index < 22) == 6
 
 
+def test_samples_of_one_directory_may_have_different_repeats():
+    items = [item for pair in zip(samples(12, 3), samples(12, 0.5), strict=True) for item in pair]
+    for epoch in range(2):
+        now = shown(plan(items), epoch)
+        assert [now[index] for index in range(0, 24, 2)] == [3] * 12
+        assert sum(now[index] for index in range(1, 24, 2)) == 6
+
+
 @pytest.mark.parametrize("repeats", [1, 3, 0.3])
 def test_the_showings_of_a_sample_are_numbered_through_the_run(repeats: float):
     planned = plan(samples(7, repeats))

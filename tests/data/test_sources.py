@@ -51,7 +51,7 @@ def folder(tmp_path: Path) -> Path:
 
 def image(path: Path, width: int = 80, height: int = 80, caption: str | None = "a cat", **options: object) -> Path:
     """An image whose pixels depend on its name, with its caption."""
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(zlib.crc32(os.fsencode(path.name)))
     Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path, **options)
     if caption is not None:
@@ -170,6 +170,9 @@ def test_sizes_can_be_given_and_each_has_the_resolution_of_its_area():
         ({"num_repeats": 1e-9}, "num_repeats"),
         ({"subsample_ratio": 1.5}, "subsample_ratio"),
         ({"missing_caption": "maybe"}, "missing_caption"),
+        ({"caption_mode": "both"}, "caption_mode"),
+        ({"nl_weight": 1.5}, "nl_weight"),
+        ({"recursive": 1}, "recursive"),
     ],
 )
 def test_wrong_settings_are_refused(keys: dict[str, object], expected: str):
@@ -205,6 +208,18 @@ def test_all_wrong_settings_are_named_at_once():
             {},
             ["size_buckets: [512, 512] is never used: [64, 64] has its aspect ratio"],
         ),
+        ({"nl_weight": 0.7}, {}, ["nl_weight has no effect, because of caption_mode"]),
+        (
+            {"caption_mode": "nl", "cache_shuffle_num": 2, "replace_underscores": True, "nl_weight": 0.7},
+            {},
+            [
+                f"{name} has no effect, because of caption_mode"
+                for name in ("cache_shuffle_num", "replace_underscores", "nl_weight")
+            ],
+        ),
+        ({"caption_mode": "mixed", "cache_shuffle_num": 2, "nl_weight": 0.7}, {}, []),
+        ({"trigger_word": "x", "cache_shuffle_delimiter": ";"}, {}, []),
+        ({"replace_underscores": True, "cache_shuffle_delimiter": ";"}, {}, []),
         ({"min_ar": 0.6}, {"ar_buckets": [1.0]}, []),  # may be meant for other directories
         ({"cache_shuffle_delimiter": ", ", "enable_ar_bucket": True}, {"size_buckets": [[64, 64]]}, []),  # the defaults
         ({"resolutions": [512], "min_ar": 0.6, "cache_shuffle_num": 2, "cache_shuffle_delimiter": ";"}, {}, []),
@@ -304,7 +319,7 @@ def test_a_loop_of_folders_ends(folder: Path):
 
 def test_files_that_are_not_used_are_counted(folder: Path):
     image(folder / "a.png")
-    for name in ("b.gif", "c.tiff", "captions.json"):
+    for name in ("b.gif", "c.tiff", "notes.json"):
         (folder / name).write_bytes(b"x")
     (folder / ".DS_Store").write_bytes(b"x")
     (folder / ".anima_cache").mkdir()
@@ -477,7 +492,13 @@ def test_text_that_is_a_special_token_is_warned_of(folder: Path):
     assert look(folder).warnings == []
     image(folder / "b.png", caption="a cat </s> and more")
     image(folder / "c.png", caption="<|im_end|>")
-    assert "special token, as </s> is: 2, such as b.txt" in the_warning(look(folder), "special")
+    assert "special token, as </s> is: 2, such as b.png" in the_warning(look(folder), "special")
+
+
+def test_a_special_token_in_the_prefix_is_warned_of_without_captions_too(folder: Path):
+    image(folder / "a.png", caption=None)
+    assert "1, such as a.png" in the_warning(look(folder, caption_prefix="</s>"), "special token")
+    assert "1, such as a.png" in the_warning(look(folder, trigger_word="<pad>"), "special token")
 
 
 def test_images_that_differ_in_their_ending_share_a_caption_but_no_id(folder: Path):
@@ -516,6 +537,330 @@ def test_without_shuffling_there_is_one_caption(folder: Path):
     (sample,) = look(folder).samples
     assert sample.captions(0) == ["b, a"]
     assert sample.caption(0, 7) == "b, a"
+
+
+# Sub-folders
+
+
+def test_sub_folders_are_searched_on_request_with_captions_and_masks_of_the_same_path(folder: Path, tmp_path: Path):
+    image(folder / "a.png", caption="at the top")
+    image(folder / "x" / "a.png", caption="in x")
+    image(folder / "x" / "y" / "a.png", caption="in y")
+    image(tmp_path / "masks" / "x" / "a.jpg", caption=None)
+    found = look(folder, masks=tmp_path / "masks", recursive=True)
+    assert {sample.id: sample.caption(0, 0) for sample in found.samples} == {
+        "0/a.png@64": "at the top",
+        "0/x/a.png@64": "in x",
+        "0/x/y/a.png@64": "in y",
+    }
+    assert [picture.mask for picture in pictures(found)] == [None, tmp_path / "masks" / "x" / "a.jpg", None]
+    assert found.warnings[0] == f"{folder}: images without a mask, trained whole: 2, such as a.png"
+    assert names(look(folder)) == ["a.png"]
+
+
+def test_loops_of_links_end_and_every_folder_is_searched_once(folder: Path, tmp_path: Path):
+    image(folder / "x" / "a.png")
+    (folder / "x" / "up").symlink_to(folder, target_is_directory=True)
+    (folder / "z").symlink_to(folder / "x", target_is_directory=True)
+    image(tmp_path / "elsewhere" / "b.png")
+    (folder / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (folder / "nowhere").symlink_to(folder / "nowhere")
+    found = look(folder, recursive=True)
+    assert [sample.id for sample in found.samples] == ["0/link/b.png@64", "0/x/a.png@64"]
+    assert "searched under another name, not searched again: 2, such as z" in the_warning(found, "again")
+
+
+def test_hidden_folders_the_cache_and_the_masks_are_not_searched(folder: Path):
+    image(folder / "a.png")
+    for name in (".hidden", ".anima_cache", "masks", "my_cache"):
+        image(folder / "x" / name / "b.png")
+        image(folder / name / "b.png")
+    keys = {**SQUARES, "recursive": True}
+    cache = Cache(folder / "x" / "my_cache")
+    found = scan(settings(keys), [folder], [folder / "x" / "masks"], [cache], 0, True)
+    assert [sample.id for sample in found.samples] == ["0/a.png@64", "0/masks/b.png@64", "0/my_cache/b.png@64"]
+
+
+def test_files_below_each_other_are_remembered_apart(folder: Path, opened: list[str]):
+    image(folder / "a.png", 90, 70)
+    image(folder / "x" / "a.png", 70, 90)
+    first = look(folder, recursive=True)
+    opened.clear()
+    assert pictures(look(folder, recursive=True)) == pictures(first)
+    assert "a.png" not in opened
+    assert [picture.width for picture in pictures(first)] == [90, 70]
+
+
+def test_orders_of_tags_differ_between_files_of_the_same_name(folder: Path):
+    for name in ("a.png", "x/a.png"):
+        image(folder / name, caption="1girl, solo, smile, sky, tree")
+    first, second = look(folder, recursive=True, cache_shuffle_num=3).samples
+    assert first.captions(0) != second.captions(0)
+
+
+def test_kohya_folders_multiply_num_repeats(folder: Path):
+    for name in ("a.png", "10_cat/b.png", "3_dog/c.png", "plain/d.png", "0_none/e.png", "20240131_trip/f.png"):
+        image(folder / name)
+    image(folder / "10_cat" / "deep" / "g.png")
+    found = look(folder, kohya_folders=True, num_repeats=0.1)
+    repeats = {sample.id: sample.rules.num_repeats for sample in found.samples}
+    assert repeats == {"0/10_cat/b.png@64": 1.0, "0/3_dog/c.png@64": 0.3, "0/a.png@64": 0.1}  # 3 * 0.1 is more
+    assert "not searched: 4, such as 0_none" in the_warning(found, "subfolders")
+    deep = look(folder, kohya_folders=True, recursive=True)
+    assert {sample.id: sample.rules.num_repeats for sample in deep.samples} == {
+        "0/0_none/e.png@64": 1,
+        "0/10_cat/b.png@64": 10,
+        "0/10_cat/deep/g.png@64": 10,
+        "0/20240131_trip/f.png@64": 1,
+        "0/3_dog/c.png@64": 3,
+        "0/a.png@64": 1,
+        "0/plain/d.png@64": 1,
+    }
+    assert deep.warnings == []
+
+
+def test_numbers_in_folder_names_mean_nothing_unless_asked_for(folder: Path):
+    image(folder / "10_cat" / "b.png")
+    assert [sample.rules.num_repeats for sample in look(folder, recursive=True).samples] == [1]
+
+
+# captions.json and several captions
+
+
+def captions_json(folder: Path, content: object) -> Path:
+    path = folder / "captions.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+def test_captions_json_wins_over_txt_files_and_the_rest_is_warned_of(folder: Path):
+    image(folder / "a.png", caption="from a.txt")
+    image(folder / "b.png", caption="from b.txt")
+    image(folder / "c.png", caption=None)
+    captions_json(folder, {"a.png": " from json\r\n", "c.png": "", "gone.png": "x", "x/b.png": "y"})
+    found = look(folder)
+    assert captions(found) == {"a.png": "from json", "b.png": "from b.txt", "c.png": ""}
+    assert found.warnings == [
+        f"{folder}: images with an empty caption, trained with the empty one: 1, such as c.png",
+        f"{folder}: entries of captions.json without an image: 2, such as gone.png",
+        f"{folder}: captions in .txt files not used, because captions.json has them: 1, such as a.txt",
+    ]
+
+
+def test_every_folder_may_have_its_captions_json(folder: Path):
+    image(folder / "a.png", caption=None)
+    image(folder / "x" / "a.png", 90, 70, caption=None)
+    captions_json(folder, {"a.png": "top"})
+    captions_json(folder / "x", {"a.png": "below"})
+    found = look(folder, recursive=True)
+    assert [sample.caption(0, 0) for sample in found.samples] == ["top", "below"]
+    assert found.warnings == []
+
+
+def test_bad_captions_json_are_errors_with_line_and_column_for_all_folders_at_once(folder: Path):
+    image(folder / "a.png")
+    image(folder / "x" / "a.png")
+    captions_json(folder, '{"a.png": "good",\n "b.png" "bad"}')
+    captions_json(folder / "x", {"a.png": 3})
+    with pytest.raises(DataError) as caught:
+        look(folder, recursive=True)
+    first, second = caught.value.problems
+    assert first.startswith(f"{folder / 'captions.json'}: not JSON (line 2, column 10: ")
+    assert second.startswith(f'{folder / "x" / "captions.json"}: "a.png": expected')
+
+
+def test_several_captions_take_turns_and_each_is_shuffled(folder: Path):
+    image(folder / "a.png", caption=None)
+    captions_json(folder, {"a.png": ["one, two, three, four", "five, six, seven, eight, nine"]})
+    (sample,) = look(folder).samples
+    assert [sample.caption(0, showing) for showing in range(4)] == sample.captions(0) * 2
+    assert sample.captions(0) == ["one, two, three, four", "five, six, seven, eight, nine"]
+    (sample,) = look(folder, cache_shuffle_num=3).samples
+    texts = sample.captions(0)
+    assert len(set(texts)) == 6
+    assert [sorted(text.split(", ")) for text in texts] == [
+        sorted(["one", "two", "three", "four"]),
+        sorted(["five", "six", "seven", "eight", "nine"]),
+    ] * 3
+    assert [sample.caption(0, showing) for showing in range(12)] == texts * 2
+
+
+def test_the_orders_of_the_first_caption_do_not_depend_on_the_others(folder: Path):
+    image(folder / "a.png", caption="one, two, three, four")
+    (alone,) = look(folder, cache_shuffle_num=3).samples
+    captions_json(folder, {"a.png": ["one, two, three, four", "five, six"]})
+    (sample,) = look(folder, cache_shuffle_num=3).samples
+    assert sample.captions(0)[::2] == alone.captions(0)
+
+
+def test_lines_are_captions_on_request(folder: Path):
+    image(folder / "a.png", caption="a cat\n\n  on a mat \n")
+    image(folder / "b.png", caption="\n \n")
+    first, second = look(folder, captions_per_line=True).samples
+    assert first.captions(0) == ["a cat", "on a mat"]
+    assert second.captions(0) == [""]
+    assert look(folder).samples[0].captions(0) == ["a cat\n\n  on a mat"]
+
+
+# Natural language
+
+
+@pytest.fixture
+def bilingual(folder: Path) -> Path:
+    """A folder with an image that has both kinds of captions, and one of each other kind."""
+    for name, tags, natural in (
+        ("both", "a, b", "A b."),
+        ("nl", None, "Only nl."),
+        ("tags", "t", None),
+        ("z", None, None),
+    ):
+        image(folder / f"{name}.png", caption=tags)
+        if natural is not None:
+            (folder / f"{name}_nl.txt").write_text(natural)
+    return folder
+
+
+def test_natural_language_alone(bilingual: Path):
+    found = look(bilingual, caption_mode="nl", caption_prefix="art, ", cache_shuffle_num=2)
+    assert captions(found) == {
+        "both.png": "art, A b.",
+        "nl.png": "art, Only nl.",
+        "tags.png": "art, ",
+        "z.png": "art, ",
+    }
+    (warning,) = found.warnings
+    assert "without a _nl.txt caption, trained with caption_prefix alone: 2, such as tags.png" in warning
+    with pytest.raises(DataError, match=r"2 images have no _nl\.txt caption"):
+        look(bilingual, caption_mode="nl", missing_caption="error")
+    assert names(look(bilingual, caption_mode="nl", skip_empty_caption=True)) == ["both.png", "nl.png"]
+
+
+def test_tags_alone_leave_natural_language_out_with_a_warning(bilingual: Path):
+    found = look(bilingual)
+    assert captions(found) == {"both.png": "a, b", "nl.png": "", "tags.png": "t", "z.png": ""}
+    assert "not used" in the_warning(found, "natural-language captions (_nl.txt)")
+    assert "2, such as both_nl.txt" in the_warning(found, "natural-language captions (_nl.txt)")
+
+
+def test_mixed_falls_back_to_the_kind_there_is_with_a_count(bilingual: Path):
+    found = look(bilingual, caption_mode="mixed")
+    texts = {sample.picture.path.name: sample.captions(0) for sample in found.samples}
+    assert texts == {"both.png": ["a, b", "A b."], "nl.png": ["Only nl."], "tags.png": ["t"], "z.png": [""]}
+    for sample in found.samples:
+        assert {sample.caption(0, showing) for showing in range(10)} == set(sample.captions(0))
+    assert "trained with their tags alone: 1, such as tags.png" in the_warning(found, "without a natural-language")
+    assert "caption (_nl.txt) alone: 1, such as nl.png" in the_warning(found, "images without tags")
+    assert "trained with the empty one: 1, such as z.png" in the_warning(found, "without a .txt or _nl.txt caption")
+    with pytest.raises(DataError, match=r"1 image has no \.txt or _nl\.txt caption"):
+        look(bilingual, caption_mode="mixed", missing_caption="error")
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.1, 0.5, 0.75, 1.0])
+def test_each_image_keeps_the_share_of_natural_language_and_so_does_each_epoch(folder: Path, weight: float):
+    for number in range(200):
+        image(folder / f"{number:03}.png", 64, 64, caption="t")
+        (folder / f"{number:03}_nl.txt").write_text("N")
+    samples = look(folder, caption_mode="mixed", nl_weight=weight).samples
+    shown = [[sample.caption(0, showing) for showing in range(40)] for sample in samples]
+    assert all(abs(texts.count("N") - 40 * weight) < 1 for texts in shown)
+    for showing in range(3):
+        # The phases are independent and uniform: the standard deviation is at most sqrt(200) / 2 = 7.
+        assert abs(sum(texts[showing] == "N" for texts in shown) - 200 * weight) < 30
+    assert {text for texts in shown for text in texts} == set(samples[0].captions(0))
+
+
+def test_both_kinds_take_turns_through_all_their_texts(folder: Path):
+    image(folder / "a.png", caption="one, two, three, four\nfive, six, seven, eight")
+    (folder / "a_nl.txt").write_text("First.\nSecond.\nThird.")
+    found = look(
+        folder, resolutions=[64, 128], caption_mode="mixed", nl_weight=0.4, captions_per_line=True, cache_shuffle_num=3
+    )
+    sample, other = found.samples
+    shown = [sample.caption(5, showing) for showing in range(300)]
+    natural = [text for text in shown if text.endswith(".")]
+    tags = [text for text in shown if not text.endswith(".")]
+    assert natural[:6] == ["First.", "Second.", "Third."] * 2
+    assert len(set(tags[:6])) == 6
+    assert tags[:12] == tags[:6] * 2
+    assert len(natural) == 120
+    assert set(shown) == set(sample.captions(5))
+    assert len(sample.captions(5)) == 9
+    assert shown == [other.caption(5, showing) for showing in range(300)]
+    assert shown != [sample.caption(6, showing) for showing in range(300)]
+
+
+def test_an_image_named_like_a_natural_language_caption_keeps_its_tags(folder: Path):
+    image(folder / "a.png", caption="tags of a")
+    image(folder / "a_nl.png", caption="tags of a_nl")
+    found = look(folder, caption_mode="mixed")
+    assert captions(found) == {"a.png": "tags of a", "a_nl.png": "tags of a_nl"}
+
+
+def test_a_natural_language_caption_without_an_image_is_warned_of(folder: Path):
+    image(folder / "a.png")
+    (folder / "b_nl.txt").write_text("x")
+    for mode in ("tags", "nl", "mixed"):
+        found = look(folder, caption_mode=mode)
+        assert "captions without an image: 1, such as b_nl.txt" in the_warning(found, "without an image")
+
+
+def test_a_natural_language_caption_that_is_not_utf8_sets_its_image_aside(folder: Path):
+    image(folder / "a.png")
+    (folder / "a_nl.txt").write_bytes(b"caf\xe9")
+    assert look(folder, caption_mode="mixed").bad[0].startswith(f"{folder / 'a.png'}: its caption a_nl.txt: not UTF-8")
+    assert look(folder).bad == []
+
+
+# Trigger word and underscores
+
+
+def test_the_trigger_word_comes_first_of_all_and_only_where_there_is_a_caption(folder: Path):
+    for name, text in (("a", "cat, dog"), ("b", ""), ("c", "ohwx, cat"), ("d", "ohwx"), ("e", "ohwxy, cat")):
+        image(folder / f"{name}.png", caption=text)
+    image(folder / "f.png", caption=None)
+    assert captions(look(folder, trigger_word="ohwx", caption_prefix="art, ")) == {
+        "a.png": "ohwx, art, cat, dog",
+        "b.png": "art, ",
+        "c.png": "ohwx, art, cat",
+        "d.png": "ohwx, art, ",
+        "e.png": "ohwx, art, ohwxy, cat",
+        "f.png": "art, ",
+    }
+    assert captions(look(folder, trigger_word="ohwx"))["d.png"] == "ohwx"
+
+
+def test_the_trigger_word_is_not_shuffled_and_stands_before_natural_language_too(folder: Path):
+    image(folder / "a.png", caption="my_cat; one; two; three; four")
+    (folder / "a_nl.txt").write_text("A my_cat.")
+    keys = {"cache_shuffle_num": 4, "cache_shuffle_delimiter": "; ", "replace_underscores": True}
+    (sample,) = look(folder, caption_mode="mixed", trigger_word="my_cat", **keys).samples
+    *tags, natural = sample.captions(0)
+    assert natural == "my_cat; A my_cat."
+    assert len(set(tags)) == 4
+    for text in tags:
+        first, *rest = text.split("; ")
+        assert first == "my_cat"
+        assert sorted(rest) == ["four", "one", "three", "two"]
+
+
+def test_underscores_become_spaces_on_request(folder: Path):
+    image(folder / "a.png", caption="long_hair, ^_^, score_7")
+    assert captions(look(folder)) == {"a.png": "long_hair, ^_^, score_7"}
+    replaced = look(folder, replace_underscores=True, caption_prefix="my_style, ")
+    assert captions(replaced) == {"a.png": "my_style, long hair, ^_^, score_7"}
+
+
+def test_every_new_key_can_be_set_per_directory(folder: Path, tmp_path: Path):
+    image(folder / "a.png", caption="big_cat\nd")
+    image(folder / "2_x" / "a.png", caption="big_cat\nd")
+    keys = {"recursive": True, "captions_per_line": True, "trigger_word": "w", "replace_underscores": True}
+    dataset = settings({**SQUARES, "kohya_folders": True}, keys, {"kohya_folders": False})
+    found = scan(dataset, [folder] * 2, [None] * 2, [Cache(tmp_path / "c")] * 2, 0, True)
+    assert [(sample.id, sample.rules.num_repeats, sample.captions(0)) for sample in found.samples] == [
+        ("0/2_x/a.png@64", 2, ["w, big cat", "w, d"]),
+        ("0/a.png@64", 1, ["w, big cat", "w, d"]),
+        ("1/a.png@64", 1, ["big_cat\nd"]),
+    ]
 
 
 # Masks
