@@ -1,14 +1,47 @@
 """`anima check`."""
 
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
 from anima_train.cli.train import ConfigPath, Overrides
 from anima_train.config.load import load_config
+from anima_train.core.errors import ConfigError
+from anima_train.core.files import write_text
+from anima_train.tools.dataset_report import MAX_THUMBNAILS
+from anima_train.tools.report_html import render
 from anima_train.training.model import find_model_files
-from anima_train.training.setup import report, scan_all
+from anima_train.training.setup import dataset_report, report, scan_all, summary
 
 
-def check(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Check a config, its model files and its images, and report what a run would do."""
+def check(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            dir_okay=False, help="The page to write. Absent: check_CONFIG.html in output_dir.", show_default=False
+        ),
+    ] = None,
+    no_html: Annotated[bool, typer.Option("--no-html", help="Write no page, and decode no image for it.")] = False,
+) -> None:
+    """Check a config, its model files and its images, and report what a run would do, as text and as a page."""
+    if html is not None and no_html:
+        raise ConfigError("--html and --no-html exclude each other; give one of them")
     loaded = load_config(config, overrides or [])
     files = find_model_files(loaded)
     files.check_headers()
-    print(report(loaded, files, scan_all(loaded, write=True), num_processes=1))
+    scans = scan_all(loaded, write=True)
+    print(report(loaded, files, scans, num_processes=1))
+    found = dataset_report(f"Check of {config.name}", loaded, files, scans, 0 if no_html else MAX_THUMBNAILS)
+    print(summary(found))
+    if not no_html:
+        page = html or Path(loaded.config.output_dir) / f"check_{config.stem}.html"
+        try:
+            write_text(page, render(found))
+        except OSError as error:  # a file where its folder should be, or a name that is none
+            raise ConfigError(
+                f"{page} cannot be written ({error.strerror}); choose another place with --html"
+            ) from error
+        print(f"page with pictures: {page}")

@@ -1,4 +1,4 @@
-"""Everything before the first step that needs no training: the scan, the plan, the groups, and a report of them."""
+"""Everything before the first step that needs no training: the scan, the plan, the groups, and reports of them."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -6,13 +6,18 @@ from dataclasses import dataclass
 
 import torch
 
+from anima_train.adapters.full import Full
 from anima_train.config.load import Dataset, LoadedConfig
 from anima_train.core.errors import DataError, count
 from anima_train.data.plan import Plan, Timetable, batch_size_for
 from anima_train.data.sources import Sample, Scan, listed, scan
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
+from anima_train.model.text import load_tokenizers
 from anima_train.optim.groups import GroupRow, LearningRates, group_table
+from anima_train.tools.dataset_report import DatasetReport, collect, short_by
+from anima_train.tools.report_costs import ModelFacts, readable, total_bytes
+from anima_train.tools.report_html import lr_text
 from anima_train.training.model import ModelFiles
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -86,8 +91,7 @@ def groups_text(rows: Iterable[GroupRow]) -> list[str]:
     lines = [f"{'component':<12} {'lr':>10} {'modules':>8} {'parameters':>14}"]
     total_modules = total_parameters = 0
     for row in rows:
-        lr = "frozen" if row.lr == 0 else f"{row.lr:g}" if row.num_parameters else "-"
-        lines.append(f"{row.component:<12} {lr:>10} {row.num_modules:>8,} {row.num_parameters:>14,}")
+        lines.append(f"{row.component:<12} {lr_text(row):>10} {row.num_modules:>8,} {row.num_parameters:>14,}")
         total_modules += row.num_modules
         total_parameters += row.num_parameters
     lines.append(f"{'total':<12} {'':>10} {total_modules:>8,} {total_parameters:>14,}")
@@ -111,9 +115,10 @@ def plan_text(plan: Plan, timetable: Timetable, epochs: int | None) -> list[str]
     """Buckets, batches and steps."""
     lines = [f"{'bucket':<12} {'images':>8} {'batch':>6} {'short by':>9}"]
     buckets = Counter((sample.resolution, sample.size) for sample in plan.samples)
+    draws = plan.draws(0)
     for (resolution, size), number in sorted(buckets.items()):
         batch = batch_size_for(plan.batch_sizes, resolution)
-        lines.append(f"{size!s:<12} {number:>8,} {batch:>6} {-number % batch:>9}")
+        lines.append(f"{size!s:<12} {number:>8,} {batch:>6} {short_by(len(draws[resolution, size]), batch):>9}")
     steps = plan.steps_in(0)
     ending = (
         "max_steps" if epochs is None or timetable.num_steps < timetable.first_steps[-1] else count(epochs, "epoch")
@@ -131,4 +136,48 @@ def report(loaded: LoadedConfig, files: ModelFiles, scans: dict[str, Scan], num_
         lines.extend(data_text(name, found))
     lines.extend(plan_text(plan, make_timetable(loaded, plan), loaded.config.epochs))
     lines.extend(groups_text(group_rows(trainable_transformer(loaded, files), rates)))
+    return Report(lines)
+
+
+def dataset_report(
+    title: str, loaded: LoadedConfig, files: ModelFiles, scans: dict[str, Scan], max_thumbnails: int
+) -> DatasetReport:
+    """All of that and more, for a page with pictures; at most `max_thumbnails` of them.
+
+    Raises:
+        ModelFileError: a tokenizer cannot be loaded.
+    """
+    config = loaded.config
+    plan = make_plan(loaded, scans["train"].samples, num_processes=1)
+    transformer = trainable_transformer(loaded, files)
+    groups = group_rows(transformer, config.learning_rates())
+    num_trained = sum(row.num_parameters for row in groups)
+    num_all = sum(parameter.numel() for parameter in transformer.parameters())
+    adapter = LLMAdapterShape.of(files.adapter_header.entries)
+    model = ModelFacts(
+        TransformerShape.of(files.transformer_header.entries),
+        num_weights=num_all if isinstance(config.adapter, Full) else num_all - num_trained,
+        num_trained=num_trained,
+        source_width=adapter.source_width,
+        context_width=adapter.target_width,
+    )
+    return collect(
+        title, config, loaded.notes, scans, plan, make_timetable(loaded, plan), groups,
+        load_tokenizers(files.tokenizer, files.t5_tokenizer), model, max_thumbnails,
+    )  # fmt: skip
+
+
+def summary(found: DatasetReport) -> Report:
+    """What the page knows and `report` does not, in a few lines."""
+    lines = []
+    for item in found.sets:
+        facts = item.captions
+        lines.append(
+            f"captions of {item.name}: {len(facts.lengths):,} different, {len(facts.truncated):,} cut off, "
+            f"{len(facts.unknown):,} characters T5 cannot read, {len(facts.typos):,} tags that look mistyped"
+        )
+    kinds = ", ".join(f"{cost.number:,} {cost.kind}" for cost in found.cache if cost.number)
+    lines.append(f"cache: {kinds}, {readable(total_bytes(found.cache))} in all")
+    memory = max(bucket.memory.total for bucket in found.sets[0].buckets if bucket.memory is not None)
+    lines.append(f"memory: about {readable(memory)} on the device for the largest bucket (an estimate)")
     return Report(lines)

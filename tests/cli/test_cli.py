@@ -45,9 +45,24 @@ def test_check_reports_buckets_steps_and_groups(anima, config):
     assert "llm_adapter      frozen" in text
 
 
-def test_dry_run_reports_the_same_and_makes_no_run_folder(anima, config, tmp_path):
-    assert anima("train", *config, "--dry-run") == anima("check", *config)
+def test_dry_run_reports_what_check_begins_with_and_makes_no_run_folder(anima, config, tmp_path):
+    text = anima("check", *config, "--no-html")
+    assert text.startswith(anima("train", *config, "--dry-run"))
+    assert "cache: 17 latents, 8 captions" in text
     assert not (tmp_path / "out").exists()
+
+
+def test_check_writes_a_page_and_no_run_folder(anima, config, tmp_path):
+    assert "page with pictures: out/check_quickstart.html" in anima("check", *config)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["check_quickstart.html"]
+
+
+def test_check_says_why_its_page_cannot_be_written(anima, config, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"page\.html cannot be written"):
+        anima("check", *config, "--html", tmp_path / "file" / "page.html")
+    with pytest.raises(ConfigError, match="exclude each other"):
+        anima("check", *config, "--html", tmp_path / "page.html", "--no-html")
 
 
 def test_cache_fills_the_cache_once(anima, config):

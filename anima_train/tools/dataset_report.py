@@ -1,0 +1,236 @@
+"""Everything a person wants to see of a dataset before the run, collected into plain values; `report_html` draws it."""
+
+import base64
+import concurrent.futures
+import io
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from PIL import Image
+
+from anima_train.config.config import Config
+from anima_train.data.buckets import Size
+from anima_train.data.images import BadImage, cover_box, decode
+from anima_train.data.plan import Plan, Timetable, batch_size_for
+from anima_train.data.sources import Sample, Scan
+from anima_train.model.text import Tokenizers
+from anima_train.optim.groups import GroupRow
+from anima_train.optim.schedules import lr_factor
+from anima_train.tools.report_captions import CaptionFacts, caption_facts, tokenized
+from anima_train.tools.report_costs import (
+    CacheCost,
+    MemoryCost,
+    ModelFacts,
+    cache_costs,
+    memory_cost,
+)
+
+MAX_THUMBNAILS = 160
+THUMBNAIL_SIDE = 160  # pixels, the longer one
+CURVE_POINTS = 200
+NUM_THREADS = 4  # each holds a whole decoded image, of up to 400 MB
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """A small picture, and the part of the image that is trained."""
+
+    name: str
+    caption: str
+    width: int  # of the image
+    height: int
+    box: tuple[float, float, float, float]  # left, top, right, bottom in pixels of the image
+    scale: float  # from the image to the bucket; above 1 it is enlarged
+    jpeg: str  # base64
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """One size."""
+
+    resolution: int
+    size: Size
+    num_images: int
+    batch_size: int
+    short_by: int  # images that the last batch of the first epoch lacks
+    memory: MemoryCost | None  # None: not trained
+    thumbnails: Sequence[Thumbnail]
+
+
+@dataclass(frozen=True)
+class SetReport:
+    """One dataset."""
+
+    name: str
+    num_images: int  # seen, those set aside included
+    num_used: int
+    bad: Sequence[str]  # "path: reason"
+    damaged: Sequence[str]  # the same, of those pictures that were drawn
+    skipped: Sequence[str]
+    warnings: Sequence[str]
+    duplicates: Sequence[Sequence[str]]  # files with the same bytes
+    buckets: Sequence[Bucket]
+    captions: CaptionFacts
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """The whole report."""
+
+    title: str
+    notes: Sequence[str]
+    sets: Sequence[SetReport]  # the training set first
+    exposures: Sequence[tuple[int, int]]  # (times seen in the run, samples)
+    steps_per_epoch: int  # of the first
+    num_steps: int
+    curve: Sequence[tuple[int, float]]  # (step, factor on the learning rates)
+    groups: Sequence[GroupRow]
+    cache: Sequence[CacheCost]
+
+
+def collect(
+    title: str, config: Config, notes: Sequence[str], scans: Mapping[str, Scan], plan: Plan, timetable: Timetable,
+    groups: Sequence[GroupRow], tokenizers: Tokenizers, model: ModelFacts, max_thumbnails: int,
+) -> DatasetReport:  # fmt: skip
+    """Look at captions, sizes and some of the pictures.
+
+    Args:
+        title: of the report.
+        config: of the run.
+        notes: about keys without effect.
+        scans: by the dataset's name; "train" is trained.
+        plan: of the run.
+        timetable: of the run.
+        groups: what is trained.
+        tokenizers: of the model.
+        model: for the costs.
+        max_thumbnails: pictures in the whole report; 0 decodes no image.
+    """
+    captions = {name: [sample.captions(config.seed) for sample in found.samples] for name, found in scans.items()}
+    known = tokenized(tokenizers, ["", *(text for lists in captions.values() for texts in lists for text in texts)])
+    draws = plan.draws(0)
+    sets = []
+    for name, found in scans.items():
+        sizes = config.batch_sizes() if name == "train" else config.eval_batch_sizes()
+        small, damaged = thumbnails(config.seed, found.samples, max_thumbnails // len(scans))
+        buckets = []
+        for (resolution, size), members in by_bucket(found.samples).items():
+            width = batch_size_for(sizes, resolution)
+            shown = len(draws[resolution, size] if name == "train" else members)
+            memory = memory_cost(config, model, size, width) if name == "train" else None
+            pictures = small[resolution, size]
+            buckets.append(Bucket(resolution, size, len(members), width, short_by(shown, width), memory, pictures))
+        texts_of = {sample.picture.path: texts for sample, texts in zip(found.samples, captions[name], strict=True)}
+        sets.append(
+            SetReport(
+                name,
+                found.num_images,
+                len(texts_of),
+                found.bad,
+                damaged,
+                found.skipped,
+                found.warnings,
+                duplicates(found.samples),
+                buckets,
+                caption_facts(texts_of.values(), known),
+            )
+        )
+    num_points = min(CURVE_POINTS, timetable.num_steps)
+    steps = [*evenly(range(timetable.num_steps), num_points - 1), timetable.num_steps - 1]
+    curve = [(step, lr_factor(config.lr_scheduler, step, timetable.num_steps, config.warmup_steps)) for step in steps]
+    samples = (pair for name, found in scans.items() for pair in zip(found.samples, captions[name], strict=True))
+    return DatasetReport(
+        title, notes, sets, exposures(plan, timetable), plan.steps_in(0), timetable.num_steps, curve, groups,
+        cache_costs(config, samples, known.lengths, model),
+    )  # fmt: skip
+
+
+def by_bucket(samples: Iterable[Sample]) -> dict[tuple[int, Size], list[Sample]]:
+    """The samples by resolution and size, in that order."""
+    buckets: dict[tuple[int, Size], list[Sample]] = defaultdict(list)
+    for sample in samples:
+        buckets[sample.resolution, sample.size].append(sample)
+    return dict(sorted(buckets.items()))
+
+
+def short_by(number: int, batch_size: int) -> int:
+    """How many images the last batch of a bucket lacks."""
+    return -number % batch_size
+
+
+def evenly(items: Sequence[Item], number: int) -> list[Item]:
+    """That many of the items, or all, spread evenly, the first included."""
+    if number >= len(items):
+        return list(items)
+    return [items[index * len(items) // number] for index in range(number)]
+
+
+def duplicates(samples: Iterable[Sample]) -> list[list[str]]:
+    """Groups of files that hold the same bytes."""
+    paths: dict[str, set[str]] = defaultdict(set)
+    for sample in samples:
+        paths[sample.picture.sha256].add(str(sample.picture.path))
+    return sorted(sorted(group) for group in paths.values() if len(group) > 1)
+
+
+def exposures(plan: Plan, timetable: Timetable) -> list[tuple[int, int]]:
+    """(times seen in the run, samples seen as often)."""
+    epoch, steps = timetable.place(timetable.num_steps)
+    seen = [plan.shown_before(index, epoch) for index in range(len(plan.samples))]
+    if steps:  # the run ends inside an epoch
+        for step in plan.epoch(epoch)[:steps]:
+            for micro_batch in step.micro_batches:
+                for draw in micro_batch.draws:
+                    seen[draw.sample] += 1
+    return sorted(Counter(seen).items())
+
+
+def thumbnails(
+    seed: int, samples: Sequence[Sample], number: int
+) -> tuple[dict[tuple[int, Size], list[Thumbnail]], list[str]]:
+    """Some of the pictures of each bucket, at most `number` in all, and "path: reason" for those that are damaged."""
+    buckets = by_bucket(samples)
+    chosen = evenly(list(buckets), number)
+    share = number // max(1, len(chosen))
+    drawn: dict[tuple[int, Size], list[Thumbnail]] = {bucket: [] for bucket in buckets}
+    damaged = []
+    work = [(bucket, sample) for bucket in chosen for sample in evenly(buckets[bucket], share)]
+    pool = concurrent.futures.ThreadPoolExecutor(NUM_THREADS)
+    try:
+        results = [(bucket, sample, pool.submit(thumbnail, sample, seed)) for bucket, sample in work]
+        for bucket, sample, future in results:
+            try:
+                drawn[bucket].append(future.result())
+            except BadImage as error:
+                damaged.append(f"{sample.picture.path}: {error}")
+    finally:
+        pool.shutdown(cancel_futures=True)  # so that Ctrl-C does not wait for all that is left
+    return drawn, list(dict.fromkeys(damaged))  # once, not for every resolution
+
+
+def thumbnail(sample: Sample, seed: int) -> Thumbnail:
+    """The picture of a sample, small.
+
+    Raises:
+        BadImage: its pixels are damaged.
+    """
+    image = decode(sample.picture.path)
+    box = cover_box(image.size, sample.size.width, sample.size.height)
+    width, height = image.size
+    factor = min(1.0, THUMBNAIL_SIDE / max(width, height))
+    small = image.resize((max(1, round(width * factor)), max(1, round(height * factor))), Image.Resampling.BOX)
+    file = io.BytesIO()
+    small.save(file, "JPEG", quality=70)
+    return Thumbnail(
+        sample.picture.path.name,
+        sample.captions(seed)[0],
+        width,
+        height,
+        box,
+        sample.size.width / (box[2] - box[0]),
+        base64.b64encode(file.getvalue()).decode("ascii"),
+    )

@@ -1,0 +1,269 @@
+"""The report as one HTML file: no script, nothing from elsewhere, readable without a net and in the dark."""
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from anima_train.data.sources import printable
+from anima_train.model.text import MAX_TOKENS
+from anima_train.optim.groups import GroupRow
+from anima_train.tools.dataset_report import Bucket, DatasetReport, SetReport, Thumbnail
+from anima_train.tools.report_costs import readable, total_bytes
+
+MAX_LINES = 200  # of one list
+MAX_LETTERS = 200  # of a caption
+MAX_TAGS = 50
+BIN = 32  # tokens
+CURVE_WIDTH, CURVE_HEIGHT = 640, 160
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c1c1e; --paper: #fff; --faint: #6b6b70; --line: #d9d9de; --bar: #4b7bec }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #ececf0; --paper: #17171a; --faint: #9a9aa2; --line: #38383e; --bar: #6d93f2 }
+}
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 1080px;
+  margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere }
+h1, h2, h3 { line-height: 1.2; margin: 2rem 0 .6rem } h2 { border-bottom: 1px solid var(--line); padding-bottom: .3rem }
+table { border-collapse: collapse } td, th { padding: .15rem .9rem .15rem 0; text-align: left; vertical-align: top }
+th { color: var(--faint); font-weight: 500 } td.n { text-align: right; font-variant-numeric: tabular-nums }
+td.b { width: 22rem; min-width: 8rem; vertical-align: middle }
+.bar { height: .8rem; min-width: 1px; background: var(--bar); border-radius: 2px }
+.note, figcaption { color: var(--faint); font-size: 13px } li { margin: .1rem 0 }
+.pictures { display: flex; flex-wrap: wrap; gap: .8rem } figure { margin: 0; width: 160px }
+figure svg { display: block; max-width: 160px; max-height: 160px }
+figcaption { max-height: 4.6em; overflow: hidden }
+.crop { fill: none; stroke: #ff3b6b } .cut { fill: #000; fill-opacity: .55 }
+.curve polyline { fill: none; stroke: var(--bar); stroke-width: 2 } .curve text { fill: var(--faint); font-size: 12px }
+.curve path { fill: none; stroke: var(--line) }
+"""
+
+
+def text(value: object) -> str:
+    """Anything as text that no browser takes for markup and no character of which is invisible."""
+    return escape(printable(str(value)))
+
+
+def render(report: DatasetReport) -> str:
+    """The whole page, the same for the same report."""
+    title = text(report.title)
+    body = [
+        f"<h1>{title}</h1>",
+        bulleted("Notes", report.notes),
+        run_part(report),
+        *(set_part(found) for found in report.sets),
+    ]
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
+    )
+
+
+# Pieces of a page
+
+
+def note(sentence: str) -> str:
+    """A remark in small print."""
+    return f'<p class="note">{text(sentence)}</p>'
+
+
+def bulleted(title: str, lines: Sequence[object]) -> str:
+    """A list with its title and number; nothing if it is empty."""
+    if not lines:
+        return ""
+    items = "\n".join(f"<li>{text(line)}</li>" for line in lines[:MAX_LINES])
+    more = note(f"... and {len(lines) - MAX_LINES:,} more") if len(lines) > MAX_LINES else ""
+    return f"<h3>{text(title)}: {len(lines):,}</h3>\n<ul>\n{items}\n</ul>{more}"
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table; numbers stand to the right."""
+    lines = ["<tr>" + "".join(f"<th>{text(heading)}</th>" for heading in headings) + "</tr>"]
+    for row in rows:
+        cells = (f'<td class="n">{c:,}</td>' if isinstance(c, int) else f"<td>{text(c)}</td>" for c in row)
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return "<table>\n" + "\n".join(lines) + "\n</table>"
+
+
+def bars(rows: Sequence[tuple[str, int]]) -> str:
+    """A line for each (label, number), with a bar; the longest is the largest number."""
+    largest = max((number for _, number in rows), default=0) or 1
+    lines = [
+        f'<tr><td>{text(label)}</td><td class="n">{number:,}</td>'
+        f'<td class="b"><div class="bar" style="width:{100 * number / largest:.1f}%"></div></td></tr>'
+        for label, number in rows
+    ]
+    return "<table>\n" + "\n".join(lines) + "\n</table>"
+
+
+def curve(points: Sequence[tuple[int, float]]) -> str:
+    """Factors from 0 to 1 over steps, as a line."""
+    last = max(points[-1][0], 1)
+    places = " ".join(f"{x / last * CURVE_WIDTH:.1f},{(1 - y) * CURVE_HEIGHT:.1f}" for x, y in points)
+    return (
+        f'<svg class="curve" viewBox="-45 -10 {CURVE_WIDTH + 60} {CURVE_HEIGHT + 35}" width="{CURVE_WIDTH}">'
+        f'<path d="M0 0V{CURVE_HEIGHT}H{CURVE_WIDTH}"/><polyline points="{places}"/>'
+        f'<text x="-8" y="8" text-anchor="end">100%</text><text x="-8" y="{CURVE_HEIGHT}" text-anchor="end">0%</text>'
+        f'<text x="0" y="{CURVE_HEIGHT + 18}">step 1</text>'
+        f'<text x="{CURVE_WIDTH}" y="{CURVE_HEIGHT + 18}" text-anchor="end">{last + 1:,}</text></svg>'
+    )
+
+
+# Parts of the report
+
+
+def lr_text(row: GroupRow) -> str:
+    """A component's learning rate, as tables show it."""
+    return "frozen" if row.lr == 0 else f"{row.lr:g}" if row.num_parameters else "-"
+
+
+def run_part(report: DatasetReport) -> str:
+    """Steps, learning rates, what is trained, and the costs."""
+    groups: list[tuple[object, ...]] = [
+        (row.component, lr_text(row), row.num_modules, row.num_parameters) for row in report.groups
+    ]
+    groups.append(
+        ("total", "", sum(row.num_modules for row in report.groups), sum(row.num_parameters for row in report.groups))
+    )
+    cache = [(cost.kind, cost.number, readable(cost.num_bytes)) for cost in report.cache]
+    seen = [(f"{times:,} times", number) for times, number in report.exposures]
+    return "\n".join(
+        [
+            "<h2>The run</h2>",
+            f"<p>{report.steps_per_epoch:,} steps in the first epoch, {report.num_steps:,} in all.</p>",
+            "<h3>Learning rate</h3>",
+            curve(report.curve),
+            note("In percent of each component's learning rate in the table below."),
+            "<h3>What is trained</h3>",
+            table(("component", "learning rate", "modules", "parameters"), groups),
+            "<h3>How often an image is seen in the run</h3>",
+            note("An image at two resolutions counts twice."),
+            bars(seen),
+            "<h3>Disk for the cache</h3>",
+            table(("", "entries", "size"), [*cache, ("total", "", readable(total_bytes(report.cache)))]),
+            note("Tensors only; each entry is a file with a short header. Equal images and captions are stored once."),
+            memory_part(report.sets[0].buckets),
+        ]
+    )
+
+
+def memory_part(buckets: Sequence[Bucket]) -> str:
+    """The estimate for each bucket."""
+    rows = [
+        (bucket.size, bucket.batch_size, *map(readable, (cost.weights, cost.trained, cost.kept, cost.total)))
+        for bucket in buckets
+        if (cost := bucket.memory) is not None
+    ]
+    return "\n".join(
+        [
+            "<h3>Memory of the device, an estimate</h3>",
+            table(("bucket", "batch", "weights", "gradients and optimizer", "activations", "total"), rows),
+            note(
+                "Nothing was measured. Weights: parameters x bytes. Gradients and optimizer: trained parameters x "
+                "(gradient + moments; for a LoRA its float32 weights too). Activations: batch x image tokens x width x "
+                "bytes x 36 for each block; with activation_checkpointing, 1 for each block and 36 for one. Temporary "
+                "memory comes on top."
+            ),
+        ]
+    )
+
+
+def set_part(found: SetReport) -> str:
+    """One dataset."""
+    sizes = [(f"{bucket.size} ({bucket.resolution} px)", bucket.num_images) for bucket in found.buckets]
+    short = [
+        f"{bucket.size}: {bucket.short_by:,} of {bucket.batch_size:,}" for bucket in found.buckets if bucket.short_by
+    ]
+    groups = [" = ".join(group) for group in found.duplicates]
+    shown = sum(len(bucket.thumbnails) for bucket in found.buckets)
+    left_out = sum(bucket.num_images for bucket in found.buckets) - shown
+    return "\n".join(
+        [
+            f"<h2>Dataset {text(found.name)}</h2>",
+            f"<p>{found.num_used:,} of {found.num_images:,} images are used.</p>",
+            bulleted("Images that cannot be used", found.bad),
+            bulleted("Images found damaged while the pictures below were drawn; they will not be used", found.damaged),
+            bulleted("Images set aside by a setting", found.skipped),
+            bulleted("Warnings", found.warnings),
+            bulleted("Files that hold the same image", groups),
+            caption_part(found),
+            "<h3>Buckets</h3>",
+            bars(sizes),
+            bulleted("Buckets whose last batch in the first epoch lacks images", short),
+            "<h3>How images are cropped</h3>",
+            note(
+                f"What is dark is cut off. {shown:,} shown, evenly chosen in every bucket; {left_out:,} left out. The "
+                "percentage is the scale from the image to the bucket: above 100 % it is enlarged."
+            ),
+            *(bucket_part(bucket) for bucket in found.buckets if bucket.thumbnails),
+        ]
+    )
+
+
+def bucket_part(bucket: Bucket) -> str:
+    """The pictures of one bucket."""
+    pictures = "\n".join(picture(thumbnail) for thumbnail in bucket.thumbnails)
+    title = f"{bucket.size}: {len(bucket.thumbnails):,} of {bucket.num_images:,}"
+    return f'<h4>{text(title)}</h4>\n<div class="pictures">\n{pictures}\n</div>'
+
+
+def picture(thumbnail: Thumbnail) -> str:
+    """A picture with its crop, drawn in the image's own pixels."""
+    left, top, right, bottom = thumbnail.box
+    width, height = thumbnail.width, thumbnail.height
+    longer = max(width, height)
+    box = f'x="{left}" y="{top}" width="{right - left}" height="{bottom - top}"'
+    outside = f"M0 0H{width}V{height}H0ZM{left} {top}H{right}V{bottom}H{left}Z"
+    return (
+        f'<figure title="{text(thumbnail.caption)}"><svg viewBox="0 0 {width} {height}" '
+        f'width="{160 * width / longer:.0f}" height="{160 * height / longer:.0f}">'
+        f'<image width="{width}" height="{height}" preserveAspectRatio="none" '
+        f'href="data:image/jpeg;base64,{thumbnail.jpeg}"/>'
+        f'<path class="cut" fill-rule="evenodd" d="{outside}"/>'
+        f'<rect class="crop" {box} stroke-width="{longer / 80:.2f}"/></svg>'
+        f"<figcaption>{text(thumbnail.name)}, {width} x {height}, {thumbnail.scale:.0%}<br>"
+        f"{text(thumbnail.caption[:MAX_LETTERS])}"
+        "</figcaption></figure>"
+    )
+
+
+def caption_part(found: SetReport) -> str:
+    """Lengths, losses and tags."""
+    facts = found.captions
+    truncated = [f"loses {lost:,} tokens: {caption[:MAX_LETTERS]}" for caption, lost in facts.truncated]
+    special = [f"{token} in: {caption[:MAX_LETTERS]}" for token, caption in facts.special]
+    unknown = [
+        f"{letter} (U+{ord(letter):04X}) in {number:,} captions" if number > 1 else f"{letter} (U+{ord(letter):04X})"
+        for letter, number in facts.unknown
+    ]
+    typos = [f"{typo.tag} ({typo.number:,}): {typo.meant} ({typo.meant_number:,})?" for typo in facts.typos]
+    return "\n".join(
+        [
+            f"<h3>Captions: {len(facts.lengths):,} different</h3>",
+            "<h4>Tokens of Qwen3</h4>",
+            bars(histogram([length.qwen for length in facts.lengths])),
+            "<h4>Tokens of T5</h4>",
+            bars(histogram([length.t5 for length in facts.lengths])),
+            note(f"Of either, {MAX_TOKENS} are read; what is behind them is cut off."),
+            bulleted("Captions cut off", truncated),
+            bulleted("Characters that T5 cannot read (<unk>)", unknown),
+            bulleted("Captions with the text of a special token", special),
+            f"<h4>Tags: {len(facts.tags):,} different, the {min(MAX_TAGS, len(facts.tags)):,} most frequent</h4>",
+            bars(facts.tags[:MAX_TAGS]),
+            bulleted("Tags that look like another, mistyped", typos),
+        ]
+    )
+
+
+def histogram(lengths: Sequence[int]) -> list[tuple[str, int]]:
+    """(range, how many) for ranges of `BIN` tokens up to the last that is needed, and for what is cut off."""
+    needed = [length for length in lengths if length <= MAX_TOKENS]
+    tops = range(BIN, max(needed, default=0) + BIN, BIN)
+    rows = [
+        (
+            f"{'0' if top == BIN else top - BIN + 1} to {top}",
+            sum(top - BIN < max(length, 1) <= top for length in needed),
+        )
+        for top in tops
+    ]
+    over = len(lengths) - len(needed)
+    return [*rows, (f"over {MAX_TOKENS}", over)] if over else rows
