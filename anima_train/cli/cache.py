@@ -1,15 +1,29 @@
 """`anima cache`."""
 
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from anima_train.cli.train import ConfigPath, Overrides
 from anima_train.config.load import load_config
 from anima_train.training.train import make_accelerator, prepare_data
 
+PRUNE = (
+    "First remove from this configuration's cache folders whatever this configuration does not use. Other "
+    "configurations that share its folders or cache_dir lose what they alone use, and make it again."
+)
+VERIFY = "Read every entry, and rebuild those that are damaged."
 
-def cache(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Fill the cache of latents and text without training."""
+
+def cache(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    prune: Annotated[bool, typer.Option("--prune", help=PRUNE)] = False,
+    verify: Annotated[bool, typer.Option("--verify", help=VERIFY)] = False,
+) -> None:
+    """Fill the cache of latents and text without training. Several of these may fill one cache together."""
     loaded = load_config(config, overrides or [])
     accelerator = make_accelerator(loaded.config, Path(loaded.config.output_dir) / loaded.run_name)
-    prepare_data(loaded, accelerator)
+    prepare_data(loaded, accelerator, prune, verify)
     accelerator.end_training()

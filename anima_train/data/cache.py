@@ -1,16 +1,24 @@
 """The cache of latents, masks and text: one file per value, named by a hash of everything the value depends on.
 
 A changed image, crop, VAE, encoder or tokenizer changes the name, so an entry is never stale, only unused. Entries
-appear whole or not at all, so any number of processes can fill one cache, and a killed one loses only the entry it was
-writing.
+appear whole or not at all, so any number of processes can fill one cache, and a killed one loses only the entries it
+was making. Claims, small files that live processes renew, keep two of them from making the same entry.
 """
 
+import contextlib
 import hashlib
 import json
+import os
+import re
+import socket
+import struct
+import threading
+import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from types import TracebackType
+from typing import Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +30,15 @@ from anima_train.core.files import atomic_path
 
 SCHEMA = 1  # raise when the meaning of an entry changes
 Kind = Literal["latent", "mask", "text"]
+
+HEADER_READ = 4096  # bytes: length and header of every entry there is, in one read
+CLAIM_RENEWAL = 30.0  # seconds
+CLAIM_LIFE = 300.0  # seconds without renewal after which a claim is void, whoever's it is
+TEMPORARY_LIFE = 3600.0  # seconds after which a temporary file is taken for left behind
+ENTRY_NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
+REJECTED_NAME = re.compile(r"[0-9a-f]{64}\.txt")
+CLAIM_NAME = re.compile(r"[0-9a-f]{64}")
+TEMPORARY_NAME = re.compile(r"\.([0-9a-f]{40}|(images|masks)_\w+)\.\w+\.tmp")  # see `atomic_path`
 
 
 def entry_key(kind: Kind, **depends_on: str | int | float) -> str:
@@ -67,10 +84,29 @@ class Cache:
             with atomic_path(path) as temporary:
                 temporary.write_bytes(content)  # not safetensors' own writer, which hides the reason of a failure
         except (SpaceError, OSError) as error:
-            raise SpaceError(
-                f"cache folder {self.folder}: {error}; this file needs {len(content):,} bytes. Free some space, or set "
-                "cache_dir to a folder that can be written"
-            ) from error
+            raise self.unwritable(error, len(content)) from error
+
+    def unwritable(self, error: Exception, num_bytes: int) -> SpaceError:
+        """What to tell the user when a file of this many bytes cannot be written."""
+        return SpaceError(
+            f"cache folder {self.folder}: {error}; this file needs {num_bytes:,} bytes. Free some space, or set "
+            "cache_dir to a folder that can be written"
+        )
+
+    def is_whole(self, kind: Kind, key: str) -> bool:
+        """Whether an entry is there and as long as its own header says; its content is not read."""
+        try:
+            with open(self.path(kind, key), "rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                start = file.read(HEADER_READ)
+                (length,) = struct.unpack_from("<Q", start)
+                if length > size:
+                    return False
+                header = json.loads((start + file.read(max(0, 8 + length - len(start))))[8 : 8 + length])
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (OSError, struct.error, ValueError, LookupError, TypeError, AttributeError):
+            return False
+        return bool(size == 8 + length + max(ends, default=0))
 
     def load(self, kind: Kind, key: str) -> dict[str, Tensor]:
         """Read an entry on the CPU.
@@ -117,7 +153,15 @@ class Cache:
             SpaceError: as `write`.
         """
         # A reason may name a file, and a file's name may hold bytes that are no UTF-8.
-        self.write(self.folder / "rejected" / f"{key}.txt", reason.encode("utf-8", errors="backslashreplace"))
+        self.write(self.rejection(key), reason.encode("utf-8", errors="backslashreplace"))
+
+    def is_done(self, kind: Kind, key: str) -> bool:
+        """Whether there is nothing to do for an entry: it is whole, or cannot be made."""
+        return self.is_whole(kind, key) or self.rejection(key).exists()
+
+    def rejection(self, key: str) -> Path:
+        """Where the reason lies why an entry cannot be made."""
+        return self.folder / "rejected" / f"{key}.txt"
 
     def rejected(self) -> dict[str, str]:
         """Keys of latents and masks that cannot be made, with the reasons."""
@@ -125,6 +169,153 @@ class Cache:
             path.stem: path.read_text(encoding="utf-8", errors="replace")
             for path in (self.folder / "rejected").glob("*.txt")
         }
+
+    # Claims
+
+    def claim_path(self, key: str) -> Path:
+        """The file that says who is making an entry."""
+        return self.folder / "claims" / key
+
+    def claimant(self, key: str) -> str | None:
+        """Which live process is making an entry, or None: no claim, or one whose process is gone or renews no more."""
+        path = self.claim_path(key)
+        try:
+            age = time.time() - path.stat().st_mtime
+            content = path.read_text(encoding="utf-8")
+        except OSError:
+            return None
+        try:
+            claim = json.loads(content)
+            host, pid = str(claim["host"]), int(claim["pid"])
+        except (ValueError, LookupError, TypeError):  # its process is about to write it, or was killed before
+            host, pid = "unknown", 0
+        if age > CLAIM_LIFE or (host == socket.gethostname() and not runs_elsewhere(pid)):
+            return None
+        return f"process {pid} on {host}"
+
+    def listed(self) -> Iterator[tuple[Path, re.Pattern[str]]]:
+        """The folders that belong to the cache, with what the names in them look like. Links are not followed."""
+        yield self.folder / "rejected", REJECTED_NAME
+        yield self.folder / "claims", CLAIM_NAME
+        for kind in get_args(Kind):
+            for folder in sorted((self.folder / kind).glob("??")):
+                if folder.is_dir() and not folder.is_symlink() and not folder.parent.is_symlink():
+                    yield folder, ENTRY_NAME
+
+    def prune(self, needed: Collection[str]) -> tuple[int, int]:
+        """Remove entries and rejections whose key is not needed, void claims, and temporary files left behind.
+
+        Files with other names, and whatever lies in other folders, stay.
+
+        Returns:
+            how many files, and how many bytes.
+
+        Raises:
+            SpaceError: one cannot be removed.
+        """
+        num_files = num_bytes = 0
+        oldest = time.time() - TEMPORARY_LIFE
+        for folder, names in [(self.folder, None), *self.listed()]:
+            if not folder.is_dir() or (folder.is_symlink() and folder != self.folder):
+                continue
+            for path in sorted(folder.iterdir()):
+                try:
+                    status = path.lstat()
+                    if TEMPORARY_NAME.fullmatch(path.name):
+                        unused = status.st_mtime < oldest
+                    elif names is None or not names.fullmatch(path.name):
+                        continue
+                    elif names is CLAIM_NAME:
+                        unused = self.claimant(path.name) is None
+                    else:
+                        unused = path.stem not in needed
+                    if unused:
+                        path.unlink()
+                        num_files, num_bytes = num_files + 1, num_bytes + status.st_size
+                except FileNotFoundError:
+                    continue  # another process was faster
+                except OSError as error:
+                    raise SpaceError(f"cache folder {self.folder}: {path} could not be removed: {error}") from error
+        return num_files, num_bytes
+
+
+class Claims:
+    """What this process is making, told to others by files that a thread renews; all are given up at the end.
+
+    Two processes that meet a void claim in the same instant may both take it; then both make the entry.
+    """
+
+    def __init__(self) -> None:
+        self.held: set[Path] = set()
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self.renew, daemon=True)
+
+    def __enter__(self) -> "Claims":
+        self.thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.ended.set()
+        self.thread.join()
+        for path in list(self.held):
+            self.drop(path)
+
+    def renew(self) -> None:
+        """Touch what is held until the end."""
+        while not self.ended.wait(CLAIM_RENEWAL):
+            for path in list(self.held):
+                with contextlib.suppress(OSError):  # dropped just now, or the disk is gone, which writing will tell
+                    os.utime(path)
+
+    def take(self, cache: Cache, key: str) -> bool:
+        """Claim an entry; False if a live process has done so.
+
+        Raises:
+            SpaceError: the claim cannot be written.
+        """
+        path = cache.claim_path(key)
+        content = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "time": round(time.time())}).encode()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() and cache.claimant(key) is None:
+                self.drop(path)
+            with open(path, "xb") as file:
+                self.held.add(path)
+                file.write(content)
+        except FileExistsError:
+            if not path.exists() and not path.parent.is_dir():
+                raise cache.unwritable(NotADirectoryError(f"{path.parent} is a file"), len(content)) from None
+            return False
+        except OSError as error:
+            raise cache.unwritable(error, len(content)) from error
+        return True
+
+    def release(self, cache: Cache, key: str) -> None:
+        """Give a claim up."""
+        self.drop(cache.claim_path(key))
+
+    def drop(self, path: Path) -> None:
+        """Remove a claim's file."""
+        self.held.discard(path)
+        with contextlib.suppress(OSError):  # gone already; or it stays, and is void as soon as this process has ended
+            path.unlink()
+
+
+def runs_elsewhere(pid: int) -> bool:
+    """Whether this is another process of this machine; True where that cannot be told without harm, as on Windows."""
+    if pid == os.getpid():  # of a process before this one: this one asks only for what it does not hold
+        return False
+    if os.name == "nt" or pid <= 0:
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> int:

@@ -1,28 +1,31 @@
 """Fills the cache: latents and masks of every sample, conditions of every caption.
 
 The VAE and the text encoder are loaded only when something is missing, and freed before the transformer is loaded.
-With several processes each encodes its share.
+Processes that fill one cache, ranks or not, share the work by claims: each begins elsewhere, makes what nobody has
+claimed, and waits at the end only for what another live process is making.
 """
 
+import functools
 import gc
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from anima_train.core.conditions import pad_states
-from anima_train.core.errors import ModelFileError
+from anima_train.core.errors import ModelFileError, SpaceError
 from anima_train.core.files import sha256_file
-from anima_train.data.buckets import Size
-from anima_train.data.cache import Cache
+from anima_train.data.cache import Cache, Claims, DamagedEntry, Kind
 from anima_train.data.images import BadImage, cover_and_crop, decode, decode_mask, mask_to_latent, to_pixels
 from anima_train.data.loader import TextIdentity, read_ahead
 from anima_train.data.sources import Sample
-from anima_train.model.llm_adapter import LLMAdapter
 from anima_train.model.text import (
     Tokenizers,
     load_text_encoder,
@@ -34,19 +37,60 @@ from anima_train.model.text import (
 from anima_train.model.vae import load_vae
 from anima_train.training.model import ModelFiles, load_llm_adapter
 
+POLL = 0.5  # seconds between looks at what other processes are making
+MESSAGE_EVERY = 60.0  # seconds
+
 Say = Callable[[str], None]
+Source = TypeVar("Source", Sample, str)
 
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of the work is this process's."""
+    """Which of the processes of a run this one is."""
 
     rank: int
     world_size: int
 
-    def of(self, items: Sequence) -> list:
-        """Every n-th item."""
-        return list(items[self.rank :: self.world_size])
+    def rotated(self, items: Sequence) -> list:
+        """All items; each process begins at another one."""
+        start = len(items) * self.rank // self.world_size
+        return [*items[start:], *items[:start]]
+
+
+@dataclass(frozen=True)
+class Entry(Generic[Source]):
+    """An entry that the data needs, and what it is made from: a sample, or a caption."""
+
+    cache: Cache
+    kind: Kind
+    key: str
+    source: Source
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it is in the cache, or known to be impossible."""
+        return self.cache.is_done(self.kind, self.key)
+
+
+@dataclass(frozen=True)
+class Needed:
+    """Every entry that the data needs, each once."""
+
+    latents: list[Entry[Sample]]
+    masks: list[Entry[Sample]]
+    texts: list[Entry[str]]
+
+    @property
+    def entries(self) -> list[Entry[Sample] | Entry[str]]:
+        """All of them."""
+        return [*self.latents, *self.masks, *self.texts]
+
+    def by_cache(self) -> dict[Path, list[Entry[Sample] | Entry[str]]]:
+        """The entries of each cache."""
+        found: dict[Path, list[Entry[Sample] | Entry[str]]] = defaultdict(list)
+        for entry in self.entries:
+            found[entry.cache.folder].append(entry)
+        return found
 
 
 @dataclass(frozen=True)
@@ -80,159 +124,210 @@ def text_identity(files: ModelFiles, cache_output: bool, dtype: torch.dtype) -> 
     )
 
 
-def missing_latents(samples: Sequence[Sample], identity: str) -> list[Sample]:
-    """One sample for each latent that is not in its cache, without those that were rejected."""
-    have: dict[Path, set[str]] = {}
-    wanted: dict[tuple[Path, str], Sample] = {}
+def needed_entries(
+    samples: Sequence[Sample], vae_id: str, text_id: TextIdentity, seed: int, empty_caption: bool
+) -> Needed:
+    """What these samples need; see `fill_cache` for the arguments."""
+    latents: dict[tuple[Path, str], Entry[Sample]] = {}
+    masks: dict[tuple[Path, str], Entry[Sample]] = {}
+    texts: dict[tuple[Path, str], Entry[str]] = {}
     for sample in samples:
-        folder = sample.cache.folder
-        if folder not in have:
-            have[folder] = sample.cache.keys("latent") | set(sample.cache.rejected())
-        key = sample.latent_key(identity)
-        if key not in have[folder]:
-            wanted[folder, key] = sample
-    return list(wanted.values())
+        cache = sample.cache
+        key = sample.latent_key(vae_id)
+        latents.setdefault((cache.folder, key), Entry(cache, "latent", key, sample))
+        if sample.picture.mask is not None:
+            key = sample.mask_key()
+            masks.setdefault((cache.folder, key), Entry(cache, "mask", key, sample))
+        for caption in [*sample.captions(seed), *([""] if empty_caption else [])]:
+            key = text_id.key(caption)
+            texts.setdefault((cache.folder, key), Entry(cache, "text", key, caption))
+    return Needed(list(latents.values()), list(masks.values()), list(texts.values()))
 
 
-def missing_masks(samples: Sequence[Sample]) -> list[Sample]:
-    """One sample for each mask that is not in its cache."""
+def missing(entries: Sequence[Entry[Source]]) -> list[Entry[Source]]:
+    """The entries that have to be made: not there, or shorter or longer than their headers say."""
     have: dict[Path, set[str]] = {}
-    wanted: dict[tuple[Path, str], Sample] = {}
-    for sample in samples:
-        if sample.picture.mask is None:
-            continue
-        folder = sample.cache.folder
+    found = []
+    for entry in entries:
+        folder = entry.cache.folder
         if folder not in have:
-            have[folder] = sample.cache.keys("mask") | set(sample.cache.rejected())
-        if sample.mask_key() not in have[folder]:
-            wanted[folder, sample.mask_key()] = sample
-    return list(wanted.values())
+            have[folder] = entry.cache.keys(entry.kind) | set(entry.cache.rejected())
+        if entry.key not in have[folder] or not entry.is_done:
+            found.append(entry)
+    return found
 
 
-def missing_texts(samples: Sequence[Sample], identity: TextIdentity, seed: int, empty: bool) -> list[tuple[Cache, str]]:
-    """(cache, caption) of every caption that is not in its cache.
+def share_out(
+    entries: Sequence[Entry[Source]], make: Callable[[Iterator[Entry[Source]]], None], claims: Claims, say: Say
+) -> None:
+    """Have every entry made: those that nobody has claimed by `make`, the others by whoever does.
 
-    Args:
-        samples: of all datasets.
-        identity: of the encoder.
-        seed: of the run, for shuffled variants.
-        empty: whether the empty caption is needed whatever the samples' captions are.
+    Nothing waits for another process while this one has claimed anything, so that no two wait for each other.
+
+    Raises:
+        SpaceError: the cache cannot be written; says what is still needed.
     """
-    have: dict[Path, set[str]] = {}
-    wanted: dict[tuple[Path, str], tuple[Cache, str]] = {}
-    for sample in samples:
-        folder = sample.cache.folder
-        if folder not in have:
-            have[folder] = sample.cache.keys("text")
-        for caption in [*sample.captions(seed), *([""] if empty else [])]:
-            key = identity.key(caption)
-            if key not in have[folder]:
-                wanted[folder, key] = (sample.cache, caption)
-    return list(wanted.values())
+    pending = list(entries)
+    while pending:
+        busy: list[Entry[Source]] = []
+        try:
+            make(claimed(pending, busy, claims))
+        except SpaceError as error:
+            problems = list(error.problems)
+            if size := sum(latent_bytes(entry) for entry in entries if not entry.is_done):
+                problems.append(f"the latents that are missing need about {size:,} bytes")
+            raise SpaceError(problems) from error
+        pending = wait_for_others(busy, say)
+
+
+def claimed(entries: Iterable[Entry[Source]], busy: list[Entry[Source]], claims: Claims) -> Iterator[Entry[Source]]:
+    """The entries that could be claimed; those that another process is making go to `busy`."""
+    for entry in entries:
+        if entry.is_done:
+            continue
+        if not claims.take(entry.cache, entry.key):
+            busy.append(entry)
+        elif entry.is_done:  # its maker finished between the two looks
+            claims.release(entry.cache, entry.key)
+        else:
+            yield entry
+
+
+def wait_for_others(busy: Sequence[Entry[Source]], say: Say) -> list[Entry[Source]]:
+    """Wait until all these are done, and return none; or until one is given up, and return what is not done."""
+    last_message = time.monotonic()
+    while left := [entry for entry in busy if not entry.is_done]:
+        makers = {entry.cache.claimant(entry.key) for entry in left}
+        if None in makers:
+            return left
+        if time.monotonic() - last_message >= MESSAGE_EVERY:
+            last_message = time.monotonic()
+            names = ", ".join(sorted(name for name in makers if name is not None))
+            say(f"waiting for {len(left):,} cache entries that {names} is making")
+        time.sleep(POLL)
+    return []
+
+
+def latent_bytes(entry: Entry) -> int:
+    """Size of a latent's numbers; 0 for other entries."""
+    return entry.source.size.num_tokens * 4 * 16 * 4 if isinstance(entry.source, Sample) else 0
+
+
+def pixels(sample: Sample) -> np.ndarray | str:
+    """A sample's pixels as the VAE reads them, or the reason why there are none."""
+    try:
+        image = decode(sample.picture.path)
+        if sha256_file(sample.picture.path) != sample.picture.sha256:
+            return "changed while the run was starting"
+        return to_pixels(cover_and_crop(image, sample.size.width, sample.size.height))
+    except (BadImage, OSError) as error:
+        return str(error)
 
 
 def encode_latents(
-    samples: Sequence[Sample], identity: str, path: Path, device: torch.device, dtype: torch.dtype, batch_size: int,
-    progress: bool,
+    missing: Sequence[Entry[Sample]], path: Path, device: torch.device, dtype: torch.dtype, batch_size: int,
+    progress: bool, claims: Claims, say: Say,
 ) -> int:  # fmt: skip
     """Encode and store these latents; images that cannot be decoded are rejected with the reason. Returns how many."""
-    if not samples:
-        return 0
-    vae = load_vae(path, dtype, device)
-    groups: dict[Size, list[Sample]] = defaultdict(list)
-    for sample in samples:
-        groups[sample.size].append(sample)
-    batches = [
-        group[start : start + batch_size]
-        for _, group in sorted(groups.items())
-        for start in range(0, len(group), batch_size)
-    ]
-
-    def pixels(sample: Sample) -> np.ndarray | str:
-        try:
-            image = decode(sample.picture.path)
-            if sha256_file(sample.picture.path) != sample.picture.sha256:
-                return "changed while the run was starting"
-            return to_pixels(cover_and_crop(image, sample.size.width, sample.size.height))
-        except (BadImage, OSError) as error:
-            return str(error)
-
     num_encoded = 0
-    bar = tqdm(total=len(samples), desc="latents", unit="image", disable=not progress)
-    decoded = read_ahead([sample for batch in batches for sample in batch], lambda sample: (sample, pixels(sample)))
-    for batch in batches:
-        good = []
-        for _ in batch:
-            sample, value = next(decoded)
-            if isinstance(value, str):
-                sample.cache.reject(sample.latent_key(identity), value)
+    load = functools.cache(lambda: load_vae(path, dtype, device))  # not at all if others make everything
+    bar = tqdm(total=len(missing), desc="latents", unit="image", disable=not progress)
+
+    def store(batch: Sequence[tuple[Entry[Sample], np.ndarray]]) -> None:
+        nonlocal num_encoded
+        stacked = torch.from_numpy(np.stack([value for _, value in batch])).to(device)
+        for (entry, _), latents in zip(batch, load().encode(stacked).cpu(), strict=True):
+            if bool(latents.isfinite().all()):
+                entry.cache.save("latent", entry.key, {"latents": latents.clone()})
+                num_encoded += 1
             else:
-                good.append((sample, value))
-        if good:
-            stacked = torch.from_numpy(np.stack([value for _, value in good])).to(device)
-            for (sample, _), latents in zip(good, vae.encode(stacked).cpu(), strict=True):
-                if bool(latents.isfinite().all()):
-                    sample.cache.save("latent", sample.latent_key(identity), {"latents": latents.clone()})
-                    num_encoded += 1
-                else:
-                    sample.cache.reject(sample.latent_key(identity), "its latents are not finite")
-        bar.update(len(batch))
+                entry.cache.reject(entry.key, "its latents are not finite")
+            claims.release(entry.cache, entry.key)
+
+    def make(entries: Iterator[Entry[Sample]]) -> None:
+        batch: list[tuple[Entry[Sample], np.ndarray]] = []
+        for entry, value in read_ahead(entries, lambda entry: (entry, pixels(entry.source))):
+            bar.update()
+            if isinstance(value, str):
+                entry.cache.reject(entry.key, value)
+                claims.release(entry.cache, entry.key)
+                continue
+            if batch and (len(batch) == batch_size or batch[0][0].source.size != entry.source.size):
+                store(batch)
+                batch = []
+            batch.append((entry, value))
+        if batch:
+            store(batch)
+
+    share_out(missing, make, claims, say)
     bar.close()
-    del vae
+    load.cache_clear()
     free(device)
     return num_encoded
 
 
-def encode_masks(samples: Sequence[Sample]) -> int:
+def encode_masks(missing: Sequence[Entry[Sample]], claims: Claims, say: Say) -> int:
     """Store these masks; a mask that cannot be decoded rejects its image. Returns how many."""
-    for sample in samples:
-        picture = sample.picture
-        assert picture.mask is not None
-        try:
-            mask = decode_mask(picture.mask, (picture.width, picture.height))
-        except (BadImage, OSError) as error:
-            sample.cache.reject(sample.mask_key(), f"its mask {picture.mask.name}: {error}")
-            continue
-        values = torch.from_numpy(mask_to_latent(mask, sample.size.width, sample.size.height))
-        sample.cache.save("mask", sample.mask_key(), {"mask": values})
-    return len(samples)
+    num_stored = 0
+
+    def make(entries: Iterator[Entry[Sample]]) -> None:
+        nonlocal num_stored
+        for entry in entries:
+            picture, size = entry.source.picture, entry.source.size
+            assert picture.mask is not None
+            try:
+                mask = decode_mask(picture.mask, (picture.width, picture.height))
+            except (BadImage, OSError) as error:
+                entry.cache.reject(entry.key, f"its mask {picture.mask.name}: {error}")
+            else:
+                values = torch.from_numpy(mask_to_latent(mask, size.width, size.height))
+                entry.cache.save("mask", entry.key, {"mask": values})
+                num_stored += 1
+            claims.release(entry.cache, entry.key)
+
+    share_out(missing, make, claims, say)
+    return num_stored
 
 
 def encode_texts(
-    texts: Sequence[tuple[Cache, str]], identity: TextIdentity, files: ModelFiles, tokenizers: Tokenizers,
-    device: torch.device, dtype: torch.dtype, batch_size: int, progress: bool,
+    missing: Sequence[Entry[str]], files: ModelFiles, with_adapter: bool, tokenizers: Tokenizers,
+    device: torch.device, dtype: torch.dtype, batch_size: int, progress: bool, claims: Claims, say: Say,
 ) -> int:  # fmt: skip
     """Encode and store these captions' conditions, in float32 until they are stored. Returns how many."""
-    if not texts:
-        return 0
-    encoder = load_text_encoder(files.llm, tokenizers, device)
-    adapter: LLMAdapter | None = None
-    if identity.adapter:
-        adapter = load_llm_adapter(files, torch.float32, device).eval()
-    # Captions of similar length together: little padding.
-    ordered = sorted(texts, key=lambda item: len(item[1]))
-    bar = tqdm(total=len(ordered), desc="captions", unit="caption", disable=not progress)
-    for start in range(0, len(ordered), batch_size):
-        chunk = ordered[start : start + batch_size]
-        encoded = encoder.encode([tokenize(tokenizers, caption) for _, caption in chunk])
-        contexts = None
-        if adapter is not None:
-            states = pad_states(encoded).to(device)
-            with torch.no_grad():
-                contexts = adapter(states.qwen, states.t5_ids, states.qwen_mask, states.t5_mask)
-        for row, ((cache, caption), text) in enumerate(zip(chunk, encoded, strict=True)):
-            if contexts is not None:
-                tensors = {"context": contexts[row, : len(text.t5_ids)].to(dtype)}
-            else:
-                tensors = {"qwen": text.qwen.to(dtype), "t5_ids": text.t5_ids}
-            if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-                raise ModelFileError(f"{files.llm}: the caption {caption[:60]!r} is encoded to NaN; the file is broken")
-            cache.save("text", identity.key(caption), tensors)
-        bar.update(len(chunk))
+    num_encoded = 0
+    load = functools.cache(lambda: load_text_encoder(files.llm, tokenizers, device))
+    load_adapter = functools.cache(lambda: load_llm_adapter(files, torch.float32, device).eval())
+    bar = tqdm(total=len(missing), desc="captions", unit="caption", disable=not progress)
+
+    def make(entries: Iterator[Entry[str]]) -> None:
+        nonlocal num_encoded
+        while chunk := list(islice(entries, batch_size)):
+            encoded = load().encode([tokenize(tokenizers, entry.source) for entry in chunk])
+            contexts = None
+            if with_adapter:
+                states = pad_states(encoded).to(device)
+                with torch.no_grad():
+                    contexts = load_adapter()(states.qwen, states.t5_ids, states.qwen_mask, states.t5_mask)
+            for row, (entry, text) in enumerate(zip(chunk, encoded, strict=True)):
+                if contexts is not None:
+                    tensors = {"context": contexts[row, : len(text.t5_ids)].to(dtype)}
+                else:
+                    tensors = {"qwen": text.qwen.to(dtype), "t5_ids": text.t5_ids}
+                if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+                    raise ModelFileError(
+                        f"{files.llm}: the caption {entry.source[:60]!r} is encoded to NaN; the file is broken"
+                    )
+                entry.cache.save("text", entry.key, tensors)
+                claims.release(entry.cache, entry.key)
+                num_encoded += 1
+            bar.update(len(chunk))
+
+    share_out(missing, make, claims, say)
     bar.close()
-    del encoder, adapter
+    load.cache_clear()
+    load_adapter.cache_clear()
     free(device)
-    return len(texts)
+    return num_encoded
 
 
 def truncated_captions(captions: Iterable[str], tokenizers: Tokenizers) -> Iterator[tuple[str, int]]:
@@ -244,41 +339,79 @@ def truncated_captions(captions: Iterable[str], tokenizers: Tokenizers) -> Itera
 
 
 def fill_cache(
-    samples: Sequence[Sample], files: ModelFiles, vae_id: str, text_id: TextIdentity, seed: int, empty_caption: bool,
-    share: Share, device: torch.device, dtype: torch.dtype, batch_size: int, progress: bool, say: Say,
+    needed: Needed, files: ModelFiles, with_adapter: bool, share: Share, device: torch.device, dtype: torch.dtype,
+    batch_size: int, progress: bool, say: Say,
 ) -> Encoded:  # fmt: skip
-    """Make every missing entry that is this process's share.
+    """Make every missing entry, together with all other processes that do so; returns when none is missing.
 
     Args:
-        samples: of all datasets.
+        needed: from `needed_entries`.
         files: the model's files.
-        vae_id: from `vae_identity`.
-        text_id: from `text_identity`.
-        seed: of the run.
-        empty_caption: whether the empty caption is needed.
-        share: this process's part.
+        with_adapter: whether texts are the LLM adapter's output.
+        share: which process this is.
         device: where the VAE and the text encoder run.
         dtype: what the VAE computes in, and conditions are stored in; latents are float32.
         batch_size: images and captions at once.
         progress: whether to show bars.
         say: gets a line about truncated captions.
     """
-    latents = share.of(missing_latents(samples, vae_id))
-    num_latents = encode_latents(latents, vae_id, files.vae, device, dtype, batch_size, progress)
-    num_masks = encode_masks(share.of(missing_masks(samples)))
-    texts = share.of(missing_texts(samples, text_id, seed, empty_caption))
-    num_texts = 0
-    if texts:
-        tokenizers = load_tokenizers(files.tokenizer, files.t5_tokenizer)
-        lost = list(truncated_captions((caption for _, caption in texts), tokenizers))
-        if lost:
-            worst = max(number for _, number in lost)
-            say(
-                f"warning: {len(lost):,} of {len(texts):,} captions are longer than 512 tokens and lose their end "
-                f"(up to {worst:,} tokens), such as {lost[0][0][:60]!r}"
+    latents = sorted(missing(needed.latents), key=lambda entry: entry.source.size)  # batches have one size
+    masks = missing(needed.masks)
+    # Captions of similar length together: little padding.
+    texts = sorted(missing(needed.texts), key=lambda entry: len(entry.source))
+    with Claims() as claims:
+        num_latents = encode_latents(
+            share.rotated(latents), files.vae, device, dtype, batch_size, progress, claims, say
+        )  # fmt: skip
+        num_masks = encode_masks(share.rotated(masks), claims, say)
+        num_texts = 0
+        if texts:
+            tokenizers = load_tokenizers(files.tokenizer, files.t5_tokenizer)
+            if share.rank == 0:
+                report_truncated([entry.source for entry in texts], tokenizers, say)
+            num_texts = encode_texts(
+                share.rotated(texts), files, with_adapter, tokenizers, device, dtype, batch_size, progress, claims, say
             )
-        num_texts = encode_texts(texts, text_id, files, tokenizers, device, dtype, batch_size, progress)
     return Encoded(num_latents, num_masks, num_texts)
+
+
+def report_truncated(captions: Sequence[str], tokenizers: Tokenizers, say: Say) -> None:
+    """Warn about captions that are longer than the model reads."""
+    lost = list(truncated_captions(captions, tokenizers))
+    if lost:
+        worst = max(number for _, number in lost)
+        say(
+            f"warning: {len(lost):,} of {len(captions):,} captions are longer than 512 tokens and lose their end "
+            f"(up to {worst:,} tokens), such as {lost[0][0][:60]!r}"
+        )
+
+
+def verify_cache(needed: Needed, share: Share) -> tuple[int, int]:
+    """Read this process's share of the entries and remove those that are damaged; returns how many of each."""
+    num_read = num_damaged = 0
+    with Claims() as claims:
+        for entry in needed.entries[share.rank :: share.world_size]:
+            if not entry.cache.path(entry.kind, entry.key).exists():
+                continue
+            num_read += 1
+            if not is_damaged(entry):
+                continue
+            num_damaged += 1
+            # Looked at again under a claim: another process may have found and rebuilt it meanwhile.
+            if claims.take(entry.cache, entry.key):
+                if is_damaged(entry):
+                    entry.cache.remove(entry.kind, entry.key)
+                claims.release(entry.cache, entry.key)
+    return num_read, num_damaged
+
+
+def is_damaged(entry: Entry[Sample] | Entry[str]) -> bool:
+    """Whether an entry cannot be read, or is not what was written."""
+    try:
+        entry.cache.load(entry.kind, entry.key)
+    except DamagedEntry:
+        return True
+    return False
 
 
 def without_rejected(samples: Sequence[Sample], vae_id: str) -> tuple[list[Sample], list[str]]:

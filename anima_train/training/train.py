@@ -17,7 +17,7 @@ from tqdm import tqdm
 from anima_train.adapters.full import Full
 from anima_train.config.config import Config
 from anima_train.config.load import LoadedConfig
-from anima_train.core.errors import ConfigError, DataError, NumericError
+from anima_train.core.errors import ConfigError, DataError, NumericError, count
 from anima_train.core.files import write_text
 from anima_train.core.random import derive
 from anima_train.data.loader import Batch, CachedData, read_ahead
@@ -27,7 +27,15 @@ from anima_train.model.dit import MiniTrainDIT
 from anima_train.optim.groups import optimizer_groups
 from anima_train.optim.schedules import lr_factor
 from anima_train.training.checkpoints import load_state, save_state, save_weights, saved_states
-from anima_train.training.encode import Share, fill_cache, text_identity, vae_identity, without_rejected
+from anima_train.training.encode import (
+    Share,
+    fill_cache,
+    needed_entries,
+    text_identity,
+    vae_identity,
+    verify_cache,
+    without_rejected,
+)
 from anima_train.training.evaluate import EvalSet, Evaluation, evaluate
 from anima_train.training.metadata import weights_metadata
 from anima_train.training.model import ModelFiles, find_model_files, load_transformer
@@ -70,8 +78,15 @@ class Prepared:
     evals: list[EvalSet]
 
 
-def prepare_data(loaded: LoadedConfig, accelerator: Accelerator) -> Prepared:
-    """Find the model's files, look at the images, and fill the cache."""
+def prepare_data(loaded: LoadedConfig, accelerator: Accelerator, prune: bool = False, verify: bool = False) -> Prepared:
+    """Find the model's files, look at the images, and fill the cache.
+
+    Args:
+        loaded: the configuration.
+        accelerator: device and processes.
+        prune: remove from the cache what this configuration does not need, first.
+        verify: read every entry, and rebuild those that are damaged.
+    """
     config = loaded.config
     with accelerator.main_process_first():  # one process downloads and reads the images, the others find it done
         files = find_model_files(loaded)
@@ -82,24 +97,32 @@ def prepare_data(loaded: LoadedConfig, accelerator: Accelerator) -> Prepared:
     vae_id = vae_identity(files)
     dtype = DTYPES[config.model.dtype]
     text_id = text_identity(files, config.learning_rates().by_component["llm_adapter"] == 0, dtype)
+    samples = [sample for found in scans.values() for sample in found.samples]
+    needed = needed_entries(samples, vae_id, text_id, config.seed, config.uncond_fraction > 0)
+    share = Share(accelerator.process_index, accelerator.num_processes)
+    if prune and accelerator.is_main_process:
+        keys = needed.by_cache()
+        caches = {cache.folder: cache for dataset in (loaded.train, *loaded.evals) for cache in dataset.caches}
+        removed = [cache.prune({entry.key for entry in keys.get(folder, [])}) for folder, cache in caches.items()]
+        num_files, num_bytes = map(sum, zip(*removed, strict=True))
+        accelerator.print(f"cache: {count(num_files, 'file')} removed, {num_bytes:,} bytes freed")
+    if verify:
+        num_read, num_damaged = verify_cache(needed, share)
+        # Not `accelerator.print`: each process has read others.
+        print(f"cache: {count(num_read, 'entry', 'entries')} read, {num_damaged:,} damaged and removed to be rebuilt")
     done = fill_cache(
-        [sample for found in scans.values() for sample in found.samples],
+        needed,
         files,
-        vae_id,
-        text_id,
-        config.seed,
-        config.uncond_fraction > 0,
-        Share(accelerator.process_index, accelerator.num_processes),
+        bool(text_id.adapter),
+        share,
         accelerator.device,
         dtype,
         config.caching_batch_size,
         accelerator.is_main_process,
         accelerator.print,
     )
-    accelerator.wait_for_everyone()
-    accelerator.print(
-        f"cache: {done.num_latents:,} latents, {done.num_masks:,} masks and {done.num_texts:,} texts added"
-    )
+    accelerator.wait_for_everyone()  # soon: no process comes here before all entries are there
+    print(f"cache: {done.num_latents:,} latents, {done.num_masks:,} masks and {done.num_texts:,} texts added")
     bad_fractions = {dataset.name: dataset.settings.max_bad_fraction for dataset in (loaded.train, *loaded.evals)}
     data = {
         name: CachedData(usable(name, found, bad_fractions[name], vae_id, accelerator), vae_id, text_id, config.seed)

@@ -1,0 +1,194 @@
+"""Filling the cache: what a change rebuilds, what becomes of damage, and several processes at once."""
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors.torch import load_file, save_file
+
+from anima_train.cli.cache import cache as anima_cache
+from anima_train.core.errors import DataError, SpaceError
+from anima_train.tools.tiny import tiny_paths, write_tiny
+
+REPO = Path(__file__).parents[2]
+CACHE = [sys.executable, "-c", "from anima_train.cli.main import main; main()", "cache"]
+
+
+@pytest.fixture
+def images(tmp_path, images_drawer):
+    """Twelve images in two buckets."""
+    return images_drawer(tmp_path / "images", [(96, 96)] * 6 + [(128, 80)] * 6)
+
+
+@pytest.fixture
+def config(trainer, images):
+    """A configuration of these images."""
+    return trainer.config(dataset={"directory": [{"path": str(images)}]})
+
+
+@pytest.fixture
+def fill(config, capsys):
+    """Runs `anima cache` in this process; returns (latents, texts) that were made, and all it printed."""
+
+    def run(path=config, **options):
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+        anima_cache(path, **options)
+        output = capsys.readouterr().out
+        latents, texts = re.search(r"cache: (\d+) latents, \d+ masks and (\d+) texts added", output).groups()
+        return (int(latents), int(texts)), output
+
+    return run
+
+
+def entries(images, kind="latent"):
+    return sorted((images / ".anima_cache" / kind).glob("??/*.safetensors"))
+
+
+def start(config):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    return subprocess.Popen(
+        [*CACHE, str(config)], cwd=REPO, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_a_second_start_makes_nothing_and_a_changed_image_or_caption_only_its_own(fill, images):
+    assert fill()[0] == (12, 12)
+    assert fill()[0] == (0, 0)
+    shutil.copy(images / "image1.png", images / "image0.png")  # equal images share a latent: nothing to make
+    assert fill()[0] == (0, 0)
+    (images / "image2.txt").write_text("another caption")
+    assert fill()[0] == (0, 1)
+
+
+def test_a_changed_size_rebuilds_latents_only(trainer, fill, images):
+    fill()
+    other = trainer.config(dataset={"resolutions": [64], "directory": [{"path": str(images)}]})
+    assert fill(other)[0] == (12, 0)
+
+
+@pytest.mark.parametrize(("slot", "expected"), [("vae", (12, 0)), ("llm", (0, 12)), ("transformer", (0, 12))])
+def test_a_changed_model_file_rebuilds_what_it_made(trainer, fill, images, tiny, tmp_path, slot, expected):
+    shutil.copytree(tiny, tmp_path / "tiny")
+    data = {"directory": [{"path": str(images)}]}
+    other = trainer.config(dataset=data, model={"tiny_path": str(tmp_path / "tiny")})
+    fill(other)
+    write_tiny(tmp_path / "another", seed=1)
+    paths = [getattr(tiny_paths(tmp_path / name), slot) for name in ("another", "tiny")]
+    shutil.copy(*paths)
+    assert fill(other)[0] == expected
+
+
+def test_a_changed_tokenizer_rebuilds_the_texts(trainer, fill, images, tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "tiny")
+    other = trainer.config(dataset={"directory": [{"path": str(images)}]}, model={"tiny_path": str(tmp_path / "tiny")})
+    fill(other)
+    with open(tiny_paths(tmp_path / "tiny").tokenizer / "tokenizer.json", "a") as file:
+        file.write("\n")
+    assert fill(other)[0] == (0, 12)
+
+
+def test_latents_that_are_not_finite_are_never_stored(trainer, fill, images, tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "tiny")
+    path = tiny_paths(tmp_path / "tiny").vae
+    tensors = load_file(path)
+    tensors["conv1.weight"][0] = 3e38  # finite itself; sums of it are not
+    save_file(tensors, path, {"format": "pt"})
+    other = trainer.config(dataset={"directory": [{"path": str(images)}]}, model={"tiny_path": str(tmp_path / "tiny")})
+    with pytest.raises(DataError, match="not finite"):
+        fill(other)
+    assert entries(images) == []
+
+
+def test_a_truncated_entry_is_rebuilt_at_the_next_start(fill, images):
+    fill()
+    content = entries(images)[3].read_bytes()
+    entries(images)[3].write_bytes(content[:-1])
+    entries(images)[4].write_bytes(b"")
+    assert fill()[0] == (2, 0)
+    assert entries(images)[3].read_bytes() == content
+
+
+def test_verify_rebuilds_flipped_bits(fill, images):
+    fill()
+    path = entries(images)[3]
+    content = path.read_bytes()
+    path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    assert fill()[0] == (0, 0)  # its length is right
+    made, output = fill(verify=True)
+    assert made == (1, 0)
+    assert "24 entries read, 1 damaged" in output
+    assert path.read_bytes() == content
+
+
+def test_prune_removes_what_is_not_needed_and_nothing_else(fill, images):
+    fill()
+    cache = images / ".anima_cache"
+    (images / "image11.txt").unlink()
+    (images / "image11.png").unlink()
+    foreign = [cache / "latent" / "notes.txt", cache / "own" / ("a" * 64 + ".safetensors"), cache / "README"]
+    (cache / "own").mkdir()
+    (cache / "rejected").mkdir(exist_ok=True)
+    unused = [cache / "rejected" / ("b" * 64 + ".txt"), entries(images)[0].parent / ("." + "c" * 40 + ".a1_b2.tmp")]
+    fresh = entries(images)[0].parent / ("." + "d" * 40 + ".a1_b2.tmp")
+    for path in (*foreign, *unused, fresh):
+        path.write_text("x")
+    os.utime(unused[1], (time.time() - 4000,) * 2)
+    made, output = fill(prune=True)
+    assert made == (0, 0)
+    assert "cache: 4 files removed" in output
+    assert len(entries(images, "text")) == 11
+    assert all(path.exists() for path in (*foreign, fresh))
+    assert not any(path.exists() for path in unused)
+
+
+def test_a_cache_that_cannot_be_written_names_the_bytes(fill, trainer, images, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    other = trainer.config(dataset={"directory": [{"path": str(images)}]}, cache_dir=str(tmp_path / "file" / "cache"))
+    with pytest.raises(SpaceError, match=r"latents that are missing need about [\d,]+ bytes"):
+        fill(other)
+
+
+def test_two_processes_make_each_entry_once(config, images):
+    processes = [start(config) for _ in range(2)]
+    results = [process.communicate(timeout=100) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], results
+    made = [re.search(r"cache: (\d+) latents, \d+ masks and (\d+) texts", output).groups() for output, _ in results]
+    assert [sum(map(int, column)) for column in zip(*made, strict=True)] == [12, 12]
+    assert len(entries(images)) == len(entries(images, "text")) == 12
+    assert list((images / ".anima_cache" / "claims").iterdir()) == []
+
+
+def kill_after(process, images, number):
+    """SIGKILL when this many latents are there."""
+    deadline = time.monotonic() + 60
+    while len(entries(images)) < number and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def test_after_a_kill_the_next_run_goes_on_and_keeps_what_was_made(config, fill, images):
+    kill_after(start(config), images, random.Random(0).randrange(1, 8))
+    before = {path: path.stat().st_mtime_ns for path in entries(images)}
+    assert before
+    made, _ = fill(verify=True)
+    assert made[0] == 12 - len(before)
+    assert {path: path.stat().st_mtime_ns for path in before} == before  # whole, and not made again
+
+
+@pytest.mark.slow
+def test_what_a_killed_process_was_making_the_other_makes(config, images):
+    killed, other = start(config), start(config)
+    kill_after(killed, images, 3)
+    _, errors = other.communicate(timeout=100)
+    assert other.returncode == 0, errors
+    assert len(entries(images)) == len(entries(images, "text")) == 12
