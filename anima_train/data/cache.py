@@ -34,6 +34,7 @@ Kind = Literal["latent", "mask", "text"]
 HEADER_READ = 4096  # bytes: length and header of every entry there is, in one read
 CLAIM_RENEWAL = 30.0  # seconds
 CLAIM_LIFE = 300.0  # seconds without renewal after which a claim is void, whoever's it is
+UNWRITTEN_CLAIM_LIFE = 10.0  # seconds for which a claim may be empty: it is written as soon as it is there
 TEMPORARY_LIFE = 3600.0  # seconds after which a temporary file is taken for left behind
 ENTRY_NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
 REJECTED_NAME = re.compile(r"[0-9a-f]{64}\.txt")
@@ -187,8 +188,8 @@ class Cache:
         try:
             claim = json.loads(content)
             host, pid = str(claim["host"]), int(claim["pid"])
-        except (ValueError, LookupError, TypeError):  # its process is about to write it, or was killed before
-            host, pid = "unknown", 0
+        except (ValueError, LookupError, TypeError):  # its process is about to write it, or was killed before it did
+            return "a process" if age <= UNWRITTEN_CLAIM_LIFE else None
         if age > CLAIM_LIFE or (host == socket.gethostname() and not runs_elsewhere(pid)):
             return None
         return f"process {pid} on {host}"

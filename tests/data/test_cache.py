@@ -281,3 +281,13 @@ def test_two_processes_that_write_the_same_entries_leave_valid_ones(cache: Cache
     assert [writer.returncode for writer in writers] == [0, 0]
     assert cache.keys("latent") == {f"{entry:064x}" for entry in range(40)}
     assert len(files(cache.folder)) == 40  # no temporary file is left
+
+
+def test_a_claim_that_was_never_written_is_soon_void(tmp_path):
+    cache = Cache(tmp_path)
+    path = cache.claim_path("a" * 64)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"")
+    assert cache.claimant("a" * 64) is not None
+    os.utime(path, (time.time() - 11,) * 2)
+    assert cache.claimant("a" * 64) is None
