@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import CosmosTransformer3DModel
+from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_anima_lora_to_diffusers as diffusers_names
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -32,3 +34,32 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 def error():
     """The relative error of a tensor against its oracle."""
     return relative_error
+
+
+def cosmos_transformer(shape, weights):
+    """diffusers' `CosmosTransformer3DModel` with a transformer's weights (native names, no prefix)."""
+    model = CosmosTransformer3DModel(
+        in_channels=shape.in_channels + 1,  # the padding mask is given as a channel: its resize needs torchvision
+        num_attention_heads=shape.width // shape.head_dim,
+        attention_head_dim=shape.head_dim,
+        num_layers=shape.num_blocks,
+        text_embed_dim=shape.context_width,
+        adaln_lora_dim=shape.adaln_lora_dim,
+        max_size=(128, 240, 240),
+        rope_scale=(1.0, 4.0, 4.0) if shape.in_channels == 16 else (1.0, 3.0, 3.0),
+        concat_padding_mask=False,
+        extra_pos_embed_type=None,
+    )
+    renamed = diffusers_names({f"diffusion_model.{key}": value for key, value in weights.items()})
+    for side, attention in (("self_attn", "attn1"), ("cross_attn", "attn2")):
+        for part in "qk":  # diffusers' converter knows no norms, as no LoRA has any
+            old, new = f"{side}.{part}_norm", f"{attention}.norm_{part}"
+            renamed = {key.replace(old, new): value for key, value in renamed.items()}
+    model.load_state_dict({key.removeprefix("transformer."): value for key, value in renamed.items()})
+    return model
+
+
+@pytest.fixture(scope="session")
+def cosmos():
+    """`cosmos_transformer`, the oracle of our transformer."""
+    return cosmos_transformer

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from diffusers import AnimaModularPipeline, AnimaTextConditioner, CosmosTransformer3DModel
+from diffusers import AnimaModularPipeline, AnimaTextConditioner
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_anima_lora_to_diffusers as diffusers_names
 from diffusers.utils import logging as diffusers_logging
 from peft.tuners.lora import LoraLayer
@@ -278,33 +278,13 @@ def test_metadata_says_rank_and_a_scale_of_1():
 
 
 @pytest.fixture
-def pipeline():
+def pipeline(cosmos):
     """diffusers' own pipeline with the base model's weights in its two modules."""
     model = base_model()
-    transformer = CosmosTransformer3DModel(
-        in_channels=17,  # the padding mask is given as a channel: its resize needs torchvision
-        num_attention_heads=2,
-        attention_head_dim=24,
-        num_layers=2,
-        text_embed_dim=20,
-        adaln_lora_dim=8,
-        max_size=(128, 240, 240),
-        rope_scale=(1.0, 4.0, 4.0),
-        concat_padding_mask=False,
-        extra_pos_embed_type=None,
-    )
+    native = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("llm_adapter.")}
     conditioner = AnimaTextConditioner(12, 20, 20, 2, 2, target_vocab_size=30)
-    weights = diffusers_names({f"diffusion_model.{name}": tensor for name, tensor in model.state_dict().items()})
-    norms = {f"{side}.{x}_norm": f"{attn}.norm_{x}" for side, attn in (("self_attn", "attn1"), ("cross_attn", "attn2"))
-             for x in "qk"}  # fmt: skip
-    parts = {"transformer": {}, "text_conditioner": {}}
-    for key, tensor in weights.items():
-        part, _, name = key.partition(".")
-        for ours, theirs in norms.items() if part == "transformer" else ():
-            name = name.replace(ours, theirs)
-        parts[part][name] = tensor
-    transformer.load_state_dict(parts["transformer"])
-    conditioner.load_state_dict(parts["text_conditioner"])
+    conditioner.load_state_dict(model.llm_adapter.state_dict())
+    transformer = cosmos(model.shape, native)
     pipeline = AnimaModularPipeline()
     pipeline.update_components(transformer=transformer, text_conditioner=conditioner)
     return pipeline

@@ -20,7 +20,7 @@ import anima_train
 from anima_train.core.errors import DataError
 from anima_train.data.buckets import Size
 from anima_train.data.cache import Cache
-from anima_train.data.loader import READ_AHEAD, Batch, CachedData, TextIdentity, read_ahead
+from anima_train.data.loader import NUM_THREADS, READ_AHEAD, Batch, CachedData, TextIdentity, read_ahead
 from anima_train.data.plan import Draw, MicroBatch
 from anima_train.data.sources import Picture, Rules, Sample
 from anima_train.model.dit import TextStates
@@ -404,29 +404,38 @@ def test_an_error_of_the_items_is_raised():
 @pytest.mark.parametrize("end", ["close", "break", "error", "exhausted"])
 def test_threads_end_with_the_results(end: str):
     before = set(threading.enumerate())
-    started: list[int] = []
 
     def make(number: int) -> int:
-        started.append(number)
-        time.sleep(0.005)
         if end == "error" and number == 2:
             raise DataError("stop")
         return number
 
     results = read_ahead(range(8), make)
-    if end == "error":
+    assert next(results) == 0
+    assert set(threading.enumerate()) > before
+    if end == "close":
+        results.close()
+    elif end == "break":
+        del results  # as at the end of a for loop
+    elif end == "error":
         with pytest.raises(DataError):
             list(results)
-    elif end == "exhausted":
-        list(results)
     else:
-        for _ in results:
-            break
-        assert set(threading.enumerate()) > before
-        if end == "close":
-            results.close()
-        del results
-        number = len(started)
-        time.sleep(0.05)
-        assert len(started) == number  # what had not begun was given up
+        assert list(results) == list(range(1, 8))
     assert set(threading.enumerate()) <= before
+
+
+def test_what_has_not_begun_is_given_up_when_the_consumer_stops():
+    started: list[int] = []
+    gate = threading.Event()
+
+    def make(number: int) -> None:
+        started.append(number)
+        if number:
+            gate.wait(5)
+
+    results = read_ahead(range(100), make)
+    next(results)
+    threading.Timer(0.2, gate.set).start()  # lets the threads end, after what waits for them has been given up
+    results.close()
+    assert len(started) <= 1 + NUM_THREADS

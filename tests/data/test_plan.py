@@ -151,6 +151,9 @@ def test_a_plan_is_a_function_of_seed_and_epoch():
     assert asked_before.epoch(3) == first
     assert plan(items).epoch(4) != first
     assert plan(items, seed=1).epoch(3) != first
+    # The order of the batches by itself, too.
+    assert plan(items, batch=1).epoch(3) != plan(items, batch=1).epoch(4)
+    assert plan(items, seed=1, batch=1).epoch(3) != plan(items, batch=1).epoch(3)
 
 
 def test_epochs_differ_in_composition_not_only_in_order():

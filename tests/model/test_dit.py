@@ -3,8 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import CosmosTransformer3DModel
-from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_anima_lora_to_diffusers as diffusers_names
 
 from anima_train.core.conditions import TextStates, pad_rows
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
@@ -50,32 +48,10 @@ def test_forward_and_gradients_equal_the_reference(golden, error, name):
 
 
 @pytest.mark.parametrize("channels", [16, 17])
-def test_forward_equals_diffusers_cosmos_transformer(error, channels):
+def test_forward_equals_diffusers_cosmos_transformer(error, cosmos, channels):
     shape = TransformerShape(2, 48, 24, channels, 20, 8)
     model = random_model(shape)
-    ratio = 4.0 if channels == 16 else 3.0
-    oracle = CosmosTransformer3DModel(
-        in_channels=channels + 1,  # the padding mask is given as a channel: its resize needs torchvision
-        num_attention_heads=2,
-        attention_head_dim=24,
-        num_layers=2,
-        text_embed_dim=20,
-        adaln_lora_dim=8,
-        max_size=(128, 240, 240),
-        rope_scale=(1.0, ratio, ratio),
-        concat_padding_mask=False,
-        extra_pos_embed_type=None,
-    )
-    renamed = diffusers_names({f"diffusion_model.{key}": value for key, value in model.state_dict().items()})
-    renamed = {
-        key.removeprefix("transformer.")
-        .replace("self_attn.q_norm", "attn1.norm_q")
-        .replace("self_attn.k_norm", "attn1.norm_k")
-        .replace("cross_attn.q_norm", "attn2.norm_q")
-        .replace("cross_attn.k_norm", "attn2.norm_k"): value
-        for key, value in renamed.items()
-    }
-    oracle.load_state_dict(renamed)
+    oracle = cosmos(shape, model.state_dict())
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, channels, 1, 6, 10, generator=generator)
     t = torch.tensor([0.3, 0.8])

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AnimaAutoBlocks, AnimaTextConditioner, CosmosTransformer3DModel
-from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_anima_lora_to_diffusers as diffusers_names
+from diffusers import AnimaAutoBlocks, AnimaTextConditioner
 from safetensors.torch import load_file
 
+from anima_train.tools.tiny import SMALL
+
 REPO = Path(__file__).parents[2]
-NORMS = {"self_attn.q_norm": "attn1.norm_q", "self_attn.k_norm": "attn1.norm_k"}
-NORMS |= {"cross_attn.q_norm": "attn2.norm_q", "cross_attn.k_norm": "attn2.norm_k"}
 
 
 @pytest.fixture(scope="module")
@@ -26,26 +25,13 @@ def quickstart(tmp_path_factory, command):
     return folder
 
 
-def diffusers_pipeline(tiny):
+def diffusers_pipeline(tiny, cosmos):
     """A diffusers pipeline around the tiny model's weights."""
     weights = load_file(tiny / "split_files" / "diffusion_models" / "anima-tiny.safetensors")
     weights = {key.removeprefix("net."): value.float() for key, value in weights.items()}
     adapter = {key.removeprefix("llm_adapter."): value for key, value in weights.items() if "llm_adapter" in key}
-    renamed = diffusers_names({f"diffusion_model.{key}": v for key, v in weights.items() if "llm_adapter" not in key})
-    for old, new in NORMS.items():
-        renamed = {key.removeprefix("transformer.").replace(old, new): value for key, value in renamed.items()}
-    transformer = CosmosTransformer3DModel(
-        in_channels=17,  # the padding mask given as a channel: its resize needs torchvision
-        num_attention_heads=4,
-        attention_head_dim=16,
-        num_layers=2,
-        text_embed_dim=64,
-        adaln_lora_dim=16,
-        rope_scale=(1.0, 4.0, 4.0),
-        concat_padding_mask=False,
-        extra_pos_embed_type=None,
-    )
-    transformer.load_state_dict(renamed)
+    native = {key: value for key, value in weights.items() if "llm_adapter" not in key}
+    transformer = cosmos(SMALL.transformer, native)
     rows = adapter["embed.weight"].shape[0]
     conditioner = AnimaTextConditioner(64, 64, 64, 2, 4, target_vocab_size=rows)
     conditioner.load_state_dict(adapter)
@@ -61,9 +47,9 @@ def test_quickstart_leaves_a_lora_with_comfyui_keys(quickstart):
 
 
 @pytest.mark.filterwarnings("ignore")  # diffusers' own deprecations
-def test_diffusers_loads_every_key_of_it(quickstart):
+def test_diffusers_loads_every_key_of_it(quickstart, cosmos):
     path = quickstart / "out" / "quickstart" / "weights" / "quickstart.safetensors"
-    pipeline = diffusers_pipeline(quickstart / "tiny")
+    pipeline = diffusers_pipeline(quickstart / "tiny", cosmos)
     pipeline.load_lora_weights(str(path))
     loaded = [
         parameter
