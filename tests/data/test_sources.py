@@ -269,14 +269,16 @@ def test_names_of_every_kind_work(folder: Path):
     assert found.warnings == found.bad == []
 
 
-def test_names_that_no_terminal_should_see_are_escaped_when_shown(folder: Path):
+def test_names_that_no_terminal_should_see_are_escaped_when_shown(folder: Path, opened: list[str]):
     image(Path(os.fsdecode(os.fsencode(folder) + b"/\xff.png")))
     image(folder / "\x1b[31mred.png")
     (folder / "\x1b]0;title\x07.png").write_text("not an image")
     found = look(folder)
     assert sorted(sample.id for sample in found.samples) == ["0/\\udcff.png@64", "0/\\x1b[31mred.png@64"]
     assert [line.isprintable() for line in listed(found.bad)] == [True]
+    opened.clear()
     assert pictures(look(folder)) == pictures(found)
+    assert {name for name in opened if name.endswith(".png")} == {"\x1b]0;title\x07.png"}  # the others are remembered
 
 
 def test_files_that_are_no_images_are_set_aside_with_their_reasons(folder: Path):
