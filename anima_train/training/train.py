@@ -405,5 +405,5 @@ def weights_to_save(
 def images_before(plan: Plan, timetable: Timetable, step: int) -> int:
     """Images seen in the steps before this one."""
     epoch, place = timetable.place(step) if step else (0, 0)
-    whole = sum(len(draws) for done in range(epoch) for draws in plan.draws(done).values())
+    whole = sum(plan.shown_before(index, epoch) for index in range(len(plan.samples)))
     return whole + sum(planned.num_samples for planned in plan.epoch(epoch)[:place])
