@@ -84,6 +84,10 @@ class BadImage(Exception):
     """The file cannot be used as an image; `str(error)` is the short reason shown to the user."""
 
 
+class Unreadable(BadImage):
+    """The file could not be read this time, or is another one than before; a later try may go well."""
+
+
 @dataclass(frozen=True)
 class ImageInfo:
     """What the header says."""
@@ -91,38 +95,66 @@ class ImageInfo:
     width: int  # after EXIF orientation
     height: int
     format: str  # one of FORMATS
+    has_alpha: bool  # whether anything may be transparent
     warnings: tuple[str, ...]
 
 
-def probe(path: Path) -> ImageInfo:
+@dataclass(frozen=True)
+class Crop:
+    """What is made of an image: scaled to cover width x height pixels, cut to it, and mirrored if asked."""
+
+    width: int
+    height: int
+    position: tuple[float, float] = (0.5, 0.5)  # of what is kept: 0 left or top, 1 right or bottom
+    mirrored: bool = False
+
+
+def probe(file: Path | BinaryIO, suffix: str = "") -> ImageInfo:
     """Read the header, never the pixels.
+
+    Args:
+        file: where the image is, or the image itself, open for reading.
+        suffix: what the image is called, where it has no path.
 
     Raises:
         BadImage: not a readable file, not a supported image, too many pixels, or a PNG that ends too early. Damage in
             the pixels of the other formats only shows in `decode`.
     """
+    if isinstance(file, Path):
+        with open_file(file) as opened:
+            return probe(opened, file.suffix)
+    image = open_image(file)
+    width, height = image.size
+    if orientation(image, file) in SIDEWAYS:
+        width, height = height, width
+    warnings = tuple(header_warnings(suffix, image))
+    return ImageInfo(width, height, format_name(image), image.has_transparency_data, warnings)
+
+
+def read_file(path: Path) -> bytes:
+    """A file's content, read once and whole, so that what is checked is what is decoded, even if the file changes.
+
+    Raises:
+        BadImage: not a file, or none of a plausible size; `Unreadable` where a later try may go well.
+    """
     with open_file(path) as file:
-        image = open_image(file)
-        width, height = image.size
-        if orientation(image, file) in SIDEWAYS:
-            width, height = height, width
-        return ImageInfo(width, height, format_name(image), tuple(header_warnings(path, image)))
+        return file.read()
 
 
-def decode(path: Path) -> Image.Image:
+def decode(file: Path | bytes) -> Image.Image:
     """The picture as it is meant to be seen: upright, RGB in sRGB, 8 bits, transparency over white, the first frame.
 
     Raises:
         BadImage: as `probe`, and when the pixels are truncated or damaged; a file that stops is never loaded half.
             JPEG, WebP, AVIF and BMP carry no checksum, so wrong bytes inside a file of full length can go unnoticed.
     """
-    image, turn = load(path)
+    image, turn = load(file)
     colour, alpha = colour_and_alpha(image)
     picture = over(to_srgb(colour, image.info.get("icc_profile")), alpha, "white")
     return upright(picture, turn)
 
 
-def decode_mask(path: Path, image_size: tuple[int, int]) -> Image.Image:
+def decode_mask(file: Path | bytes, image_size: tuple[int, int]) -> Image.Image:
     """The mask as 8-bit grey (mode L), upright, white = train, scaled to `image_size` (width, height).
 
     Colours count by their luma and no ICC profile is applied: the values are weights, not light. Transparent parts are
@@ -131,40 +163,58 @@ def decode_mask(path: Path, image_size: tuple[int, int]) -> Image.Image:
     Raises:
         BadImage: as `decode`.
     """
-    image, turn = load(path)
+    image, turn = load(file)
     colour, alpha = colour_and_alpha(image)
     mask = upright(over(colour.convert("RGB"), alpha, "black"), turn).convert("L")
     return mask.resize(image_size, Image.Resampling.BILINEAR)
 
 
-def cover_box(image_size: tuple[int, int], width: int, height: int) -> tuple[float, float, float, float]:
-    """The largest centred box (left, top, right, bottom) of the image with the aspect ratio of width x height."""
-    image_width, image_height = image_size
-    left = (image_width - min(image_width, image_height * width / height)) / 2
-    top = (image_height - min(image_height, image_width * height / width)) / 2
-    return left, top, image_width - left, image_height - top
+def decode_alpha(file: Path | bytes) -> Image.Image:
+    """The image's opacity as a mask: 8-bit grey (mode L), upright, opaque = train; white all over without alpha.
+
+    Raises:
+        BadImage: as `decode`.
+    """
+    image, turn = load(file)
+    _, alpha = colour_and_alpha(image)
+    return upright(Image.new("L", image.size, "white") if alpha is None else alpha, turn)
 
 
-def cover_and_crop(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Scale to cover (Lanczos, antialiased) and crop the centre, in one resampling: exactly (width, height)."""
-    return image.resize((width, height), Image.Resampling.LANCZOS, box=cover_box(image.size, width, height))
+def cover_box(image_size: tuple[int, int], crop: Crop) -> tuple[float, float, float, float]:
+    """The largest box (left, top, right, bottom) of the image with the aspect ratio of the crop, at its position."""
+    width, height = image_size
+    box_width = min(width, height * crop.width / crop.height)
+    box_height = min(height, width * crop.height / crop.width)
+    left, top = (width - box_width) * crop.position[0], (height - box_height) * crop.position[1]
+    # Rounding must not lead beyond the image, which Pillow refuses.
+    return left, top, min(left + box_width, width), min(top + box_height, height)
 
 
-def to_pixels(image: Image.Image) -> np.ndarray:
+def cover_and_crop(image: Image.Image, crop: Crop) -> Image.Image:
+    """Scale to cover (Lanczos, antialiased) and crop, in one resampling, to exactly (width, height); then mirror."""
+    return resized(image, crop, Image.Resampling.LANCZOS)
+
+
+def resized(image: Image.Image, crop: Crop, resampling: Image.Resampling) -> Image.Image:
+    """The crop of an image."""
+    cropped = image.resize((crop.width, crop.height), resampling, box=cover_box(image.size, crop))
+    return cropped.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if crop.mirrored else cropped
+
+
+def to_pixels(image: Image.Image | np.ndarray) -> np.ndarray:
     """An RGB image as (3, h, w) float32 in [-1, 1]."""
     pixels = np.asarray(image, dtype=np.float32) / 127.5 - 1  # (h, w, 3)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def mask_to_latent(mask: Image.Image, width: int, height: int) -> np.ndarray:
+def mask_to_latent(mask: Image.Image, crop: Crop) -> np.ndarray:
     """The mask at latent size, (1, height // 8, width // 8) float32 in [0, 1], where the crop of its image is.
 
-    `width` and `height` are the pixels of the crop, multiples of 8. Bilinear, because Lanczos rings: it would give
-    weight to what lies beside a hard edge.
+    The sides of the crop are multiples of 8. Bilinear, because Lanczos rings: it would give weight to what lies beside
+    a hard edge.
     """
-    box = cover_box(mask.size, width, height)
-    cropped = np.asarray(mask.resize((width, height), Image.Resampling.BILINEAR, box=box), dtype=np.float32) / 255
-    return cropped.reshape(1, height // 8, 8, width // 8, 8).mean(axis=(2, 4))
+    cropped = np.asarray(resized(mask, crop, Image.Resampling.BILINEAR), dtype=np.float32) / 255
+    return cropped.reshape(1, crop.height // 8, 8, crop.width // 8, 8).mean(axis=(2, 4))
 
 
 # Files and headers
@@ -178,13 +228,13 @@ def open_file(path: Path) -> Iterator[BinaryIO]:
         with open(path, "rb") as file:
             yield file
     except PermissionError as error:
-        raise BadImage("not readable (permission denied)") from error
+        raise Unreadable("not readable (permission denied)") from error
     except FileNotFoundError as error:
-        raise BadImage("not there: deleted, or a symbolic link to nothing") from error
+        raise Unreadable("not there: deleted, or a symbolic link to nothing") from error
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise BadImage("a symbolic link that leads back to itself") from error
-        raise BadImage(f"not readable ({error.strerror})") from error
+            raise Unreadable("a symbolic link that leads back to itself") from error
+        raise Unreadable(f"not readable ({error.strerror})") from error
 
 
 def check_kind_and_size(status: os.stat_result) -> None:
@@ -258,11 +308,11 @@ def format_name(image: ImageFile.ImageFile) -> str:
     return "JPEG" if image.format == "MPO" else str(image.format)
 
 
-def header_warnings(path: Path, image: ImageFile.ImageFile) -> Iterator[str]:
+def header_warnings(suffix: str, image: ImageFile.ImageFile) -> Iterator[str]:
     """What the user should know about an image that can be used all the same."""
     found = format_name(image)
-    if FORMAT_OF_SUFFIX.get(path.suffix.lower(), found) != found:
-        yield f"named {path.suffix} but holds {found}"
+    if FORMAT_OF_SUFFIX.get(suffix.lower(), found) != found:
+        yield f"named {suffix} but holds {found}"
     frames: int = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":
         yield f"animated: the first of {frames} frames is used"
@@ -312,13 +362,11 @@ def exif_orientation(exif: bytes) -> int:
 # Whole files
 
 
-def load(path: Path) -> tuple[Image.Image, int]:
-    """The decoded image as it is stored, and its EXIF orientation. JPEG is decoded at full size, never in draft mode.
-
-    The file is read once and whole, so that what is checked is what is decoded, even if the file changes meanwhile.
-    """
-    with open_file(path) as file:
-        content = file.read()
+def load(file: Path | bytes) -> tuple[Image.Image, int]:
+    """The decoded image as it is stored, and its EXIF orientation. JPEG is decoded at full size, never as a draft."""
+    content = file if isinstance(file, bytes) else read_file(file)
+    if not content:
+        raise BadImage("zero bytes")
     image = open_image(io.BytesIO(content))
     if image.format == "PNG":
         check_png(content)

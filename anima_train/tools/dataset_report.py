@@ -12,7 +12,7 @@ from PIL import Image
 
 from anima_train.config.config import Config
 from anima_train.data.buckets import Size
-from anima_train.data.images import BadImage, cover_box, decode
+from anima_train.data.images import BadImage, Crop, cover_box, decode
 from anima_train.data.plan import Plan, Timetable, batch_size_for
 from anima_train.data.sources import Sample, Scan
 from anima_train.model.text import Tokenizers
@@ -219,7 +219,7 @@ def thumbnail(sample: Sample, seed: int) -> Thumbnail:
         BadImage: its pixels are damaged.
     """
     image = decode(sample.picture.path)
-    box = cover_box(image.size, sample.size.width, sample.size.height)
+    box = cover_box(image.size, Crop(sample.size.width, sample.size.height))
     width, height = image.size
     factor = min(1.0, THUMBNAIL_SIDE / max(width, height))
     small = image.resize((max(1, round(width * factor)), max(1, round(height * factor))), Image.Resampling.BOX)

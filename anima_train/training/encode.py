@@ -23,7 +23,7 @@ from anima_train.core.conditions import pad_states
 from anima_train.core.errors import ModelFileError, SpaceError
 from anima_train.core.files import sha256_file
 from anima_train.data.cache import Cache, Claims, DamagedEntry, Kind
-from anima_train.data.images import BadImage, cover_and_crop, decode, decode_mask, mask_to_latent, to_pixels
+from anima_train.data.images import BadImage, Crop, cover_and_crop, decode, decode_mask, mask_to_latent, to_pixels
 from anima_train.data.loader import TextIdentity, read_ahead
 from anima_train.data.sources import Sample
 from anima_train.model.text import (
@@ -219,7 +219,7 @@ def pixels(sample: Sample) -> np.ndarray | str:
         image = decode(sample.picture.path)
         if sha256_file(sample.picture.path) != sample.picture.sha256:
             return "changed while the run was starting"
-        return to_pixels(cover_and_crop(image, sample.size.width, sample.size.height))
+        return to_pixels(cover_and_crop(image, Crop(sample.size.width, sample.size.height)))
     except (BadImage, OSError) as error:
         return str(error)
 
@@ -280,7 +280,7 @@ def encode_masks(missing: Sequence[Entry[Sample]], claims: Claims, say: Say) -> 
             except (BadImage, OSError) as error:
                 entry.cache.reject(entry.key, f"its mask {picture.mask.name}: {error}")
             else:
-                values = torch.from_numpy(mask_to_latent(mask, size.width, size.height))
+                values = torch.from_numpy(mask_to_latent(mask, Crop(size.width, size.height)))
                 entry.cache.save("mask", entry.key, {"mask": values})
                 num_stored += 1
             claims.release(entry.cache, entry.key)

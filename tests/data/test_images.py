@@ -21,12 +21,16 @@ from anima_train.data.images import (
     MAX_BYTES,
     MAX_PIXELS,
     BadImage,
+    Crop,
+    Unreadable,
     cover_and_crop,
     cover_box,
     decode,
+    decode_alpha,
     decode_mask,
     mask_to_latent,
     probe,
+    read_file,
     to_pixels,
 )
 
@@ -668,14 +672,14 @@ def test_the_warning_filters_are_left_as_they_were(tmp_path: Path) -> None:
 def test_cover_box_of_simple_sizes(
     image_size: tuple[int, int], target: tuple[int, int], expected: tuple[float, ...]
 ) -> None:
-    assert cover_box(image_size, *target) == expected
+    assert cover_box(image_size, Crop(*target)) == expected
 
 
 def test_cover_box_is_centred_inside_and_has_the_targets_shape() -> None:
     random = np.random.default_rng(0)
     for _ in range(2000):
         image_width, image_height, width, height = (int(side) for side in random.integers(1, 20_000, 4))
-        left, top, right, bottom = cover_box((image_width, image_height), width, height)
+        left, top, right, bottom = cover_box((image_width, image_height), Crop(width, height))
         assert 0 <= left < right <= image_width
         assert 0 <= top < bottom <= image_height
         assert left + right == pytest.approx(image_width)
@@ -687,7 +691,7 @@ def test_cover_box_is_centred_inside_and_has_the_targets_shape() -> None:
 @pytest.mark.parametrize("size", [(1, 1), (3, 1000), (1000, 3), (333, 77), (64, 48)])
 @pytest.mark.parametrize("target", [(64, 48), (16, 128), (65, 47)])
 def test_result_has_exactly_the_size_asked_for(size: tuple[int, int], target: tuple[int, int]) -> None:
-    assert cover_and_crop(Image.new("RGB", size), *target).size == target
+    assert cover_and_crop(Image.new("RGB", size), Crop(*target)).size == target
 
 
 @pytest.mark.parametrize(("size", "target"), [((400, 100), (50, 50)), ((100, 400), (50, 50)), ((60, 20), (48, 48))])
@@ -695,22 +699,56 @@ def test_crop_keeps_the_centre(size: tuple[int, int], target: tuple[int, int]) -
     """On a ramp, away from the border, a resampled pixel is the ramp at its place in the box."""
     x, y = np.meshgrid(np.arange(size[0]) + 0.5, np.arange(size[1]) + 0.5)
     ramp = np.stack([255 * x / size[0], 255 * y / size[1], 0 * x], axis=-1).round().astype(np.uint8)
-    left, top, right, bottom = cover_box(size, *target)
+    left, top, right, bottom = cover_box(size, Crop(*target))
     columns = left + (np.arange(target[0]) + 0.5) * (right - left) / target[0]
     rows = top + (np.arange(target[1]) + 0.5) * (bottom - top) / target[1]
-    result = array(cover_and_crop(Image.fromarray(ramp), *target))[5:-5, 5:-5]
+    result = array(cover_and_crop(Image.fromarray(ramp), Crop(*target)))[5:-5, 5:-5]
     assert np.abs(result[..., 0] - 255 * columns[None, 5:-5] / size[0]).max() <= 2
     assert np.abs(result[..., 1] - 255 * rows[5:-5, None] / size[1]).max() <= 2
 
 
+@pytest.mark.parametrize(
+    ("image_size", "position", "expected"),
+    [
+        ((200, 100), (0.0, 0.0), (0, 0, 100, 100)),
+        ((200, 100), (1.0, 0.0), (100, 0, 200, 100)),
+        ((200, 100), (0.25, 1.0), (25, 0, 125, 100)),
+        ((100, 200), (0.5, 0.0), (0, 0, 100, 100)),
+        ((100, 200), (0.0, 1.0), (0, 100, 100, 200)),
+    ],
+)
+def test_cover_box_lies_at_its_position(
+    image_size: tuple[int, int], position: tuple[float, float], expected: tuple[float, ...]
+) -> None:
+    assert cover_box(image_size, Crop(64, 64, position)) == expected
+
+
+def test_every_position_stays_inside_the_image() -> None:
+    random = np.random.default_rng(1)
+    for _ in range(300):
+        width, height, *target = (int(side) for side in random.integers(1, 400, 4))
+        position = (float(random.random()), float(random.random()))
+        image = Image.new("L", (width, height))
+        for at in (position, (1.0, 1.0)):
+            assert cover_and_crop(image, Crop(target[0], target[1], at)).size == tuple(target)
+
+
+def test_a_mirrored_crop_is_the_crop_mirrored() -> None:
+    image, mask = Image.fromarray(scene()), Image.fromarray(scene()[..., 0])
+    for position in ((0.0, 0.0), (1.0, 0.3)):
+        plain, mirrored = Crop(16, 16, position), Crop(16, 16, position, mirrored=True)
+        assert np.array_equal(array(cover_and_crop(image, mirrored)), array(cover_and_crop(image, plain))[:, ::-1])
+        assert np.array_equal(mask_to_latent(mask, mirrored), mask_to_latent(mask, plain)[..., ::-1])
+
+
 def test_same_size_is_left_alone() -> None:
-    assert np.array_equal(array(cover_and_crop(Image.fromarray(scene()), 48, 32)), scene())
+    assert np.array_equal(array(cover_and_crop(Image.fromarray(scene()), Crop(48, 32))), scene())
 
 
 def test_shrinking_is_antialiased() -> None:
     stripes = np.zeros((64, 512, 3), np.uint8)
     stripes[:, ::2] = 255
-    result = array(cover_and_crop(Image.fromarray(stripes), 64, 8))
+    result = array(cover_and_crop(Image.fromarray(stripes), Crop(64, 8)))
     assert np.abs(result[:, 4:-4] - 127.5).max() < 4
 
 
@@ -758,6 +796,34 @@ def test_mask_values_are_not_colour_managed(tmp_path: Path) -> None:
     assert (array(decode_mask(path, (4, 4))) == 55).all()
 
 
+def test_alpha_as_a_mask_is_upright_opacity(tmp_path: Path) -> None:
+    opacity = scene()[..., 0]
+    picture = np.dstack([scene(), opacity])
+    turned = save(tmp_path / "i.png", np.ascontiguousarray(np.rot90(picture, 1)), exif=exif_with(6))
+    assert (decode_alpha(turned).mode, probe(turned).has_alpha) == ("L", True)
+    assert np.array_equal(array(decode_alpha(turned)), opacity)
+    opaque = save(tmp_path / "o.png", scene())
+    assert not probe(opaque).has_alpha
+    assert (array(decode_alpha(opaque)) == 255).all()
+
+
+def test_bytes_are_decoded_as_their_file_is(tmp_path: Path) -> None:
+    path = save(tmp_path / "i.png", scene())
+    assert np.array_equal(array(decode(read_file(path))), array(decode(path)))
+    with open(path, "rb") as file:
+        assert probe(file, ".png") == probe(path)
+    assert reason(decode, b"") == "zero bytes"
+
+
+def test_what_a_later_try_may_read_is_told_apart_from_damage(tmp_path: Path) -> None:
+    with pytest.raises(Unreadable):
+        probe(tmp_path / "nowhere.png")
+    (tmp_path / "empty.png").write_bytes(b"")
+    with pytest.raises(BadImage) as error:
+        probe(tmp_path / "empty.png")
+    assert not isinstance(error.value, Unreadable)
+
+
 def test_damaged_mask_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path / "m.png", noise())
     path.write_bytes(path.read_bytes()[:-30])
@@ -766,7 +832,7 @@ def test_damaged_mask_is_refused(tmp_path: Path) -> None:
 
 def test_latent_mask_is_the_mean_of_each_8_by_8_square() -> None:
     values = np.random.default_rng(0).integers(0, 256, (32, 48), dtype=np.uint8)
-    latent = mask_to_latent(Image.fromarray(values), 48, 32)
+    latent = mask_to_latent(Image.fromarray(values), Crop(48, 32))
     assert (latent.shape, latent.dtype) == ((1, 4, 6), np.float32)
     for row in range(4):
         for column in range(6):
@@ -778,10 +844,10 @@ def test_latent_mask_lies_where_the_image_is_cropped() -> None:
     """An edge in the middle of a wide picture stays there, and gives no weight to what lies beside it."""
     mask = np.zeros((128, 512), np.uint8)
     mask[:, 259:] = 255  # at 33.5 of the 64 pixels, inside the fifth of the 8 latent columns
-    latent = mask_to_latent(Image.fromarray(mask), 64, 64)
+    latent = mask_to_latent(Image.fromarray(mask), Crop(64, 64))
     assert latent[0, :, :4].max() == 0
     assert latent[0, :, 5:].min() == 1
-    picture = array(cover_and_crop(Image.fromarray(mask).convert("RGB"), 64, 64))[..., 0]
+    picture = array(cover_and_crop(Image.fromarray(mask).convert("RGB"), Crop(64, 64)))[..., 0]
     assert np.abs(latent[0] - picture.reshape(8, 8, 8, 8).mean((1, 3)) / 255).max() < 0.02
-    assert np.all(mask_to_latent(Image.new("L", (100, 30), 255), 64, 64) == 1)
-    assert np.all(mask_to_latent(Image.new("L", (100, 30), 0), 64, 64) == 0)
+    assert np.all(mask_to_latent(Image.new("L", (100, 30), 255), Crop(64, 64)) == 1)
+    assert np.all(mask_to_latent(Image.new("L", (100, 30), 0), Crop(64, 64)) == 0)

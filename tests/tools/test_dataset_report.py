@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from anima_train.cli.main import COMMANDS, application
 from anima_train.config.load import load_config
 from anima_train.data.buckets import Size, aspect_ratios, nearest, size_of
-from anima_train.data.images import cover_box
+from anima_train.data.images import Crop, cover_box
 from anima_train.model.dit import TransformerShape
 from anima_train.model.text import load_tokenizers, tokenize
 from anima_train.optim.optimizers import AdamW, AdamWKahan
@@ -181,7 +181,7 @@ def test_crops_are_drawn_where_images_are_cropped(page):
         width, height = SIZES[name.replace("twin", "a")]
         for side in (128, 192):
             size = nearest(width / height, [size_of(side, r) for r in aspect_ratios(0.5, 2, 9)])
-            expected.append(cover_box((width, height), size.width, size.height))
+            expected.append(cover_box((width, height), Crop(size.width, size.height)))
     assert len(drawn) == len(expected)
     for one, other in zip(sorted(drawn), sorted(expected), strict=True):
         assert one == pytest.approx(other)
