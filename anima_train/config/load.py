@@ -18,8 +18,8 @@ from anima_train.config.paths import find_path, path_fault
 from anima_train.config.read import Table, apply_override, read_toml
 from anima_train.core.errors import ConfigError
 from anima_train.core.settings import Settings, validation_problems
-from anima_train.data.cache import Cache
-from anima_train.data.sources import CACHE_FOLDER, DatasetSettings, Directory
+from anima_train.data.cache import CACHE_FOLDER, Cache
+from anima_train.data.rules import DatasetSettings, Directory
 from anima_train.model.hub import is_reference, parse_reference
 
 AnySettings = TypeVar("AnySettings", bound=Settings)

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
+MAX_LISTED = 20  # files named in one message
+
 
 class UserError(Exception):
     """Something the user can put right; printed without a traceback, and the process ends with `exit_code`."""
@@ -46,3 +48,14 @@ class SpaceError(UserError):
 def count(number: int, noun: str, plural: str | None = None) -> str:
     """`3 images`, `1 image`: the number with its noun."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def listed(lines: Sequence[str]) -> list[str]:
+    """The first lines, fit to be printed, and how many more there are."""
+    more = len(lines) - MAX_LISTED
+    return [printable(line) for line in lines[:MAX_LISTED]] + ([f"... and {more:,} more"] if more > 0 else [])
+
+
+def printable(text: str) -> str:
+    """The text with escapes for what a terminal would obey or cannot show; names of files may hold both."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)

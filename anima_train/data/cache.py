@@ -29,6 +29,7 @@ from anima_train.core.errors import DataError, SpaceError
 from anima_train.core.files import atomic_path
 
 SCHEMA = 1  # raise when the meaning of an entry changes
+CACHE_FOLDER = ".anima_cache"  # beside the data
 Kind = Literal["latent", "mask", "text"]
 
 HEADER_READ = 4096  # bytes: length and header of every entry there is, in one read

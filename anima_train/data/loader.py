@@ -13,7 +13,7 @@ from anima_train.core.conditions import EncodedText, TextStates, pad_rows, pad_s
 from anima_train.core.random import stream, uniform
 from anima_train.data.cache import Cache, entry_key
 from anima_train.data.plan import Draw, MicroBatch
-from anima_train.data.sources import Sample
+from anima_train.data.samples import Sample
 
 NUM_THREADS = 2
 READ_AHEAD = 4  # items

@@ -20,7 +20,7 @@ from functools import cached_property
 from anima_train.core.errors import ConfigError
 from anima_train.core.random import shuffled
 from anima_train.data.buckets import Size
-from anima_train.data.sources import Sample
+from anima_train.data.samples import Sample
 
 BatchSizes = int | Sequence[tuple[int, int]]
 

@@ -14,7 +14,8 @@ from anima_train.config.config import Config
 from anima_train.data.buckets import Size
 from anima_train.data.images import BadImage, Crop, cover_box, decode
 from anima_train.data.plan import Plan, Timetable, batch_size_for
-from anima_train.data.sources import Sample, Scan
+from anima_train.data.samples import Sample
+from anima_train.data.scan import Scan
 from anima_train.model.text import Tokenizers
 from anima_train.optim.groups import GroupRow
 from anima_train.optim.schedules import lr_factor

@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from anima_train.data.sources import SPECIAL_TOKEN
+from anima_train.data.scan import SPECIAL_TOKEN
 from anima_train.model.text import MAX_TOKENS, Tokenizers
 
 CHUNK = 1000  # captions tokenized at once

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from anima_train.adapters.full import Full
 from anima_train.config.config import Config
 from anima_train.data.buckets import Size
-from anima_train.data.sources import Sample
+from anima_train.data.samples import Sample
 from anima_train.model.dit import TransformerShape
 from anima_train.model.text import MAX_TOKENS
 from anima_train.model.vae import LATENT_CHANNELS

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from anima_train.data.sources import printable
+from anima_train.core.errors import printable
 from anima_train.model.text import MAX_TOKENS
 from anima_train.optim.groups import GroupRow
 from anima_train.tools.dataset_report import Bucket, DatasetReport, SetReport, Thumbnail

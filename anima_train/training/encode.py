@@ -25,7 +25,7 @@ from anima_train.core.files import sha256_file
 from anima_train.data.cache import Cache, Claims, DamagedEntry, Kind
 from anima_train.data.images import BadImage, Crop, cover_and_crop, decode, decode_mask, mask_to_latent, to_pixels
 from anima_train.data.loader import TextIdentity, read_ahead
-from anima_train.data.sources import Sample
+from anima_train.data.samples import Sample
 from anima_train.model.text import (
     Tokenizers,
     load_text_encoder,

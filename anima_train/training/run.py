@@ -16,7 +16,7 @@ from anima_train import __version__
 from anima_train.config.config import Config
 from anima_train.core.errors import ConfigError, ModelFileError
 from anima_train.core.files import sha256_file, write_text
-from anima_train.data.sources import Sample
+from anima_train.data.samples import Sample
 from anima_train.optim.groups import GroupRow
 from anima_train.training.model import ModelFiles
 

@@ -8,9 +8,10 @@ import torch
 
 from anima_train.adapters.full import Full
 from anima_train.config.load import Dataset, LoadedConfig
-from anima_train.core.errors import DataError, count
+from anima_train.core.errors import DataError, count, listed
 from anima_train.data.plan import Plan, Timetable, batch_size_for
-from anima_train.data.sources import Sample, Scan, listed, scan
+from anima_train.data.samples import Sample
+from anima_train.data.scan import Scan, scan
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
 from anima_train.model.text import load_tokenizers
@@ -24,7 +25,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def scan_dataset(dataset: Dataset, seed: int, write: bool) -> Scan:
-    """Look at every image of a dataset; see `data.sources.scan`."""
+    """Look at every image of a dataset; see `data.scan.scan`."""
     return scan(dataset.settings, dataset.folders, dataset.masks, dataset.caches, seed, write)
 
 

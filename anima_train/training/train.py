@@ -17,12 +17,13 @@ from tqdm import tqdm
 from anima_train.adapters.full import Full
 from anima_train.config.config import Config
 from anima_train.config.load import LoadedConfig
-from anima_train.core.errors import ConfigError, DataError, NumericError, count
+from anima_train.core.errors import ConfigError, DataError, NumericError, count, listed
 from anima_train.core.files import write_text
 from anima_train.core.random import derive
 from anima_train.data.loader import Batch, CachedData, read_ahead
 from anima_train.data.plan import MicroBatch, Plan, Timetable
-from anima_train.data.sources import Sample, Scan, listed
+from anima_train.data.samples import Sample
+from anima_train.data.scan import Scan
 from anima_train.model.dit import MiniTrainDIT
 from anima_train.optim.groups import optimizer_groups
 from anima_train.optim.schedules import lr_factor

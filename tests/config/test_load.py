@@ -15,7 +15,7 @@ from anima_train.config.config import Config
 from anima_train.config.load import load_config
 from anima_train.core.errors import ConfigError
 from anima_train.core.settings import is_settings, members_of, type_name
-from anima_train.data.sources import DatasetSettings
+from anima_train.data.rules import DatasetSettings
 
 EXAMPLES = Path(__file__).parents[1] / "data_files" / "diffusion_pipe"
 

@@ -20,7 +20,8 @@ from anima_train.core.errors import DataError, SpaceError
 from anima_train.data.buckets import Size
 from anima_train.data.cache import SCHEMA, Cache, DamagedEntry, entry_key
 from anima_train.data.loader import TextIdentity
-from anima_train.data.sources import Picture, Rules, Sample
+from anima_train.data.rules import Rules
+from anima_train.data.samples import Picture, Sample
 
 KEY = "ab" + "0" * 62
 KEY2 = "cd" + "0" * 62

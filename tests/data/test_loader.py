@@ -22,7 +22,8 @@ from anima_train.data.buckets import Size
 from anima_train.data.cache import Cache
 from anima_train.data.loader import NUM_THREADS, READ_AHEAD, Batch, CachedData, TextIdentity, read_ahead
 from anima_train.data.plan import Draw, MicroBatch
-from anima_train.data.sources import Picture, Rules, Sample
+from anima_train.data.rules import Rules
+from anima_train.data.samples import Picture, Sample
 from anima_train.model.dit import TextStates
 from anima_train.objective.timesteps import Timesteps
 

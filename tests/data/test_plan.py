@@ -14,7 +14,8 @@ from anima_train.core.errors import ConfigError
 from anima_train.data.buckets import Size
 from anima_train.data.cache import Cache
 from anima_train.data.plan import Draw, MicroBatch, Plan, Step, Timetable, batch_size_for
-from anima_train.data.sources import Picture, Rules, Sample
+from anima_train.data.rules import Rules
+from anima_train.data.samples import Picture, Sample
 
 SIZES = [(64, Size(64, 64)), (64, Size(48, 96)), (64, Size(96, 48)), (128, Size(128, 128)), (128, Size(96, 176))]
 CACHE = Cache(Path("unused"))

@@ -14,10 +14,12 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from anima_train.core.errors import DataError
+from anima_train.core.errors import MAX_LISTED, DataError, listed, printable
 from anima_train.data.buckets import Size
-from anima_train.data.cache import Cache
-from anima_train.data.sources import CACHE_FOLDER, MAX_LISTED, DatasetSettings, Picture, Scan, listed, printable, scan
+from anima_train.data.cache import CACHE_FOLDER, Cache
+from anima_train.data.rules import DatasetSettings
+from anima_train.data.samples import Picture
+from anima_train.data.scan import Scan, scan
 
 SQUARES = {"resolutions": [64], "enable_ar_bucket": False}
 

@@ -1,0 +1,258 @@
+"""The dataset's settings, and what holds for one directory of it."""
+
+import functools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any, Literal
+
+from pydantic import Field
+
+from anima_train.core.settings import Settings
+from anima_train.data.buckets import Size, aspect_ratios, nearest, size_of
+
+KOHYA_FOLDER = re.compile(r"([1-9][0-9]{0,3})_[^/]*")  # at most four digits: longer ones are dates, not repeats
+
+
+class DirectorySettings(Settings):
+    """Keys of the dataset, each of which a [[directory]] may set for itself."""
+
+    resolutions: list[int | list[int]] | None = Field(default=None, min_length=1)
+    """Side, in pixels, of the square whose area the images are scaled to, or [width, height] with that area. Each image
+    goes to every resolution. Default [1024]."""
+    enable_ar_bucket: bool | None = None
+    """Keep the images' aspect ratios, each to the nearest of several buckets; false crops all to squares.
+    Default true."""
+    min_ar: float | None = Field(default=None, gt=0)
+    """Smallest bucket aspect ratio, width / height. Default 0.5."""
+    max_ar: float | None = Field(default=None, gt=0)
+    """Largest bucket aspect ratio. Default 2.0."""
+    num_ar_buckets: int | None = Field(default=None, ge=1)
+    """Number of aspect ratios, evenly spaced in the logarithm from min_ar to max_ar. Default 9."""
+    ar_buckets: list[float | list[int]] | None = Field(default=None, min_length=1)
+    """The aspect ratios themselves, as width / height or [width, height]; replaces min_ar, max_ar and
+    num_ar_buckets."""
+    size_buckets: list[list[int]] | None = Field(default=None, min_length=1)
+    """The sizes themselves, [width, height] in pixels (a third number, frames, must be 1); replaces resolutions and
+    all aspect-ratio keys. Each image goes to the one whose aspect ratio is nearest; of equals, to the first."""
+    num_repeats: float | None = Field(default=None, ge=0.001)
+    """How often each image is seen per epoch. A fraction takes turns: 0.5 shows half of the images in each epoch,
+    all of them in two. Default 1."""
+    subsample_ratio: float | None = Field(default=None, gt=0, le=1)
+    """Use only this share of the images, the same ones in every epoch. Default 1."""
+    recursive: bool | None = None
+    """Search sub-folders too, those of mask_path as well; captions and masks are found by the same path below path and
+    mask_path. Hidden folders and the cache are left out. Default false."""
+    kohya_folders: bool | None = None
+    """Search the sub-folders of path that are named as 10_name (1 to 9999) too, and show their images num_repeats * 10
+    times. The name behind the number is not used. Default false."""
+    cache_shuffle_num: int | None = Field(default=None, ge=0)
+    """Number of shuffled variants of each caption's tags; epochs take turns through them. 0 leaves captions as they
+    are. Natural-language captions are not shuffled. Default 0."""
+    cache_shuffle_delimiter: str | None = Field(default=None, min_length=1)
+    """What separates tags, for cache_shuffle_num, trigger_word and replace_underscores. Default ", "."""
+    caption_prefix: str | None = None
+    """Put in front of every caption, missing and empty ones too, as it stands. Default ""."""
+    trigger_word: str | None = None
+    """Put first of all, before caption_prefix, with cache_shuffle_delimiter behind it; not where the caption is missing
+    or empty, and not a second time where the caption begins with it already. Never shuffled. Default "" (none)."""
+    replace_underscores: bool | None = None
+    """Write spaces for the underscores in tags, except in those that look like emoticons, as ^_^, o_o and (o)_(o) do,
+    and in score_7 and the like. Natural-language captions, caption_prefix and trigger_word stay as they are.
+    Default false."""
+    captions_per_line: bool | None = None
+    """Each line of a .txt file that is not empty is a caption of its own; the showings of an image take turns through
+    its captions. Default false: the whole file is one caption. A captions.json can give lists of captions anyway."""
+    caption_mode: Literal["tags", "nl", "mixed"] | None = None
+    """Which captions are used: "tags" those in {stem}.txt or captions.json, "nl" those in natural language in
+    {stem}_nl.txt, "mixed" both, by nl_weight; an image that has only one of the two is trained with that one.
+    Default "tags"."""
+    nl_weight: float | None = Field(default=None, ge=0, le=1)
+    """With caption_mode = "mixed", the share of each image's showings that use its natural-language caption, evenly
+    spread. Default 0.5."""
+    skip_empty_caption: bool | None = None
+    """Set aside images whose caption is empty or missing. Default false."""
+    missing_caption: Literal["empty", "error"] | None = None
+    """What to do with an image without a caption (of the kind that caption_mode asks for): "empty" trains it with the
+    empty one (after caption_prefix) and counts it; "error" stops. Default "empty"."""
+    min_image_side: int | None = Field(default=None, ge=1)
+    """Images whose shorter side has fewer pixels are set aside. Default 64."""
+    min_kept: float | None = Field(default=None, ge=0, le=1)
+    """Images of whose area the crop would keep less than this share are set aside. Default 0.25."""
+
+
+class Directory(DirectorySettings):
+    """A folder of images with a .txt caption beside each, or with a captions.json, {"file name": "caption" or
+    ["several", "captions"]}, in the folder of the images, which counts before the .txt files."""
+
+    path: str
+    """The folder. Relative to the current folder or, where that does not exist, to this file."""
+    mask_path: str | None = None
+    """A folder of masks, one per image with the same name (any extension): white is trained, black is not, grey in
+    between."""
+
+
+class DatasetSettings(DirectorySettings):
+    """A dataset: its folders, and what holds for all of them."""
+
+    directory: list[Directory] = Field(min_length=1)
+    """The folders."""
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+    """Stop when more than this share of the images has to be set aside because it is damaged or unreadable."""
+
+    def model_post_init(self, context: Any) -> None:
+        problems = [
+            f"directory[{index}]: {problem}"
+            for index in range(len(self.directory))
+            for problem in self.rules(index).problems()
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    def rules(self, index: int) -> "Rules":
+        """What holds for one directory: its own keys, else the dataset's, else the defaults."""
+        chosen = {}
+        for name in DirectorySettings.model_fields:
+            value = getattr(self.directory[index], name)
+            value = getattr(self, name) if value is None else value
+            if value is not None:
+                chosen[name] = value
+        return Rules(**chosen)
+
+    def level(self, index: int, name: str) -> int:
+        """How near to a directory one of its keys is set: 2 in its own table, 1 in the dataset's, 0 nowhere."""
+        if getattr(self.directory[index], name) is not None:
+            return 2
+        return 1 if getattr(self, name) is not None else 0
+
+    def without_effect(self, index: int) -> Iterator[str]:
+        """A sentence for each key of a directory that another one, set as near or nearer, makes useless.
+
+        Not for the dataset's keys where the directory itself sets the other one: they may be meant for its siblings.
+        """
+        rules = self.rules(index)
+        for cause, holds, replaced in REPLACED:
+            if not holds(rules):
+                continue
+            for name in replaced:
+                is_set = getattr(rules, name) != getattr(Rules, name) and self.level(index, name) > 0
+                if is_set and self.level(index, name) >= self.level(index, cause):
+                    yield f"directory[{index}]: {name} has no effect, because of {cause}"
+        seen: dict[float, Sequence[int]] = {}
+        for size in rules.size_buckets or []:
+            if (first := seen.setdefault(size[0] / size[1], size)) is not size:
+                yield f"directory[{index}]: size_buckets: {size} is never used: {first} has its aspect ratio"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """A directory's keys with the defaults filled in; see `DirectorySettings` for their meaning."""
+
+    resolutions: Sequence[int | Sequence[int]] = (1024,)
+    enable_ar_bucket: bool = True
+    min_ar: float = 0.5
+    max_ar: float = 2.0
+    num_ar_buckets: int = 9
+    ar_buckets: Sequence[float | Sequence[int]] | None = None
+    size_buckets: Sequence[Sequence[int]] | None = None
+    num_repeats: float = 1.0
+    subsample_ratio: float = 1.0
+    recursive: bool = False
+    kohya_folders: bool = False
+    cache_shuffle_num: int = 0
+    cache_shuffle_delimiter: str = ", "
+    caption_prefix: str = ""
+    trigger_word: str = ""
+    replace_underscores: bool = False
+    captions_per_line: bool = False
+    caption_mode: str = "tags"
+    nl_weight: float = 0.5
+    skip_empty_caption: bool = False
+    missing_caption: str = "empty"
+    min_image_side: int = 64
+    min_kept: float = 0.25
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong beyond single values."""
+        if self.min_ar > self.max_ar:
+            yield f"min_ar {self.min_ar} is larger than max_ar {self.max_ar}"
+        sides = []
+        for resolution in self.resolutions:
+            if isinstance(resolution, Sequence) and (len(resolution) != 2 or min(resolution) < 1):
+                yield f"resolutions: found {resolution}, expected a number of pixels or [width, height]"
+                continue
+            sides.append(side(resolution))
+            if not 64 <= sides[-1] <= 4096:
+                yield f"resolutions: found {resolution}, expected 64 to 4096 pixels"
+        if len(set(sides)) < len(sides):
+            yield f"resolutions: found {self.resolutions}, in which one is given twice"
+        for size in self.size_buckets or []:
+            if len(size) not in (2, 3) or size[2:] not in ([], [1]) or any(s < 16 or s % 16 for s in size[:2]):
+                yield f"size_buckets: found {size}, expected [width, height] in multiples of 16"
+        for ratio in self.ar_buckets or []:
+            bad = (len(ratio) != 2 or min(ratio) < 1) if isinstance(ratio, Sequence) else ratio <= 0
+            if bad:
+                yield f"ar_buckets: found {ratio}, expected a positive ratio or [width, height]"
+
+    @functools.cached_property
+    def buckets(self) -> list[tuple[int, list[Size]]]:
+        """(resolution, sizes) for each resolution."""
+        if not self.enable_ar_bucket:
+            ratios = [1.0]
+        elif self.ar_buckets is not None:
+            ratios = [r[0] / r[1] if isinstance(r, Sequence) else r for r in self.ar_buckets]
+        else:
+            ratios = aspect_ratios(self.min_ar, self.max_ar, self.num_ar_buckets)
+        return [
+            (resolution, sorted({size_of(resolution, ratio) for ratio in ratios}))
+            for resolution in map(side, self.resolutions)
+        ]
+
+    def sizes(self, aspect: float) -> list[tuple[int, Size]]:
+        """(resolution, size) of each sample that a picture of this aspect ratio becomes."""
+        if self.size_buckets is not None:
+            size = nearest(aspect, [Size(size[0], size[1]) for size in self.size_buckets])
+            return [(size.resolution, size)]
+        return [(resolution, nearest(aspect, sizes)) for resolution, sizes in self.buckets]
+
+    def searches(self, folder: str) -> bool:
+        """Whether a sub-folder, named by its path below `path`, is searched."""
+        return self.recursive or (self.kohya_folders and KOHYA_FOLDER.fullmatch(folder) is not None)
+
+    def of_folder(self, folder: str) -> "Rules":
+        """What holds for the images of the sub-folder of this name directly below `path`; "" is `path` itself."""
+        match = KOHYA_FOLDER.fullmatch(folder) if self.kohya_folders else None
+        if match is None:
+            return self
+        # As a fraction, because 3 * 0.1 is no tenth of anything, and a plan of exact turns would never repeat.
+        return replace(self, num_repeats=float(Fraction(str(self.num_repeats)) * int(match[1])))
+
+
+ASPECT_KEYS = ("min_ar", "max_ar", "num_ar_buckets")
+REPLACED: Sequence[tuple[str, Callable[[Rules], bool], Sequence[str]]] = (
+    # key, when it replaces others, the others
+    (
+        "size_buckets",
+        lambda rules: rules.size_buckets is not None,
+        ("resolutions", "enable_ar_bucket", "ar_buckets", *ASPECT_KEYS),
+    ),
+    ("enable_ar_bucket", lambda rules: not rules.enable_ar_bucket, ("ar_buckets", *ASPECT_KEYS)),
+    ("ar_buckets", lambda rules: rules.ar_buckets is not None, ASPECT_KEYS),
+    (
+        "caption_mode",
+        lambda rules: rules.caption_mode == "nl",
+        ("cache_shuffle_num", "replace_underscores", "nl_weight"),
+    ),
+    ("caption_mode", lambda rules: rules.caption_mode == "tags", ("nl_weight",)),
+    (
+        "cache_shuffle_num",
+        lambda rules: rules.cache_shuffle_num == 0 and not rules.trigger_word and not rules.replace_underscores,
+        ("cache_shuffle_delimiter",),
+    ),
+)
+
+
+def side(resolution: int | Sequence[int]) -> int:
+    """The side, in pixels, of the square with the area of [width, height]; a number is that side already."""
+    return resolution if isinstance(resolution, int) else Size(resolution[0], resolution[1]).resolution
