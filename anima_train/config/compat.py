@@ -59,21 +59,9 @@ MAIN = Keys(
 )  # fmt: skip
 DATASET = Keys(
     ignored={"frame_buckets": "videos are not trained"},
-    off={
-        "shuffle_tags": False,
-        "role": "train",
-        "weight": None,  # whatever its value, it has one
-        "keep_first_n_tags": 0,
-        "tag_dropout": 0,
-        "protected_tags": [],
-        "no_upscale": False,
-        "alpha_as_mask": False,
-        "horizontal_flip": False,
-        "hf_dataset": "",
-    },
+    off={},
     not_yet={},
 )
-INSTEAD = {"shuffle_tags": "; cache_shuffle_num gives a fixed number of shuffled variants"}
 
 # Names from other trainers -> what to write here.
 FOREIGN = {
@@ -106,7 +94,7 @@ FOREIGN = {
     "train_data_dir": "it is called path, in a [[directory]] of the dataset",
     "image_dir": "it is called path, in a [[directory]] of the dataset",
     "dataset_config": "it is called dataset",
-    "reg_data_dir": "regularisation sets are not supported yet",
+    "reg_data_dir": 'write a [[directory]] with role = "regularization" in the dataset',
     "resolution": "it is called resolutions, a list, in the dataset",
     "mixed_precision": "it is called dtype, in [model]",
     "full_bf16": 'write transformer_dtype = "bfloat16", in [model]',
@@ -123,10 +111,12 @@ FOREIGN = {
     "caption_separator": "it is called cache_shuffle_delimiter, in the dataset",
     "enable_wildcard": "it is called captions_per_line, in the dataset, where the lines take turns",
     "class_tokens": "it is called trigger_word, in the dataset",
-    "shuffle_caption": "it is called cache_shuffle_num, in the dataset",
-    "keep_tokens": "keeping the first tags in place is not supported yet",
-    "caption_tag_dropout_rate": "tag dropout is not supported yet",
-    "flip_aug": "horizontal flips are not supported yet",
+    "shuffle_caption": "it is called shuffle_tags, in the dataset; cache_shuffle_num is the faster way",
+    "keep_tokens": "it is called keep_first_n_tags, in the dataset",
+    "caption_tag_dropout_rate": "it is called tag_dropout, in the dataset",
+    "flip_aug": "it is called horizontal_flip, in the dataset",
+    "alpha_mask": "it is called alpha_as_mask, in the dataset",
+    "bucket_no_upscale": "it is called no_upscale, in the dataset",
     "bucket_reso_steps": "sides are multiples of 16",
     "timestep_sampling": "it is called timestep_sample_method, in [model]",
     "discrete_flow_shift": "it is called shift, in [model]",
@@ -169,7 +159,7 @@ def translate(
         elif name in keys.off:
             off = keys.off[name]
             if value != off or isinstance(value, bool) != isinstance(off, bool):
-                problem(name, f"not supported yet{INSTEAD.get(key, '')}; remove it")
+                problem(name, "not supported yet; remove it")
         else:
             if isinstance(value, str) and value.lower() in keys.not_yet.get(name, ()):
                 problem(name, f"found {quoted(value)}, which is not supported yet")

@@ -27,13 +27,6 @@ def refuse_float16(value: Any) -> Any:
     return value
 
 
-def only_true(value: bool) -> bool:
-    """A key whose other value is not supported yet."""
-    if not value:
-        raise ValueError("found false, which is not supported yet; remove it")
-    return value
-
-
 def plain_name(value: str) -> str:
     """A name that makes a folder of its own and nothing else."""
     if value in ("", ".", "..") or not value.isprintable() or set(value) & set('/\\:*?"<>|'):
@@ -88,8 +81,13 @@ class ModelSettings(Settings):
     transformer_dtype: ComputeDtype | None = None
     """What the base weights are kept in. Absent: as dtype. "float32" with dtype "bfloat16" trains fp32 weights under
     autocast."""
-    cache_text_embeddings: Annotated[bool, AfterValidator(only_true)] = True
-    """Captions are encoded once, before training."""
+    cache_text_embeddings: bool = True
+    """Encode captions once, before training. false encodes each one when it is needed, ahead of use: saves disk where
+    there are very many, and keeps the text encoder in memory. Captions that are drawn at random (shuffle_tags,
+    tag_dropout) are encoded so anyway."""
+    text_encoder_device: Literal["training", "cpu"] = "training"
+    """Where captions are encoded: "training", on the device that trains; "cpu" saves its memory (2.4 GB where captions
+    are encoded during training)."""
     timestep_sample_method: Literal["logit_normal", "uniform"] = "logit_normal"
     """The distribution of t (0 clean, 1 noise) before the shift."""
     sigmoid_scale: float = Field(default=1.0, gt=0)

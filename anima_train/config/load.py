@@ -17,13 +17,14 @@ from anima_train.config.notes import without_effect
 from anima_train.config.paths import find_path, path_fault
 from anima_train.config.read import Table, apply_override, read_toml
 from anima_train.core.errors import ConfigError
-from anima_train.core.settings import Settings, validation_problems
+from anima_train.core.settings import Settings, quoted, validation_problems
 from anima_train.data.cache import CACHE_FOLDER, Cache
 from anima_train.data.rules import DatasetSettings, Directory
 from anima_train.model.hub import is_reference, parse_reference
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
+HUB_DATASET = re.compile(r"[\w.-]+/[\w.-]+")
 MODEL_PATHS = ("transformer_path", "vae_path", "llm_path", "llm_adapter_path", "tokenizer_path", "t5_tokenizer_path")
 # What to say about unknown keys: those of other trainers, and those that stand in the other file.
 MAIN_HINTS = dict.fromkeys(DatasetSettings.model_fields, "it belongs in the dataset") | FOREIGN
@@ -39,9 +40,10 @@ class Dataset:
 
     name: str  # "train", or the name of the evaluation set
     settings: DatasetSettings
-    folders: tuple[Path, ...]
+    folders: tuple[Path, ...]  # or files; or, for what is on the Hub, names
     masks: tuple[Path | None, ...]
     caches: tuple[Cache, ...]
+    offline: bool  # whether nothing may be looked up on the Hub
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ class Loader:
             self.problem(place, key, fault)
         return find_path(text, place.folder)
 
-    def dataset(self, name: str, value: object, key: str, cache_dir: str | None) -> Dataset | None:
+    def dataset(self, name: str, value: object, key: str, config: Config | None) -> Dataset | None:
         """A dataset, given as a path or as a table, with its folders found; or None with its problems filed."""
         place = self.main.inside(key)
         if isinstance(value, str):
@@ -149,28 +151,45 @@ class Loader:
                 for index, entry in enumerate(directories)
             ]
         settings = self.validated(DatasetSettings, table, place, DATASET_HINTS)
-        return None if settings is None else self.with_folders(name, settings, place, cache_dir)
+        return None if settings is None else self.with_folders(name, settings, place, config)
 
-    def with_folders(self, name: str, settings: DatasetSettings, place: Place, cache_dir: str | None) -> Dataset:
+    def with_folders(self, name: str, settings: DatasetSettings, place: Place, config: Config | None) -> Dataset:
         """A dataset with its folders found; those that are missing are filed."""
+        cache_dir = None if config is None else config.cache_dir
+        output_dir = Path() if config is None else Path(config.output_dir)
         directories: list[Directory] = []
         folders: list[Path] = []
         masks: list[Path | None] = []
         caches: list[Cache] = []
         for index, directory in enumerate(settings.directory):
             here = place.inside(f"directory[{index}]")
-            folder = self.found(here, "path", directory.path, "folder")
+            if directory.hf_dataset is not None:
+                folder = self.table(here, directory.hf_dataset)
+                found = {"hf_dataset": str(folder)}
+            elif directory.path is not None:
+                folder = self.found(here, "path", directory.path, folder_or_tar(directory.path))
+                found = {"path": str(folder)}
             mask = None
             if directory.mask_path is not None:
-                mask = self.found(here, "mask_path", directory.mask_path, "folder")
+                mask = self.found(here, "mask_path", directory.mask_path, folder_or_tar(directory.mask_path))
             folders.append(folder)
             masks.append(mask)
-            caches.append(Cache(folder / CACHE_FOLDER if cache_dir is None else Path(cache_dir)))
-            found = {"path": str(folder)} | ({} if mask is None else {"mask_path": str(mask)})
+            # What is on the Hub has no place of its own here.
+            beside = folder if folder.is_dir() else folder.parent if folder.exists() else output_dir
+            caches.append(Cache(beside / CACHE_FOLDER if cache_dir is None else Path(cache_dir)))
+            found |= {} if mask is None else {"mask_path": str(mask)}
             directories.append(directory.model_copy(update=found))
             self.notes.extend(f"{place.file}: {place.prefix}{text}" for text in settings.without_effect(index))
         settings = settings.model_copy(update={"directory": directories})
-        return Dataset(name, settings, tuple(folders), tuple(masks), tuple(caches))
+        offline = config is not None and config.offline
+        return Dataset(name, settings, tuple(folders), tuple(masks), tuple(caches), offline)
+
+    def table(self, place: Place, text: str) -> Path:
+        """Where a Hugging Face dataset is, or its name on the Hub; if it can be neither, that is filed."""
+        path = find_path(text, place.folder)
+        if not path.exists() and not HUB_DATASET.fullmatch(text):
+            self.problem(place, "hf_dataset", f"{quoted(text)} is neither here nor owner/name, as on the Hub")
+        return path if path.exists() else Path(text)
 
     def with_files(self, model: ModelSettings) -> ModelSettings:
         """The model's settings with its files found; those that are missing are filed."""
@@ -223,10 +242,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     entries = data.get("eval_datasets")
     entries = entries if isinstance(entries, list) else []
     config = loader.validated(Config, without_tables(data), loader.main, MAIN_HINTS)
-    cache_dir = None if config is None else config.cache_dir
-    train = loader.dataset("train", data.get("dataset"), "dataset", cache_dir)
+    train = loader.dataset("train", data.get("dataset"), "dataset", config)
     evals = [
-        loader.dataset(str(entry.get("name")), entry.get("config"), f"eval_datasets[{index}].config", cache_dir)
+        loader.dataset(str(entry.get("name")), entry.get("config"), f"eval_datasets[{index}].config", config)
         for index, entry in enumerate(entries)
         if isinstance(entry, dict)
     ]
@@ -248,6 +266,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
         loader.note(loader.main, key, why)
     run_name = config.run_name or f"{path.stem}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
     return LoadedConfig(config, run_name, train, found, tuple(dict.fromkeys(loader.notes)), path.parent)
+
+
+def folder_or_tar(text: str) -> str:
+    """What a path to images should lead to."""
+    return "file" if text.lower().endswith(".tar") and not os.path.isdir(text) else "folder"
 
 
 def without_tables(data: Table) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 SIDE_MULTIPLE = 16  # pixels: 8 by the VAE, 2 by the patches
 
@@ -26,6 +27,16 @@ class Size:
     def resolution(self) -> int:
         """The side, in pixels, of the square with this area."""
         return round(math.sqrt(self.width * self.height))
+
+    def fitted(self, width: int, height: int) -> "Size":
+        """The largest size of about this aspect ratio that an image of this width and height covers unenlarged; sides
+        of images below 16 pixels are enlarged all the same."""
+        scale = min(Fraction(1), Fraction(width, self.width), Fraction(height, self.height))
+
+        def down(side: int) -> int:
+            return max(SIDE_MULTIPLE, int(side * scale) // SIDE_MULTIPLE * SIDE_MULTIPLE)
+
+        return Size(down(self.width), down(self.height))
 
     @property
     def num_tokens(self) -> int:

@@ -3,10 +3,13 @@
 import json
 import re
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anima_train.core.random import shuffled
+from anima_train.core.random import shuffled, uniform
+from anima_train.data.images import Unreadable
+from anima_train.data.stored import Stored
 
 CAPTIONS_JSON_FORM = 'expected {"file name": "caption" or ["several", "captions"]}'
 # Tags whose underscores are no spaces: emoticons, as ^_^, o_o or (o)_(o), and the model's own score tags.
@@ -17,30 +20,32 @@ class BadCaption(Exception):
     """A caption file cannot be used; the message is the reason."""
 
 
-def read_caption(path: Path) -> str:
+def read_caption(file: Path | Stored) -> str:
     """A caption file's text, as `cleaned`: UTF-8 with or without BOM.
 
     Raises:
         BadCaption: not UTF-8, with the offset of the first bad byte in the file; or not readable.
     """
-    return cleaned(read_utf8(path))
+    return cleaned(read_utf8(file))
 
 
-def read_utf8(path: Path) -> str:
+def read_utf8(file: Path | Stored) -> str:
     """A file's text without BOM.
 
     Raises:
         BadCaption: as `read_caption`.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a FIFO would block
+        if isinstance(file, Path) and not stat.S_ISREG(file.stat().st_mode):  # a FIFO would block
             raise BadCaption("not a file")
-        data = path.read_bytes()
+        data = file.read_bytes() if isinstance(file, Path) else file.read()
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadCaption(f"not UTF-8 (byte {error.start} is 0x{data[error.start]:02x}); save it as UTF-8") from error
     except OSError as error:
         raise BadCaption(f"not readable ({error.strerror})") from error
+    except Unreadable as error:
+        raise BadCaption(str(error)) from error
     # The BOM is removed after decoding, because an offset counts from the start of the file.
     return text.removeprefix("\ufeff")
 
@@ -50,13 +55,13 @@ def cleaned(text: str) -> str:
     return text.replace("\x00", "").replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
-def read_captions_json(path: Path) -> dict[str, tuple[str, ...]]:
+def read_captions_json(file: Path | Stored) -> dict[str, tuple[str, ...]]:
     """What a captions.json holds: {"file name": "caption" or ["several", "captions"]}.
 
     Raises:
         BadCaption: not readable, or not of that form; names the line and column, or the entry.
     """
-    text = read_utf8(path)
+    text = read_utf8(file)
     try:
         # Pairs, to see a name given twice; and no int, which raises an error of its own on thousands of digits.
         pairs = json.loads(text, object_pairs_hook=list, parse_int=float)
@@ -102,11 +107,40 @@ def without_underscores(caption: str, delimiter: str) -> str:
     return "".join(parts)
 
 
-def shuffled_tags(caption: str, delimiter: str, seed: int, sample: str, variant: int) -> str:
-    """The caption's tags in an order of their own for this sample and variant.
+def unescaped(text: str) -> str:
+    """The text with ( and ) for \\( and \\)."""
+    return text.replace("\\(", "(").replace("\\)", ")")
 
-    Tags are told apart by their place too, so that a tag given twice stays twice.
-    """
-    tags = list(enumerate(caption.split(delimiter)))
-    order = shuffled(tags, lambda tag: f"{tag[0]}:{tag[1]}", seed, "tags", sample, variant)
-    return delimiter.join(tag for _, tag in order)
+
+@dataclass(frozen=True)
+class TagVariation:
+    """How the tags of a caption change from showing to showing."""
+
+    delimiter: str
+    keep_first: int = 0  # tags at the start that stay
+    shuffles: bool = False
+    dropout: float = 0.0  # share of the tags left out
+    protected: frozenset[str] = frozenset()  # never left out; as `plain_tag`
+
+    def varied(self, caption: str, seed: int, sample: str, variant: int) -> str:
+        """The caption's tags as this sample and variant has them.
+
+        Tags are told apart by their place too, so that a tag given twice stays twice.
+        """
+        tags = [(f"{place}:{tag}", tag) for place, tag in enumerate(caption.split(self.delimiter))]
+        kept, rest = tags[: self.keep_first], tags[self.keep_first :]
+        if self.dropout > 0:
+            rest = [
+                (key, tag)
+                for key, tag in rest
+                if plain_tag(tag) in self.protected
+                or uniform(seed, "tag_dropout", sample, variant, key) >= self.dropout
+            ]
+        if self.shuffles:
+            rest = shuffled(rest, lambda item: item[0], seed, "tags", sample, variant)
+        return self.delimiter.join(tag for _, tag in kept + rest)
+
+
+def plain_tag(tag: str) -> str:
+    """A tag without what is spelled in several ways: underscores, escapes, outer white space."""
+    return unescaped(tag).replace("_", " ").strip()

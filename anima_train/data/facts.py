@@ -1,6 +1,7 @@
 """What was found in image files, remembered from run to run."""
 
 import hashlib
+import io
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -10,9 +11,10 @@ from pydantic import TypeAdapter
 from anima_train.core.errors import printable
 from anima_train.core.files import sha256_file
 from anima_train.data.cache import Cache
-from anima_train.data.images import BadImage, probe
+from anima_train.data.images import BadImage, Unreadable, probe
+from anima_train.data.stored import Stored
 
-MEMO_VERSION = 1  # raise when the meaning of `FileFacts` changes
+MEMO_VERSION = 2  # raise when the meaning of `FileFacts` changes
 
 
 class FileFacts(NamedTuple):
@@ -24,6 +26,7 @@ class FileFacts(NamedTuple):
     sha256: str
     width: int
     height: int
+    has_alpha: bool
     warnings: tuple[str, ...]
 
 
@@ -36,13 +39,12 @@ class FactsMemo:
     Args:
         cache: where the memory is kept.
         kind: "images" or "masks".
-        folder: the folder of the files.
+        identity: of the directory that holds the files.
     """
 
-    def __init__(self, cache: Cache, kind: str, folder: Path) -> None:
+    def __init__(self, cache: Cache, kind: str, identity: bytes) -> None:
         self.cache = cache
-        self.folder = folder
-        digest = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()
+        digest = hashlib.sha256(identity).hexdigest()
         self.path = cache.folder / f"{kind}_{MEMO_VERSION}_{digest[:16]}.json"
         try:
             self.known = FACTS.validate_json(self.path.read_bytes())
@@ -50,26 +52,23 @@ class FactsMemo:
             self.known = {}
         self.changed = False
 
-    def facts(self, file: str) -> FileFacts:
-        """A file's facts, by its path in the folder, from memory where it has not changed.
+    def facts(self, name: str, file: Path | Stored) -> FileFacts:
+        """A file's facts, by its path in the directory, from memory where it has not changed.
 
         Raises:
             BadImage: the file is no image that can be used.
         """
-        path = self.folder / file
-        name = printable(file)
+        name = printable(name)
         try:
-            status = path.stat()
             # Taken before the file is read: a file that changes meanwhile is looked at again the next time.
-            stamp = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+            stamp = file_stamp(file) if isinstance(file, Path) else file.stamp
             facts = self.known.get(name)
             if facts is None or facts[:3] != stamp:
-                info = probe(path)
-                facts = FileFacts(*stamp, sha256_file(path), info.width, info.height, info.warnings)
+                facts = look_into(name, file, stamp)
                 self.known[name] = facts
                 self.changed = True
         except OSError as error:
-            raise BadImage(f"not readable ({error.strerror})") from error
+            raise Unreadable(f"not readable ({error.strerror})") from error
         return facts
 
     def save(self) -> None:
@@ -80,3 +79,26 @@ class FactsMemo:
         """
         if self.changed:
             self.cache.write(self.path, FACTS.dump_json(self.known))
+
+
+def file_stamp(path: Path) -> tuple[int, int, int]:
+    """What changes when a file's content may have."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def look_into(name: str, file: Path | Stored, stamp: tuple[int, int, int]) -> FileFacts:
+    """What is in an image file.
+
+    Raises:
+        BadImage: as `probe`.
+        OSError: the file cannot be read.
+    """
+    if isinstance(file, Path):
+        info, digest = probe(file), sha256_file(file)
+    else:
+        content = file.read()
+        if not content:
+            raise BadImage("zero bytes")
+        info, digest = probe(io.BytesIO(content), os.path.splitext(name)[1]), hashlib.sha256(content).hexdigest()
+    return FileFacts(*stamp, digest, info.width, info.height, info.has_alpha, info.warnings)

@@ -1,7 +1,7 @@
 """Batches: cached latents and text with the noise and t of their address, read ahead by threads."""
 
 import concurrent.futures
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ from anima_train.core.conditions import EncodedText, TextStates, pad_rows, pad_s
 from anima_train.core.random import stream, uniform
 from anima_train.data.cache import Cache, entry_key
 from anima_train.data.plan import Draw, MicroBatch
-from anima_train.data.samples import Sample
+from anima_train.data.samples import EMPTY, Caption, Sample, View
 
 NUM_THREADS = 2
 READ_AHEAD = 4  # items
@@ -32,6 +32,7 @@ class Batch:
     text: Tensor | TextStates  # context (B, 512, C), or what a trained adapter reads
     mask: Float[Tensor, "B 1 1 H W"] | None
     names: tuple[str, ...]  # of the samples, for messages
+    is_regularization: tuple[bool, ...]  # of each sample
     counts: bool = True  # False: a filler that only keeps processes in step
 
     @property
@@ -74,55 +75,70 @@ class TextIdentity:
         )
 
 
+Encode = Callable[[str], Mapping[str, Tensor]]
+
+
 @dataclass(frozen=True)
 class CachedData:
-    """The samples of a dataset, everything of them in the cache."""
+    """The samples of a dataset, everything of them in the cache but captions that are drawn for a showing."""
 
     samples: Sequence[Sample]
     vae_identity: str
     text_identity: TextIdentity
     seed: int
+    caches_texts: bool = True  # False: every caption is encoded when it is needed
+    encode: Encode | None = None  # for captions that are not in the cache
 
-    def latents(self, sample: Sample) -> Float[Tensor, "16 1 H W"]:
-        """A sample's latents, float32."""
-        return sample.cache.read("latent", sample.latent_key(self.vae_identity))["latents"]
+    def latents(self, view: View) -> Float[Tensor, "16 1 H W"]:
+        """The latents of a view, float32."""
+        return view.sample.cache.read("latent", view.latent_key(self.vae_identity))["latents"]
 
-    def masks(self, samples: Sequence[Sample]) -> Float[Tensor, "B 1 1 H W"] | None:
-        """The samples' masks; ones where only some have one, None where none has."""
-        if not any(sample.picture.mask for sample in samples):
+    def masks(self, views: Sequence[View]) -> Float[Tensor, "B 1 1 H W"] | None:
+        """The views' masks; ones where only some have one, None where none has."""
+        if not any(view.sample.has_mask for view in views):
             return None
-        return torch.stack([self.mask(sample) for sample in samples])
+        return torch.stack([self.mask(view) for view in views])
 
-    def mask(self, sample: Sample) -> Float[Tensor, "1 1 H W"]:
-        """A sample's mask, ones without one."""
-        if sample.picture.mask is None:
+    def mask(self, view: View) -> Float[Tensor, "1 1 H W"]:
+        """A view's mask, ones without one."""
+        sample = view.sample
+        if not sample.has_mask:
             return torch.ones(1, 1, sample.size.height // 8, sample.size.width // 8)
-        return sample.cache.read("mask", sample.mask_key())["mask"][:, None]
+        return sample.cache.read("mask", view.mask_key())["mask"][:, None]
 
-    def text(self, captions: Sequence[tuple[Cache, str]]) -> Tensor | TextStates:
+    def text(self, captions: Sequence[tuple[Cache, Caption]]) -> Tensor | TextStates:
         """The captions' conditions, padded to a batch."""
-        entries = [cache.read("text", self.text_identity.key(caption)) for cache, caption in captions]
+        entries = [self.text_entry(cache, caption) for cache, caption in captions]
         if self.text_identity.adapter:
             return torch.cat([pad_rows(entry["context"][None]) for entry in entries])
         return pad_states([EncodedText(entry["qwen"], entry["t5_ids"]) for entry in entries])
 
+    def text_entry(self, cache: Cache, caption: Caption) -> Mapping[str, Tensor]:
+        """A caption's conditions, from the cache or encoded now; which of both does not depend on what is cached."""
+        if caption.is_fixed and self.caches_texts:
+            return cache.read("text", self.text_identity.key(caption.text))
+        assert self.encode is not None
+        return self.encode(caption.text)
+
     def batch(
         self,
-        samples: Sequence[Sample],
-        captions: Sequence[str],
+        views: Sequence[View],
+        captions: Sequence[Caption],
         t: Sequence[float],
         noise: Sequence[torch.Generator],
         counts: bool = True,
     ) -> Batch:
-        """A batch with these captions, noise levels and generators of the noise, one for each sample."""
-        latents = torch.stack([self.latents(sample) for sample in samples])
+        """A batch with these captions, noise levels and generators of the noise, one for each view."""
+        latents = torch.stack([self.latents(view) for view in views])
+        samples = [view.sample for view in views]
         return Batch(
             latents=latents,
             noise=torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in noise]),
             t=torch.tensor(t, dtype=torch.float32),
             text=self.text([(sample.cache, caption) for sample, caption in zip(samples, captions, strict=True)]),
-            mask=self.masks(samples),
+            mask=self.masks(views),
             names=tuple(sample.id for sample in samples),
+            is_regularization=tuple(sample.is_regularization for sample in samples),
             counts=counts,
         )
 
@@ -134,7 +150,7 @@ class CachedData:
         timestep: Callable[[float, int], float],
         uncond_fraction: float,
     ) -> Batch:
-        """The batch of a planned micro-batch: t, noise and caption dropout addressed by (epoch, sample, showing).
+        """The batch of a planned micro-batch: everything random addressed by (epoch, sample, showing).
 
         Args:
             micro_batch: from the plan.
@@ -143,17 +159,16 @@ class CachedData:
             timestep: (quantile, image tokens) -> t.
             uncond_fraction: share of the captions replaced by the empty one.
         """
-        samples = [self.samples[draw.sample] for draw in micro_batch.draws]
 
         def address(kind: str, draw: Draw) -> tuple[str, int, str, int]:
             return kind, epoch, self.samples[draw.sample].id, draw.showing
 
-        def caption(draw: Draw) -> str:
+        def caption(draw: Draw) -> Caption:
             dropped = uniform(self.seed, *address("uncond", draw)) < uncond_fraction
-            return "" if dropped else self.samples[draw.sample].caption(self.seed, draw.showing)
+            return EMPTY if dropped else self.samples[draw.sample].caption(self.seed, draw.showing)
 
         return self.batch(
-            samples,
+            [self.samples[draw.sample].view(self.seed, draw.showing) for draw in micro_batch.draws],
             [caption(draw) for draw in micro_batch.draws],
             [
                 timestep(uniform(self.seed, *address("t", draw)), micro_batch.size.num_tokens)

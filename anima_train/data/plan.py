@@ -91,12 +91,11 @@ class Plan:
         have this num_repeats evenly over [0, 1), so that every epoch shows the same number of them, give or take one.
         In integers, because a rounding error would show a sample an epoch too early or too late.
         """
-        groups: dict[tuple[int, float], list[int]] = defaultdict(list)
+        groups: dict[tuple[int, Fraction], list[int]] = defaultdict(list)
         for index, sample in enumerate(self.samples):
-            groups[sample.directory, sample.rules.num_repeats].append(index)
+            groups[sample.directory, sample.repeats].append(index)
         turns = [(0, 0, 1)] * len(self.samples)
-        for (directory, num_repeats), indices in groups.items():
-            repeats = exact(num_repeats)
+        for (directory, repeats), indices in groups.items():
             order = shuffled(indices, lambda index: self.samples[index].id, self.seed, "turns", directory)
             for place, index in enumerate(order):
                 turns[index] = (
@@ -145,18 +144,12 @@ class Plan:
 
     def lengths(self) -> Iterator[int]:
         """The number of steps in each epoch, without end: they repeat as the turns of `num_repeats` do."""
-        repeats = {sample.rules.num_repeats for sample in self.samples}
-        period = math.lcm(*(exact(number).denominator for number in repeats))
+        period = math.lcm(*{sample.repeats.denominator for sample in self.samples})
         known: list[int] = []
         for epoch in itertools.count():
             if epoch < period:
                 known.append(self.steps_in(epoch))
             yield known[epoch % period]
-
-
-def exact(repeats: float) -> Fraction:
-    """The number as it was written: 0.1 is 1/10."""
-    return Fraction(str(repeats))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from anima_train.core.settings import Settings
 from anima_train.data.buckets import Size, aspect_ratios, nearest, size_of
@@ -39,19 +39,57 @@ class DirectorySettings(Settings):
     num_repeats: float | None = Field(default=None, ge=0.001)
     """How often each image is seen per epoch. A fraction takes turns: 0.5 shows half of the images in each epoch,
     all of them in two. Default 1."""
+    weight: float | None = Field(default=None, gt=0)
+    """Share of the samples seen, relative to the weights of the other directories: with 3 and 1, three quarters and
+    one quarter of each epoch, whatever the number of images. The length of an epoch stays that of num_repeats. Set for
+    all directories or for none. Default: num_repeats alone decides."""
+    role: Literal["train", "regularization"] | None = None
+    """What the images are for. "regularization": images of what the model should not forget. They get no trigger_word,
+    and their loss is logged apart, as loss/regularization; weight sets their share. Default "train"."""
     subsample_ratio: float | None = Field(default=None, gt=0, le=1)
     """Use only this share of the images, the same ones in every epoch. Default 1."""
+    no_upscale: bool | None = None
+    """Never enlarge an image: where it is smaller than its bucket, it gets the largest size of about the bucket's
+    aspect ratio that fits into it, in multiples of 16 pixels. Smaller than several buckets, it is trained once, at the
+    largest of these sizes. Default false."""
+    crop_position: Literal["center", "top", "bottom", "left", "right"] | list[float] | None = None
+    """Which part of an image is kept where its aspect ratio is not the bucket's, or [x, y] from 0 (left, top) to 1
+    (right, bottom). Default "center"."""
+    horizontal_flip: bool | None = None
+    """Show each image mirrored every second time; the mirrored latents are cached too. Not for text, or for characters
+    whose sides differ. Default false."""
+    alpha_as_mask: bool | None = None
+    """Train only what is opaque: the images' alpha is their mask, and multiplies that of mask_path. What is transparent
+    is laid over white in any case. Default false."""
     recursive: bool | None = None
     """Search sub-folders too, those of mask_path as well; captions and masks are found by the same path below path and
     mask_path. Hidden folders and the cache are left out. Default false."""
     kohya_folders: bool | None = None
     """Search the sub-folders of path that are named as 10_name (1 to 9999) too, and show their images num_repeats * 10
     times. The name behind the number is not used. Default false."""
+    tars: bool | None = None
+    """Read the .tar files in the folder too, as if they were sub-folders: images and captions of the same name, as in
+    WebDataset. Default false."""
     cache_shuffle_num: int | None = Field(default=None, ge=0)
-    """Number of shuffled variants of each caption's tags; epochs take turns through them. 0 leaves captions as they
-    are. Natural-language captions are not shuffled. Default 0."""
+    """Number of shuffled variants of each caption's tags, with tag_dropout drawn for each; epochs take turns through
+    them, and all are encoded before training. 0 leaves captions as they are, or to shuffle_tags. Natural-language
+    captions are not shuffled. Default 0."""
     cache_shuffle_delimiter: str | None = Field(default=None, min_length=1)
-    """What separates tags, for cache_shuffle_num, trigger_word and replace_underscores. Default ", "."""
+    """What separates tags, wherever tags are told apart. Default ", "."""
+    shuffle_tags: bool | None = None
+    """Shuffle the tags anew for every showing. Such captions are encoded ahead of use while the model trains, which
+    keeps the text encoder in memory; cache_shuffle_num does it with a fixed number of variants and without that.
+    Default false."""
+    keep_first_n_tags: int | None = Field(default=None, ge=0)
+    """This many tags at the start of a caption are neither shuffled nor dropped; trigger_word and caption_prefix are
+    not counted, as they are never moved. Default 0."""
+    tag_dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Share of the tags left out, drawn anew for every showing (or once for each variant of cache_shuffle_num). Never
+    in evaluation. Default 0."""
+    protected_tags: list[str] | None = None
+    """Tags that tag_dropout never leaves out, with spaces or underscores. Default none."""
+    unescape_parentheses: bool | None = None
+    r"""Write ( and ) for \( and \), which belong in prompts for ComfyUI and not in captions. Default false."""
     caption_prefix: str | None = None
     """Put in front of every caption, missing and empty ones too, as it stands. Default ""."""
     trigger_word: str | None = None
@@ -84,13 +122,60 @@ class DirectorySettings(Settings):
 
 class Directory(DirectorySettings):
     """A folder of images with a .txt caption beside each, or with a captions.json, {"file name": "caption" or
-    ["several", "captions"]}, in the folder of the images, which counts before the .txt files."""
+    ["several", "captions"]}, in the folder of the images, which counts before the .txt files; or a Hugging Face
+    dataset."""
 
-    path: str
-    """The folder. Relative to the current folder or, where that does not exist, to this file."""
+    hf_dataset: str | None = Field(default=None, min_length=1)
+    """Instead of path, what Hugging Face datasets loads: owner/name on the Hub, a .parquet file, or a folder with
+    parquet files or images, or written by save_to_disk."""
+    path: str | None = None
+    """The folder, or a .tar file. Relative to the current folder or, where that does not exist, to this file."""
     mask_path: str | None = None
-    """A folder of masks, one per image with the same name (any extension): white is trained, black is not, grey in
-    between."""
+    """A folder of masks (or a .tar file), one per image with the same name (any extension): white is trained, black is
+    not, grey in between."""
+    hf_subset: str | None = Field(default=None, min_length=1)
+    """Name of the dataset's configuration, where it has several."""
+    hf_split: str = Field(default="train", min_length=1)
+    """Which split, in datasets' own notation: "train[:500]" takes the first 500 rows."""
+    hf_revision: str | None = Field(default=None, min_length=1)
+    """Branch, tag or commit on the Hub; a commit never changes."""
+    image_column: str = Field(default="image", min_length=1)
+    """The column of the images."""
+    caption_column: str = "text"
+    """The column of the captions, each a text or a list of texts. "" for none."""
+    natural_column: str = ""
+    """The column of the captions in natural language, as in {stem}_nl.txt. "" for none."""
+    mask_column: str = ""
+    """The column of the masks. "" for none."""
+
+    @field_validator("path")
+    @classmethod
+    def one_source(cls, value: str | None, earlier: ValidationInfo) -> str | None:
+        """A directory is one thing."""
+        if (value is None) == (earlier.data.get("hf_dataset", "") is None):
+            found = "missing, and required" if value is None else "excludes hf_dataset"
+            raise ValueError(f"{found}; set one of path and hf_dataset")
+        return value
+
+    @field_validator("mask_path")
+    @classmethod
+    def is_for_folders(cls, value: str | None, earlier: ValidationInfo) -> str | None:
+        """A table has its masks in a column."""
+        if value is not None and earlier.data.get("hf_dataset") is not None:
+            raise ValueError("excludes hf_dataset; name the column of its masks in mask_column")
+        return value
+
+    @field_validator(
+        "hf_subset", "hf_split", "hf_revision", "image_column", "caption_column", "natural_column", "mask_column"
+    )
+    @classmethod
+    def is_for_tables(cls, value: str | None, earlier: ValidationInfo) -> str | None:
+        """A folder has no columns."""
+        assert earlier.field_name is not None
+        default = cls.model_fields[earlier.field_name].default
+        if value != default and earlier.data.get("hf_dataset", "") is None:
+            raise ValueError("needs hf_dataset, which is not set")
+        return value
 
 
 class DatasetSettings(DirectorySettings):
@@ -107,6 +192,9 @@ class DatasetSettings(DirectorySettings):
             for index in range(len(self.directory))
             for problem in self.rules(index).problems()
         ]
+        unweighted = [index for index in range(len(self.directory)) if self.rules(index).weight is None]
+        if 0 < len(unweighted) < len(self.directory):
+            problems.append(f"directory[{unweighted[0]}]: has no weight, but another has; give one to all, or to none")
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -139,6 +227,12 @@ class DatasetSettings(DirectorySettings):
                 is_set = getattr(rules, name) != getattr(Rules, name) and self.level(index, name) > 0
                 if is_set and self.level(index, name) >= self.level(index, cause):
                     yield f"directory[{index}]: {name} has no effect, because of {cause}"
+        if self.directory[index].hf_dataset is not None:
+            for name in FOLDER_KEYS:
+                if getattr(rules, name) and self.level(index, name) == 2:
+                    yield f"directory[{index}]: {name} has no effect, because hf_dataset is no folder"
+        if rules.weight is not None and len(self.directory) == 1:
+            yield f"directory[{index}]: weight has no effect, because there is no other directory"
         seen: dict[float, Sequence[int]] = {}
         for size in rules.size_buckets or []:
             if (first := seen.setdefault(size[0] / size[1], size)) is not size:
@@ -157,11 +251,23 @@ class Rules:
     ar_buckets: Sequence[float | Sequence[int]] | None = None
     size_buckets: Sequence[Sequence[int]] | None = None
     num_repeats: float = 1.0
+    weight: float | None = None
+    role: str = "train"
     subsample_ratio: float = 1.0
+    no_upscale: bool = False
+    crop_position: str | Sequence[float] = "center"
+    horizontal_flip: bool = False
+    alpha_as_mask: bool = False
     recursive: bool = False
     kohya_folders: bool = False
+    tars: bool = False
     cache_shuffle_num: int = 0
     cache_shuffle_delimiter: str = ", "
+    shuffle_tags: bool = False
+    keep_first_n_tags: int = 0
+    tag_dropout: float = 0.0
+    protected_tags: Sequence[str] = ()
+    unescape_parentheses: bool = False
     caption_prefix: str = ""
     trigger_word: str = ""
     replace_underscores: bool = False
@@ -194,6 +300,32 @@ class Rules:
             bad = (len(ratio) != 2 or min(ratio) < 1) if isinstance(ratio, Sequence) else ratio <= 0
             if bad:
                 yield f"ar_buckets: found {ratio}, expected a positive ratio or [width, height]"
+        at = self.crop_position
+        if not isinstance(at, str) and (len(at) != 2 or not all(0 <= part <= 1 for part in at)):
+            yield f"crop_position: found {at}, expected a name, or [x, y] from 0 to 1"
+        if not all(tag.strip() for tag in self.protected_tags):
+            yield "protected_tags: found an empty tag; remove it"
+
+    @property
+    def position(self) -> tuple[float, float]:
+        """Of the crop, from (0, 0), left and top, to (1, 1)."""
+        at = self.crop_position
+        return POSITIONS[at] if isinstance(at, str) else (at[0], at[1])
+
+    @property
+    def prefix_word(self) -> str:
+        """The trigger word, where these images get one."""
+        return "" if self.role == "regularization" else self.trigger_word
+
+    @property
+    def varies_tags(self) -> bool:
+        """Whether tags are shuffled or left out, in a fixed number of variants or anew for each showing."""
+        return self.cache_shuffle_num > 0 or self.shuffle_tags or self.tag_dropout > 0
+
+    @property
+    def draws_tags(self) -> bool:
+        """Whether tags are drawn anew for each showing, so that their captions cannot be encoded before training."""
+        return self.varies_tags and self.cache_shuffle_num == 0
 
     @functools.cached_property
     def buckets(self) -> list[tuple[int, list[Size]]]:
@@ -209,12 +341,22 @@ class Rules:
             for resolution in map(side, self.resolutions)
         ]
 
-    def sizes(self, aspect: float) -> list[tuple[int, Size]]:
-        """(resolution, size) of each sample that a picture of this aspect ratio becomes."""
+    def sizes(self, width: int, height: int) -> list[tuple[int, Size]]:
+        """(resolution, size) of each sample that a picture of this width and height becomes."""
+        aspect = width / height
         if self.size_buckets is not None:
             size = nearest(aspect, [Size(size[0], size[1]) for size in self.size_buckets])
-            return [(size.resolution, size)]
-        return [(resolution, nearest(aspect, sizes)) for resolution, sizes in self.buckets]
+            found = [(size.resolution, size)]
+        else:
+            found = [(resolution, nearest(aspect, sizes)) for resolution, sizes in self.buckets]
+        if not self.no_upscale:
+            return found
+        covered = [(resolution, size) for resolution, size in found if size.fitted(width, height) == size]
+        smaller = [size.fitted(width, height) for _, size in found if size.fitted(width, height) != size]
+        largest = max(smaller, key=lambda size: size.num_tokens, default=None)
+        if largest is None or largest in [size for _, size in covered]:
+            return covered
+        return [*covered, (largest.resolution, largest)]
 
     def searches(self, folder: str) -> bool:
         """Whether a sub-folder, named by its path below `path`, is searched."""
@@ -229,7 +371,10 @@ class Rules:
         return replace(self, num_repeats=float(Fraction(str(self.num_repeats)) * int(match[1])))
 
 
+POSITIONS = {"center": (0.5, 0.5), "top": (0.5, 0.0), "bottom": (0.5, 1.0), "left": (0.0, 0.5), "right": (1.0, 0.5)}
 ASPECT_KEYS = ("min_ar", "max_ar", "num_ar_buckets")
+FOLDER_KEYS = ("recursive", "kohya_folders", "tars", "captions_per_line")
+TAG_KEYS = ("cache_shuffle_num", "shuffle_tags", "keep_first_n_tags", "tag_dropout", "protected_tags")
 REPLACED: Sequence[tuple[str, Callable[[Rules], bool], Sequence[str]]] = (
     # key, when it replaces others, the others
     (
@@ -239,17 +384,17 @@ REPLACED: Sequence[tuple[str, Callable[[Rules], bool], Sequence[str]]] = (
     ),
     ("enable_ar_bucket", lambda rules: not rules.enable_ar_bucket, ("ar_buckets", *ASPECT_KEYS)),
     ("ar_buckets", lambda rules: rules.ar_buckets is not None, ASPECT_KEYS),
-    (
-        "caption_mode",
-        lambda rules: rules.caption_mode == "nl",
-        ("cache_shuffle_num", "replace_underscores", "nl_weight"),
-    ),
+    ("caption_mode", lambda rules: rules.caption_mode == "nl", (*TAG_KEYS, "replace_underscores", "nl_weight")),
     ("caption_mode", lambda rules: rules.caption_mode == "tags", ("nl_weight",)),
+    ("cache_shuffle_num", lambda rules: rules.cache_shuffle_num > 0, ("shuffle_tags",)),
+    ("shuffle_tags", lambda rules: not rules.varies_tags, ("keep_first_n_tags",)),
+    ("tag_dropout", lambda rules: rules.tag_dropout == 0, ("protected_tags",)),
     (
         "cache_shuffle_num",
-        lambda rules: rules.cache_shuffle_num == 0 and not rules.trigger_word and not rules.replace_underscores,
+        lambda rules: not (rules.varies_tags or rules.prefix_word or rules.replace_underscores),
         ("cache_shuffle_delimiter",),
     ),
+    ("role", lambda rules: rules.role == "regularization", ("trigger_word",)),
 )
 
 

@@ -1,22 +1,26 @@
 """A picture, and a picture at one size with its captions: what a batch is made of."""
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
-from anima_train.core.random import uniform
+from anima_train.core.random import derive, uniform
 from anima_train.data.buckets import Size
 from anima_train.data.cache import Cache, entry_key
-from anima_train.data.captions import shuffled_tags, without_underscores
+from anima_train.data.captions import TagVariation, plain_tag, unescaped, without_underscores
+from anima_train.data.images import Crop
 from anima_train.data.rules import Rules
+from anima_train.data.stored import Stored
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One image file with its captions, as they are in the files, and its mask."""
+    """One image with its captions, as they are in the files, and its mask."""
 
-    path: Path
+    path: Path  # for an image inside of another file, that file's path and the image's name in it
     sha256: str
     width: int  # pixels, after EXIF orientation
     height: int
@@ -25,6 +29,9 @@ class Picture:
     mask_sha256: str
     more_captions: tuple[str, ...] = ()  # tags too; with `caption` they take turns
     natural: tuple[str, ...] = ()  # in natural language, none empty; none where caption_mode does not use them
+    has_alpha: bool = False
+    stored: Stored | None = None  # where the image is inside of another file
+    stored_mask: Stored | None = None
 
     @property
     def tags(self) -> tuple[str, ...]:
@@ -35,6 +42,33 @@ class Picture:
     def has_caption(self) -> bool:
         """Whether any caption holds text."""
         return any(self.tags) or bool(self.natural)
+
+    @property
+    def source(self) -> Path | Stored:
+        """Where the image is read from."""
+        return self.path if self.stored is None else self.stored
+
+    @property
+    def mask_source(self) -> Path | Stored | None:
+        """Where the mask is read from."""
+        return self.mask if self.stored_mask is None else self.stored_mask
+
+
+@dataclass(frozen=True, slots=True)
+class Caption:
+    """What a showing is trained with."""
+
+    text: str
+    is_fixed: bool = True  # one of a finite set, encoded before training; else drawn for this showing alone
+
+
+EMPTY = Caption("")
+
+
+@functools.cache
+def exact(number: float) -> Fraction:
+    """The number as it was written: 0.1 is 1/10."""
+    return Fraction(str(number))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +82,30 @@ class Sample:
     directory: int
     rules: Rules
     cache: Cache
+    repeat_factor: Fraction = Fraction(1)  # on num_repeats, by the weight of the directory
+
+    @property
+    def name(self) -> str:
+        """Of the picture, in addresses: every resolution shares the same texts in the cache."""
+        return self.id.rpartition("@")[0]
+
+    @property
+    def repeats(self) -> Fraction:
+        """How often it is seen per epoch."""
+        return exact(self.rules.num_repeats) * self.repeat_factor
+
+    @property
+    def is_regularization(self) -> bool:
+        """Whether it shows what the model should not forget."""
+        return self.rules.role == "regularization"
 
     # Captions. A picture has T captions of tags, each in S = max(1, cache_shuffle_num) orders, and N in natural
     # language. Its showings 0, 1, 2 ... are its variants. Of those before showing k, floor(k * share + phase) use
     # natural language, with a phase in [0, 1) of its own for each picture; so each picture keeps the share from its
     # first showings on, and all of them together in each epoch. The n-th of these showings uses caption n mod N. The
     # m-th of the others uses caption m mod T, in order (m div T) mod S. So there are at most T * S + N texts, however
-    # often the picture is shown.
-
-    @property
-    def name(self) -> str:
-        """Of the picture, in addresses: every resolution shares the same texts in the cache."""
-        return self.id.rpartition("@")[0]
+    # often the picture is shown; but with shuffle_tags or tag_dropout and without cache_shuffle_num, every m has an
+    # order and tags of its own.
 
     @property
     def natural_share(self) -> float:
@@ -69,61 +115,139 @@ class Sample:
         only = self.rules.caption_mode == "nl" or not any(self.picture.tags)
         return 1.0 if only else self.rules.nl_weight
 
-    def caption(self, seed: int, variant: int) -> str:
-        """The caption of a variant: what showing number `variant` of the sample, 0 the first, is trained with."""
+    def caption(self, seed: int, showing: int) -> Caption:
+        """What showing number `showing` of the sample, 0 the first, is trained with."""
         natural, share = self.picture.natural, self.natural_share
         if share > 0:
             phase = uniform(seed, "natural", self.name)
-            before = math.floor(variant * share + phase)
-            if math.floor((variant + 1) * share + phase) > before:
-                return self.dressed(natural[before % len(natural)])
-            variant -= before
-        tags = self.picture.tags
-        return self.tags_caption(seed, tags[variant % len(tags)], variant // len(tags))
+            before = math.floor(showing * share + phase)
+            if math.floor((showing + 1) * share + phase) > before:
+                return Caption(self.dressed(natural[before % len(natural)]))
+            showing -= before
+        texts = self.picture.tags
+        tags, order = texts[showing % len(texts)], showing // len(texts)
+        if self.rules.draws_tags and tags:
+            return Caption(self.tags_caption(seed, tags, order), is_fixed=False)
+        return Caption(self.tags_caption(seed, tags, self.variants[order % len(self.variants)]))
 
-    def captions(self, seed: int) -> list[str]:
-        """Every caption this sample can be trained with."""
+    @property
+    def variants(self) -> list[int | None]:
+        """The orders of its tags that are fixed; None is that of the file."""
+        return list(range(self.rules.cache_shuffle_num)) or [None]
+
+    def fixed_captions(self, seed: int) -> list[str]:
+        """Every caption this sample can be trained with but those that are drawn for a showing."""
         texts = []
         if self.natural_share < 1:
-            orders = range(max(1, self.rules.cache_shuffle_num))
-            texts = [self.tags_caption(seed, tags, order) for order in orders for tags in self.picture.tags]
-        if self.natural_share > 0:
-            texts += map(self.dressed, self.picture.natural)
-        return texts
+            tags = [text for text in self.picture.tags if not (text and self.rules.draws_tags)]
+            texts = [self.tags_caption(seed, text, order) for order in self.variants for text in tags]
+        return texts + self.natural_captions()
 
-    def tags_caption(self, seed: int, tags: str, order: int) -> str:
-        """Tags as they are trained, in one of their orders; these repeat after `cache_shuffle_num`."""
+    def captions(self, seed: int) -> list[str]:
+        """Every caption it can be trained with; those that are drawn for a showing as they are before that."""
+        drawn = self.rules.draws_tags and self.natural_share < 1
+        tags = [self.tags_caption(seed, text, None) for text in self.picture.tags if text] if drawn else []
+        return tags + self.fixed_captions(seed)
+
+    def evaluation_caption(self) -> Caption:
+        """What it is evaluated with: its first caption of tags, or else in natural language, as it is in the file."""
+        if self.natural_share < 1:
+            return Caption(self.tags_caption(0, self.picture.tags[0], None))
+        return Caption(self.natural_captions()[0])
+
+    def natural_captions(self) -> list[str]:
+        """The captions in natural language, if any is used."""
+        return [self.dressed(text) for text in self.picture.natural] if self.natural_share > 0 else []
+
+    def tags_caption(self, seed: int, tags: str, variant: int | None) -> str:
+        """Tags as they are trained, in a variant; None changes neither order nor number."""
+        rules = self.rules
+        variation = TagVariation(
+            rules.cache_shuffle_delimiter,
+            rules.keep_first_n_tags,
+            rules.shuffle_tags or rules.cache_shuffle_num > 0,
+            rules.tag_dropout,
+            frozenset(map(plain_tag, rules.protected_tags)),
+        )
 
         def arranged(text: str) -> str:
-            if self.rules.replace_underscores:
-                text = without_underscores(text, delimiter)
-            return shuffled_tags(text, delimiter, seed, self.name, order % number) if number and text else text
+            if rules.replace_underscores:
+                text = without_underscores(text, rules.cache_shuffle_delimiter)
+            return text if variant is None or not text else variation.varied(text, seed, self.name, variant)
 
-        number, delimiter = self.rules.cache_shuffle_num, self.rules.cache_shuffle_delimiter
         return self.dressed(tags, arranged)
 
     def dressed(self, text: str, arranged: Callable[[str], str] = str) -> str:
         """A caption with what stands before it; `arranged` changes all of it but a trigger word it begins with."""
-        prefix, word, delimiter = self.rules.caption_prefix, self.rules.trigger_word, self.rules.cache_shuffle_delimiter
+        prefix, word, delimiter = self.rules.caption_prefix, self.rules.prefix_word, self.rules.cache_shuffle_delimiter
+        if self.rules.unescape_parentheses:
+            text = unescaped(text)
         if not word or not text:
             return prefix + arranged(text)
         rest = "" if text == word else arranged(text.removeprefix(word + delimiter))
         return delimiter.join(filter(None, [word, prefix + rest]))
 
+    # What is cut out of the picture.
+
+    def views(self) -> "list[View]":
+        """Every view of the picture that is trained; the first is the plain one."""
+        return [View(self, mirrored) for mirrored in ((False, True) if self.rules.horizontal_flip else (False,))]
+
+    def view(self, seed: int, showing: int) -> "View":
+        """The view that showing number `showing` is trained with: they take turns, and the first is drawn."""
+        views = self.views()
+        return views[(showing + derive(seed, "view", self.name)) % len(views)]
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether anything but the whole picture is trained."""
+        return self.picture.mask is not None or self.masks_alpha
+
+    @property
+    def masks_alpha(self) -> bool:
+        """Whether the picture's alpha is part of its mask."""
+        return self.rules.alpha_as_mask and self.picture.has_alpha
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A sample's picture as it is cut, mirrored or not: what latents and masks are made from."""
+
+    sample: Sample
+    mirrored: bool = False
+
+    @property
+    def crop(self) -> Crop:
+        """What is made of the picture; the position counts only along the side that is cut."""
+        size, picture = self.sample.size, self.sample.picture
+        x, y = self.sample.rules.position
+        if picture.width * size.height <= size.width * picture.height:
+            x = 0.5
+        if picture.width * size.height >= size.width * picture.height:
+            y = 0.5
+        return Crop(size.width, size.height, (x, y), self.mirrored)
+
+    def crop_facts(self) -> dict[str, str | int | float]:
+        """What a cache key says of the crop; what is as usual is not mentioned, so that older entries stay valid."""
+        crop = self.crop
+        facts: dict[str, str | int | float] = {"width": crop.width, "height": crop.height}
+        if crop.position != (0.5, 0.5):
+            facts |= {"x": crop.position[0], "y": crop.position[1]}
+        return facts | {"mirrored": 1} if self.mirrored else facts
+
     def latent_key(self, vae_identity: str) -> str:
         """Key of its latent in the cache."""
-        return entry_key(
-            "latent", image=self.picture.sha256, width=self.size.width, height=self.size.height, vae=vae_identity
-        )
+        return entry_key("latent", image=self.sample.picture.sha256, vae=vae_identity, **self.crop_facts())
 
     def mask_key(self) -> str:
         """Key of its mask in the cache."""
-        picture = self.picture
+        picture = self.sample.picture
+        alpha = {"alpha_of": picture.sha256} if self.sample.masks_alpha else {}
         return entry_key(
             "mask",
             mask=picture.mask_sha256,
             image_width=picture.width,
             image_height=picture.height,
-            width=self.size.width,
-            height=self.size.height,
+            **alpha,
+            **self.crop_facts(),
         )

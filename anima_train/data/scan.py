@@ -4,21 +4,24 @@ import concurrent.futures
 import functools
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
 from anima_train.core.errors import DataError, SpaceError, count, listed, printable
 from anima_train.core.random import shuffled
-from anima_train.data.buckets import kept_fraction
+from anima_train.data.buckets import SIDE_MULTIPLE, kept_fraction
 from anima_train.data.cache import Cache
-from anima_train.data.captions import BadCaption, read_caption
+from anima_train.data.captions import BadCaption, read_caption, unescaped
 from anima_train.data.facts import FactsMemo
 from anima_train.data.folders import Files, by_stem, stem_of
 from anima_train.data.images import EXTENSIONS, BadImage
-from anima_train.data.rules import DatasetSettings, Rules
-from anima_train.data.samples import Picture, Sample
+from anima_train.data.rules import DatasetSettings, Directory, Rules
+from anima_train.data.samples import Picture, Sample, exact
+from anima_train.data.tables import table_files
 
 CAPTION_FILES = {"tags": ".txt", "nl": "_nl.txt", "mixed": ".txt or _nl.txt"}  # by caption_mode
 
@@ -62,16 +65,18 @@ def scan(
     caches: Sequence[Cache],
     seed: int,
     write: bool,
+    offline: bool = False,
 ) -> Scan:
     """Look at every image of the dataset.
 
     Args:
         dataset: the settings.
-        folders: the resolved path of each directory.
+        folders: the resolved path of each directory; for a dataset of the Hub, its name.
         masks: the resolved mask folder of each directory.
         caches: the cache of each directory.
         seed: for `subsample_ratio`.
         write: whether this process may write the memory of file facts.
+        offline: whether nothing may be looked up on the Hub.
 
     Raises:
         DataError: a folder cannot be read, or captions are missing where that is not allowed; for all folders at once.
@@ -81,7 +86,8 @@ def scan(
     problems: list[str] = []
     for index, (folder, mask_folder, cache) in enumerate(zip(folders, masks, caches, strict=True)):
         try:
-            found = scan_folder(index, folder, mask_folder, dataset.rules(index), cache, seed, write)
+            files = files_of(dataset.directory[index], folder, mask_folder, dataset.rules(index), cache, offline)
+            found = scan_files(index, files, dataset.rules(index), cache, seed, write)
         except DataError as error:
             problems.extend(error.problems)
             continue
@@ -93,7 +99,24 @@ def scan(
     if problems:
         raise DataError(problems)
     total.warnings.extend(duplicates(sample.picture for sample in total.samples))
-    return Scan(total.samples, num_images, total.bad, total.skipped, total.warnings)
+    weights = [dataset.rules(index).weight for index in range(len(folders))]
+    return Scan(weighted(total.samples, weights), num_images, total.bad, total.skipped, total.warnings)
+
+
+def weighted(samples: list[Sample], weights: Sequence[float | None]) -> list[Sample]:
+    """The samples, repeated so that each directory has its share of all that is shown; `weights` by directory.
+
+    All together are shown as often as without weights.
+    """
+    shown: dict[int, Fraction] = defaultdict(Fraction)
+    for sample in samples:
+        shown[sample.directory] += sample.repeats
+    shares = {index: exact(weight) for index, weight in enumerate(weights) if weight is not None and shown[index]}
+    if len(shares) < 2:
+        return samples
+    total, all_shares = sum(shown.values()), sum(shares.values())
+    factors = {index: total * share / all_shares / shown[index] for index, share in shares.items()}
+    return [replace(sample, repeat_factor=factors[sample.directory]) for sample in samples]
 
 
 def duplicates(pictures: Iterable[Picture]) -> Iterator[str]:
@@ -109,17 +132,27 @@ def duplicates(pictures: Iterable[Picture]) -> Iterator[str]:
         yield f"{noun} in the dataset more than once, such as {path}, which equals {original}"
 
 
-def scan_folder(
-    index: int, folder: Path, mask_folder: Path | None, rules: Rules, cache: Cache, seed: int, write: bool
-) -> Scan:
+def files_of(
+    directory: Directory, folder: Path, mask_folder: Path | None, rules: Rules, cache: Cache, offline: bool
+) -> Files:
+    """The files of a directory, whatever it is.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if directory.hf_dataset is not None:
+        return table_files(directory, folder, offline)
+    return Files.of(folder, mask_folder, rules, cache)
+
+
+def scan_files(index: int, files: Files, rules: Rules, cache: Cache, seed: int, write: bool) -> Scan:
     """Look at every image of one directory.
 
     Raises:
-        DataError: the folder cannot be read, or captions are missing where that is not allowed.
+        DataError: captions are missing where that is not allowed.
     """
-    files = Files.of(folder, mask_folder, rules, cache)
-    memo = FactsMemo(cache, "images", folder)
-    mask_memo = FactsMemo(cache, "masks", folder if mask_folder is None else mask_folder)
+    memo = FactsMemo(cache, "images", files.identity)
+    mask_memo = FactsMemo(cache, "masks", files.mask_identity)
     looks, bad = look_at(files, rules, memo, mask_memo)
     warnings = []
     try:
@@ -132,7 +165,9 @@ def scan_folder(
     uncaptioned = [look for look in looks if look.is_uncaptioned]
     if uncaptioned and rules.missing_caption == "error":
         noun = count(len(uncaptioned), "image has", "images have")
-        title = f'{folder}: {noun} no {CAPTION_FILES[rules.caption_mode]} caption, and missing_caption is "error":'
+        title = (
+            f'{files.folder}: {noun} no {CAPTION_FILES[rules.caption_mode]} caption, and missing_caption is "error":'
+        )
         raise DataError([title, *listed([str(look.picture.path) for look in uncaptioned])])
     skipped = []
     usable = []
@@ -170,27 +205,28 @@ def look_at(files: Files, rules: Rules, memo: FactsMemo, mask_memo: FactsMemo) -
 
     def texts(file: str) -> tuple[str, ...]:
         try:
-            text = read_caption(files.folder / file)
+            text = read_caption(files.file(file))
         except BadCaption as error:
             raise BadCaption(f"its caption {file}: {error}") from error
         lines = text.split("\n") if rules.captions_per_line else [text]
         return tuple(line for line in map(str.strip, lines) if line) or ("",)
 
     def look(name: str) -> Look:
-        facts = memo.facts(name)
+        facts = memo.facts(name, files.file(name))
         stem = stem_of(name)
         tags: tuple[str, ...] = ()
         natural: tuple[str, ...] = ()
         if rules.caption_mode != "nl":
-            tags = files.from_json.get(name, ()) or (texts(files.captions[stem][0]) if stem in files.captions else ())
-        if rules.caption_mode != "tags" and stem in files.natural:
-            natural = texts(files.natural[stem][0])
-        mask, mask_sha256 = None, ""
+            tags = files.given.get(name, ()) or (texts(files.captions[stem][0]) if stem in files.captions else ())
+        if rules.caption_mode != "tags":
+            in_file = texts(files.natural[stem][0]) if stem in files.natural else ()
+            natural = files.given_natural.get(name, in_file)
+        mask, stored_mask, mask_sha256 = None, None, ""
         if files.mask_folder is not None and stem in files.masks:
             file = files.masks[stem][0]
-            mask = files.mask_folder / file
+            mask, stored_mask = files.mask_folder / file, files.stored_masks.get(file)
             try:
-                mask_sha256 = mask_memo.facts(file).sha256
+                mask_sha256 = mask_memo.facts(file, files.mask(file)).sha256
             except BadImage as error:
                 raise BadImage(f"its mask {file}: {error}") from error
         caption, *more = tags or ("",)
@@ -204,6 +240,9 @@ def look_at(files: Files, rules: Rules, memo: FactsMemo, mask_memo: FactsMemo) -
             mask_sha256=mask_sha256,
             more_captions=tuple(more),
             natural=tuple(filter(None, natural)),
+            has_alpha=facts.has_alpha,
+            stored=files.stored.get(name),
+            stored_mask=stored_mask,
         )
         return Look(name, picture, not tags and not natural, facts.warnings)
 
@@ -230,7 +269,11 @@ def folder_warnings(files: Files, looks: Sequence[Look], rules: Rules) -> Iterat
     # An image without any caption is counted as that, not as one without natural language.
     mixed = [look for look in looks if rules.caption_mode == "mixed" and look.picture.has_caption]
     is_tagged = rules.caption_mode != "nl"  # whether captions.json and {stem}.txt are used
-    before = rules.trigger_word + rules.caption_prefix
+    before = rules.prefix_word + rules.caption_prefix
+    joined = [] if not rules.varies_tags else [look.file for look in looks if any(look.picture.tags)]
+    if any(rules.cache_shuffle_delimiter in text for look in looks for text in look.picture.tags):
+        joined = []
+    escaped = r"captions with \( or \), which belong in prompts; unescape_parentheses writes ( and )"
     findings: dict[str, list[str]] = {
         "subfolders, which are not searched": files.subfolders,
         "subfolders that are searched under another name, not searched again": files.again,
@@ -257,16 +300,24 @@ def folder_warnings(files: Files, looks: Sequence[Look], rules: Rules) -> Iterat
             for look in looks
             if any(SPECIAL_TOKEN.search(text) for text in (before, *look.picture.tags, *look.picture.natural))
         ],
+        f"captions, none of which holds cache_shuffle_delimiter {rules.cache_shuffle_delimiter!r}, "
+        "so that each is one tag": joined,
+        escaped: [
+            look.file
+            for look in looks
+            if not rules.unescape_parentheses
+            and any(unescaped(text) != text for text in (*look.picture.tags, *look.picture.natural))
+        ],
         "captions without an image": [
             names[0]
             for captions in (files.captions, files.natural)
             for stem, names in captions.items()
             if stem not in stems
         ],
-        "entries of captions.json without an image": [name for name in files.from_json if name not in images],
+        "entries of captions.json without an image": [name for name in files.given if name not in images],
         "captions in .txt files not used, because captions.json has them": [
             files.captions[stem_of(name)][0]
-            for name in files.from_json
+            for name in files.given
             if is_tagged and name in images and stem_of(name) in files.captions
         ],
         "images that share caption and mask, because their names differ in the ending only": [
@@ -311,14 +362,16 @@ def place(file: str, picture: Picture, index: int, rules: Rules, cache: Cache) -
     """
     if min(picture.width, picture.height) < rules.min_image_side:
         raise Unsuitable(f"{picture.width}x{picture.height} is smaller than min_image_side = {rules.min_image_side}")
+    if rules.no_upscale and min(picture.width, picture.height) < SIDE_MULTIPLE:
+        raise Unsuitable(f"{picture.width}x{picture.height} has a side below {SIDE_MULTIPLE} pixels (no_upscale)")
     samples = []
-    for resolution, size in rules.sizes(picture.width / picture.height):
+    for resolution, size in rules.sizes(picture.width, picture.height):
         kept = kept_fraction(picture.width, picture.height, size)
         if kept < rules.min_kept:
             raise Unsuitable(
                 f"{picture.width}x{picture.height} is too far from every bucket: cropping to {size} would keep "
                 f"{kept:.0%} of it (min_kept = {rules.min_kept:g})"
             )
-        name = f"{index}/{printable(file)}@{resolution}"
+        name = f"{index}/{printable(file)}@{size if rules.no_upscale else resolution}"
         samples.append(Sample(name, picture, size, resolution, index, rules, cache))
     return samples

@@ -12,10 +12,11 @@ from PIL import Image
 
 from anima_train.config.config import Config
 from anima_train.data.buckets import Size
-from anima_train.data.images import BadImage, Crop, cover_box, decode
+from anima_train.data.images import BadImage, cover_box, decode
 from anima_train.data.plan import Plan, Timetable, batch_size_for
 from anima_train.data.samples import Sample
 from anima_train.data.scan import Scan
+from anima_train.data.stored import content_of
 from anima_train.model.text import Tokenizers
 from anima_train.optim.groups import GroupRow
 from anima_train.optim.schedules import lr_factor
@@ -219,8 +220,8 @@ def thumbnail(sample: Sample, seed: int) -> Thumbnail:
     Raises:
         BadImage: its pixels are damaged.
     """
-    image = decode(sample.picture.path)
-    box = cover_box(image.size, Crop(sample.size.width, sample.size.height))
+    image = decode(content_of(sample.picture.source))
+    box = cover_box(image.size, sample.views()[0].crop)
     width, height = image.size
     factor = min(1.0, THUMBNAIL_SIDE / max(width, height))
     small = image.resize((max(1, round(width * factor)), max(1, round(height * factor))), Image.Resampling.BOX)

@@ -54,9 +54,10 @@ def cache_costs(
     for sample, captions in samples:
         folder = sample.cache.folder
         num_places = (sample.size.width // PIXELS_PER_LATENT) * (sample.size.height // PIXELS_PER_LATENT)
-        latents[folder, sample.latent_key("")] = LATENT_CHANNELS * num_places * DTYPE_BYTES["float32"]
-        if sample.picture.mask is not None:
-            masks[folder, sample.mask_key()] = num_places * DTYPE_BYTES["float32"]
+        for view in sample.views():
+            latents[folder, view.latent_key("")] = LATENT_CHANNELS * num_places * DTYPE_BYTES["float32"]
+            if sample.has_mask:
+                masks[folder, view.mask_key()] = num_places * DTYPE_BYTES["float32"]
         for caption in [*captions, *([""] if config.uncond_fraction else [])]:
             texts[folder, caption] = text_bytes(config, lengths[caption], model)
     kinds = {"latents": latents, "masks": masks, "captions": texts}

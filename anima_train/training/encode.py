@@ -7,6 +7,7 @@ claimed, and waits at the end only for what another live process is making.
 
 import functools
 import gc
+import hashlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,31 +18,40 @@ from typing import Generic, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image, ImageChops
 from tqdm import tqdm
 
-from anima_train.core.conditions import pad_states
-from anima_train.core.errors import ModelFileError, SpaceError
+from anima_train.core.errors import SpaceError
 from anima_train.core.files import sha256_file
 from anima_train.data.cache import Cache, Claims, DamagedEntry, Kind
-from anima_train.data.images import BadImage, Crop, cover_and_crop, decode, decode_mask, mask_to_latent, to_pixels
+from anima_train.data.images import (
+    BadImage,
+    cover_and_crop,
+    decode,
+    decode_alpha,
+    decode_mask,
+    mask_to_latent,
+    to_pixels,
+)
 from anima_train.data.loader import TextIdentity, read_ahead
-from anima_train.data.samples import Sample
+from anima_train.data.samples import Sample, View
+from anima_train.data.stored import content_of
 from anima_train.model.text import (
     Tokenizers,
-    load_text_encoder,
     load_tokenizers,
     text_encoder_identity,
     tokenize,
     tokenizer_identity,
 )
 from anima_train.model.vae import load_vae
-from anima_train.training.model import ModelFiles, load_llm_adapter
+from anima_train.training.model import ModelFiles
+from anima_train.training.texts import ConditionEncoder
 
 POLL = 0.5  # seconds between looks at what other processes are making
 MESSAGE_EVERY = 60.0  # seconds
 
 Say = Callable[[str], None]
-Source = TypeVar("Source", Sample, str)
+Source = TypeVar("Source", View, str)
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Entry(Generic[Source]):
-    """An entry that the data needs, and what it is made from: a sample, or a caption."""
+    """An entry that the data needs, and what it is made from: a view of a picture, or a caption."""
 
     cache: Cache
     kind: Kind
@@ -76,18 +86,18 @@ class Entry(Generic[Source]):
 class Needed:
     """Every entry that the data needs, each once."""
 
-    latents: list[Entry[Sample]]
-    masks: list[Entry[Sample]]
+    latents: list[Entry[View]]
+    masks: list[Entry[View]]
     texts: list[Entry[str]]
 
     @property
-    def entries(self) -> list[Entry[Sample] | Entry[str]]:
+    def entries(self) -> list[Entry[View] | Entry[str]]:
         """All of them."""
         return [*self.latents, *self.masks, *self.texts]
 
-    def by_cache(self) -> dict[Path, list[Entry[Sample] | Entry[str]]]:
+    def by_cache(self) -> dict[Path, list[Entry[View] | Entry[str]]]:
         """The entries of each cache."""
-        found: dict[Path, list[Entry[Sample] | Entry[str]]] = defaultdict(list)
+        found: dict[Path, list[Entry[View] | Entry[str]]] = defaultdict(list)
         for entry in self.entries:
             found[entry.cache.folder].append(entry)
         return found
@@ -125,22 +135,40 @@ def text_identity(files: ModelFiles, cache_output: bool, dtype: torch.dtype) -> 
 
 
 def needed_entries(
-    samples: Sequence[Sample], vae_id: str, text_id: TextIdentity, seed: int, empty_caption: bool
-) -> Needed:
-    """What these samples need; see `fill_cache` for the arguments."""
-    latents: dict[tuple[Path, str], Entry[Sample]] = {}
-    masks: dict[tuple[Path, str], Entry[Sample]] = {}
+    train: Sequence[Sample], evals: Sequence[Sample], vae_id: str, text_id: TextIdentity, seed: int,
+    empty_caption: bool, with_texts: bool,
+) -> Needed:  # fmt: skip
+    """What these samples need.
+
+    Args:
+        train: what is trained: all views, and all captions that are not drawn for a showing.
+        evals: what the loss is measured on: one view and one caption each.
+        vae_id: of the latents.
+        text_id: of the captions.
+        seed: of the run.
+        empty_caption: whether samples may be trained with the empty caption.
+        with_texts: whether captions are cached at all.
+    """
+    latents: dict[tuple[Path, str], Entry[View]] = {}
+    masks: dict[tuple[Path, str], Entry[View]] = {}
     texts: dict[tuple[Path, str], Entry[str]] = {}
-    for sample in samples:
+
+    def need(sample: Sample, views: Iterable[View], captions: Iterable[str]) -> None:
         cache = sample.cache
-        key = sample.latent_key(vae_id)
-        latents.setdefault((cache.folder, key), Entry(cache, "latent", key, sample))
-        if sample.picture.mask is not None:
-            key = sample.mask_key()
-            masks.setdefault((cache.folder, key), Entry(cache, "mask", key, sample))
-        for caption in [*sample.captions(seed), *([""] if empty_caption else [])]:
+        for view in views:
+            key = view.latent_key(vae_id)
+            latents.setdefault((cache.folder, key), Entry(cache, "latent", key, view))
+            if sample.has_mask:
+                key = view.mask_key()
+                masks.setdefault((cache.folder, key), Entry(cache, "mask", key, view))
+        for caption in captions if with_texts else ():
             key = text_id.key(caption)
             texts.setdefault((cache.folder, key), Entry(cache, "text", key, caption))
+
+    for sample in train:
+        need(sample, sample.views(), [*sample.fixed_captions(seed), *([""] if empty_caption else [])])
+    for sample in evals:
+        need(sample, sample.views()[:1], [sample.evaluation_caption().text])
     return Needed(list(latents.values()), list(masks.values()), list(texts.values()))
 
 
@@ -210,22 +238,22 @@ def wait_for_others(busy: Sequence[Entry[Source]], say: Say) -> list[Entry[Sourc
 
 def latent_bytes(entry: Entry) -> int:
     """Size of a latent's numbers; 0 for other entries."""
-    return entry.source.size.num_tokens * 4 * 16 * 4 if isinstance(entry.source, Sample) else 0
+    return entry.source.sample.size.num_tokens * 4 * 16 * 4 if isinstance(entry.source, View) else 0
 
 
-def pixels(sample: Sample) -> np.ndarray | str:
-    """A sample's pixels as the VAE reads them, or the reason why there are none."""
+def pixels(view: View) -> np.ndarray | str:
+    """A view's pixels as the VAE reads them, or the reason why there are none."""
     try:
-        image = decode(sample.picture.path)
-        if sha256_file(sample.picture.path) != sample.picture.sha256:
+        content = content_of(view.sample.picture.source)
+        if hashlib.sha256(content).hexdigest() != view.sample.picture.sha256:
             return "changed while the run was starting"
-        return to_pixels(cover_and_crop(image, Crop(sample.size.width, sample.size.height)))
+        return to_pixels(cover_and_crop(decode(content), view.crop))
     except (BadImage, OSError) as error:
         return str(error)
 
 
 def encode_latents(
-    missing: Sequence[Entry[Sample]], path: Path, device: torch.device, dtype: torch.dtype, batch_size: int,
+    missing: Sequence[Entry[View]], path: Path, device: torch.device, dtype: torch.dtype, batch_size: int,
     progress: bool, claims: Claims, say: Say,
 ) -> int:  # fmt: skip
     """Encode and store these latents; images that cannot be decoded are rejected with the reason. Returns how many."""
@@ -233,7 +261,7 @@ def encode_latents(
     load = functools.cache(lambda: load_vae(path, dtype, device))  # not at all if others make everything
     bar = tqdm(total=len(missing), desc="latents", unit="image", disable=not progress)
 
-    def store(batch: Sequence[tuple[Entry[Sample], np.ndarray]]) -> None:
+    def store(batch: Sequence[tuple[Entry[View], np.ndarray]]) -> None:
         nonlocal num_encoded
         stacked = torch.from_numpy(np.stack([value for _, value in batch])).to(device)
         for (entry, _), latents in zip(batch, load().encode(stacked).cpu(), strict=True):
@@ -244,15 +272,15 @@ def encode_latents(
                 entry.cache.reject(entry.key, "its latents are not finite")
             claims.release(entry.cache, entry.key)
 
-    def make(entries: Iterator[Entry[Sample]]) -> None:
-        batch: list[tuple[Entry[Sample], np.ndarray]] = []
+    def make(entries: Iterator[Entry[View]]) -> None:
+        batch: list[tuple[Entry[View], np.ndarray]] = []
         for entry, value in read_ahead(entries, lambda entry: (entry, pixels(entry.source))):
             bar.update()
             if isinstance(value, str):
                 entry.cache.reject(entry.key, value)
                 claims.release(entry.cache, entry.key)
                 continue
-            if batch and (len(batch) == batch_size or batch[0][0].source.size != entry.source.size):
+            if batch and (len(batch) == batch_size or batch[0][0].source.sample.size != entry.source.sample.size):
                 store(batch)
                 batch = []
             batch.append((entry, value))
@@ -266,21 +294,19 @@ def encode_latents(
     return num_encoded
 
 
-def encode_masks(missing: Sequence[Entry[Sample]], claims: Claims, say: Say) -> int:
+def encode_masks(missing: Sequence[Entry[View]], claims: Claims, say: Say) -> int:
     """Store these masks; a mask that cannot be decoded rejects its image. Returns how many."""
     num_stored = 0
 
-    def make(entries: Iterator[Entry[Sample]]) -> None:
+    def make(entries: Iterator[Entry[View]]) -> None:
         nonlocal num_stored
         for entry in entries:
-            picture, size = entry.source.picture, entry.source.size
-            assert picture.mask is not None
             try:
-                mask = decode_mask(picture.mask, (picture.width, picture.height))
+                mask = full_mask(entry.source.sample)
             except (BadImage, OSError) as error:
-                entry.cache.reject(entry.key, f"its mask {picture.mask.name}: {error}")
+                entry.cache.reject(entry.key, str(error))
             else:
-                values = torch.from_numpy(mask_to_latent(mask, Crop(size.width, size.height)))
+                values = torch.from_numpy(mask_to_latent(mask, entry.source.crop))
                 entry.cache.save("mask", entry.key, {"mask": values})
                 num_stored += 1
             claims.release(entry.cache, entry.key)
@@ -289,34 +315,38 @@ def encode_masks(missing: Sequence[Entry[Sample]], claims: Claims, say: Say) -> 
     return num_stored
 
 
+def full_mask(sample: Sample) -> Image.Image:
+    """A sample's mask in the size of its picture: its file's, its alpha's, or their product.
+
+    Raises:
+        BadImage: one cannot be decoded.
+    """
+    picture = sample.picture
+    size = (picture.width, picture.height)
+    mask = Image.new("L", size, "white")
+    if picture.mask is not None and picture.mask_source is not None:
+        try:
+            mask = decode_mask(content_of(picture.mask_source), size)
+        except BadImage as error:
+            raise BadImage(f"its mask {picture.mask.name}: {error}") from error
+    if sample.masks_alpha:
+        mask = ImageChops.multiply(mask, decode_alpha(content_of(picture.source)))
+    return mask
+
+
 def encode_texts(
-    missing: Sequence[Entry[str]], files: ModelFiles, with_adapter: bool, tokenizers: Tokenizers,
-    device: torch.device, dtype: torch.dtype, batch_size: int, progress: bool, claims: Claims, say: Say,
+    missing: Sequence[Entry[str]], load: Callable[[], ConditionEncoder], device: torch.device, batch_size: int,
+    progress: bool, claims: Claims, say: Say,
 ) -> int:  # fmt: skip
-    """Encode and store these captions' conditions, in float32 until they are stored. Returns how many."""
+    """Encode and store these captions' conditions. Returns how many."""
     num_encoded = 0
-    load = functools.cache(lambda: load_text_encoder(files.llm, tokenizers, device))
-    load_adapter = functools.cache(lambda: load_llm_adapter(files, torch.float32, device).eval())
+    load = functools.cache(load)  # not at all if others make everything
     bar = tqdm(total=len(missing), desc="captions", unit="caption", disable=not progress)
 
     def make(entries: Iterator[Entry[str]]) -> None:
         nonlocal num_encoded
         while chunk := list(islice(entries, batch_size)):
-            encoded = load().encode([tokenize(tokenizers, entry.source) for entry in chunk])
-            contexts = None
-            if with_adapter:
-                states = pad_states(encoded).to(device)
-                with torch.no_grad():
-                    contexts = load_adapter()(states.qwen, states.t5_ids, states.qwen_mask, states.t5_mask)
-            for row, (entry, text) in enumerate(zip(chunk, encoded, strict=True)):
-                if contexts is not None:
-                    tensors = {"context": contexts[row, : len(text.t5_ids)].to(dtype)}
-                else:
-                    tensors = {"qwen": text.qwen.to(dtype), "t5_ids": text.t5_ids}
-                if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-                    raise ModelFileError(
-                        f"{files.llm}: the caption {entry.source[:60]!r} is encoded to NaN; the file is broken"
-                    )
+            for entry, tensors in zip(chunk, load().encode([entry.source for entry in chunk]), strict=True):
                 entry.cache.save("text", entry.key, tensors)
                 claims.release(entry.cache, entry.key)
                 num_encoded += 1
@@ -325,7 +355,6 @@ def encode_texts(
     share_out(missing, make, claims, say)
     bar.close()
     load.cache_clear()
-    load_adapter.cache_clear()
     free(device)
     return num_encoded
 
@@ -339,8 +368,8 @@ def truncated_captions(captions: Iterable[str], tokenizers: Tokenizers) -> Itera
 
 
 def fill_cache(
-    needed: Needed, files: ModelFiles, with_adapter: bool, share: Share, device: torch.device, dtype: torch.dtype,
-    batch_size: int, progress: bool, say: Say,
+    needed: Needed, files: ModelFiles, with_adapter: bool, share: Share, device: torch.device,
+    text_device: torch.device, dtype: torch.dtype, batch_size: int, progress: bool, say: Say,
 ) -> Encoded:  # fmt: skip
     """Make every missing entry, together with all other processes that do so; returns when none is missing.
 
@@ -349,13 +378,14 @@ def fill_cache(
         files: the model's files.
         with_adapter: whether texts are the LLM adapter's output.
         share: which process this is.
-        device: where the VAE and the text encoder run.
+        device: where the VAE runs.
+        text_device: where the text encoder runs.
         dtype: what the VAE computes in, and conditions are stored in; latents are float32.
         batch_size: images and captions at once.
         progress: whether to show bars.
         say: gets a line about truncated captions.
     """
-    latents = sorted(missing(needed.latents), key=lambda entry: entry.source.size)  # batches have one size
+    latents = sorted(missing(needed.latents), key=lambda entry: entry.source.sample.size)  # batches have one size
     masks = missing(needed.masks)
     # Captions of similar length together: little padding.
     texts = sorted(missing(needed.texts), key=lambda entry: len(entry.source))
@@ -370,8 +400,9 @@ def fill_cache(
             if share.rank == 0:
                 report_truncated([entry.source for entry in texts], tokenizers, say)
             num_texts = encode_texts(
-                share.rotated(texts), files, with_adapter, tokenizers, device, dtype, batch_size, progress, claims, say
-            )
+                share.rotated(texts), lambda: ConditionEncoder(files, with_adapter, tokenizers, text_device, dtype),
+                text_device, batch_size, progress, claims, say,
+            )  # fmt: skip
     return Encoded(num_latents, num_masks, num_texts)
 
 
@@ -405,7 +436,7 @@ def verify_cache(needed: Needed, share: Share) -> tuple[int, int]:
     return num_read, num_damaged
 
 
-def is_damaged(entry: Entry[Sample] | Entry[str]) -> bool:
+def is_damaged(entry: Entry[View] | Entry[str]) -> bool:
     """Whether an entry cannot be read, or is not what was written."""
     try:
         entry.cache.load(entry.kind, entry.key)
@@ -422,10 +453,10 @@ def without_rejected(samples: Sequence[Sample], vae_id: str) -> tuple[list[Sampl
         folder = sample.cache.folder
         if folder not in reasons:
             reasons[folder] = sample.cache.rejected()
-        keys = [sample.latent_key(vae_id)] + ([sample.mask_key()] if sample.picture.mask else [])
-        for key in keys:
-            if key in reasons[folder]:
-                bad[sample.picture.path] = reasons[folder][key]
+        for view in sample.views():
+            for key in [view.latent_key(vae_id), *([view.mask_key()] if sample.has_mask else [])]:
+                if key in reasons[folder]:
+                    bad[sample.picture.path] = reasons[folder][key]
     kept = [sample for sample in samples if sample.picture.path not in bad]
     return kept, [f"{path}: {reason}" for path, reason in bad.items()]
 

@@ -73,7 +73,11 @@ class Evaluation:
 def evaluate(
     transformer: nn.Module, eval_set: EvalSet, loss: Loss, timesteps: Timesteps, accelerator: Accelerator
 ) -> Evaluation:
-    """Measure one set; dropout is off, captions are never dropped. Processes share the batches."""
+    """Measure one set. Processes share the batches.
+
+    Nothing is left to chance: dropout is off, captions and their tags are never dropped or shuffled, nothing is
+    mirrored.
+    """
     was_training = transformer.training
     transformer.eval()
     samples = eval_set.data.samples
@@ -87,10 +91,11 @@ def evaluate(
     def make(point: tuple[tuple[int, ...], int]) -> tuple:
         indices, column = point
         chosen = [samples[index] for index in indices]
+        views = [sample.views()[0] for sample in chosen]
         t = [timesteps.at(QUANTILES[column], sample.size.num_tokens) for sample in chosen]
-        captions = [sample.caption(eval_set.data.seed, 0) for sample in chosen]
+        captions = [sample.evaluation_caption() for sample in chosen]
         noise = [stream(NOISE_SEED, "evaluation", sample.id, column) for sample in chosen]
-        return indices, column, eval_set.data.batch(chosen, captions, t, noise)
+        return indices, column, eval_set.data.batch(views, captions, t, noise)
 
     found: list[tuple[int, int, float]] = []
     for indices, column, batch in read_ahead(points(), make):

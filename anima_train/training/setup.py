@@ -26,7 +26,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def scan_dataset(dataset: Dataset, seed: int, write: bool) -> Scan:
     """Look at every image of a dataset; see `data.scan.scan`."""
-    return scan(dataset.settings, dataset.folders, dataset.masks, dataset.caches, seed, write)
+    return scan(dataset.settings, dataset.folders, dataset.masks, dataset.caches, seed, write, dataset.offline)
 
 
 def scan_all(loaded: LoadedConfig, write: bool) -> dict[str, Scan]:

@@ -5,7 +5,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from anima_train.data.plan import MicroBatch, Plan, Timetable
 from anima_train.data.samples import Sample
 from anima_train.data.scan import Scan
 from anima_train.model.dit import MiniTrainDIT
+from anima_train.model.text import load_tokenizers
 from anima_train.optim.groups import optimizer_groups
 from anima_train.optim.schedules import lr_factor
 from anima_train.training.checkpoints import load_state, save_state, save_weights, saved_states
@@ -32,6 +33,7 @@ from anima_train.training.encode import (
     Share,
     fill_cache,
     needed_entries,
+    report_truncated,
     text_identity,
     vae_identity,
     verify_cache,
@@ -53,8 +55,10 @@ from anima_train.training.setup import (
     report,
     scan_all,
 )
+from anima_train.training.texts import ConditionEncoder, LiveTexts
 from anima_train.training.trackers import start_trackers, track, tracker_names
 
+ROLES = ("train", "regularization")
 MAX_SKIPPED = 10  # steps in a row without a finite gradient
 
 
@@ -98,8 +102,16 @@ def prepare_data(loaded: LoadedConfig, accelerator: Accelerator, prune: bool = F
     vae_id = vae_identity(files)
     dtype = DTYPES[config.model.dtype]
     text_id = text_identity(files, config.learning_rates().by_component["llm_adapter"] == 0, dtype)
-    samples = [sample for found in scans.values() for sample in found.samples]
-    needed = needed_entries(samples, vae_id, text_id, config.seed, config.uncond_fraction > 0)
+    train = scans["train"].samples
+    needed = needed_entries(
+        train,
+        [sample for name, found in scans.items() if name != "train" for sample in found.samples],
+        vae_id,
+        text_id,
+        config.seed,
+        config.uncond_fraction > 0,
+        config.model.cache_text_embeddings,
+    )
     share = Share(accelerator.process_index, accelerator.num_processes)
     if prune and accelerator.is_main_process:
         keys = needed.by_cache()
@@ -117,6 +129,7 @@ def prepare_data(loaded: LoadedConfig, accelerator: Accelerator, prune: bool = F
         bool(text_id.adapter),
         share,
         accelerator.device,
+        text_device(config, accelerator),
         dtype,
         config.caching_batch_size,
         accelerator.is_main_process,
@@ -126,11 +139,41 @@ def prepare_data(loaded: LoadedConfig, accelerator: Accelerator, prune: bool = F
     print(f"cache: {done.num_latents:,} latents, {done.num_masks:,} masks and {done.num_texts:,} texts added")
     bad_fractions = {dataset.name: dataset.settings.max_bad_fraction for dataset in (loaded.train, *loaded.evals)}
     data = {
-        name: CachedData(usable(name, found, bad_fractions[name], vae_id, accelerator), vae_id, text_id, config.seed)
+        name: CachedData(
+            usable(name, found, bad_fractions[name], vae_id, accelerator),
+            vae_id,
+            text_id,
+            config.seed,
+            config.model.cache_text_embeddings,
+        )
         for name, found in scans.items()
     }
     evals = [EvalSet(dataset.name, data[dataset.name], config.eval_batch_sizes()) for dataset in loaded.evals]
     return Prepared(files, data["train"], evals)
+
+
+def text_device(config: Config, accelerator: Accelerator) -> torch.device:
+    """Where captions are encoded."""
+    return accelerator.device if config.model.text_encoder_device == "training" else torch.device("cpu")
+
+
+def with_live_texts(data: Prepared, config: Config, accelerator: Accelerator) -> Prepared:
+    """The data with a text encoder for those captions that are not in the cache, if there are any."""
+    drawn = [sample for sample in data.train.samples if sample.rules.draws_tags]
+    if config.model.cache_text_embeddings and not drawn:
+        return data
+    tokenizers = load_tokenizers(data.files.tokenizer, data.files.t5_tokenizer)
+    if accelerator.is_main_process:
+        uncached = drawn if config.model.cache_text_embeddings else data.train.samples
+        captions = {caption for sample in uncached for caption in sample.captions(config.seed)}
+        report_truncated(sorted(captions), tokenizers, print)
+    device = text_device(config, accelerator)
+    caches_output = bool(data.train.text_identity.adapter)
+    encoder = ConditionEncoder(data.files, caches_output, tokenizers, device, DTYPES[config.model.dtype])
+    live = LiveTexts(encoder)
+    accelerator.print(f"captions are encoded during training, on {device}")
+    evals = [replace(eval_set, data=replace(eval_set.data, encode=live)) for eval_set in data.evals]
+    return replace(data, train=replace(data.train, encode=live), evals=evals)
 
 
 def usable(name: str, found: Scan, max_bad_fraction: float, vae_id: str, accelerator: Accelerator) -> list[Sample]:
@@ -242,6 +285,7 @@ def train(loaded: LoadedConfig, run: RunFolder, accelerator: Accelerator, resume
     with_adapter = rates.by_component["llm_adapter"] != 0
     weights_dtype = DTYPES[config.model.transformer_dtype or config.model.dtype]
     transformer = load_transformer(data.files, with_adapter, weights_dtype, device)
+    data = with_live_texts(data, config, accelerator)
     config.adapter.attach(transformer, rates, config.seed)
     transformer.checkpoint_blocks = config.activation_checkpointing
     transformer.train()
@@ -316,6 +360,8 @@ def train(loaded: LoadedConfig, run: RunFolder, accelerator: Accelerator, resume
     )
     started, seen, seen_here, skipped = time.monotonic(), images_before(plan, timetable, start), 0, 0
     step_loss = torch.zeros((), device=device)
+    has_roles = len({sample.is_regularization for sample in data.train.samples}) > 1
+    role_losses = torch.zeros(2, 2, device=device)  # (train, regularization), (sum, number)
     for task, batch in read_ahead(tasks(plan, timetable, start, accelerator), make_batch):
         # Forward and backward. Each sample weighs the same in the step, whatever the sizes of the micro-batches. DDP
         # averages gradients over processes, so that what is wanted as a sum is multiplied by their number.
@@ -325,6 +371,9 @@ def train(loaded: LoadedConfig, run: RunFolder, accelerator: Accelerator, resume
             share = losses.sum() / task.num_samples * (1.0 if task.counts else 0.0)
             accelerator.backward(share * accelerator.num_processes)
         step_loss += share.detach()
+        if has_roles and task.counts:
+            roles = torch.tensor(batch.is_regularization, device=device).long()
+            role_losses.index_add_(0, roles, torch.stack([losses.detach(), torch.ones_like(losses)], dim=1))
         if not task.last:
             continue
 
@@ -349,6 +398,8 @@ def train(loaded: LoadedConfig, run: RunFolder, accelerator: Accelerator, resume
         optimizer.zero_grad(set_to_none=True)
         loss = float(accelerator.reduce(step_loss, "sum"))
         step_loss.zero_()
+        by_role = accelerator.reduce(role_losses, "sum").tolist() if has_roles else []
+        role_losses.zero_()
 
         # Log.
         step = task.step + 1
@@ -363,6 +414,7 @@ def train(loaded: LoadedConfig, run: RunFolder, accelerator: Accelerator, resume
                 "loss": loss,
                 "lr": config.optimizer.lr * schedule_factor,
                 **{f"lr/{group['component']}": group["lr"] for group in optimizer.param_groups},
+                **{f"loss/{role}": sum_ / n for role, (sum_, n) in zip(ROLES, by_role, strict=False) if n},
                 "grad_norm": norm,
                 "images_per_second": speed,
             }

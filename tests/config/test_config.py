@@ -62,10 +62,6 @@ FROZEN = {f"model.{name}_lr": 0.0 for name in ("self_attn", "cross_attn", "mlp",
             "keep_last: has no effect, as no training state is saved; set checkpoint_every_n_epochs or "
             "checkpoint_every_n_steps or checkpoint_every_n_minutes",
         ),
-        (
-            {"model.cache_text_embeddings": False},
-            "model.cache_text_embeddings: found false, which is not supported yet; remove it",
-        ),
         (FROZEN, "optimizer: lr is 0 for every component that could be trained; nothing would be"),
         ({"optimizer.lr": 0}, "optimizer: lr is 0 for every component that could be trained; nothing would be"),
         (

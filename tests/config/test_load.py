@@ -176,10 +176,8 @@ def test_every_mistake_is_reported_at_once(project):
             "main.toml: optimizer.betas: found [0.9] (a list), expected a list of 2 or more",
             'main.toml: monitoring.enable_wandb: found "yes" (text), expected true or false',
             'dataset.toml: resolutions[0]: found "512" (text), expected an integer or a list',
-            "dataset.toml: shuffle_tags: not supported yet; cache_shuffle_num gives a fixed number of shuffled "
-            "variants; remove it",
             "dataset.toml: directory[0].min_arr: unknown key; did you mean min_ar?",
-            "dataset.toml: directory[1].path: missing, and required",
+            "dataset.toml: directory[1].path: missing, and required; set one of path and hf_dataset",
             'other.toml: directory[0].path: "data/catz" does not exist; did you mean "data/cats"?',
             'main.toml: eval_datasets[1].config: "zoo.toml" does not exist',
         ]

@@ -21,7 +21,7 @@ from anima_train.data.buckets import Size
 from anima_train.data.cache import SCHEMA, Cache, DamagedEntry, entry_key
 from anima_train.data.loader import TextIdentity
 from anima_train.data.rules import Rules
-from anima_train.data.samples import Picture, Sample
+from anima_train.data.samples import Picture, Sample, View
 
 KEY = "ab" + "0" * 62
 KEY2 = "cd" + "0" * 62
@@ -70,25 +70,25 @@ def sample(cache: Cache, **changes: object) -> Sample:
 
 
 def test_a_latent_depends_on_image_size_and_vae_only(cache: Cache):
-    key = sample(cache).latent_key("vae")
+    key = View(sample(cache)).latent_key("vae")
     for change in ({"sha256": "other"}, {"size": Size(64, 32)}, {"size": Size(48, 64)}):
-        assert sample(cache, **change).latent_key("vae") != key
-    assert sample(cache).latent_key("other vae") != key
+        assert View(sample(cache, **change)).latent_key("vae") != key
+    assert View(sample(cache)).latent_key("other vae") != key
     for change in (
         {"path": Path("moved/b.png")}, {"caption": "a dog"}, {"mask_sha256": "other"}, {"mask": None}, {"id": "x"},
         {"directory": 3}, {"resolution": 41}, {"rules": Rules(num_repeats=3)},
     ):  # fmt: skip
-        assert sample(cache, **change).latent_key("vae") == key
+        assert View(sample(cache, **change)).latent_key("vae") == key
 
 
 def test_a_mask_depends_on_mask_image_size_and_size_only(cache: Cache):
-    key = sample(cache).mask_key()
+    key = View(sample(cache)).mask_key()
     for change in (
         {"mask_sha256": "other"}, {"width": 61}, {"height": 41}, {"size": Size(64, 32)}, {"size": Size(48, 64)}
     ):  # fmt: skip
-        assert sample(cache, **change).mask_key() != key
+        assert View(sample(cache, **change)).mask_key() != key
     for change in ({"path": Path("b.png")}, {"mask": Path("n.png")}, {"caption": "a dog"}, {"sha256": "other"}):
-        assert sample(cache, **change).mask_key() == key
+        assert View(sample(cache, **change)).mask_key() == key
 
 
 def test_a_text_depends_on_caption_encoder_tokenizers_adapter_and_dtype():

@@ -8,11 +8,17 @@ import pytest
 
 from anima_train.data.captions import (
     BadCaption,
+    TagVariation,
     read_caption,
     read_captions_json,
-    shuffled_tags,
+    unescaped,
     without_underscores,
 )
+
+
+def shuffled_tags(caption: str, delimiter: str, seed: int, sample: str, variant: int) -> str:
+    return TagVariation(delimiter, shuffles=True).varied(caption, seed, sample, variant)
+
 
 TAGS = "1girl, solo, long hair, blue eyes, smile, outdoors, sky, cloud"
 
@@ -160,3 +166,15 @@ def test_underscores_are_spaces_but_in_emoticons_and_scores(text: str, expected:
 
 def test_tags_end_at_the_delimiter_too():
     assert without_underscores("a_cat | ^_^ | b_dog", " | ") == "a cat | ^_^ | b dog"
+
+
+def test_every_occurrence_of_escaped_parentheses_is_rewritten():
+    assert unescaped(r"saber_\(fate\), (ok), \\") == r"saber_(fate), (ok), \\"
+
+
+def test_a_tag_more_leaves_the_fate_and_order_of_the_others_alone():
+    variation = TagVariation(", ", shuffles=True, dropout=0.5)
+    before = [variation.varied(TAGS, 0, "a", number).split(", ") for number in range(50)]
+    after = [variation.varied(f"{TAGS}, rain", 0, "a", number).split(", ") for number in range(50)]
+    assert [[tag for tag in tags if tag != "rain"] for tags in after] == before
+    assert 0 < sum("rain" in tags for tags in after) < 50

@@ -23,7 +23,7 @@ from anima_train.data.cache import Cache
 from anima_train.data.loader import NUM_THREADS, READ_AHEAD, Batch, CachedData, TextIdentity, read_ahead
 from anima_train.data.plan import Draw, MicroBatch
 from anima_train.data.rules import Rules
-from anima_train.data.samples import Picture, Sample
+from anima_train.data.samples import EMPTY, Caption, Picture, Sample, View
 from anima_train.model.dit import TextStates
 from anima_train.objective.timesteps import Timesteps
 
@@ -56,9 +56,9 @@ def make_data(folder: Path, identity: TextIdentity = OUTPUT, seed: int = 0, mask
         samples.append(Sample(f"0/{name}.png@40", picture, SIZE, 40, 0, Rules(), cache))
     generator = torch.Generator().manual_seed(1)
     for sample in samples:
-        cache.save("latent", sample.latent_key(VAE), {"latents": torch.randn(16, 1, 6, 4, generator=generator)})
+        cache.save("latent", View(sample).latent_key(VAE), {"latents": torch.randn(16, 1, 6, 4, generator=generator)})
         if sample.picture.mask is not None:
-            cache.save("mask", sample.mask_key(), {"mask": torch.rand(1, 6, 4, generator=generator)})
+            cache.save("mask", View(sample).mask_key(), {"mask": torch.rand(1, 6, 4, generator=generator)})
     for caption, rows in ROWS.items():
         values = torch.randn(rows, 8, generator=generator).to(torch.bfloat16)
         states = {"qwen": values[1:], "t5_ids": torch.arange(rows) + 5}
@@ -98,7 +98,7 @@ def test_a_batch_holds_what_is_in_the_cache(data: CachedData):
     batch = batch_of(data, (0, 0), (3, 0))
     for row, index in enumerate((0, 3)):
         sample = data.samples[index]
-        assert torch.equal(batch.latents[row], sample.cache.load("latent", sample.latent_key(VAE))["latents"])
+        assert torch.equal(batch.latents[row], sample.cache.load("latent", View(sample).latent_key(VAE))["latents"])
     assert batch.latents.dtype == batch.noise.dtype == batch.t.dtype == torch.float32
     assert batch.latents.shape == batch.noise.shape == (2, 16, 1, 6, 4)
     assert batch.names == ("0/a.png@40", "0/d.png@40")
@@ -248,7 +248,7 @@ def test_a_showing_picks_the_caption_variant(tmp_path: Path):
     cache = Cache(tmp_path)
     picture = Picture(Path("a.png"), "hash", 64, 96, "one, two, three, four", None, "")
     sample = Sample("0/a.png@40", picture, SIZE, 40, 0, Rules(cache_shuffle_num=3), cache)
-    cache.save("latent", sample.latent_key(VAE), {"latents": torch.zeros(16, 1, 6, 4)})
+    cache.save("latent", View(sample).latent_key(VAE), {"latents": torch.zeros(16, 1, 6, 4)})
     for variant, caption in enumerate(sample.captions(0)):
         cache.save("text", OUTPUT.key(caption), {"context": torch.full((1, 8), variant + 1.0)})
     batch = batch_of(CachedData([sample], VAE, OUTPUT, 0), *[(0, showing) for showing in range(7)])
@@ -287,7 +287,7 @@ def test_samples_without_a_mask_get_ones_beside_one_with(tmp_path: Path):
     assert batch.mask.shape == (2, 1, 1, 6, 4)
     assert torch.equal(batch.mask[0], torch.ones(1, 1, 6, 4))
     masked = data.samples[1]
-    assert torch.equal(batch.mask[1, 0], masked.cache.load("mask", masked.mask_key())["mask"])
+    assert torch.equal(batch.mask[1, 0], masked.cache.load("mask", View(masked).mask_key())["mask"])
     assert batch_of(data, (0, 0), (2, 0)).mask is None
 
 
@@ -296,7 +296,8 @@ def test_samples_without_a_mask_get_ones_beside_one_with(tmp_path: Path):
 
 def test_given_captions_t_and_noise_are_taken_as_they_are(data: CachedData):
     generators = [torch.Generator().manual_seed(seed) for seed in (8, 9)]
-    batch = data.batch(data.samples[:2], ["", "two words"], [0.25, 0.75], generators, counts=False)
+    views = [View(sample) for sample in data.samples[:2]]
+    batch = data.batch(views, [EMPTY, Caption("two words")], [0.25, 0.75], generators, counts=False)
     expected = [torch.randn(16, 1, 6, 4, generator=torch.Generator().manual_seed(seed)) for seed in (8, 9)]
     assert torch.equal(batch.noise, torch.stack(expected))
     assert batch.t.tolist() == [0.25, 0.75]
@@ -316,7 +317,7 @@ def test_a_batch_moves_whole(tmp_path: Path, identity: TextIdentity):
 def test_a_damaged_entry_stops_with_its_name(tmp_path: Path):
     data = make_data(tmp_path)
     sample = data.samples[1]
-    path = sample.cache.path("latent", sample.latent_key(VAE))
+    path = sample.cache.path("latent", View(sample).latent_key(VAE))
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(DataError, match=path.name):
         batch_of(data, (0, 0), (1, 0))

@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from pydantic import ValidationError
 from anima_train.core.errors import MAX_LISTED, DataError, listed, printable
 from anima_train.data.buckets import Size
 from anima_train.data.cache import CACHE_FOLDER, Cache
+from anima_train.data.plan import Plan
 from anima_train.data.rules import DatasetSettings
 from anima_train.data.samples import Picture
 from anima_train.data.scan import Scan, scan
@@ -81,7 +83,7 @@ def pictures(found: Scan) -> list[Picture]:
 
 
 def captions(found: Scan) -> dict[str, str]:
-    return {sample.picture.path.name: sample.caption(0, 0) for sample in found.samples}
+    return {sample.picture.path.name: sample.caption(0, 0).text for sample in found.samples}
 
 
 def the_warning(found: Scan, text: str) -> str:
@@ -119,24 +121,24 @@ def test_false_and_zero_in_a_directory_override_too():
 
 def test_defaults():
     rules = settings().rules(0)
-    assert rules.sizes(1.0) == [(1024, Size(1024, 1024))]
-    assert rules.sizes(0.5) == [(1024, Size(720, 1456))]
+    assert rules.sizes(100, 100) == [(1024, Size(1024, 1024))]
+    assert rules.sizes(100, 200) == [(1024, Size(720, 1456))]
     assert len(rules.buckets[0][1]) == 9
     assert (rules.num_repeats, rules.caption_prefix) == (1, "")
 
 
 def test_every_resolution_has_the_buckets():
     rules = settings({"resolutions": [512, 1024]}).rules(0)
-    assert rules.sizes(2.0) == [(512, Size(720, 368)), (1024, Size(1456, 720))]
+    assert rules.sizes(200, 100) == [(512, Size(720, 368)), (1024, Size(1456, 720))]
 
 
 def test_a_resolution_may_be_a_size_with_its_area():
-    assert settings({"resolutions": [[1280, 720]]}).rules(0).sizes(1.0) == [(960, Size(960, 960))]
+    assert settings({"resolutions": [[1280, 720]]}).rules(0).sizes(100, 100) == [(960, Size(960, 960))]
 
 
 def test_without_buckets_everything_is_square():
     rules = settings({"resolutions": [512], "enable_ar_bucket": False}).rules(0)
-    assert rules.sizes(3.0) == [(512, Size(512, 512))]
+    assert rules.sizes(300, 100) == [(512, Size(512, 512))]
 
 
 @pytest.mark.parametrize("ratios", [[0.75, 1.0], [[3, 4], [2, 2]]])
@@ -147,9 +149,9 @@ def test_ratios_can_be_given(ratios: list):
 
 def test_sizes_can_be_given_and_each_has_the_resolution_of_its_area():
     rules = settings({"size_buckets": [[512, 512], [1024, 512, 1], [1024, 2048]]}).rules(0)
-    assert rules.sizes(1.1) == [(512, Size(512, 512))]
-    assert rules.sizes(2.0) == [(724, Size(1024, 512))]
-    assert rules.sizes(0.4) == [(1448, Size(1024, 2048))]
+    assert rules.sizes(110, 100) == [(512, Size(512, 512))]
+    assert rules.sizes(200, 100) == [(724, Size(1024, 512))]
+    assert rules.sizes(100, 250) == [(1448, Size(1024, 2048))]
 
 
 @pytest.mark.parametrize(
@@ -175,6 +177,14 @@ def test_sizes_can_be_given_and_each_has_the_resolution_of_its_area():
         ({"caption_mode": "both"}, "caption_mode"),
         ({"nl_weight": 1.5}, "nl_weight"),
         ({"recursive": 1}, "recursive"),
+        ({"weight": 0}, "weight"),
+        ({"role": "reg"}, "role"),
+        ({"crop_position": "middle"}, "crop_position"),
+        ({"crop_position": [0.5]}, "crop_position: found [0.5], expected a name, or [x, y] from 0 to 1"),
+        ({"crop_position": [0.5, 1.5]}, "expected a name, or [x, y] from 0 to 1"),
+        ({"tag_dropout": 1.0}, "tag_dropout"),
+        ({"keep_first_n_tags": -1}, "keep_first_n_tags"),
+        ({"protected_tags": [" "]}, "protected_tags: found an empty tag"),
     ],
 )
 def test_wrong_settings_are_refused(keys: dict[str, object], expected: str):
@@ -221,6 +231,24 @@ def test_all_wrong_settings_are_named_at_once():
         ),
         ({"caption_mode": "mixed", "cache_shuffle_num": 2, "nl_weight": 0.7}, {}, []),
         ({"trigger_word": "x", "cache_shuffle_delimiter": ";"}, {}, []),
+        (
+            {"cache_shuffle_num": 2, "shuffle_tags": True, "keep_first_n_tags": 1, "tag_dropout": 0.1},
+            {},
+            ["shuffle_tags has no effect, because of cache_shuffle_num"],
+        ),
+        ({"keep_first_n_tags": 1}, {}, ["keep_first_n_tags has no effect, because of shuffle_tags"]),
+        (
+            {"shuffle_tags": True, "protected_tags": ["a"], "keep_first_n_tags": 1, "cache_shuffle_delimiter": ";"},
+            {},
+            ["protected_tags has no effect, because of tag_dropout"],
+        ),
+        (
+            {},
+            {"role": "regularization", "trigger_word": "x"},
+            ["trigger_word has no effect, because of role"],
+        ),
+        ({"trigger_word": "x"}, {"role": "regularization"}, []),
+        ({"weight": 2.0}, {}, ["weight has no effect, because there is no other directory"]),
         ({"replace_underscores": True, "cache_shuffle_delimiter": ";"}, {}, []),
         ({"min_ar": 0.6}, {"ar_buckets": [1.0]}, []),  # may be meant for other directories
         ({"cache_shuffle_delimiter": ", ", "enable_ar_bucket": True}, {"size_buckets": [[64, 64]]}, []),  # the defaults
@@ -531,7 +559,7 @@ def test_shuffled_captions_take_turns_and_every_resolution_shares_them(folder: P
     texts = first.captions(0)
     assert len(set(texts)) == 3
     assert all(text.startswith("style, ") and len(text.split(", ")) == 6 for text in texts)
-    assert [first.caption(0, showing) for showing in range(6)] == texts * 2
+    assert [first.caption(0, showing).text for showing in range(6)] == texts * 2
     assert second.captions(0) == texts
     assert first.captions(1) != texts
 
@@ -540,7 +568,7 @@ def test_without_shuffling_there_is_one_caption(folder: Path):
     image(folder / "a.png", caption="b, a")
     (sample,) = look(folder).samples
     assert sample.captions(0) == ["b, a"]
-    assert sample.caption(0, 7) == "b, a"
+    assert sample.caption(0, 7).text == "b, a"
 
 
 # Sub-folders
@@ -552,7 +580,7 @@ def test_sub_folders_are_searched_on_request_with_captions_and_masks_of_the_same
     image(folder / "x" / "y" / "a.png", caption="in y")
     image(tmp_path / "masks" / "x" / "a.jpg", caption=None)
     found = look(folder, masks=tmp_path / "masks", recursive=True)
-    assert {sample.id: sample.caption(0, 0) for sample in found.samples} == {
+    assert {sample.id: sample.caption(0, 0).text for sample in found.samples} == {
         "0/a.png@64": "at the top",
         "0/x/a.png@64": "in x",
         "0/x/y/a.png@64": "in y",
@@ -657,7 +685,7 @@ def test_every_folder_may_have_its_captions_json(folder: Path):
     captions_json(folder, {"a.png": "top"})
     captions_json(folder / "x", {"a.png": "below"})
     found = look(folder, recursive=True)
-    assert [sample.caption(0, 0) for sample in found.samples] == ["top", "below"]
+    assert [sample.caption(0, 0).text for sample in found.samples] == ["top", "below"]
     assert found.warnings == []
 
 
@@ -677,7 +705,7 @@ def test_several_captions_take_turns_and_each_is_shuffled(folder: Path):
     image(folder / "a.png", caption=None)
     captions_json(folder, {"a.png": ["one, two, three, four", "five, six, seven, eight, nine"]})
     (sample,) = look(folder).samples
-    assert [sample.caption(0, showing) for showing in range(4)] == sample.captions(0) * 2
+    assert [sample.caption(0, showing).text for showing in range(4)] == sample.captions(0) * 2
     assert sample.captions(0) == ["one, two, three, four", "five, six, seven, eight, nine"]
     (sample,) = look(folder, cache_shuffle_num=3).samples
     texts = sample.captions(0)
@@ -686,7 +714,7 @@ def test_several_captions_take_turns_and_each_is_shuffled(folder: Path):
         sorted(["one", "two", "three", "four"]),
         sorted(["five", "six", "seven", "eight", "nine"]),
     ] * 3
-    assert [sample.caption(0, showing) for showing in range(12)] == texts * 2
+    assert [sample.caption(0, showing).text for showing in range(12)] == texts * 2
 
 
 def test_the_orders_of_the_first_caption_do_not_depend_on_the_others(folder: Path):
@@ -751,7 +779,7 @@ def test_mixed_falls_back_to_the_kind_there_is_with_a_count(bilingual: Path):
     texts = {sample.picture.path.name: sample.captions(0) for sample in found.samples}
     assert texts == {"both.png": ["a, b", "A b."], "nl.png": ["Only nl."], "tags.png": ["t"], "z.png": [""]}
     for sample in found.samples:
-        assert {sample.caption(0, showing) for showing in range(10)} == set(sample.captions(0))
+        assert {sample.caption(0, showing).text for showing in range(10)} == set(sample.captions(0))
     assert "trained with their tags alone: 1, such as tags.png" in the_warning(found, "without a natural-language")
     assert "caption (_nl.txt) alone: 1, such as nl.png" in the_warning(found, "images without tags")
     assert "trained with the empty one: 1, such as z.png" in the_warning(found, "without a .txt or _nl.txt caption")
@@ -765,7 +793,7 @@ def test_each_image_keeps_the_share_of_natural_language_and_so_does_each_epoch(f
         image(folder / f"{number:03}.png", 64, 64, caption="t")
         (folder / f"{number:03}_nl.txt").write_text("N")
     samples = look(folder, caption_mode="mixed", nl_weight=weight).samples
-    shown = [[sample.caption(0, showing) for showing in range(40)] for sample in samples]
+    shown = [[sample.caption(0, showing).text for showing in range(40)] for sample in samples]
     assert all(abs(texts.count("N") - 40 * weight) < 1 for texts in shown)
     for showing in range(3):
         # The phases are independent and uniform: the standard deviation is at most sqrt(200) / 2 = 7.
@@ -780,7 +808,7 @@ def test_both_kinds_take_turns_through_all_their_texts(folder: Path):
         folder, resolutions=[64, 128], caption_mode="mixed", nl_weight=0.4, captions_per_line=True, cache_shuffle_num=3
     )
     sample, other = found.samples
-    shown = [sample.caption(5, showing) for showing in range(300)]
+    shown = [sample.caption(5, showing).text for showing in range(300)]
     natural = [text for text in shown if text.endswith(".")]
     tags = [text for text in shown if not text.endswith(".")]
     assert natural[:6] == ["First.", "Second.", "Third."] * 2
@@ -789,8 +817,8 @@ def test_both_kinds_take_turns_through_all_their_texts(folder: Path):
     assert len(natural) == 120
     assert set(shown) == set(sample.captions(5))
     assert len(sample.captions(5)) == 9
-    assert shown == [other.caption(5, showing) for showing in range(300)]
-    assert shown != [sample.caption(6, showing) for showing in range(300)]
+    assert shown == [other.caption(5, showing).text for showing in range(300)]
+    assert shown != [sample.caption(6, showing).text for showing in range(300)]
 
 
 def test_an_image_named_like_a_natural_language_caption_keeps_its_tags(folder: Path):
@@ -1090,3 +1118,88 @@ def test_folders_with_one_cache_keep_apart_what_they_remember(tmp_path: Path, op
 def test_printable_keeps_letters_and_escapes_the_rest():
     assert printable("a 猫 é 🐈") == "a 猫 é 🐈"
     assert printable("\x1b[0m\n\udcff\u202e") == "\\x1b[0m\\n\\udcff\\u202e"
+
+
+# Sizes, shares and roles
+
+
+def test_without_enlarging_small_images_get_smaller_buckets_of_the_same_aspect(folder: Path):
+    for name, size in {"big": (300, 300), "small": (100, 100), "wide": (150, 75)}.items():
+        image(folder / f"{name}.png", *size)
+    found = look(folder, resolutions=[128, 256], enable_ar_bucket=True, num_ar_buckets=3, no_upscale=True)
+    sizes: dict[str, list[str]] = {}
+    for sample in found.samples:
+        assert sample.size.width <= sample.picture.width
+        assert sample.size.height <= sample.picture.height
+        sizes.setdefault(sample.picture.path.stem, []).append(str(sample.size))
+    assert sizes == {"big": ["128x128", "256x256"], "small": ["96x96"], "wide": ["144x64"]}
+    assert len({sample.id for sample in found.samples}) == 4
+    assert [sample.resolution for sample in found.samples] == [128, 256, 96, 96]
+
+
+def test_enlarging_is_the_default(folder: Path):
+    image(folder / "a.png", 100, 100)
+    assert [str(sample.size) for sample in look(folder, resolutions=[128, 256]).samples] == ["128x128", "256x256"]
+
+
+def test_images_that_fit_no_bucket_unenlarged_are_set_aside(folder: Path):
+    image(folder / "a.png", 100, 12)
+    image(folder / "b.png")
+    found = look(folder, no_upscale=True, min_image_side=1, min_kept=0)
+    assert found.skipped == [f"{folder / 'a.png'}: 100x12 has a side below 16 pixels (no_upscale)"]
+
+
+@pytest.mark.parametrize("weights", [(1, 1), (3, 1), (0.2, 0.8), (1, 7.5)])
+def test_weights_are_shares_of_what_is_seen_in_as_long_an_epoch(tmp_path: Path, weights: tuple[float, float]):
+    folders = []
+    for name, number in (("a", 7), ("b", 20)):
+        for index in range(number):
+            image(tmp_path / name / f"{name}{index}.png")
+        folders.append(tmp_path / name)
+    tables = [{"weight": weight, "num_repeats": repeats} for weight, repeats in zip(weights, (1, 2), strict=True)]
+    dataset = settings(dict(SQUARES), *tables)
+    found = scan(dataset, folders, [None, None], [Cache(tmp_path / "cache")] * 2, 0, False)
+    plan = Plan(found.samples, 0, 1, 1)
+    num_epochs = 40
+    epochs = [plan.draws(epoch) for epoch in range(num_epochs)]
+    per_image = Counter(draw.sample for buckets in epochs for draws in buckets.values() for draw in draws)
+    seen: Counter[int] = Counter()
+    for index, number in per_image.items():
+        seen[found.samples[index].directory] += number
+    total = (7 + 2 * 20) * num_epochs
+    assert abs(seen[0] + seen[1] - total) <= 2
+    assert abs(seen[0] - total * weights[0] / sum(weights)) <= 2
+    for directory in (0, 1):
+        counts = [per_image[index] for index, sample in enumerate(found.samples) if sample.directory == directory]
+        assert max(counts) - min(counts) <= 1
+
+
+def test_a_weight_for_some_directories_only_is_refused():
+    expected = "directory[1]: has no weight, but another has; give one to all, or to none"
+    assert expected in problems({}, {"weight": 1}, {})
+
+
+def test_captions_that_cannot_be_told_apart_into_tags_are_warned_of(folder: Path):
+    image(folder / "a.png", caption="1girl,solo,smile")
+    image(folder / "b.png", caption="one")
+    for keys in ({"shuffle_tags": True}, {"cache_shuffle_num": 2}, {"tag_dropout": 0.1}):
+        assert "none of which holds cache_shuffle_delimiter ', '" in the_warning(look(folder, **keys), "delimiter")
+    assert not any("delimiter" in warning for warning in look(folder).warnings)
+    assert not any(
+        "delimiter" in line for line in look(folder, shuffle_tags=True, cache_shuffle_delimiter=",").warnings
+    )
+
+
+def test_prompt_escapes_in_captions_are_warned_of(folder: Path):
+    image(folder / "a.png", caption=r"saber_\(fate\)")
+    assert "which belong in prompts; unescape_parentheses writes ( and ): 1" in the_warning(look(folder), "prompts")
+    found = look(folder, unescape_parentheses=True)
+    assert captions(found) == {"a.png": "saber_(fate)"}
+    assert not any("prompts" in warning for warning in found.warnings)
+
+
+def test_transparent_images_are_known_from_their_header(folder: Path):
+    Image.new("RGBA", (80, 80), (1, 2, 3, 0)).save(folder / "a.png")
+    image(folder / "b.png")
+    found = look(folder, alpha_as_mask=True)
+    assert [sample.has_mask for sample in found.samples] == [True, False]
