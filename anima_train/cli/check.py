@@ -11,8 +11,10 @@ from anima_train.core.errors import ConfigError
 from anima_train.core.files import write_text
 from anima_train.tools.dataset_report import MAX_THUMBNAILS
 from anima_train.tools.report_html import render
+from anima_train.training.measure import extremes, measure
 from anima_train.training.model import find_model_files
-from anima_train.training.setup import dataset_report, report, scan_all, summary
+from anima_train.training.setup import dataset_report, make_plan, report, scan_all, summary
+from anima_train.training.texts import has_live_texts
 
 
 def check(
@@ -22,6 +24,16 @@ def check(
         Path | None,
         typer.Option(
             dir_okay=False, help="The page to write. Absent: check_CONFIG.html in output_dir.", show_default=False
+        ),
+    ] = None,
+    measure_steps: Annotated[
+        int | None,
+        typer.Option(
+            "--measure",
+            min=1,
+            metavar="N",
+            help="Run N training steps each on the smallest and the largest bucket: memory, time.",
+            show_default=False,
         ),
     ] = None,
     no_html: Annotated[bool, typer.Option("--no-html", help="Write no page, and decode no image for it.")] = False,
@@ -34,7 +46,12 @@ def check(
     files.check_headers()
     scans = scan_all(loaded, write=True)
     print(report(loaded, files, scans, num_processes=1))
-    found = dataset_report(f"Check of {config.name}", loaded, files, scans, 0 if no_html else MAX_THUMBNAILS)
+    measured = []
+    if measure_steps is not None:  # before any picture is decoded: the CPU's peak is that of the process
+        buckets = extremes(make_plan(loaded, scans["train"].samples, num_processes=1))
+        is_live = has_live_texts(loaded.config, scans["train"].samples)
+        measured = measure(loaded, files, buckets, measure_steps, is_live)
+    found = dataset_report(f"Check of {config.name}", loaded, files, scans, 0 if no_html else MAX_THUMBNAILS, measured)
     print(summary(found))
     if not no_html:
         page = html or Path(loaded.config.output_dir) / f"check_{config.stem}.html"

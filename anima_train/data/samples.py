@@ -151,9 +151,12 @@ class Sample:
 
     def evaluation_caption(self) -> Caption:
         """What it is evaluated with: its first caption of tags, or else in natural language, as it is in the file."""
-        if self.natural_share < 1:
-            return Caption(self.tags_caption(0, self.picture.tags[0], None))
-        return Caption(self.natural_captions()[0])
+        return Caption(self.plain_captions()[0])
+
+    def plain_captions(self) -> list[str]:
+        """Every caption as it is in the file, but dressed."""
+        tags = [self.tags_caption(0, text, None) for text in self.picture.tags] if self.natural_share < 1 else []
+        return tags + self.natural_captions()
 
     def natural_captions(self) -> list[str]:
         """The captions in natural language, if any is used."""

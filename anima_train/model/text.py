@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -216,9 +217,19 @@ def load_text_encoder(path: Path, tokenizers: Tokenizers, device: torch.device) 
 
 def text_encoder_width(path: Path) -> int:
     """The width of the states that the text encoder in a file or folder gives, from the headers alone."""
+    return text_encoder_entries(path)["embed_tokens.weight"].shape[1]
+
+
+def num_text_encoder_weights(path: Path) -> int:
+    """How many weights the text encoder in a file or folder has, from the headers alone."""
+    return sum(math.prod(entry.shape) for entry in text_encoder_entries(path).values())
+
+
+def text_encoder_entries(path: Path) -> Mapping[str, Entry]:
+    """The tensors of the text encoder in a file or folder."""
     key = "model.llm_path"
     files = [without_prefix(open_header(file)) for file in weight_files(path, key)]
-    return merge(path, files, key).entries["embed_tokens.weight"].shape[1]
+    return merge(path, files, key).entries
 
 
 def weight_files(path: Path, key: str) -> list[Path]:

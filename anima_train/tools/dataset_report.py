@@ -20,13 +20,16 @@ from anima_train.data.stored import content_of
 from anima_train.model.text import Tokenizers
 from anima_train.optim.groups import GroupRow
 from anima_train.optim.schedules import lr_factor
-from anima_train.tools.report_captions import CaptionFacts, caption_facts, tokenized
+from anima_train.tools.report_captions import CaptionFacts, Missing, caption_facts, missing_words, tokenized
 from anima_train.tools.report_costs import (
     CacheCost,
+    Measured,
     MemoryCost,
     ModelFacts,
     cache_costs,
+    estimated_seconds,
     memory_cost,
+    savings,
 )
 
 MAX_THUMBNAILS = 160
@@ -60,6 +63,8 @@ class Bucket:
     batch_size: int
     short_by: int  # images that the last batch of the first epoch lacks
     memory: MemoryCost | None  # None: not trained
+    measured: Measured | None  # counts instead of `memory`
+    savings: Sequence[str]  # what to change where memory ran out
     thumbnails: Sequence[Thumbnail]
 
 
@@ -77,6 +82,7 @@ class SetReport:
     duplicates: Sequence[Sequence[str]]  # files with the same bytes
     buckets: Sequence[Bucket]
     captions: CaptionFacts
+    missing: Sequence[Missing]  # only of the training set
 
 
 @dataclass(frozen=True)
@@ -92,11 +98,13 @@ class DatasetReport:
     curve: Sequence[tuple[int, float]]  # (step, factor on the learning rates)
     groups: Sequence[GroupRow]
     cache: Sequence[CacheCost]
+    run_seconds: float | None  # None where nothing was measured, or memory ran out
 
 
 def collect(
     title: str, config: Config, notes: Sequence[str], scans: Mapping[str, Scan], plan: Plan, timetable: Timetable,
     groups: Sequence[GroupRow], tokenizers: Tokenizers, model: ModelFacts, max_thumbnails: int,
+    measured: Sequence[Measured],
 ) -> DatasetReport:  # fmt: skip
     """Look at captions, sizes and some of the pictures.
 
@@ -111,21 +119,35 @@ def collect(
         tokenizers: of the model.
         model: for the costs.
         max_thumbnails: pictures in the whole report; 0 decodes no image.
+        measured: instead of the estimates, for some of the training set's buckets.
     """
-    captions = {name: [sample.captions(config.seed) for sample in found.samples] for name, found in scans.items()}
+    captions = {
+        name: [
+            sample.captions(config.seed) if name == "train" else [sample.evaluation_caption().text]
+            for sample in found.samples
+        ]
+        for name, found in scans.items()
+    }
     known = tokenized(tokenizers, ["", *(text for lists in captions.values() for texts in lists for text in texts)])
     draws = plan.draws(0)
+    costs = {(each.size, each.batch_size): each for each in measured}
     sets = []
     for name, found in scans.items():
-        sizes = config.batch_sizes() if name == "train" else config.eval_batch_sizes()
+        is_trained = name == "train"
+        sizes = config.batch_sizes() if is_trained else config.eval_batch_sizes()
         small, damaged = thumbnails(config.seed, found.samples, max_thumbnails // len(scans))
         buckets = []
         for (resolution, size), members in by_bucket(found.samples).items():
             width = batch_size_for(sizes, resolution)
-            shown = len(draws[resolution, size] if name == "train" else members)
-            memory = memory_cost(config, model, size, width) if name == "train" else None
+            shown = len(draws[resolution, size] if is_trained else members)
+            memory = memory_cost(config, model, size, width) if is_trained else None
+            cost = costs.get((size, width)) if is_trained else None
+            ran_out = cost is not None and cost.seconds_per_step is None
+            advice = savings(config, resolution, width) if ran_out else []
             pictures = small[resolution, size]
-            buckets.append(Bucket(resolution, size, len(members), width, short_by(shown, width), memory, pictures))
+            buckets.append(
+                Bucket(resolution, size, len(members), width, short_by(shown, width), memory, cost, advice, pictures)
+            )
         texts_of = {sample.picture.path: texts for sample, texts in zip(found.samples, captions[name], strict=True)}
         sets.append(
             SetReport(
@@ -139,15 +161,19 @@ def collect(
                 duplicates(found.samples),
                 buckets,
                 caption_facts(texts_of.values(), known),
+                list(missing_words(found.samples)) if is_trained else [],
             )
         )
     num_points = min(CURVE_POINTS, timetable.num_steps)
     steps = [*evenly(range(timetable.num_steps), num_points - 1), timetable.num_steps - 1]
     curve = [(step, lr_factor(config.lr_scheduler, step, timetable.num_steps, config.warmup_steps)) for step in steps]
-    samples = (pair for name, found in scans.items() for pair in zip(found.samples, captions[name], strict=True))
+    evals = [sample for name, found in scans.items() if name != "train" for sample in found.samples]
+    seen = times_seen(plan, timetable)
+    num_tokens = sum(times * sample.size.num_tokens for times, sample in zip(seen, plan.samples, strict=True))
     return DatasetReport(
-        title, notes, sets, exposures(plan, timetable), plan.steps_in(0), timetable.num_steps, curve, groups,
-        cache_costs(config, samples, known.lengths, model),
+        title, notes, sets, sorted(Counter(seen).items()), plan.steps_in(0), timetable.num_steps, curve, groups,
+        cache_costs(config, scans["train"].samples, evals, known.lengths, model),
+        estimated_seconds(measured, plan.micro_batches_per_step, timetable.num_steps, num_tokens),
     )  # fmt: skip
 
 
@@ -179,8 +205,8 @@ def duplicates(samples: Iterable[Sample]) -> list[list[str]]:
     return sorted(sorted(group) for group in paths.values() if len(group) > 1)
 
 
-def exposures(plan: Plan, timetable: Timetable) -> list[tuple[int, int]]:
-    """(times seen in the run, samples seen as often)."""
+def times_seen(plan: Plan, timetable: Timetable) -> list[int]:
+    """How often each sample is seen in the run."""
     epoch, steps = timetable.place(timetable.num_steps)
     seen = [plan.shown_before(index, epoch) for index in range(len(plan.samples))]
     if steps:  # the run ends inside an epoch
@@ -188,7 +214,7 @@ def exposures(plan: Plan, timetable: Timetable) -> list[tuple[int, int]]:
             for micro_batch in step.micro_batches:
                 for draw in micro_batch.draws:
                     seen[draw.sample] += 1
-    return sorted(Counter(seen).items())
+    return seen
 
 
 def thumbnails(

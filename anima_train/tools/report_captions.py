@@ -1,10 +1,11 @@
-"""What a set's captions become: lengths in tokens, what the tokenizers cannot read, tags and their likely typos."""
+"""What a set's captions become: lengths in tokens, what tokenizers cannot read, tags, typos, missing trigger words."""
 
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from anima_train.data.samples import Sample
 from anima_train.data.scan import SPECIAL_TOKEN
 from anima_train.model.text import MAX_TOKENS, Tokenizers
 
@@ -13,6 +14,7 @@ AS_TRAINED = {"add_special_tokens": False, "truncation": False, "padding": False
 MAX_TAG = 40  # characters; longer pieces are sentences
 MIN_TYPO = 5  # characters; among shorter words neighbours are common: "hat" and "cat"
 TYPO_RATIO = 3  # a tag this many times as frequent may be what was meant
+MIN_CAPTIONED = 4  # images of a directory; among fewer no first tag is a habit
 
 
 @dataclass(frozen=True)
@@ -111,10 +113,13 @@ def ranked(counter: Counter[str]) -> list[tuple[str, int]]:
 
 def tags_of(caption: str) -> Iterator[str]:
     """What commas and line ends separate, without sentences."""
-    for part in re.split(r"[,\n]", caption):
-        tag = part.strip()
-        if 0 < len(tag) <= MAX_TAG:
-            yield tag
+    return (piece for piece in pieces(caption) if len(piece) <= MAX_TAG)
+
+
+def pieces(caption: str, delimiter: str = ",") -> list[str]:
+    """What the delimiter, commas and line ends separate."""
+    parts = re.split(rf"{re.escape(delimiter)}|[,\n]", caption)
+    return [stripped for part in parts if (stripped := part.strip())]
 
 
 def typos(tags: Mapping[str, int]) -> Iterator[Typo]:
@@ -155,3 +160,59 @@ def one_edit(tag: str, other: str) -> bool:
     if any(letter.isdigit() for letter in left + right):
         return False
     return max(len(left), len(right)) == 1 or (len(left) == 2 and left == right[::-1])
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Images of one directory that lack its trigger word, or what looks like one."""
+
+    directory: int
+    word: str
+    is_set: bool  # trigger_word; else the first tag of most captions
+    images: Sequence[str]
+
+    @property
+    def described(self) -> str:
+        """The word and why it is expected."""
+        return (
+            f"the trigger word {self.word}"
+            if self.is_set
+            else f"{self.word}, which begins most captions of this folder"
+        )
+
+
+def missing_words(samples: Iterable[Sample]) -> Iterator[Missing]:
+    """The directories with images that lack their trigger word, in any of their captions.
+
+    Images for regularization need none.
+    """
+    directories: dict[int, dict[str, Sample]] = defaultdict(dict)
+    for sample in samples:
+        if sample.is_regularization:
+            continue
+        directories[sample.directory].setdefault(str(sample.picture.path), sample)  # once, not for every resolution
+    for directory, images in sorted(directories.items()):
+        rules = next(iter(images.values())).rules
+        tags = {
+            path: [pieces(caption, rules.cache_shuffle_delimiter) for caption in sample.plain_captions()]
+            for path, sample in images.items()
+        }
+        word = rules.trigger_word.strip()
+        expected = word or common_first(tags.values())
+        wanted = set(pieces(expected, rules.cache_shuffle_delimiter))
+        lacking = [path for path, captions in tags.items() if not any(wanted.issubset(caption) for caption in captions)]
+        if lacking:
+            yield Missing(directory, expected, bool(word), lacking)
+
+
+def common_first(images: Iterable[Sequence[Sequence[str]]]) -> str:
+    """The first tag of at least half of the images that have a caption; "" if there is none, or too few images.
+
+    Args:
+        images: the tags of each caption of each.
+    """
+    captioned = [first for captions in images if (first := {tags[0] for tags in captions if tags})]
+    numbers = ranked(Counter(tag for first in captioned for tag in first if len(tag) <= MAX_TAG))
+    if len(captioned) < MIN_CAPTIONED or not numbers or 2 * numbers[0][1] < len(captioned):
+        return ""
+    return numbers[0][0]

@@ -1,12 +1,14 @@
-"""What a run costs in disk and memory: the cache's tensors to the byte, the device's memory as an estimate."""
+"""What a run costs: the cache's tensors to the byte, the device's memory as an estimate or as measured, the time."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from anima_train.adapters.full import Full
 from anima_train.config.config import Config
 from anima_train.data.buckets import Size
-from anima_train.data.samples import Sample
+from anima_train.data.samples import Sample, View
 from anima_train.model.dit import TransformerShape
 from anima_train.model.text import MAX_TOKENS
 from anima_train.model.vae import LATENT_CHANNELS
@@ -30,6 +32,7 @@ class ModelFacts:
     num_trained: int
     source_width: int  # of the Qwen3 states
     context_width: int  # of the LLM adapter's output
+    num_text_weights: int = 0  # of what encodes captions on the device during training, in float32
 
 
 @dataclass(frozen=True)
@@ -42,24 +45,30 @@ class CacheCost:
 
 
 def cache_costs(
-    config: Config, samples: Iterable[tuple[Sample, Sequence[str]]], lengths: Mapping[str, Length], model: ModelFacts
+    config: Config, train: Iterable[Sample], evals: Iterable[Sample], lengths: Mapping[str, Length], model: ModelFacts
 ) -> list[CacheCost]:
-    """What the whole cache holds for these samples, of all datasets, each with its captions.
+    """What the whole cache holds for the samples that are trained and those that the loss is measured on.
 
     The VAE does not matter: it is the same for all.
     """
     latents: dict[tuple, int] = {}
     masks: dict[tuple, int] = {}
     texts: dict[tuple, int] = {}
-    for sample, captions in samples:
+
+    def need(sample: Sample, views: Iterable[View], captions: Iterable[str]) -> None:
         folder = sample.cache.folder
         num_places = (sample.size.width // PIXELS_PER_LATENT) * (sample.size.height // PIXELS_PER_LATENT)
-        for view in sample.views():
+        for view in views:
             latents[folder, view.latent_key("")] = LATENT_CHANNELS * num_places * DTYPE_BYTES["float32"]
             if sample.has_mask:
                 masks[folder, view.mask_key()] = num_places * DTYPE_BYTES["float32"]
-        for caption in [*captions, *([""] if config.uncond_fraction else [])]:
+        for caption in captions if config.model.cache_text_embeddings else ():
             texts[folder, caption] = text_bytes(config, lengths[caption], model)
+
+    for sample in train:
+        need(sample, sample.views(), [*sample.fixed_captions(config.seed), *([""] if config.uncond_fraction else [])])
+    for sample in evals:
+        need(sample, sample.views()[:1], [sample.evaluation_caption().text])
     kinds = {"latents": latents, "masks": masks, "captions": texts}
     return [CacheCost(kind, len(entries), sum(entries.values())) for kind, entries in kinds.items()]
 
@@ -93,15 +102,17 @@ def memory_cost(config: Config, model: ModelFacts, size: Size, batch_size: int) 
     weights_dtype = config.model.transformer_dtype or config.model.dtype
     if isinstance(config.adapter, Full):
         trained = gradient_and_state_bytes(config.optimizer, weights_dtype)
-    else:  # a LoRA is float32, and comes on top of the weights
-        trained = DTYPE_BYTES["float32"] + gradient_and_state_bytes(config.optimizer, "float32")
+    else:  # a LoRA comes on top of the weights, in a dtype of its own
+        dtype = config.adapter.dtype
+        trained = DTYPE_BYTES[dtype] + gradient_and_state_bytes(config.optimizer, dtype)
     shape = model.transformer
     per_block = batch_size * size.num_tokens * shape.width * DTYPE_BYTES[config.model.dtype]
     if config.activation_checkpointing:
         kept = per_block * (shape.num_blocks * KEPT_VALUES_CHECKPOINTED + KEPT_VALUES)
     else:
         kept = per_block * shape.num_blocks * KEPT_VALUES
-    return MemoryCost(model.num_weights * DTYPE_BYTES[weights_dtype], model.num_trained * trained, kept)
+    weights = model.num_weights * DTYPE_BYTES[weights_dtype] + model.num_text_weights * DTYPE_BYTES["float32"]
+    return MemoryCost(weights, model.num_trained * trained, kept)
 
 
 def gradient_and_state_bytes(optimizer: AnyOptimizer, dtype: str) -> int:
@@ -112,6 +123,65 @@ def gradient_and_state_bytes(optimizer: AnyOptimizer, dtype: str) -> int:
     return value + 2 * value
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What a training step on micro-batches of one bucket costs, as it was found."""
+
+    size: Size
+    batch_size: int
+    seconds_per_step: float | None  # with all micro-batches of the step; None: memory ran out
+    peak_bytes: int  # held at once; where memory ran out, until then
+
+    @property
+    def described(self) -> str:
+        """The time of a step, or that there was none."""
+        if self.seconds_per_step is None:
+            return f"out of memory with {readable(self.peak_bytes)} in use"
+        return f"{self.seconds_per_step:.3g} s"
+
+
+def savings(config: Config, resolution: int, batch_size: int) -> list[str]:
+    """What makes the steps of a bucket need less memory and is not done yet, that of least cost first."""
+    found = []
+    if not config.activation_checkpointing:
+        found.append("activation_checkpointing = true")
+    if batch_size > 1:
+        found.append(
+            f"micro_batch_size_per_gpu below {batch_size} at resolution {resolution}, with more "
+            "gradient_accumulation_steps"
+        )
+    found.append(f"a resolution below {resolution}")
+    if config.learning_rates().by_component["llm_adapter"] != 0:
+        found.append("model.llm_adapter_lr = 0")
+    return found
+
+
+def estimated_seconds(
+    measured: Sequence[Measured], micro_batches_per_step: int, num_steps: int, num_tokens: int
+) -> float | None:
+    """How long a run takes: a step's time is linear in its image tokens, and constant outside of what was measured.
+
+    Args:
+        measured: of one or more buckets.
+        micro_batches_per_step: in each measured step.
+        num_steps: of the run.
+        num_tokens: image tokens in all steps of the run.
+
+    Returns:
+        None where nothing was measured, or memory ran out.
+    """
+    points = sorted(
+        (each.batch_size * each.size.num_tokens * micro_batches_per_step, each.seconds_per_step)
+        for each in measured
+        if each.seconds_per_step is not None
+    )
+    if not points or len(points) < len(measured):
+        return None
+    tokens, seconds = zip(*points, strict=True)
+    # The sum of a linear function over all steps is that of their mean.
+    return num_steps * float(np.interp(num_tokens / num_steps, tokens, seconds))
+
+
 def readable(num_bytes: float) -> str:
     """1536 as 1.5 KiB."""
     for unit in ("bytes", "KiB", "MiB"):
@@ -119,6 +189,14 @@ def readable(num_bytes: float) -> str:
             return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
         num_bytes /= 1024
     return f"{num_bytes:.1f} GiB"
+
+
+def readable_time(seconds: float) -> str:
+    """3700 as 1 h 2 min."""
+    if seconds < 60:
+        return f"{seconds:.2g} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"
 
 
 def total_bytes(costs: Iterable[CacheCost]) -> int:

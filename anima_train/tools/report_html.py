@@ -7,7 +7,7 @@ from anima_train.core.errors import printable
 from anima_train.model.text import MAX_TOKENS
 from anima_train.optim.groups import GroupRow
 from anima_train.tools.dataset_report import Bucket, DatasetReport, SetReport, Thumbnail
-from anima_train.tools.report_costs import readable, total_bytes
+from anima_train.tools.report_costs import readable, readable_time, total_bytes
 
 MAX_LINES = 200  # of one list
 MAX_LETTERS = 200  # of a caption
@@ -141,25 +141,59 @@ def run_part(report: DatasetReport) -> str:
             "<h3>Disk for the cache</h3>",
             table(("", "entries", "size"), [*cache, ("total", "", readable(total_bytes(report.cache)))]),
             note("Tensors only; each entry is a file with a short header. Equal images and captions are stored once."),
+            measured_part(report.sets[0].buckets, report.run_seconds),
             memory_part(report.sets[0].buckets),
         ]
     )
 
 
+def measured_part(buckets: Sequence[Bucket], run_seconds: float | None) -> str:
+    """What was measured; nothing if nothing was."""
+    found = [(bucket, cost) for bucket in buckets if (cost := bucket.measured) is not None]
+    if not found:
+        return ""
+    rows = [(bucket.size, bucket.batch_size, readable(cost.peak_bytes), cost.described) for bucket, cost in found]
+    parts = [
+        "<h3>Memory and time of a step, measured</h3>",
+        table(("bucket", "batch", "memory at most", "a step"), rows),
+        note(
+            "Training steps of one process with random latents and captions of full length. On the CPU the memory is "
+            "that of the whole process."
+        ),
+        *(
+            bulleted(f"{bucket.size} needs too much memory; what to change, in order of cost", bucket.savings)
+            for bucket, _ in found
+        ),
+    ]
+    if run_seconds is not None:
+        parts.append(f"<p>The whole run: {text(duration_text(run_seconds))}.</p>")
+    return "\n".join(parts)
+
+
+def duration_text(run_seconds: float) -> str:
+    """How long the run will take, and what is not counted."""
+    return (
+        f"about {readable_time(run_seconds)} in one process, without caching, evaluation and saving (an estimate from "
+        "what was measured)"
+    )
+
+
 def memory_part(buckets: Sequence[Bucket]) -> str:
-    """The estimate for each bucket."""
+    """The estimate for each bucket that was not measured."""
     rows = [
         (bucket.size, bucket.batch_size, *map(readable, (cost.weights, cost.trained, cost.kept, cost.total)))
         for bucket in buckets
-        if (cost := bucket.memory) is not None
+        if bucket.measured is None and (cost := bucket.memory) is not None
     ]
+    if not rows:
+        return ""
     return "\n".join(
         [
             "<h3>Memory of the device, an estimate</h3>",
             table(("bucket", "batch", "weights", "gradients and optimizer", "activations", "total"), rows),
             note(
-                "Nothing was measured. Weights: parameters x bytes. Gradients and optimizer: trained parameters x "
-                "(gradient + moments; for a LoRA its float32 weights too). Activations: batch x image tokens x width x "
+                "None of these was measured. Weights: parameters x bytes. Gradients and optimizer: trained parameters "
+                "x (gradient + moments; for a LoRA its weights too). Activations: batch x image tokens x width x "
                 "bytes x 36 for each block; with activation_checkpointing, 1 for each block and 36 for one. Temporary "
                 "memory comes on top."
             ),
@@ -250,6 +284,10 @@ def caption_part(found: SetReport) -> str:
             f"<h4>Tags: {len(facts.tags):,} different, the {min(MAX_TAGS, len(facts.tags)):,} most frequent</h4>",
             bars(facts.tags[:MAX_TAGS]),
             bulleted("Tags that look like another, mistyped", typos),
+            *(
+                bulleted(f"directory[{item.directory}]: images without {item.described}", item.images)
+                for item in found.missing
+            ),
         ]
     )
 

@@ -1,5 +1,6 @@
 """The model's files found, checked from their headers, and loaded."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from functools import cached_property
@@ -13,7 +14,7 @@ from anima_train.core.errors import ModelFileError, UserError
 from anima_train.model import hub
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
-from anima_train.model.text import find_tokenizer_folder, text_encoder_width
+from anima_train.model.text import find_tokenizer_folder, num_text_encoder_weights, text_encoder_width
 from anima_train.model.weights import (
     ADAPTER_PREFIX,
     DERIVED,
@@ -27,6 +28,8 @@ from anima_train.model.weights import (
     transformer_prefix,
 )
 from anima_train.tools.tiny import tiny_paths, write_tiny
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,11 @@ class ModelFiles:
     def adapter_fingerprint(self) -> str:
         """Hash of the adapter's weights alone, wherever they lie."""
         return fingerprint(self.adapter_header)
+
+    def num_text_weights(self, llm_adapter_lr: float) -> int:
+        """Weights of the text encoder and, where it is frozen, the LLM adapter."""
+        adapter = self.adapter_header.entries.values() if llm_adapter_lr == 0 else ()
+        return num_text_encoder_weights(self.llm) + sum(math.prod(entry.shape) for entry in adapter)
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """The adapter's weights under the names they have in a whole transformer."""

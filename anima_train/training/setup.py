@@ -2,26 +2,26 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from anima_train.adapters.full import Full
 from anima_train.config.load import Dataset, LoadedConfig
-from anima_train.core.errors import DataError, count, listed
+from anima_train.core.errors import ConfigError, DataError, count, listed, printable
 from anima_train.data.plan import Plan, Timetable, batch_size_for
 from anima_train.data.samples import Sample
 from anima_train.data.scan import Scan, scan
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
 from anima_train.model.text import load_tokenizers
-from anima_train.optim.groups import GroupRow, LearningRates, group_table
-from anima_train.tools.dataset_report import DatasetReport, collect, short_by
-from anima_train.tools.report_costs import ModelFacts, readable, total_bytes
-from anima_train.tools.report_html import lr_text
-from anima_train.training.model import ModelFiles
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from anima_train.optim.groups import GroupRow, LearningRates, group_table, optimizer_groups
+from anima_train.tools.dataset_report import DatasetReport, SetReport, collect, short_by
+from anima_train.tools.report_costs import Measured, ModelFacts, readable, total_bytes
+from anima_train.tools.report_html import duration_text, lr_text
+from anima_train.training.model import DTYPES, ModelFiles, load_transformer
+from anima_train.training.texts import has_live_texts
 
 
 def scan_dataset(dataset: Dataset, seed: int, write: bool) -> Scan:
@@ -45,7 +45,24 @@ def scan_all(loaded: LoadedConfig, write: bool) -> dict[str, Scan]:
             problems.extend(f"dataset {dataset.name}: {problem}" for problem in error.problems)
     if problems:
         raise DataError(problems)
+    train = scans[loaded.train.name]
+    for dataset in loaded.evals:
+        found = scans[dataset.name]
+        scans[dataset.name] = replace(found, warnings=[*found.warnings, *overlap(train.samples, found.samples)])
     return scans
+
+
+def overlap(train: Iterable[Sample], evaluation: Iterable[Sample]) -> list[str]:
+    """A warning if images are in the training set and in an evaluation set, whatever the files are called."""
+    trained = {sample.picture.sha256 for sample in train}
+    both = list(dict.fromkeys(sample.picture.path for sample in evaluation if sample.picture.sha256 in trained))
+    if not both:
+        return []
+    are = "is" if len(both) == 1 else "are"
+    return [
+        f"{count(len(both), 'image')} {are} in the training set too, such as {both[0]}; the loss on them shows memory, "
+        "not quality"
+    ]
 
 
 def make_plan(loaded: LoadedConfig, samples: Sequence[Sample], num_processes: int) -> Plan:
@@ -68,6 +85,27 @@ def trainable_transformer(loaded: LoadedConfig, files: ModelFiles) -> MiniTrainD
             transformer.llm_adapter = LLMAdapter(LLMAdapterShape.of(files.adapter_header.entries))
     loaded.config.adapter.attach(transformer, rates, loaded.config.seed)
     return transformer
+
+
+def load_trained(
+    loaded: LoadedConfig, files: ModelFiles, device: torch.device
+) -> tuple[MiniTrainDIT, list[dict[str, Any]]]:
+    """The transformer on a device with what is trained attached, ready for steps, and its parameter groups.
+
+    Raises:
+        ConfigError: nothing is trained.
+    """
+    config = loaded.config
+    rates = config.learning_rates()
+    weights_dtype = DTYPES[config.model.transformer_dtype or config.model.dtype]
+    transformer = load_transformer(files, rates.by_component["llm_adapter"] != 0, weights_dtype, device)
+    config.adapter.attach(transformer, rates, config.seed)
+    transformer.checkpoint_blocks = config.activation_checkpointing
+    transformer.train()
+    groups = optimizer_groups(transformer.named_parameters(), rates, config.optimizer.weight_decay)
+    if not groups:
+        raise ConfigError("nothing is trained: every component that this model has is frozen")
+    return transformer, groups
 
 
 def group_rows(transformer: MiniTrainDIT, rates: LearningRates) -> list[GroupRow]:
@@ -141,9 +179,12 @@ def report(loaded: LoadedConfig, files: ModelFiles, scans: dict[str, Scan], num_
 
 
 def dataset_report(
-    title: str, loaded: LoadedConfig, files: ModelFiles, scans: dict[str, Scan], max_thumbnails: int
-) -> DatasetReport:
+    title: str, loaded: LoadedConfig, files: ModelFiles, scans: dict[str, Scan], max_thumbnails: int,
+    measured: Sequence[Measured] = (),
+) -> DatasetReport:  # fmt: skip
     """All of that and more, for a page with pictures; at most `max_thumbnails` of them.
+
+    What was measured replaces the estimates of its buckets.
 
     Raises:
         ModelFileError: a tokenizer cannot be loaded.
@@ -155,16 +196,18 @@ def dataset_report(
     num_trained = sum(row.num_parameters for row in groups)
     num_all = sum(parameter.numel() for parameter in transformer.parameters())
     adapter = LLMAdapterShape.of(files.adapter_header.entries)
+    is_live = config.model.text_encoder_device == "training" and has_live_texts(config, plan.samples)
     model = ModelFacts(
         TransformerShape.of(files.transformer_header.entries),
         num_weights=num_all if isinstance(config.adapter, Full) else num_all - num_trained,
         num_trained=num_trained,
         source_width=adapter.source_width,
         context_width=adapter.target_width,
+        num_text_weights=files.num_text_weights(config.learning_rates().by_component["llm_adapter"]) if is_live else 0,
     )
     return collect(
         title, config, loaded.notes, scans, plan, make_timetable(loaded, plan), groups,
-        load_tokenizers(files.tokenizer, files.t5_tokenizer), model, max_thumbnails,
+        load_tokenizers(files.tokenizer, files.t5_tokenizer), model, max_thumbnails, measured,
     )  # fmt: skip
 
 
@@ -177,8 +220,37 @@ def summary(found: DatasetReport) -> Report:
             f"captions of {item.name}: {len(facts.lengths):,} different, {len(facts.truncated):,} cut off, "
             f"{len(facts.unknown):,} characters T5 cannot read, {len(facts.typos):,} tags that look mistyped"
         )
+        lines.extend(missing_text(item))
     kinds = ", ".join(f"{cost.number:,} {cost.kind}" for cost in found.cache if cost.number)
     lines.append(f"cache: {kinds}, {readable(total_bytes(found.cache))} in all")
-    memory = max(bucket.memory.total for bucket in found.sets[0].buckets if bucket.memory is not None)
-    lines.append(f"memory: about {readable(memory)} on the device for the largest bucket (an estimate)")
+    lines.extend(costs_text(found))
     return Report(lines)
+
+
+def missing_text(found: SetReport) -> list[str]:
+    """A line about trigger words, if images lack one."""
+    lacking = [
+        f"{count(len(item.images), 'image')} of directory[{item.directory}] without {item.described}"
+        for item in found.missing
+    ]
+    return [printable(f"trigger words of {found.name}: {'; '.join(lacking)}")] if lacking else []
+
+
+def costs_text(found: DatasetReport) -> list[str]:
+    """Memory and time of the training set's buckets: measured, or the estimate for the largest."""
+    buckets = found.sets[0].buckets
+    lines = []
+    for bucket in buckets:
+        if (measured := bucket.measured) is None:
+            continue
+        title = f"measured {bucket.size}, batch {bucket.batch_size:,}:"
+        if measured.seconds_per_step is None:
+            lines.append(f"{title} {measured.described}; what to change, in order of cost: {'; '.join(bucket.savings)}")
+        else:
+            lines.append(f"{title} {measured.described} a step, {readable(measured.peak_bytes)} of memory at most")
+    if not lines:
+        memory = max(bucket.memory.total for bucket in buckets if bucket.memory is not None)
+        lines.append(f"memory: about {readable(memory)} on the device for the largest bucket (an estimate)")
+    if found.run_seconds is not None:
+        lines.append(f"the whole run: {duration_text(found.run_seconds)}")
+    return lines

@@ -3,15 +3,18 @@
 import contextlib
 import functools
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from anima_train.config.config import Config
+from anima_train.config.load import LoadedConfig
 from anima_train.core.conditions import pad_states
 from anima_train.core.errors import ModelFileError
-from anima_train.model.text import Tokenizers, load_text_encoder, tokenize
-from anima_train.training.model import ModelFiles, load_llm_adapter
+from anima_train.data.samples import Sample
+from anima_train.model.text import Tokenizers, load_text_encoder, load_tokenizers, tokenize
+from anima_train.training.model import DTYPES, ModelFiles, load_llm_adapter
 
 NUM_REMEMBERED = 64  # conditions of captions; two resolutions of an image often want the same
 
@@ -59,6 +62,29 @@ class ConditionEncoder:
             if not all(bool(tensor.isfinite().all()) for tensor in entry.values()):
                 raise ModelFileError(f"{self.path}: the caption {caption[:60]!r} is encoded to NaN; the file is broken")
         return tensors
+
+
+def has_live_texts(config: Config, samples: Iterable[Sample]) -> bool:
+    """Whether captions are encoded during training."""
+    return not config.model.cache_text_embeddings or any(sample.rules.draws_tags for sample in samples)
+
+
+def text_device(config: Config, device: torch.device) -> torch.device:
+    """Where captions are encoded, if training is on this device."""
+    return device if config.model.text_encoder_device == "training" else torch.device("cpu")
+
+
+def live_encoder(loaded: LoadedConfig, files: ModelFiles, device: torch.device) -> ConditionEncoder:
+    """What encodes captions during training on this device.
+
+    Raises:
+        ModelFileError: a file cannot be loaded.
+    """
+    config = loaded.config
+    tokenizers = load_tokenizers(files.tokenizer, files.t5_tokenizer)
+    caches_output = config.learning_rates().by_component["llm_adapter"] == 0
+    dtype = DTYPES[config.model.dtype]
+    return ConditionEncoder(files, caches_output, tokenizers, text_device(config, device), dtype)
 
 
 class LiveTexts:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from anima_train.adapters.full import Full
 from anima_train.config.config import Config
 from anima_train.config.load import LoadedConfig
-from anima_train.core.errors import ConfigError, DataError, NumericError, count, listed
+from anima_train.core.errors import DataError, NumericError, count, listed
 from anima_train.core.files import write_text
 from anima_train.core.random import derive
 from anima_train.data.loader import Batch, CachedData, read_ahead
@@ -25,8 +25,6 @@ from anima_train.data.plan import MicroBatch, Plan, Timetable
 from anima_train.data.samples import Sample
 from anima_train.data.scan import Scan
 from anima_train.model.dit import MiniTrainDIT
-from anima_train.model.text import load_tokenizers
-from anima_train.optim.groups import optimizer_groups
 from anima_train.optim.schedules import lr_factor
 from anima_train.training.checkpoints import load_state, save_state, save_weights, saved_states
 from anima_train.training.encode import (
@@ -41,21 +39,21 @@ from anima_train.training.encode import (
 )
 from anima_train.training.evaluate import EvalSet, Evaluation, evaluate
 from anima_train.training.metadata import weights_metadata
-from anima_train.training.model import ModelFiles, find_model_files, load_transformer
+from anima_train.training.model import DTYPES, ModelFiles, find_model_files
 from anima_train.training.objective import compute_loss
 from anima_train.training.run import RunFolder, config_toml, manifest
 from anima_train.training.setup import (
-    DTYPES,
     data_text,
     group_rows,
     groups_text,
+    load_trained,
     make_plan,
     make_timetable,
     plan_text,
     report,
     scan_all,
 )
-from anima_train.training.texts import ConditionEncoder, LiveTexts
+from anima_train.training.texts import LiveTexts, has_live_texts, live_encoder, text_device
 from anima_train.training.trackers import start_trackers, track, tracker_names
 
 ROLES = ("train", "regularization")
@@ -129,7 +127,7 @@ def prepare_data(loaded: LoadedConfig, accelerator: Accelerator, prune: bool = F
         bool(text_id.adapter),
         share,
         accelerator.device,
-        text_device(config, accelerator),
+        text_device(config, accelerator.device),
         dtype,
         config.caching_batch_size,
         accelerator.is_main_process,
@@ -152,28 +150,20 @@ def prepare_data(loaded: LoadedConfig, accelerator: Accelerator, prune: bool = F
     return Prepared(files, data["train"], evals)
 
 
-def text_device(config: Config, accelerator: Accelerator) -> torch.device:
-    """Where captions are encoded."""
-    return accelerator.device if config.model.text_encoder_device == "training" else torch.device("cpu")
-
-
-def with_live_texts(data: Prepared, config: Config, accelerator: Accelerator) -> Prepared:
+def with_live_texts(data: Prepared, loaded: LoadedConfig, accelerator: Accelerator) -> Prepared:
     """The data with a text encoder for those captions that are not in the cache, if there are any."""
-    drawn = [sample for sample in data.train.samples if sample.rules.draws_tags]
-    if config.model.cache_text_embeddings and not drawn:
+    config, samples = loaded.config, data.train.samples
+    if not has_live_texts(config, samples):
         return data
-    tokenizers = load_tokenizers(data.files.tokenizer, data.files.t5_tokenizer)
+    encoder = live_encoder(loaded, data.files, accelerator.device)
+    accelerator.print(f"captions are encoded during training, on {encoder.device}")
     if accelerator.is_main_process:
-        uncached = drawn if config.model.cache_text_embeddings else data.train.samples
-        captions = {caption for sample in uncached for caption in sample.captions(config.seed)}
-        report_truncated(sorted(captions), tokenizers, print)
-    device = text_device(config, accelerator)
-    caches_output = bool(data.train.text_identity.adapter)
-    encoder = ConditionEncoder(data.files, caches_output, tokenizers, device, DTYPES[config.model.dtype])
-    live = LiveTexts(encoder)
-    accelerator.print(f"captions are encoded during training, on {device}")
-    evals = [replace(eval_set, data=replace(eval_set.data, encode=live)) for eval_set in data.evals]
-    return replace(data, train=replace(data.train, encode=live), evals=evals)
+        live = [each for each in samples if each.rules.draws_tags or not config.model.cache_text_embeddings]
+        captions = sorted({caption for sample in live for caption in sample.captions(config.seed)})
+        report_truncated(captions, encoder.tokenizers, print)
+    encode = LiveTexts(encoder)
+    evals = [replace(eval_set, data=replace(eval_set.data, encode=encode)) for eval_set in data.evals]
+    return replace(data, train=replace(data.train, encode=encode), evals=evals)
 
 
 def usable(name: str, found: Scan, max_bad_fraction: float, vae_id: str, accelerator: Accelerator) -> list[Sample]:
@@ -283,18 +273,11 @@ def train(loaded: LoadedConfig, run: RunFolder, accelerator: Accelerator, resume
 
     # Model: base weights, what is trained, its optimizer.
     with_adapter = rates.by_component["llm_adapter"] != 0
-    weights_dtype = DTYPES[config.model.transformer_dtype or config.model.dtype]
-    transformer = load_transformer(data.files, with_adapter, weights_dtype, device)
-    data = with_live_texts(data, config, accelerator)
-    config.adapter.attach(transformer, rates, config.seed)
-    transformer.checkpoint_blocks = config.activation_checkpointing
-    transformer.train()
+    data = with_live_texts(data, loaded, accelerator)
+    transformer, groups = load_trained(loaded, data.files, device)
     rows = group_rows(transformer, rates)
     accelerator.print("\n".join(groups_text(rows)))
-    groups = optimizer_groups(transformer.named_parameters(), rates, config.optimizer.weight_decay)
     parameters = [parameter for group in groups for parameter in group["params"]]
-    if not parameters:
-        raise ConfigError("nothing is trained: every component that this model has is frozen")
     model = accelerator.prepare(transformer)
     optimizer = config.optimizer.build(groups)
 

@@ -1,9 +1,11 @@
 """The commands, as a person types them."""
 
+import re
 import tomllib
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from typer.testing import CliRunner
 
 from anima_train.cli.main import COMMANDS, application, main
@@ -20,6 +22,8 @@ def anima():
     """Run `anima ...`; returns what it printed."""
 
     def invoke(*arguments):
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()  # Accelerate keeps one configuration per process, and a person starts a new one
         result = CliRunner().invoke(application(COMMANDS, "anima"), [str(argument) for argument in arguments])
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
@@ -63,6 +67,18 @@ def test_check_says_why_its_page_cannot_be_written(anima, config, tmp_path):
         anima("check", *config, "--html", tmp_path / "file" / "page.html")
     with pytest.raises(ConfigError, match="exclude each other"):
         anima("check", *config, "--html", tmp_path / "page.html", "--no-html")
+
+
+def test_check_measures_the_smallest_and_the_largest_bucket(anima, config, tmp_path):
+    text = anima("check", *config, "--measure", "2")
+    seconds = [float(number) for number in re.findall(r"measured \d+x\d+, batch 2: (\S+) s a step, \S+ MiB", text)]
+    assert re.findall(r"measured (\d+x\d+),", text) == ["128x128", "192x192"]
+    assert all(seconds)
+    total = float(re.search(r"the whole run: about (\S+) s", text)[1])
+    assert 0.9 * min(seconds) * 200 < total < 1.1 * max(seconds) * 200
+    assert "Memory and time of a step, measured" in (tmp_path / "out" / "check_quickstart.html").read_text()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["check_quickstart.html"]
+    assert "--measure" in anima("check", *config, "--measure", "0")
 
 
 def test_cache_fills_the_cache_once(anima, config):

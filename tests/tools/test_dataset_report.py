@@ -15,6 +15,7 @@ from html.parser import HTMLParser
 import pytest
 import tomli_w
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -27,10 +28,19 @@ from anima_train.model.dit import TransformerShape
 from anima_train.model.text import load_tokenizers, tokenize
 from anima_train.optim.optimizers import AdamW, AdamWKahan
 from anima_train.tools.report_captions import one_edit, tokenized, typos
-from anima_train.tools.report_costs import ModelFacts, gradient_and_state_bytes, memory_cost
-from anima_train.tools.report_html import MAX_LINES, bulleted, curve, histogram, table
+from anima_train.tools.report_costs import (
+    Measured,
+    ModelFacts,
+    estimated_seconds,
+    gradient_and_state_bytes,
+    memory_cost,
+    readable_time,
+    savings,
+)
+from anima_train.tools.report_html import MAX_LINES, bulleted, curve, histogram, render, table
 from anima_train.tools.tiny import tiny_paths
-from anima_train.training.setup import make_plan, scan_all
+from anima_train.training.model import find_model_files
+from anima_train.training.setup import dataset_report, make_plan, make_timetable, scan_all, summary
 
 VOID = {"meta", "br"}
 SIZES = {"a": (200, 200), "b": (300, 200), "c": (200, 300), "d": (310, 190), "e": (200, 210), "f": (100, 140)}
@@ -92,6 +102,8 @@ def make_dataset(folder):
 
 
 def anima(*arguments):
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()  # Accelerate keeps one configuration per process, and a person starts a new one
     result = CliRunner().invoke(application(COMMANDS, "anima"), [str(argument) for argument in arguments])
     if result.exception is not None:
         raise result.exception
@@ -273,6 +285,17 @@ def test_memory_of_the_real_model_is_what_was_measured_elsewhere(checked):
     assert 0.44 < memory_cost(less, facts, Size(1024, 1024), 1).kept / 2**30 < 1.1
 
 
+@pytest.mark.parametrize(
+    ("dtype", "optimizer", "num_bytes"), [("float32", "adamw", 16), ("bfloat16", "adamw_optimi", 14)]
+)
+def test_a_lora_costs_the_bytes_of_its_own_dtype(checked, dtype, optimizer, num_bytes):
+    """Weight, gradient and two moments, and for Kahan what rounding took: 4 * 4, or 2 + 2 + 2 * 4 + 2."""
+    changes = [f"adapter.dtype='{dtype}'", f"optimizer.type='{optimizer}'"]
+    config = load_config(checked / "run.toml", changes).config
+    facts = ModelFacts(TransformerShape(2, 64, 16, 16, 64, 16), 1000, num_trained=10, source_width=8, context_width=8)
+    assert memory_cost(config, facts, Size(64, 64), 1).trained == 10 * num_bytes
+
+
 @pytest.mark.parametrize(("repeats", "lacks"), [(1, 1), (1.5, 0), (2, 2), (3, 0)])
 def test_short_batches_count_what_the_first_epoch_shows(checked, tmp_path, repeats, lacks):
     (tmp_path / "two").mkdir()
@@ -383,3 +406,183 @@ def test_names_in_lists_and_tables_are_escaped_and_long_lists_cut():
     assert shown.count("<li>") == MAX_LINES
     assert "and 5 more" in shown
     assert "<td>&lt;&amp;</td>" in table(["x"], [["<&"]])
+
+
+# Measured costs
+
+
+def report_of(path, measured):
+    """The report of a config in which these buckets were measured."""
+    loaded = load_config(path, [])
+    return dataset_report("x", loaded, find_model_files(loaded), scan_all(loaded, write=False), 0, measured)
+
+
+@pytest.mark.parametrize("max_steps", [3, 7, 40])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_duration_is_that_of_all_planned_steps(checked, tmp_path, max_steps, accumulation):
+    """Where a step takes a second and a millisecond for each image token, so that every step's time is known."""
+    data = {"path": str(checked / "data"), "num_repeats": 3}
+    path = write_config(tmp_path, checked / "tiny", data, max_steps=max_steps, gradient_accumulation_steps=accumulation)
+
+    def seconds(num_tokens):
+        return 1 + num_tokens / 1000
+
+    ends = [(Size(16, 16), 1), (Size(1024, 1024), 9)]
+    measured = [Measured(size, batch, seconds(size.num_tokens * batch * accumulation), 1) for size, batch in ends]
+    loaded = load_config(path, [])
+    plan = make_plan(loaded, scan_all(loaded, write=False)["train"].samples, 1)
+    steps = [step for epoch in range(max_steps) for step in plan.epoch(epoch)][:max_steps]
+    expected = sum(
+        seconds(sum(len(batch.draws) * batch.size.num_tokens for batch in step.micro_batches)) for step in steps
+    )
+    assert make_timetable(loaded, plan).num_steps == max_steps == len(steps)
+    assert report_of(path, measured).run_seconds == pytest.approx(expected)
+
+
+def test_duration_is_unknown_without_measurements_and_constant_beyond_them():
+    one, ran_out = Measured(Size(64, 64), 1, 2.0, 1), Measured(Size(128, 128), 1, None, 1)
+    assert estimated_seconds([], 1, 10, 160) is None
+    assert estimated_seconds([one, ran_out], 1, 10, 160) is None
+    assert estimated_seconds([one], 1, 10, 100) == estimated_seconds([one], 1, 10, 900) == 20
+    steep = [one, Measured(Size(128, 128), 1, 200.0, 1)]  # a line through both is below 0 at few tokens
+    assert estimated_seconds(steep, 1, 10, 10) == 20
+
+
+def test_measured_buckets_replace_their_estimates(checked):
+    before = report_of(checked / "run.toml", [])
+    first, *others = before.sets[0].buckets
+    measured = Measured(first.size, first.batch_size, 1.25, 3 * 2**30)
+    found = report_of(checked / "run.toml", [measured])
+    text, page = str(summary(found)), Page(render(found)).text
+    assert f"measured {first.size}, batch 2: 1.25 s a step, 3.0 GiB of memory at most" in text
+    assert "the whole run: about 8.8 s in one process" in text  # 7 steps
+    assert "(an estimate)" not in text
+    assert "The whole run: about 8.8 s in one process" in page
+    costs, estimates = page.split("Memory and time of a step, measured")[1].split("Memory of the device, an estimate")
+    assert re.search(rf"{first.size}\W+2\W+3\.0 GiB\W+1\.25 s", costs)
+    estimates = estimates.partition("None of these was measured")[0]
+    assert [str(bucket.size) in estimates for bucket in (first, *others)] == [False] + [True] * len(others)
+    assert "measured" not in Page(render(before)).text.replace("None of these was measured", "")
+
+
+def test_memory_that_ran_out_comes_with_what_to_change(checked):
+    first, *_, last = report_of(checked / "run.toml", []).sets[0].buckets
+    measured = [Measured(first.size, 2, 1.0, 2**30), Measured(last.size, 2, None, 5 * 2**30)]
+    found = report_of(checked / "run.toml", measured)
+    text, page = str(summary(found)), Page(render(found)).text
+    assert (
+        f"measured {last.size}, batch 2: out of memory with 5.0 GiB in use; what to change, in order of cost: " in text
+    )
+    assert "activation_checkpointing = true; micro_batch_size_per_gpu below 2 at resolution 192" in text
+    assert f"{last.size} needs too much memory; what to change, in order of cost: 3" in page
+    assert f"{first.size} needs" not in page
+    assert "whole run" not in text + page
+
+
+def test_savings_name_only_what_is_not_done_yet(checked):
+    def keys(*changes, batch_size=1):
+        advice = savings(load_config(checked / "run.toml", changes).config, 1024, batch_size)
+        return [line.split()[0] for line in advice]
+
+    everything = ["activation_checkpointing", "micro_batch_size_per_gpu", "a", "model.llm_adapter_lr"]
+    assert keys("model.llm_adapter_lr=1e-5", batch_size=4) == everything
+    assert keys("activation_checkpointing=true") == ["a"]
+
+
+def test_durations_are_readable():
+    times = {0.25: "0.25 s", 59: "59 s", 61: "1 min", 3570: "1 h 0 min", 3700: "1 h 2 min", 360_000: "100 h 0 min"}
+    assert {seconds: readable_time(seconds) for seconds in times} == times
+
+
+# Trigger words
+
+
+def captioned(folder, captions):
+    """A folder with an image for each caption; None writes none."""
+    folder.mkdir(parents=True)
+    for number, caption in enumerate(captions):
+        Image.new("RGB", (128, 128), (number, number * 7 % 256, 50)).save(folder / f"{number}.png")
+        if caption is not None:
+            (folder / f"{number}.txt").write_text(caption)
+    return str(folder)
+
+
+@pytest.fixture
+def missing(checked, tmp_path):
+    """Check folders given by their captions: (directory, word, whether it is set, numbers of the images)."""
+
+    def run(*directories, **changes):
+        tables = [
+            {"path": captioned(tmp_path / str(index), captions), **keys}
+            for index, (captions, keys) in enumerate(directories)
+        ]
+        dataset = {"resolutions": [64, 128], "directory": tables}
+        path = write_config(tmp_path, checked / "tiny", {}, dataset=dataset, **changes)
+        found = report_of(path, [])
+        lists = [
+            (item.directory, item.word, item.is_set, [int(os.path.basename(name)[:-4]) for name in item.images])
+            for item in found.sets[0].missing
+        ]
+        return lists, found
+
+    return run
+
+
+def test_images_without_the_trigger_word_are_those_without_a_caption(missing):
+    captions = ["smiling, hat", "", None, "sks, hat", "  \n"]
+    keys = {"trigger_word": "sks", "caption_prefix": "photo, ", "cache_shuffle_num": 3}
+    found, report = missing((captions, keys), (captions[:1] * 4, {"trigger_word": "a, b"}))
+    assert found == [(0, "sks", True, [1, 2, 4])]
+    assert "trigger words of train: 3 images of directory[0] without the trigger word sks\n" in str(summary(report))
+    page = Page(render(report)).text
+    assert re.search(r"directory\[0\]: images without the trigger word sks: 3\s+\S+/0/1\.png\s+\S+/0/2\.png", page)
+
+
+def test_a_trigger_word_may_stand_in_the_prefix(missing):
+    assert missing((["", "smile"], {"trigger_word": "sks", "caption_prefix": "photo, sks, "}))[0] == []
+
+
+def test_images_without_the_first_tag_of_most_captions_are_found(missing):
+    captions = ["alice, hat", "Alice, hat", "alice", "hat , alice ,tree", "alicex, hat", None, " alice, sea"]
+    found, report = missing((captions, {}), (["bob, hat"] * 3 + ["hat"], {}), (["x"] * 5, {}))
+    assert found == [(0, "alice", False, [1, 4, 5]), (1, "bob", False, [3])]
+    assert (
+        "trigger words of train: 3 images of directory[0] without alice, which begins most captions of this folder; "
+        "1 image of directory[1] without bob, which begins most captions of this folder"
+    ) in str(summary(report))
+    assert "directory[1]: images without bob, which begins most captions of this folder: 1" in Page(render(report)).text
+
+
+@pytest.mark.parametrize(
+    "captions",
+    [
+        ["alice, hat", "alice, sea", "tree"],  # three images
+        ["alice, hat", "alice, sea", "tree", None],  # three captions
+        ["alice, hat", "alice, sea", "tree", "hat, sea", "sea"],  # fewer than half
+        [None] * 5,
+        ["A sentence that goes on for longer than any tag would, and on"] * 3 + ["hat"],
+    ],
+)
+def test_no_word_is_guessed_from_too_little(missing, captions):
+    found, report = missing((captions, {}))
+    assert found == []
+    assert "trigger words" not in str(summary(report))
+
+
+@pytest.mark.parametrize("number", [0, 1, 5])
+def test_shuffled_captions_are_judged_by_their_first_tag_in_the_file(missing, number):
+    captions = [f"alice, {', '.join(f'{letter}{image}' for letter in 'abcdefgh')}" for image in range(6)] + ["hat, sea"]
+    assert missing((captions, {"cache_shuffle_num": number}))[0] == [(0, "alice", False, [6])]
+
+
+def test_tags_are_separated_by_the_delimiter_too(missing):
+    captions = ["alice | hat"] * 4 + ["hat | alice", "hat"]
+    keys = {"cache_shuffle_delimiter": " | ", "cache_shuffle_num": 1}
+    assert missing((captions, keys))[0] == [(0, "alice", False, [5])]
+
+
+def test_evaluation_sets_need_no_trigger_word(missing, tmp_path):
+    config = {"directory": [{"path": captioned(tmp_path / "held_out", ["alice, hat"] * 4 + ["hat"])}]}
+    found, report = missing((["x"] * 5, {}), eval_datasets=[{"name": "held_out", "config": config}])
+    assert found == []
+    assert report.sets[1].missing == []

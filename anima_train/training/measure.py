@@ -1,0 +1,159 @@
+"""What a training step costs, measured before the run."""
+
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from anima_train.config.load import LoadedConfig
+from anima_train.core.conditions import CONTEXT_ROWS, EncodedText, TextStates, pad_states
+from anima_train.core.random import stream
+from anima_train.data.buckets import Size
+from anima_train.data.loader import Batch
+from anima_train.data.plan import Plan, batch_size_for
+from anima_train.model.llm_adapter import LLMAdapterShape
+from anima_train.model.text import MAX_TOKENS
+from anima_train.model.vae import LATENT_CHANNELS
+from anima_train.tools.report_costs import PIXELS_PER_LATENT, Measured
+from anima_train.training.model import DTYPES, ModelFiles
+from anima_train.training.objective import compute_loss
+from anima_train.training.setup import load_trained
+from anima_train.training.texts import live_encoder
+from anima_train.training.train import make_accelerator
+
+
+def extremes(plan: Plan) -> list[tuple[Size, int]]:
+    """Size and micro-batch size of the buckets with the fewest and the most image tokens in a batch; one if equal."""
+    buckets = {(sample.size, batch_size_for(plan.batch_sizes, sample.resolution)) for sample in plan.samples}
+    ordered = sorted(buckets, key=lambda bucket: (bucket[0].num_tokens * bucket[1], bucket))
+    return list(dict.fromkeys((ordered[0], ordered[-1])))
+
+
+def measure(
+    loaded: LoadedConfig, files: ModelFiles, buckets: Sequence[tuple[Size, int]], num_steps: int, has_live_texts: bool
+) -> list[Measured]:
+    """Run the training steps of a run of one process, and take their time and memory; the result is thrown away.
+
+    Latents, noise and text are random, because nothing is cached yet and their values do not change the cost; captions
+    have all the tokens that are read. No file is written.
+
+    Args:
+        loaded: the configuration.
+        files: of the model.
+        buckets: size and micro-batch size of each. The CPU's peak is that of the process so far, so that the cheapest
+            bucket must come first.
+        num_steps: for each bucket. The first of several is not timed: kernels are chosen in it.
+        has_live_texts: whether captions are encoded during training: the text encoder is in memory then, but does
+            nothing here.
+    """
+    config = loaded.config
+    accelerator = make_accelerator(config, Path(config.output_dir) / loaded.run_name)
+    device = accelerator.device
+    try:
+        texts = live_encoder(loaded, files, accelerator.device) if has_live_texts else None
+        step = training_step(loaded, files, accelerator)
+    except torch.OutOfMemoryError:
+        return [Measured(size, batch_size, None, peak_bytes(device)) for size, batch_size in buckets]
+    measured = []
+    for size, batch_size in buckets:
+        batch = random_batch(loaded, files, size, batch_size)
+        start_peak(device)
+        try:
+            seconds = [timed(step, batch, device) for _ in range(num_steps)]
+        except torch.OutOfMemoryError:
+            measured.append(Measured(size, batch_size, None, peak_bytes(device)))
+        else:
+            measured.append(Measured(size, batch_size, statistics.median(seconds[1:] or seconds), peak_bytes(device)))
+    del texts  # was in memory until now
+    return measured
+
+
+def training_step(loaded: LoadedConfig, files: ModelFiles, accelerator: Accelerator) -> Callable[[Batch], None]:
+    """Load what is trained, and return a function that makes one optimizer update as the training loop does."""
+    config = loaded.config
+    num_micro_batches = config.gradient_accumulation_steps
+    loss_function = config.loss()
+    transformer, groups = load_trained(loaded, files, accelerator.device)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    model = accelerator.prepare(transformer)
+    optimizer = config.optimizer.build(groups)
+    # The optimizer's state, which all steps of a run but the first find in memory.
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+
+    def step(batch: Batch) -> None:
+        optimizer.zero_grad(set_to_none=True)  # here: a step that ran out of memory leaves gradients
+        for _ in range(num_micro_batches):
+            losses = compute_loss(model, batch.to(accelerator.device), loss_function)
+            accelerator.backward(losses.mean() / num_micro_batches)
+        accelerator.clip_grad_norm_(parameters, config.gradient_clipping or math.inf)
+        optimizer.step()
+
+    return step
+
+
+def timed(step: Callable[[Batch], None], batch: Batch, device: torch.device) -> float:
+    """Seconds until the device is done."""
+    started = time.perf_counter()
+    step(batch)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter() - started
+
+
+def random_batch(loaded: LoadedConfig, files: ModelFiles, size: Size, batch_size: int) -> Batch:
+    """A batch as the loader would make it from the cache, in shapes and dtypes."""
+    generator = stream(loaded.config.seed, "measure")
+    shape = (batch_size, LATENT_CHANNELS, 1, size.height // PIXELS_PER_LATENT, size.width // PIXELS_PER_LATENT)
+    return Batch(
+        latents=torch.randn(shape, generator=generator),
+        noise=torch.randn(shape, generator=generator),
+        t=torch.rand(batch_size, generator=generator),
+        text=random_text(loaded, files, batch_size, generator),
+        mask=None,
+        names=(str(size),) * batch_size,
+        is_regularization=(False,) * batch_size,
+    )
+
+
+def random_text(
+    loaded: LoadedConfig, files: ModelFiles, batch_size: int, generator: torch.Generator
+) -> Tensor | TextStates:
+    """The frozen LLM adapter's output, or what a trained one reads."""
+    dtype = DTYPES[loaded.config.model.dtype]
+    shape = LLMAdapterShape.of(files.adapter_header.entries)
+    if loaded.config.learning_rates().by_component["llm_adapter"] == 0:
+        return torch.randn(batch_size, CONTEXT_ROWS, shape.target_width, generator=generator).to(dtype)
+    qwen = torch.randn(MAX_TOKENS, shape.source_width, generator=generator).to(dtype)
+    t5_ids = torch.randint(shape.vocab_size, (MAX_TOKENS,), generator=generator)
+    return pad_states([EncodedText(qwen, t5_ids)] * batch_size)
+
+
+def start_peak(device: torch.device) -> None:
+    """Forget how much memory was in use until now, as far as the device can."""
+    if device.type not in ("cpu", "mps"):
+        torch.accelerator.empty_cache()
+        torch.accelerator.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that was in use: on the CPU by the process since it began, else by tensors since `start_peak`."""
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()  # of the pool, which keeps what it once held
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device)
+    if sys.platform == "win32":
+        import psutil  # which Accelerate needs
+
+        return psutil.Process().memory_info().peak_wset
+    import resource  # which Windows lacks
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
