@@ -2,29 +2,69 @@
 
     python scripts/benchmark.py step [--device cuda] [--width 1280] [--blocks 4] [--side 256] [--rounds 7]
     python scripts/benchmark.py vae  [--device cuda] [--side 256] [--rounds 7]
+    python scripts/benchmark.py cache [--images 2000] [--workers 2] [--rounds 3]
+    python scripts/benchmark.py scan [--images 100000]
 
 `step`: forward and backward of a rank-16 LoRA, ours against diffusers' `CosmosTransformer3DModel`.
 `vae`: encoding one image, 2-D convolutions against diffusers' 3-D ones.
+`cache`: decoding and scaling a folder of JPEG and PNG to 512-pixel buckets, our worker processes against as many that
+    do nothing but call Pillow. The median should be at most 1.15.
+`scan`: seconds and memory that the first and the second look at a folder of images take, and the plan of an epoch. The
+    limits are 60 s and 1 GB.
 
 Absolute times say little on a shared machine; the ratio of two commands run in turn does.
 """
 
 import argparse
+import hashlib
+import multiprocessing
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKLQwenImage, CosmosTransformer3DModel
 from peft import LoraConfig, inject_adapter_in_model
+from PIL import Image
 
 from anima_train.adapters.lora import Lora
+from anima_train.data.buckets import aspect_ratios, nearest, size_of
+from anima_train.data.images import Crop, cover_box
+from anima_train.data.loader import read_ahead
+from anima_train.data.workers import PixelWork, Workers
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.vae import FrameConv, SingleFrameVAE
 from anima_train.optim.groups import COMPONENTS, LearningRates
 
 RANK = 16
 CONTEXT = 1024
+DISTINCT = 60  # images that are really made; the others are the same again
+
+SCAN = """
+import resource, sys, time
+start = time.perf_counter()
+from pathlib import Path
+from anima_train.data.cache import Cache
+from anima_train.data.plan import Plan
+from anima_train.data.rules import DatasetSettings
+from anima_train.data.scan import scan
+imported = time.perf_counter()
+folder = Path(sys.argv[1])
+dataset = DatasetSettings(directory=[{"path": str(folder)}], min_image_side=1, resolutions=[512])
+found = scan(dataset, [folder], [None], [Cache(folder / ".anima_cache")], seed=0, write=True)
+scanned = time.perf_counter()
+steps = Plan(found.samples, 0, 1, 1).epoch(0)
+planned = time.perf_counter()
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+print(f"{len(found.samples):,} samples, {len(steps):,} steps: imports {imported - start:.1f} s, "
+      f"scan {scanned - imported:.1f} s, plan {planned - scanned:.1f} s; peak memory {peak:.2f} GB")
+"""
 
 
 def seconds(function: Callable[[], None], device: torch.device) -> float:
@@ -115,20 +155,101 @@ def benchmark_vae(options: argparse.Namespace, device: torch.device, dtype: torc
     compare(encode_ours, encode_theirs, options.rounds, device)
 
 
+def write_photo(path: Path, generator: np.random.Generator) -> None:
+    """An image with 700 to 2000 pixels on each side that compresses about as a photo does."""
+    width, height = (int(side) for side in generator.integers(700, 2001, 2))
+    x, y = np.meshgrid(np.linspace(0, 3, width), np.linspace(0, 3, height))
+    smooth = [100 + 80 * np.sin(x * a + b) * np.cos(y * c) for a, b, c in generator.uniform(0.5, 4, (3, 3))]
+    grain = generator.normal(0, 6, (height, width, 1))
+    picture = np.stack(smooth, axis=-1) + grain + generator.normal(0, 1, (height, width, 3))
+    Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(path, quality=92)
+
+
+def write_photos(folder: Path, number: int) -> list[PixelWork]:
+    """JPEG and PNG files by turns, and what is to be made of them."""
+    generator = np.random.default_rng(0)
+    sizes = [size_of(512, aspect) for aspect in aspect_ratios(0.5, 2.0, 9)]
+    works = []
+    for index in range(min(number, DISTINCT)):
+        path = folder / f"{index}.{('jpg', 'png')[index % 2]}"
+        write_photo(path, generator)
+        with Image.open(path) as image:
+            size = nearest(image.width / image.height, sizes)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        works.append(PixelWork(path.name, path, digest, Crop(size.width, size.height)))
+    total = sum(work.source.stat().st_size for work in works if isinstance(work.source, Path))
+    print(f"{number:,} images, {len(works)} of them distinct, {total / len(works) / 1e6:.1f} MB each on average")
+    return [works[index] for index in generator.integers(0, len(works), number)]
+
+
+def bare_pillow(work: PixelWork) -> None:
+    """What any trainer has to do, and nothing else."""
+    assert isinstance(work.source, Path)
+    with Image.open(work.source) as image:
+        box = cover_box(image.size, work.crop)
+        size = (work.crop.width, work.crop.height)
+        np.asarray(image.convert("RGB").resize(size, Image.Resampling.LANCZOS, box=box))
+
+
+def benchmark_cache(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
+    """Decoding and scaling, without the VAE."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        multiprocessing.Pool(options.workers) as pool,
+        Workers(options.workers) as workers,
+    ):
+        works = write_photos(Path(folder), options.images)
+
+        def ours() -> None:
+            for _ in read_ahead(works, workers.run, num_threads=workers.num_threads):
+                pass
+
+        def theirs() -> None:
+            for _ in pool.imap_unordered(bare_pillow, works, chunksize=8):
+                pass
+
+        compare(ours, theirs, options.rounds, device)
+
+
+def benchmark_scan(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
+    """Looking at many images, each time in a new process."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        generator = np.random.default_rng(0)
+        for index in range(options.images):
+            path = folder / f"image_{index:07}.png"
+            if index < DISTINCT:
+                pixels = generator.integers(0, 256, (8 + index % 5, 8 + index % 7, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(path)
+            else:
+                path.write_bytes((folder / f"image_{index % DISTINCT:07}.png").read_bytes())
+            path.with_suffix(".txt").write_text(f"one, two, three, four, five, six, number {index}", encoding="utf-8")
+        for start in ("first", "second"):
+            began = time.perf_counter()
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+            found = subprocess.run([sys.executable, "-c", SCAN, name], env=environment, check=True, capture_output=True)
+            print(f"{start} start, {time.perf_counter() - began:.1f} s in all: {found.stdout.decode().strip()}")
+
+
 def main() -> None:
     """Parse the command line and run one benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("step", "vae"))
+    parser.add_argument("what", choices=("step", "vae", "cache", "scan"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--width", type=int, default=1280)
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--side", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--images", type=int, help="default 2,000 for cache, 100,000 for scan")
+    parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     torch.manual_seed(0)
-    {"step": benchmark_step, "vae": benchmark_vae}[options.what](options, device, dtype)
+    if options.images is None:
+        options.images = 100_000 if options.what == "scan" else 2_000
+    benchmarks = {"step": benchmark_step, "vae": benchmark_vae, "cache": benchmark_cache, "scan": benchmark_scan}
+    benchmarks[options.what](options, device, dtype)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ from anima_train.core.errors import DataError, SpaceError
 from anima_train.core.files import atomic_path
 
 SCHEMA = 1  # raise when the meaning of an entry changes
+SCHEMA_FILE = "schema.json"
+FOR_NOW = "for now: "  # begins the reasons that only count for the run that found them
 CACHE_FOLDER = ".anima_cache"  # beside the data
 Kind = Literal["latent", "mask", "text"]
 
@@ -40,7 +42,7 @@ TEMPORARY_LIFE = 3600.0  # seconds after which a temporary file is taken for lef
 ENTRY_NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
 REJECTED_NAME = re.compile(r"[0-9a-f]{64}\.txt")
 CLAIM_NAME = re.compile(r"[0-9a-f]{64}")
-TEMPORARY_NAME = re.compile(r"\.([0-9a-f]{40}|(images|masks)_\w+)\.\w+\.tmp")  # see `atomic_path`
+TEMPORARY_NAME = re.compile(r"\.([0-9a-f]{40}|(images|masks)_\w+|schema\.json)\.\w+\.tmp")  # see `atomic_path`
 
 
 def entry_key(kind: Kind, **depends_on: str | int | float) -> str:
@@ -148,14 +150,35 @@ class Cache:
                 remedy = "removed. Start again to rebuild it"
             raise DataError(f"cache entry damaged: {error}; {remedy}") from error
 
-    def reject(self, key: str, reason: str) -> None:
+    def reject(self, key: str, reason: str, for_now: bool = False) -> None:
         """Remember that the latent or mask of this key cannot be made, so that no run tries again.
+
+        Args:
+            key: of the latent or mask.
+            reason: why not.
+            for_now: whether the next run shall try again: the file could not be read, say.
 
         Raises:
             SpaceError: as `write`.
         """
+        text = FOR_NOW + reason if for_now else reason
         # A reason may name a file, and a file's name may hold bytes that are no UTF-8.
-        self.write(self.rejection(key), reason.encode("utf-8", errors="backslashreplace"))
+        self.write(self.rejection(key), text.encode("utf-8", errors="backslashreplace"))
+
+    def retry(self) -> None:
+        """Forget what earlier runs could not make for the time being.
+
+        Raises:
+            SpaceError: a file cannot be removed.
+        """
+        for path in (self.folder / "rejected").glob("*.txt"):
+            try:
+                if path.read_text(encoding="utf-8", errors="replace").startswith(FOR_NOW):
+                    path.unlink(missing_ok=True)
+            except FileNotFoundError:
+                continue  # another process was faster
+            except OSError as error:
+                raise SpaceError(f"cache folder {self.folder}: {path} could not be removed: {error}") from error
 
     def is_done(self, kind: Kind, key: str) -> bool:
         """Whether there is nothing to do for an entry: it is whole, or cannot be made."""
@@ -168,9 +191,27 @@ class Cache:
     def rejected(self) -> dict[str, str]:
         """Keys of latents and masks that cannot be made, with the reasons."""
         return {
-            path.stem: path.read_text(encoding="utf-8", errors="replace")
+            path.stem: path.read_text(encoding="utf-8", errors="replace").removeprefix(FOR_NOW)
             for path in (self.folder / "rejected").glob("*.txt")
         }
+
+    # Versions
+
+    def newest_schema(self) -> int:
+        """The newest schema that entries were written in; 0 if none is known."""
+        try:
+            return int(json.loads((self.folder / SCHEMA_FILE).read_bytes())["schema"])
+        except (OSError, ValueError, LookupError, TypeError):
+            return 0
+
+    def note_schema(self) -> None:
+        """Say in the folder in which schema entries are written, for versions to come, or for older ones.
+
+        Raises:
+            SpaceError: as `write`.
+        """
+        if self.newest_schema() < SCHEMA:
+            self.write(self.folder / SCHEMA_FILE, json.dumps({"schema": SCHEMA}).encode())
 
     # Claims
 

@@ -148,10 +148,17 @@ def decode(file: Path | bytes) -> Image.Image:
         BadImage: as `probe`, and when the pixels are truncated or damaged; a file that stops is never loaded half.
             JPEG, WebP, AVIF and BMP carry no checksum, so wrong bytes inside a file of full length can go unnoticed.
     """
-    image, turn = load(file)
-    colour, alpha = colour_and_alpha(image)
-    picture = over(to_srgb(colour, image.info.get("icc_profile")), alpha, "white")
-    return upright(picture, turn)
+    picture = load_picture(file)
+    return picture.copy() if isinstance(picture, ImageFile.ImageFile) else picture
+
+
+def decode_and_crop(file: Path | bytes, crop: Crop) -> Image.Image:
+    """`cover_and_crop` of what `decode` gives, without a copy of the whole picture on the way.
+
+    Raises:
+        BadImage: as `decode`.
+    """
+    return cover_and_crop(load_picture(file), crop)
 
 
 def decode_mask(file: Path | bytes, image_size: tuple[int, int]) -> Image.Image:
@@ -362,6 +369,14 @@ def exif_orientation(exif: bytes) -> int:
 # Whole files
 
 
+def load_picture(file: Path | bytes) -> Image.Image:
+    """See `decode`; may be the image of the file itself."""
+    image, turn = load(file)
+    colour, alpha = colour_and_alpha(image)
+    picture = over(to_srgb(colour, image.info.get("icc_profile")), alpha, "white")
+    return upright(picture, turn)
+
+
 def load(file: Path | bytes) -> tuple[Image.Image, int]:
     """The decoded image as it is stored, and its EXIF orientation. JPEG is decoded at full size, never as a draft."""
     content = file if isinstance(file, bytes) else read_file(file)
@@ -421,7 +436,7 @@ def check_jpeg(content: bytes) -> None:
             position += 1
         else:
             position += 2 + int.from_bytes(content[position + 2 : position + 4], "big")
-    if content.find(b"\xff\xd9", position) < 0:
+    if content.rfind(b"\xff\xd9", position) < 0:  # from the end, where it is
         raise BadImage("truncated: the JPEG has no end (EOI marker)")
 
 
@@ -448,7 +463,7 @@ def colour_and_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | Non
     if image.has_transparency_data:  # an alpha channel, or transparent palette entries, or one transparent colour
         layered = image.convert("RGBA")
         return layered.convert(mode), layered.getchannel("A")
-    return image.convert(mode), None
+    return converted(image, mode), None
 
 
 def srgb_transform(icc: bytes | None, mode: str) -> ImageCms.ImageCmsTransform | None:
@@ -477,8 +492,13 @@ def to_srgb(colour: Image.Image, icc: bytes | None) -> Image.Image:
     """The colours as RGB in sRGB; without a usable profile grey and RGB are sRGB, and CMYK is converted plainly."""
     transform = srgb_transform(icc, colour.mode)
     if transform is None:
-        return colour.convert("RGB")
+        return converted(colour, "RGB")
     return transform.apply(colour.convert(transform.input_mode))
+
+
+def converted(image: Image.Image, mode: str) -> Image.Image:
+    """The image in this mode; itself if it is in it already, where `convert` would copy it."""
+    return image if image.mode == mode else image.convert(mode)
 
 
 def over(colour: Image.Image, alpha: Image.Image | None, background: str) -> Image.Image:

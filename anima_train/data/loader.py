@@ -179,14 +179,17 @@ class CachedData:
         )
 
 
-def read_ahead(items: Iterable[Item], make: Callable[[Item], Result]) -> Iterator[Result]:
+def read_ahead(
+    items: Iterable[Item], make: Callable[[Item], Result], *, num_threads: int = NUM_THREADS
+) -> Iterator[Result]:
     """`map(make, items)` in order, a few results computed ahead by threads."""
-    with concurrent.futures.ThreadPoolExecutor(NUM_THREADS) as pool:
+    ahead = max(READ_AHEAD, 2 * num_threads)  # so that one slow item does not stop all threads
+    with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
         pending: list[concurrent.futures.Future[Result]] = []
         try:
             for item in items:
                 pending.append(pool.submit(make, item))
-                if len(pending) > READ_AHEAD:
+                if len(pending) > ahead:
                     yield pending.pop(0).result()
             while pending:
                 yield pending.pop(0).result()

@@ -187,7 +187,6 @@ class Timetable:
         epoch = bisect_right(self.first_steps, step) - 1
         return epoch, step - self.first_steps[epoch]
 
-    def ends_epoch(self, step: int) -> int | None:
-        """The number of epochs that are complete after this step, if it is the last of one."""
-        epoch, _ = self.place(step + 1)
-        return epoch if self.first_steps[epoch] == step + 1 else None
+    def epochs_done(self, step: int) -> int:
+        """The number of epochs that are complete after this step, with those behind it that have no step."""
+        return self.place(step + 1)[0]

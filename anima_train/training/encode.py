@@ -5,9 +5,9 @@ Processes that fill one cache, ranks or not, share the work by claims: each begi
 claimed, and waits at the end only for what another live process is making.
 """
 
+import contextlib
 import functools
 import gc
-import hashlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +18,6 @@ from typing import Generic, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageChops
 from tqdm import tqdm
 
 from anima_train.core.errors import SpaceError
@@ -26,16 +25,12 @@ from anima_train.core.files import sha256_file
 from anima_train.data.cache import Cache, Claims, DamagedEntry, Kind
 from anima_train.data.images import (
     BadImage,
-    cover_and_crop,
-    decode,
-    decode_alpha,
-    decode_mask,
-    mask_to_latent,
-    to_pixels,
+    Unreadable,
 )
 from anima_train.data.loader import TextIdentity, read_ahead
 from anima_train.data.samples import Sample, View
-from anima_train.data.stored import content_of
+from anima_train.data.stored import Stored
+from anima_train.data.workers import MaskWork, PixelWork, Workers, num_workers
 from anima_train.model.text import (
     Tokenizers,
     load_tokenizers,
@@ -60,6 +55,7 @@ class Share:
 
     rank: int
     world_size: int
+    local_world_size: int  # processes on this machine
 
     def rotated(self, items: Sequence) -> list:
         """All items; each process begins at another one."""
@@ -94,6 +90,10 @@ class Needed:
     def entries(self) -> list[Entry[View] | Entry[str]]:
         """All of them."""
         return [*self.latents, *self.masks, *self.texts]
+
+    def caches(self) -> list[Cache]:
+        """Their caches, each once."""
+        return list({entry.cache.folder: entry.cache for entry in self.entries}.values())
 
     def by_cache(self) -> dict[Path, list[Entry[View] | Entry[str]]]:
         """The entries of each cache."""
@@ -241,20 +241,47 @@ def latent_bytes(entry: Entry) -> int:
     return entry.source.sample.size.num_tokens * 4 * 16 * 4 if isinstance(entry.source, View) else 0
 
 
-def pixels(view: View) -> np.ndarray | str:
-    """A view's pixels as the VAE reads them, or the reason why there are none."""
+def content_or_path(file: Path | Stored) -> Path | bytes:
+    """What a worker process reads itself, or what it is given."""
+    return file if isinstance(file, Path) else file.read()
+
+
+def pixels(view: View, workers: Workers) -> np.ndarray | BadImage:
+    """A view's pixels, (h, w, 3) uint8, or the reason why there are none."""
+    picture = view.sample.picture
     try:
-        content = content_of(view.sample.picture.source)
-        if hashlib.sha256(content).hexdigest() != view.sample.picture.sha256:
-            return "changed while the run was starting"
-        return to_pixels(cover_and_crop(decode(content), view.crop))
-    except (BadImage, OSError) as error:
-        return str(error)
+        return workers.run(PixelWork(view.sample.id, content_or_path(picture.source), picture.sha256, view.crop))
+    except BadImage as error:
+        return error
+
+
+def mask(view: View, workers: Workers) -> np.ndarray | BadImage:
+    """A view's mask, (1, h // 8, w // 8) float32, or the reason why there is none."""
+    sample = view.sample
+    picture = sample.picture
+    try:
+        work = MaskWork(
+            name=sample.id,
+            mask=None if picture.mask_source is None else content_or_path(picture.mask_source),
+            image=content_or_path(picture.source) if sample.masks_alpha else None,
+            mask_sha256=picture.mask_sha256,
+            image_sha256=picture.sha256,
+            image_size=(picture.width, picture.height),
+            crop=view.crop,
+        )
+        return workers.run(work)
+    except BadImage as error:
+        return error
+
+
+def reject(entry: Entry[View], error: BadImage) -> None:
+    """Remember why an entry cannot be made: for this run, if a later one may read its file."""
+    entry.cache.reject(entry.key, str(error), for_now=isinstance(error, Unreadable))
 
 
 def encode_latents(
     missing: Sequence[Entry[View]], path: Path, device: torch.device, dtype: torch.dtype, batch_size: int,
-    progress: bool, claims: Claims, say: Say,
+    progress: bool, workers: Workers, claims: Claims, say: Say,
 ) -> int:  # fmt: skip
     """Encode and store these latents; images that cannot be decoded are rejected with the reason. Returns how many."""
     num_encoded = 0
@@ -263,8 +290,9 @@ def encode_latents(
 
     def store(batch: Sequence[tuple[Entry[View], np.ndarray]]) -> None:
         nonlocal num_encoded
-        stacked = torch.from_numpy(np.stack([value for _, value in batch])).to(device)
-        for (entry, _), latents in zip(batch, load().encode(stacked).cpu(), strict=True):
+        stacked = torch.from_numpy(np.stack([value for _, value in batch])).to(device)  # (B, h, w, 3)
+        pixels = stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
+        for (entry, _), latents in zip(batch, load().encode(pixels).cpu(), strict=True):
             if bool(latents.isfinite().all()):
                 entry.cache.save("latent", entry.key, {"latents": latents.clone()})
                 num_encoded += 1
@@ -274,10 +302,10 @@ def encode_latents(
 
     def make(entries: Iterator[Entry[View]]) -> None:
         batch: list[tuple[Entry[View], np.ndarray]] = []
-        for entry, value in read_ahead(entries, lambda entry: (entry, pixels(entry.source))):
+        for entry, value in decoded(entries, pixels, workers, batch_size):
             bar.update()
-            if isinstance(value, str):
-                entry.cache.reject(entry.key, value)
+            if isinstance(value, BadImage):
+                reject(entry, value)
                 claims.release(entry.cache, entry.key)
                 continue
             if batch and (len(batch) == batch_size or batch[0][0].source.sample.size != entry.source.sample.size):
@@ -294,44 +322,31 @@ def encode_latents(
     return num_encoded
 
 
-def encode_masks(missing: Sequence[Entry[View]], claims: Claims, say: Say) -> int:
+def decoded(
+    entries: Iterator[Entry[View]], work: Callable[[View, Workers], np.ndarray | BadImage], workers: Workers,
+    batch_size: int = 1,
+) -> Iterator[tuple[Entry[View], np.ndarray | BadImage]]:  # fmt: skip
+    """Entries with what workers make of their views, in order; a batch and more is ready ahead."""
+    num_threads = max(workers.num_threads, batch_size)
+    return read_ahead(entries, lambda entry: (entry, work(entry.source, workers)), num_threads=num_threads)
+
+
+def encode_masks(missing: Sequence[Entry[View]], workers: Workers, claims: Claims, say: Say) -> int:
     """Store these masks; a mask that cannot be decoded rejects its image. Returns how many."""
     num_stored = 0
 
     def make(entries: Iterator[Entry[View]]) -> None:
         nonlocal num_stored
-        for entry in entries:
-            try:
-                mask = full_mask(entry.source.sample)
-            except (BadImage, OSError) as error:
-                entry.cache.reject(entry.key, str(error))
+        for entry, value in decoded(entries, mask, workers):
+            if isinstance(value, BadImage):
+                reject(entry, value)
             else:
-                values = torch.from_numpy(mask_to_latent(mask, entry.source.crop))
-                entry.cache.save("mask", entry.key, {"mask": values})
+                entry.cache.save("mask", entry.key, {"mask": torch.from_numpy(value)})
                 num_stored += 1
             claims.release(entry.cache, entry.key)
 
     share_out(missing, make, claims, say)
     return num_stored
-
-
-def full_mask(sample: Sample) -> Image.Image:
-    """A sample's mask in the size of its picture: its file's, its alpha's, or their product.
-
-    Raises:
-        BadImage: one cannot be decoded.
-    """
-    picture = sample.picture
-    size = (picture.width, picture.height)
-    mask = Image.new("L", size, "white")
-    if picture.mask is not None and picture.mask_source is not None:
-        try:
-            mask = decode_mask(content_of(picture.mask_source), size)
-        except BadImage as error:
-            raise BadImage(f"its mask {picture.mask.name}: {error}") from error
-    if sample.masks_alpha:
-        mask = ImageChops.multiply(mask, decode_alpha(content_of(picture.source)))
-    return mask
 
 
 def encode_texts(
@@ -389,11 +404,16 @@ def fill_cache(
     masks = missing(needed.masks)
     # Captions of similar length together: little padding.
     texts = sorted(missing(needed.texts), key=lambda entry: len(entry.source))
-    with Claims() as claims:
+    if latents or masks or texts:
+        for cache in needed.caches():
+            with contextlib.suppress(SpaceError):  # what is to be written next will tell it better
+                cache.note_schema()
+    number = num_workers(len(latents) + len(masks), share.local_world_size)
+    with Claims() as claims, Workers(number) as workers:
         num_latents = encode_latents(
-            share.rotated(latents), files.vae, device, dtype, batch_size, progress, claims, say
-        )  # fmt: skip
-        num_masks = encode_masks(share.rotated(masks), claims, say)
+            share.rotated(latents), files.vae, device, dtype, batch_size, progress, workers, claims, say
+        )
+        num_masks = encode_masks(share.rotated(masks), workers, claims, say)
         num_texts = 0
         if texts:
             tokenizers = load_tokenizers(files.tokenizer, files.t5_tokenizer)

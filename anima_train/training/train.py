@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from anima_train.config.load import LoadedConfig
 from anima_train.core.errors import DataError, NumericError, count, listed
 from anima_train.core.files import write_text
 from anima_train.core.random import derive
+from anima_train.data.cache import SCHEMA, Cache
 from anima_train.data.loader import Batch, CachedData, read_ahead
 from anima_train.data.plan import MicroBatch, Plan, Timetable
 from anima_train.data.samples import Sample
@@ -95,8 +97,17 @@ def prepare_data(loaded: LoadedConfig, accelerator: Accelerator, prune: bool = F
         files = find_model_files(loaded)
         files.check_headers()
         scans = scan_all(loaded, write=accelerator.is_main_process)
+        if accelerator.is_main_process:
+            for cache in caches_of(loaded):
+                cache.retry()
     for name, found in scans.items():
         accelerator.print("\n".join(data_text(name, found)))
+    for cache in caches_of(loaded):
+        if (newest := cache.newest_schema()) > SCHEMA:
+            accelerator.print(
+                f"note: {cache.folder} holds entries of a newer anima-train (schema {newest}, this one writes "
+                f"{SCHEMA}); they are ignored, and left alone"
+            )
     vae_id = vae_identity(files)
     dtype = DTYPES[config.model.dtype]
     text_id = text_identity(files, config.learning_rates().by_component["llm_adapter"] == 0, dtype)
@@ -110,11 +121,10 @@ def prepare_data(loaded: LoadedConfig, accelerator: Accelerator, prune: bool = F
         config.uncond_fraction > 0,
         config.model.cache_text_embeddings,
     )
-    share = Share(accelerator.process_index, accelerator.num_processes)
+    share = Share(accelerator.process_index, accelerator.num_processes, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if prune and accelerator.is_main_process:
         keys = needed.by_cache()
-        caches = {cache.folder: cache for dataset in (loaded.train, *loaded.evals) for cache in dataset.caches}
-        removed = [cache.prune({entry.key for entry in keys.get(folder, [])}) for folder, cache in caches.items()]
+        removed = [cache.prune({entry.key for entry in keys.get(cache.folder, [])}) for cache in caches_of(loaded)]
         num_files, num_bytes = map(sum, zip(*removed, strict=True))
         accelerator.print(f"cache: {count(num_files, 'file')} removed, {num_bytes:,} bytes freed")
     if verify:
@@ -148,6 +158,12 @@ def prepare_data(loaded: LoadedConfig, accelerator: Accelerator, prune: bool = F
     }
     evals = [EvalSet(dataset.name, data[dataset.name], config.eval_batch_sizes()) for dataset in loaded.evals]
     return Prepared(files, data["train"], evals)
+
+
+def caches_of(loaded: LoadedConfig) -> list[Cache]:
+    """The caches of all datasets, each once."""
+    datasets = (loaded.train, *loaded.evals)
+    return list({cache.folder: cache for dataset in datasets for cache in dataset.caches}.values())
 
 
 def with_live_texts(data: Prepared, loaded: LoadedConfig, accelerator: Accelerator) -> Prepared:
@@ -221,11 +237,19 @@ class Due:
     minutes: float | None = None
     last_time: float = 0.0
 
-    def after(self, step: int, epoch_done: int | None, seen_before: int, seen: int) -> bool:
-        """After `step` steps in all; `epoch_done` epochs are complete with it, or None; images seen before and now."""
-        due = (self.epochs is not None and epoch_done is not None and epoch_done % self.epochs == 0) or (
-            self.steps is not None and step % self.steps == 0
-        )
+    def after(self, step: int, epochs_before: int, epochs_done: int, seen_before: int, seen: int) -> bool:
+        """After a step.
+
+        Args:
+            step: how many steps there were in all.
+            epochs_before: epochs that were complete before the step.
+            epochs_done: epochs that are complete with it.
+            seen_before: images seen before.
+            seen: images seen now.
+        """
+        due = self.steps is not None and step % self.steps == 0
+        if self.epochs is not None:
+            due = due or epochs_done // self.epochs > epochs_before // self.epochs
         if self.examples is not None:
             due = due or seen // self.examples > seen_before // self.examples
         if self.minutes is not None and time.monotonic() - self.last_time >= self.minutes * 60:
@@ -410,7 +434,7 @@ def train(loaded: LoadedConfig, run: RunFolder, accelerator: Accelerator, resume
         bar.update()
 
         # Evaluate and save.
-        due = (step, timetable.ends_epoch(task.step), seen_before, seen)
+        due = (step, task.epoch, timetable.epochs_done(task.step), seen_before, seen)
         if eval_due.after(*due):
             run_evaluation(step, seen)
         if is_main and save_due.after(*due) and step < timetable.num_steps:

@@ -381,6 +381,28 @@ def test_work_is_done_by_several_threads_and_items_are_taken_by_the_consumer():
     assert threading.get_ident() not in makers
 
 
+@pytest.mark.parametrize("num_threads", [1, 5])
+def test_the_number_of_threads_can_be_chosen_and_bounds_how_far_ahead_work_is_done(num_threads: int):
+    together = threading.Barrier(num_threads, timeout=5)
+    taken: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(4 * num_threads):
+            taken.append(number)
+            yield number
+
+    def make(number: int) -> tuple[int, int]:
+        together.wait()  # passes only when so many work at once
+        return number, threading.get_ident()
+
+    results = read_ahead(items(), make, num_threads=num_threads)
+    first = next(results)
+    assert len(taken) <= 1 + max(READ_AHEAD, 2 * num_threads)
+    found = [first, *results]
+    assert [number for number, _ in found] == list(range(4 * num_threads))
+    assert len({thread for _, thread in found}) == num_threads
+
+
 def test_an_error_comes_where_its_result_would():
     def fail_at_three(number: int) -> int:
         if number == 3:

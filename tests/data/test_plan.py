@@ -279,7 +279,7 @@ def test_every_step_has_its_place(repeats: float, epochs: int | None, max_steps:
     assert [timetable.place(step) for step in range(timetable.num_steps)] == places
     for step, (epoch, index) in enumerate(places):
         is_last = index == len(planned.epoch(epoch)) - 1
-        assert timetable.ends_epoch(step) == (epoch + 1 if is_last else None)
+        assert timetable.epochs_done(step) == epoch + is_last
 
 
 def test_epochs_without_a_step_are_passed_over():
@@ -289,7 +289,7 @@ def test_epochs_without_a_step_are_passed_over():
     assert timetable.num_steps == 2
     assert [timetable.place(step) for step in range(2)] == [(3, 0), (7, 0)]
     # After the first step four epochs are complete and, as three more are empty, seven.
-    assert [timetable.ends_epoch(step) for step in range(2)] == [7, 10]
+    assert [timetable.epochs_done(step) for step in range(2)] == [7, 10]
 
 
 def test_max_steps_are_reached_with_few_images_and_rare_turns():

@@ -1,5 +1,6 @@
 """Filling the cache: what a change rebuilds, what becomes of damage, and several processes at once."""
 
+import json
 import os
 import random
 import re
@@ -12,10 +13,12 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from anima_train.cli.cache import cache as anima_cache
 from anima_train.core.errors import DataError, SpaceError
+from anima_train.data.cache import Cache
 from anima_train.tools.tiny import tiny_paths, write_tiny
 
 REPO = Path(__file__).parents[2]
@@ -87,13 +90,77 @@ def test_a_changed_model_file_rebuilds_what_it_made(trainer, fill, images, tiny,
     assert fill(other)[0] == expected
 
 
-def test_a_changed_tokenizer_rebuilds_the_texts(trainer, fill, images, tiny, tmp_path):
+@pytest.mark.parametrize("slot", ["tokenizer", "t5_tokenizer"])
+def test_a_changed_tokenizer_rebuilds_the_texts(trainer, fill, images, tiny, tmp_path, slot):
     shutil.copytree(tiny, tmp_path / "tiny")
     other = trainer.config(dataset={"directory": [{"path": str(images)}]}, model={"tiny_path": str(tmp_path / "tiny")})
     fill(other)
-    with open(tiny_paths(tmp_path / "tiny").tokenizer / "tokenizer.json", "a") as file:
+    with open(getattr(tiny_paths(tmp_path / "tiny"), slot) / "tokenizer.json", "a") as file:
         file.write("\n")
     assert fill(other)[0] == (0, 12)
+
+
+@pytest.mark.parametrize(("part", "frozen", "trained"), [("llm_adapter", 12, 0), ("blocks", 0, 0)])
+def test_only_a_frozen_llm_adapters_weights_belong_to_the_texts(
+    trainer, fill, images, tiny, tmp_path, part, frozen, trained
+):
+    shutil.copytree(tiny, tmp_path / "tiny")
+    keys = {"tiny_path": str(tmp_path / "tiny")}
+    data = {"directory": [{"path": str(images)}]}
+    configs = [trainer.config(f"lr{lr}", dataset=data, model={**keys, "llm_adapter_lr": lr}) for lr in (0, 1e-4)]
+    assert [fill(path)[0] for path in configs] == [(12, 12), (0, 12)]
+    path = tiny_paths(tmp_path / "tiny").transformer
+    tensors = load_file(path)
+    name = next(name for name in tensors if f".{part}." in name and name.endswith("weight"))
+    save_file(tensors | {name: tensors[name] * 1.5}, path, {"format": "pt"})
+    assert [fill(path)[0] for path in configs] == [(0, frozen), (0, trained)]
+
+
+def test_an_image_with_new_content_is_all_that_is_made_again(fill, images):
+    fill()
+    Image.new("RGB", (96, 96), "teal").save(images / "image3.png")
+    assert fill()[0] == (1, 0)
+    assert len(entries(images)) == 13
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"horizontal_flip": True}, (12, 0)),
+        ({"crop_position": "left"}, (6, 0)),  # half of the images are cut along that side
+        ({"crop_position": "top"}, (0, 0)),
+        ({"caption_prefix": "a, "}, (0, 12)),
+        ({"cache_shuffle_num": 2}, None),  # of three tags, some orders are equal
+        ({"cache_shuffle_num": 2, "tag_dropout": 0.9}, None),
+        ({"shuffle_tags": True, "tag_dropout": 0.5}, (0, 0)),
+        ({"num_repeats": 3.5, "alpha_as_mask": True}, (0, 0)),
+    ],
+)
+def test_a_key_of_the_dataset_makes_just_what_it_changes(trainer, fill, images, keys, expected):
+    dataset = {"resolutions": [64], "enable_ar_bucket": False, "directory": [{"path": str(images)}]}
+    assert fill(trainer.config(dataset=dataset))[0] == (12, 12)
+    (latents, texts), _ = fill(trainer.config(dataset={**dataset, **keys}))
+    assert (latents, texts) == expected or (expected is None and latents == 0 and 0 < texts <= 24)
+
+
+def test_entries_of_a_newer_version_are_ignored_with_a_note_and_left_alone(fill, images):
+    cache = images / ".anima_cache"
+    newer = cache / "latent" / "ab" / ("ab" + "0" * 62 + ".safetensors")
+    newer.parent.mkdir(parents=True)
+    newer.write_bytes(b"of a schema to come")
+    (cache / "schema.json").write_text('{"schema": 1000, "more": []}')
+    made, output = fill()
+    assert made == (12, 12)
+    assert "holds entries of a newer anima-train (schema 1000, this one writes 1); they are ignored" in output
+    assert newer.read_bytes() == b"of a schema to come"
+    assert json.loads((cache / "schema.json").read_text())["schema"] == 1000
+
+
+def test_a_cache_says_its_schema_and_an_own_or_older_one_needs_no_note(fill, images):
+    assert "schema" not in fill()[1]
+    assert json.loads((images / ".anima_cache" / "schema.json").read_text()) == {"schema": 1}
+    (images / ".anima_cache" / "schema.json").write_text("damaged")
+    assert "schema" not in fill()[1]
 
 
 def test_latents_that_are_not_finite_are_never_stored(trainer, fill, images, tiny, tmp_path):
@@ -174,6 +241,23 @@ def kill_after(process, images, number):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(8))
+def test_after_a_kill_at_any_moment_whole_entries_are_all_there_is(config, fill, images, seed):
+    process = start(config)
+    while not (images / ".anima_cache").exists() and process.poll() is None:
+        time.sleep(0.001)
+    time.sleep(random.Random(seed).uniform(0, 6))  # the scan has just made it; the rest takes seconds
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = {path: path.stat().st_mtime_ns for kind in ("latent", "text") for path in entries(images, kind)}
+    for path in before:
+        Cache(images / ".anima_cache").load(path.parent.parent.name, path.stem)  # raises if it is not whole
+    fill(verify=True)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert len(entries(images)) == len(entries(images, "text")) == 12
 
 
 def test_after_a_kill_the_next_run_goes_on_and_keeps_what_was_made(config, fill, images):

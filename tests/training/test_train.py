@@ -311,11 +311,18 @@ def test_image_that_changes_after_the_scan_is_set_aside(trainer, images_drawer, 
         (folder / "image3.png").unlink()
         return scans
 
-    monkeypatch.setattr(train_module, "scan_all", scan_then_change)
-    run = trainer(
-        epochs=1, max_steps=None, dataset={"directory": [{"path": str(folder)}], "max_bad_fraction": 0.5}
-    )  # fmt: skip
-    assert run.metrics[-1]["examples"] == 2
+    contents = {name: (folder / name).read_bytes() for name in ("image1.png", "image3.png")}
+    changes = {
+        "epochs": 1,
+        "max_steps": None,
+        "dataset": {"directory": [{"path": str(folder)}], "max_bad_fraction": 0.5},
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "scan_all", scan_then_change)
+        assert trainer(**changes).metrics[-1]["examples"] == 2
+    for name, content in contents.items():  # what was set aside for one run is tried again by the next
+        (folder / name).write_bytes(content)
+    assert trainer("again", **changes).metrics[-1]["examples"] == 4
 
 
 @pytest.mark.parametrize(
