@@ -207,6 +207,9 @@ class Config(Settings):
     """Smooth L1 loss with this beta instead of MSE."""
     pseudo_huber_c: float | None = Field(default=None, gt=0)
     """Pseudo-Huber loss sqrt(d^2 + c^2) - c with this c instead of MSE."""
+    normalize_masked_loss: bool = False
+    """Divide the loss of a masked image by the share of it that its mask leaves, so that small masks weigh as much as
+    large ones. false: the mean is over all of the image."""
     uncond_fraction: float = Field(default=0.0, ge=0, le=1)
     """Share of the samples trained with the empty caption, drawn anew each time; never in evaluation."""
     eval_datasets: list[EvalDataset] = Field(default=[])
@@ -332,14 +335,14 @@ class Config(Settings):
 
     def loss(self) -> Loss:
         """The loss."""
-        weight = self.model.multiscale_loss_weight
+        weight, by_area = self.model.multiscale_loss_weight, self.normalize_masked_loss
         if self.huber_delta is not None:
-            return Loss("huber", self.huber_delta, weight)
+            return Loss("huber", self.huber_delta, weight, by_area)
         if self.smooth_l1_beta is not None:
-            return Loss("smooth_l1", self.smooth_l1_beta, weight)
+            return Loss("smooth_l1", self.smooth_l1_beta, weight, by_area)
         if self.pseudo_huber_c is not None:
-            return Loss("pseudo_huber", self.pseudo_huber_c, weight)
-        return Loss(multiscale_weight=weight)
+            return Loss("pseudo_huber", self.pseudo_huber_c, weight, by_area)
+        return Loss(multiscale_weight=weight, by_mask_area=by_area)
 
     def learning_rates(self) -> LearningRates:
         """The base learning rate of each component."""

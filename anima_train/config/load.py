@@ -24,7 +24,7 @@ from anima_train.model.hub import is_reference, parse_reference
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
-HUB_DATASET = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_DATASET = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?<!\.parquet)(?<!\.tar)")
 MODEL_PATHS = ("transformer_path", "vae_path", "llm_path", "llm_adapter_path", "tokenizer_path", "t5_tokenizer_path")
 # What to say about unknown keys: those of other trainers, and those that stand in the other file.
 MAIN_HINTS = dict.fromkeys(DatasetSettings.model_fields, "it belongs in the dataset") | FOREIGN
@@ -248,6 +248,13 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
         for index, entry in enumerate(entries)
         if isinstance(entry, dict)
     ]
+    for entry, dataset in zip(filter(lambda entry: isinstance(entry, dict), entries), evals, strict=True):
+        if dataset is not None and entry.get("config") != data.get("dataset"):  # else they are meant for training
+            loader.notes.extend(
+                f"evaluation set {dataset.name}: {key} has no effect, as each image is shown once, with its first "
+                "caption as it is"
+                for key in dataset.settings.unused_in_evaluation()
+            )
     if config is not None:
         loader.check_folders(config)
         config = config.model_copy(update={"model": loader.with_files(config.model)})

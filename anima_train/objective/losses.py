@@ -21,12 +21,14 @@ class Loss:
 
     `parameter` is delta of huber (torch's `huber_loss`), beta of smooth_l1 (torch's `smooth_l1_loss`) and c of
     pseudo_huber, `sqrt(d^2 + c^2) - c`. `multiscale_weight` w adds w times the MSE (whatever the kind) of the 2x2
-    averages, and divides by 1 + w, for images of at least 0.9 * 1024 pixels a side (geometric mean).
+    averages, and divides by 1 + w, for images of at least 0.9 * 1024 pixels a side (geometric mean). `by_mask_area`
+    divides a sample's loss by the mean of its mask.
     """
 
     kind: Kind = "mse"
     parameter: float = 0.0
     multiscale_weight: float | None = None
+    by_mask_area: bool = False
 
     def __call__(
         self,
@@ -41,7 +43,13 @@ class Loss:
             target: the true velocity.
             mask: 1 where the image counts, 0 where it does not; None: it counts everywhere.
         """
-        prediction, target = prediction.float(), target.float()
+        loss = self.over_everything(prediction.float(), target.float(), mask)
+        if self.by_mask_area and mask is not None:
+            loss = loss / mask.flatten(1).mean(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+        return loss
+
+    def over_everything(self, prediction: Tensor, target: Tensor, mask: Tensor | None) -> Float[Tensor, " B"]:
+        """The mean over all elements, whatever the mask leaves of them."""
         loss = masked_mean(self.elements(prediction, target), mask)
         height, width = target.shape[-2:]
         if self.multiscale_weight is None or math.sqrt(height * width) * LATENT_PIXELS < MULTISCALE_SIDE:

@@ -4,6 +4,7 @@ import io
 import os
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import tracemalloc
@@ -621,6 +622,25 @@ def test_bomb_is_refused_from_its_header(
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2**20
+
+
+def test_a_bomb_costs_the_process_no_memory(tmp_path: Path) -> None:
+    """Pillow's own memory is not Python's: so a process of its own is asked for its peak."""
+    path = write(tmp_path / "bomb.png", png(11_500, 11_700, 8, 2, bytes(1000)))
+    script = (
+        "import resource, sys; from pathlib import Path; from anima_train.data.images import BadImage, decode, probe\n"
+        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
+        "before = peak()\n"
+        "for read in (probe, decode):\n"
+        "    try: read(Path(sys.argv[1]))\n"
+        "    except BadImage: continue\n"
+        "    raise SystemExit('not refused')\n"
+        "print(peak() - before)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", script, str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert int(result.stdout) < 20  # MiB; its pixels would be 385
 
 
 def test_a_large_picture_below_the_limit_is_no_bomb_and_no_python_warning(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """The losses against the reference's values and plain float64 arithmetic."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from anima_train.objective.losses import Loss
+from anima_train.objective.losses import Loss, coarse_errors
 
 BIG = (1, 2, 1, 116, 116)  # 928 pixels a side: the smallest square with a coarse term
 KINDS = [Loss(), Loss("huber", 0.5), Loss("smooth_l1", 0.5), Loss("pseudo_huber", 0.5), Loss(multiscale_weight=0.5)]
@@ -124,3 +126,24 @@ def test_coarse_term_under_a_mask_averages_what_the_mask_includes():
     coarse = ((1 + 3) / 2) ** 2 * 0.5 / (58 * 58)
     found = Loss(multiscale_weight=0.5)(prediction, target, mask)
     assert found.item() == pytest.approx((fine + 0.5 * coarse) / 1.5, rel=1e-6)
+
+
+@pytest.mark.parametrize("loss", [Loss(), Loss("huber", 0.5), Loss(multiscale_weight=0.5)])
+def test_by_mask_area_a_half_masked_image_weighs_as_much_as_what_is_left_of_it(loss):
+    generator = torch.Generator().manual_seed(3)
+    prediction, target = torch.randn(2, 2, 16, 1, 128, 128, generator=generator)
+    half = torch.zeros(2, 1, 1, 128, 128)
+    half[..., :64, :] = 1
+    cut = loss.over_everything(prediction[..., :64, :], target[..., :64, :], None)
+    if loss.multiscale_weight is not None:  # the cut image is too small for the coarse term
+        coarse = coarse_errors((prediction - target)[..., :64, :], None).flatten(1).mean(1)
+        cut = (cut + 0.5 * coarse) / 1.5
+    assert torch.allclose(replace(loss, by_mask_area=True)(prediction, target, half), cut, rtol=1e-5)
+    assert torch.allclose(loss(prediction, target, half), cut / 2, rtol=1e-5)
+
+
+def test_by_mask_area_an_empty_mask_weighs_nothing_and_no_mask_changes_nothing():
+    prediction, target = torch.randn(2, 1, 16, 1, 8, 8, generator=torch.Generator().manual_seed(4))
+    loss = Loss(by_mask_area=True)
+    assert float(loss(prediction, target, torch.zeros(1, 1, 1, 8, 8))) == 0
+    assert torch.equal(loss(prediction, target), Loss()(prediction, target))
