@@ -36,6 +36,7 @@ class Files:
     others: list[str]
     identity: bytes  # the same for the same images in every run
     mask_identity: bytes
+    is_table: bool = False  # rows of a table, not files
 
     @classmethod
     def of(cls, folder: Path, mask_folder: Path | None, rules: Rules, cache: Cache) -> "Files":
@@ -112,7 +113,7 @@ def list_folder(folder: Path, rules: Rules, without: Sequence[Path]) -> Listing:
 
     def search(archive: Path, inside: str) -> None:
         try:
-            found.stored.update((inside + name, member) for name, member in tar_members(archive))
+            found.stored.update((inside + name, member) for name, member in tar_members(archive).items())
         except DataError as error:
             problems.extend(error.problems)
 
@@ -126,7 +127,8 @@ def list_folder(folder: Path, rules: Rules, without: Sequence[Path]) -> Listing:
             for entry in sorted(os.listdir(folder / inside), key=os.fsencode):
                 name = inside + entry
                 if not os.path.isdir(folder / name):
-                    if rules.tars and is_archive(name) and (folder / name).is_file():
+                    is_hidden = entry.startswith(".")  # as macOS leaves beside each file where it cannot hide more
+                    if rules.tars and is_archive(name) and not is_hidden and (folder / name).is_file():
                         search(folder / name, f"{name}/")
                     else:
                         found.names.append(name)

@@ -24,6 +24,7 @@ from anima_train.data.samples import Picture, Sample, exact
 from anima_train.data.tables import table_files
 
 CAPTION_FILES = {"tags": ".txt", "nl": "_nl.txt", "mixed": ".txt or _nl.txt"}  # by caption_mode
+CAPTION_COLUMNS = {"tags": "caption_column", "nl": "natural_column", "mixed": "caption_column or natural_column"}
 
 # Text that a tokenizer of the model reads as one of its special tokens, not as letters.
 SPECIAL_TOKEN = re.compile(r"</s>|<pad>|<unk>|<extra_id_\d+>|<\|\w+\|>")
@@ -85,9 +86,12 @@ def scan(
     num_images = 0
     problems: list[str] = []
     for index, (folder, mask_folder, cache) in enumerate(zip(folders, masks, caches, strict=True)):
+        rules = dataset.rules(index)
+        if dataset.directory[index].hf_dataset is not None:
+            rules = replace(rules, kohya_folders=False)  # the folders of its files are no part of it
         try:
-            files = files_of(dataset.directory[index], folder, mask_folder, dataset.rules(index), cache, offline)
-            found = scan_files(index, files, dataset.rules(index), cache, seed, write)
+            files = files_of(dataset.directory[index], folder, mask_folder, rules, cache, offline)
+            found = scan_files(index, files, rules, cache, seed, write)
         except DataError as error:
             problems.extend(error.problems)
             continue
@@ -165,9 +169,7 @@ def scan_files(index: int, files: Files, rules: Rules, cache: Cache, seed: int, 
     uncaptioned = [look for look in looks if look.is_uncaptioned]
     if uncaptioned and rules.missing_caption == "error":
         noun = count(len(uncaptioned), "image has", "images have")
-        title = (
-            f'{files.folder}: {noun} no {CAPTION_FILES[rules.caption_mode]} caption, and missing_caption is "error":'
-        )
+        title = f'{files.folder}: {noun} no {caption_kind(files, rules)} caption, and missing_caption is "error":'
         raise DataError([title, *listed([str(look.picture.path) for look in uncaptioned])])
     skipped = []
     usable = []
@@ -260,12 +262,17 @@ def look_at(files: Files, rules: Rules, memo: FactsMemo, mask_memo: FactsMemo) -
     return looks, bad
 
 
+def caption_kind(files: Files, rules: Rules) -> str:
+    """Where a directory's captions come from, as messages say it."""
+    return (CAPTION_COLUMNS if files.is_table else CAPTION_FILES)[rules.caption_mode]
+
+
 def folder_warnings(files: Files, looks: Sequence[Look], rules: Rules) -> Iterator[str]:
     """What the user should know of a folder, one line for each kind."""
     images = set(files.images)
     stems = by_stem(files.images)
     bare = "caption_prefix alone" if rules.caption_prefix else "the empty one"
-    kind = CAPTION_FILES[rules.caption_mode]
+    kind = caption_kind(files, rules)
     # An image without any caption is counted as that, not as one without natural language.
     mixed = [look for look in looks if rules.caption_mode == "mixed" and look.picture.has_caption]
     is_tagged = rules.caption_mode != "nl"  # whether captions.json and {stem}.txt are used
@@ -336,8 +343,9 @@ def folder_warnings(files: Files, looks: Sequence[Look], rules: Rules) -> Iterat
     for look in looks:
         for warning in look.warnings:
             findings.setdefault(warning, []).append(look.file)
+    endings = ", ".join(sorted(EXTENSIONS))
     if not files.images:
-        yield f"{files.folder}: holds no image ({', '.join(sorted(EXTENSIONS))})"
+        yield f"{files.folder}: holds no {'row' if files.is_table else f'image ({endings})'}"
     for text, names in findings.items():
         if names:
             yield f"{files.folder}: {text}: {len(names):,}, such as {names[0]}"

@@ -1,13 +1,13 @@
 """Images, captions and masks that are no files of their own, but inside of others: members of tar archives."""
 
+import os
 import tarfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from anima_train.core.errors import DataError
-from anima_train.data.images import Unreadable, read_file
+from anima_train.data.images import MAX_BYTES, Unreadable, read_file
 
 
 class Stored(Protocol):
@@ -44,16 +44,19 @@ class TarMember:
         """The content.
 
         Raises:
-            Unreadable: the archive cannot be read, or has become shorter.
+            Unreadable: the archive cannot be read, or is another one than before; or the member is too large.
         """
+        if self.num_bytes > MAX_BYTES:
+            raise Unreadable(f"{self.num_bytes:,} bytes is more than the limit of {MAX_BYTES:,}")
         try:
             with open(self.archive, "rb") as file:
+                is_other = os.fstat(file.fileno()).st_mtime_ns != self.modified
                 file.seek(self.offset)
                 content = file.read(self.num_bytes)
         except OSError as error:
             raise Unreadable(f"{self.archive.name} is not readable ({error.strerror})") from error
-        if len(content) < self.num_bytes:
-            raise Unreadable(f"{self.archive.name} has become shorter")
+        if is_other or len(content) < self.num_bytes:
+            raise Unreadable(f"{self.archive.name} has changed since it was looked at")
         return content
 
 
@@ -66,25 +69,40 @@ def content_of(file: Path | Stored) -> bytes:
     return read_file(file) if isinstance(file, Path) else file.read()
 
 
-def tar_members(archive: Path) -> Iterator[tuple[str, TarMember]]:
-    """The names of the files in an archive, and where they are; nothing is unpacked. Hidden ones are left out.
+def tar_members(archive: Path) -> dict[str, TarMember]:
+    """The names of the files in an archive, and where they are; nothing is unpacked.
+
+    Hidden ones are left out, as are symbolic links.
 
     Raises:
         DataError: it cannot be read, is damaged, or compressed.
     """
+    members: dict[str, TarMember] = {}  # a name that is given again replaces the first, as for tar itself
     try:
         status = archive.stat()
         with tarfile.open(archive, "r:") as tar:
-            for member in tar:
-                if member.isreg() and not member.issparse() and not member.name.rpartition("/")[2].startswith("."):
-                    name = member.name.removeprefix("./")
-                    yield (
-                        name,
-                        TarMember(archive, member.offset_data, member.size, status.st_mtime_ns, status.st_ctime_ns),
-                    )
+            linked: dict[str, TarMember] = {}  # by the name as it stands
+            for entry in tar:
+                if entry.isreg() and not entry.issparse():
+                    place = (entry.offset_data, entry.size, status.st_mtime_ns, status.st_ctime_ns)
+                    linked[entry.name] = TarMember(archive, *place)
+                elif entry.islnk() and entry.linkname in linked:  # another name of a file that came before
+                    linked[entry.name] = linked[entry.linkname]
+                else:
+                    continue
+                parts = [part for part in entry.name.split("/") if part not in ("", ".")]
+                if not any(part.startswith(".") for part in parts):
+                    members["/".join(parts)] = linked[entry.name]
+            end = tar.offset
+        # tarfile takes a damaged header for the end of the archive, and so would lose what comes behind it.
+        with open(archive, "rb") as file:
+            file.seek(end)
+            if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                raise tarfile.ReadError(f"no header and no end at byte {end:,}")
     except tarfile.TarError as error:
         raise DataError(
             f"{archive}: no tar archive, compressed, or damaged ({error}); only whole and uncompressed ones are read"
         ) from error
     except OSError as error:
         raise DataError(f"{archive}: cannot be read ({error.strerror})") from error
+    return members

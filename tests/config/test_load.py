@@ -506,3 +506,91 @@ def test_every_subset_of_two_mistakes_is_reported_whole(project):
     for first, second in itertools.combinations(mistakes, 2):
         problems = project.problems({first: mistakes[first], second: mistakes[second]})
         assert sorted(problem.split(": ")[1] for problem in problems) == sorted([first, second])
+
+
+# What a directory is
+
+
+def directory_of(project, keys, **more):
+    """A loaded dataset with this one directory."""
+    loaded = project.load({"dataset.directory": [keys], **more})
+    return loaded.train
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "table"])
+def test_a_dataset_on_this_machine_is_found_as_a_folder_is(project, name):
+    if name == "table":
+        (project.folder / "table").mkdir()
+    else:
+        project.write(name, "")
+    train = directory_of(project, {"hf_dataset": name})
+    assert train.folders == (Path(name),)
+    assert train.settings.directory[0].hf_dataset == name
+    assert train.caches[0].folder == (Path(name) if name == "table" else Path()) / ".anima_cache"
+
+
+def test_a_dataset_is_looked_for_beside_its_file_too(project):
+    project.write("sets/x.parquet", "")
+    project.write("sets/dataset.toml", '[[directory]]\nhf_dataset = "x.parquet"\n')
+    loaded = project.load({"dataset": "sets/dataset.toml"})
+    assert loaded.train.folders == (Path("sets/x.parquet"),)
+
+
+def test_a_dataset_of_the_hub_has_its_cache_in_the_output_folder(project):
+    train = directory_of(project, {"hf_dataset": "owner/some-name_1.0"}, offline=True)
+    assert train.folders == (Path("owner/some-name_1.0"),)
+    assert train.caches[0].folder == Path("out/.anima_cache")
+    assert train.offline
+    assert not directory_of(project, {"hf_dataset": "owner/name"}).offline
+    train = directory_of(project, {"hf_dataset": "owner/name"}, cache_dir="elsewhere")
+    assert train.caches[0].folder == Path("elsewhere")
+
+
+@pytest.mark.parametrize("name", ["name", "a/b/c", "gone.parquet", "owner/na me", "/owner/name"])
+def test_what_is_neither_here_nor_a_name_on_the_hub_is_refused(project, name):
+    assert project.problems({"dataset.directory": [{"hf_dataset": name}]}) == [
+        f'main.toml: dataset.directory[0].hf_dataset: "{name}" is neither here nor owner/name, as on the Hub'
+    ]
+
+
+def test_a_directory_is_one_thing(project):
+    tables = [
+        {"path": "data", "hf_dataset": "owner/name"},
+        {},
+        {"hf_dataset": "owner/name", "mask_path": "data"},
+        {"path": "data", "hf_split": "test", "caption_column": "prompt", "mask_column": "mask"},
+    ]
+    key = "main.toml: dataset.directory"
+    problems = project.problems({"dataset.directory": tables})
+    assert problems[0] == f"{key}[0].path: excludes hf_dataset; set one of path and hf_dataset"
+    assert problems[1] == f"{key}[1].path: missing, and required; set one of path and hf_dataset"
+    assert problems[2] == f"{key}[2].mask_path: excludes hf_dataset; name the column of its masks in mask_column"
+    assert problems[3:] == [
+        f"{key}[3].{name}: needs hf_dataset, which is not set" for name in ("hf_split", "caption_column", "mask_column")
+    ]
+
+
+def test_keys_of_folders_have_no_effect_on_a_dataset(project):
+    keys = ("recursive", "kohya_folders", "tars", "captions_per_line")
+    loaded = project.load({"dataset.directory": [{"hf_dataset": "owner/name", **dict.fromkeys(keys, True)}]})
+    assert [note for note in loaded.notes if "hf_dataset" in note] == [
+        f"main.toml: dataset.directory[0]: {key} has no effect, because hf_dataset is no folder" for key in keys
+    ]
+
+
+def test_a_path_may_be_an_archive(project):
+    project.write("x.tar", "")
+    project.write("masks.TAR", "")
+    train = directory_of(project, {"path": "x.tar", "mask_path": "masks.TAR"})
+    assert train.folders == (Path("x.tar"),)
+    assert train.masks == (Path("masks.TAR"),)
+    assert train.caches[0].folder == Path(".anima_cache")
+
+
+def test_a_path_that_is_neither_folder_nor_archive_is_refused(project):
+    project.write("x.zip", "")
+    (project.folder / "folder.tar").mkdir()
+    assert directory_of(project, {"path": "folder.tar"}).folders == (Path("folder.tar"),)
+    first, second = project.problems({"dataset.directory": [{"path": "x.zip"}, {"path": "gone.tar"}]})
+    assert first.startswith('main.toml: dataset.directory[0].path: "x.zip" is a file')
+    assert second.startswith('main.toml: dataset.directory[1].path: "gone.tar" does not exist')
