@@ -226,7 +226,10 @@ class DatasetSettings(DirectorySettings):
             for name in replaced:
                 is_set = getattr(rules, name) != getattr(Rules, name) and self.level(index, name) > 0
                 if is_set and self.level(index, name) >= self.level(index, cause):
-                    yield f"directory[{index}]: {name} has no effect, because of {cause}"
+                    # Where the cause is a default, a key of the dataset may be meant for a sibling that has set it.
+                    is_shared = self.level(index, name) == 1 and self.level(index, cause) == 0
+                    if not (is_shared and any(not holds(self.rules(other)) for other in range(len(self.directory)))):
+                        yield f"directory[{index}]: {name} has no effect, because of {cause}"
         if self.directory[index].hf_dataset is not None:
             for name in FOLDER_KEYS:
                 if getattr(rules, name) and self.level(index, name) == 2:
@@ -367,7 +370,8 @@ class Rules:
         largest = max(smaller, key=lambda size: size.num_tokens, default=None)
         if largest is None or largest in [size for _, size in covered]:
             return covered
-        return [*covered, (largest.resolution, largest)]
+        usual = {size: resolution for resolution, sizes in self.buckets for size in sizes}
+        return [*covered, (usual.get(largest, largest.resolution), largest)]
 
     def searches(self, folder: str) -> bool:
         """Whether a sub-folder, named by its path below `path`, is searched."""

@@ -273,6 +273,7 @@ def folder_warnings(files: Files, looks: Sequence[Look], rules: Rules) -> Iterat
     stems = by_stem(files.images)
     bare = "caption_prefix alone" if rules.caption_prefix else "the empty one"
     kind = caption_kind(files, rules)
+    sentences = "natural_column" if files.is_table else "_nl.txt"
     # An image without any caption is counted as that, not as one without natural language.
     mixed = [look for look in looks if rules.caption_mode == "mixed" and look.picture.has_caption]
     is_tagged = rules.caption_mode != "nl"  # whether captions.json and {stem}.txt are used
@@ -293,10 +294,10 @@ def folder_warnings(files: Files, looks: Sequence[Look], rules: Rules) -> Iterat
             for look in looks
             if not (look.is_uncaptioned or look.picture.has_caption or rules.skip_empty_caption)
         ],
-        "images without a natural-language caption (_nl.txt), trained with their tags alone": [
+        f"images without a natural-language caption ({sentences}), trained with their tags alone": [
             look.file for look in mixed if not look.picture.natural
         ],
-        "images without tags, trained with their natural-language caption (_nl.txt) alone": [
+        f"images without tags, trained with their natural-language caption ({sentences}) alone": [
             look.file for look in mixed if not any(look.picture.tags)
         ],
         'natural-language captions (_nl.txt), not used, because caption_mode is "tags"': [

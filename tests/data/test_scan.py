@@ -260,6 +260,13 @@ def test_keys_without_effect_are_warned_of(keys: dict[str, object], directory: d
     assert list(dataset.without_effect(0)) == [f"directory[0]: {text}" for text in expected]
 
 
+def test_a_key_of_the_dataset_that_serves_one_directory_is_not_noted_for_another():
+    dataset = settings({"protected_tags": ["a"]}, {"tag_dropout": 0.1}, {})
+    assert [list(dataset.without_effect(index)) for index in range(2)] == [[], []]
+    dataset = settings({}, {"tag_dropout": 0.1}, {"protected_tags": ["a"]})
+    assert list(dataset.without_effect(1)) == ["directory[1]: protected_tags has no effect, because of tag_dropout"]
+
+
 # Images
 
 
@@ -1134,6 +1141,10 @@ def test_without_enlarging_small_images_get_smaller_buckets_of_the_same_aspect(f
         sizes.setdefault(sample.picture.path.stem, []).append(str(sample.size))
     assert sizes == {"big": ["128x128", "256x256"], "small": ["96x96"], "wide": ["144x64"]}
     assert len({sample.id for sample in found.samples}) == 4
+    # A size that is a bucket of another resolution is of that bucket: they share batches.
+    image(folder / "same.png", 140, 140)
+    joined = look(folder, resolutions=[128, 256], enable_ar_bucket=True, num_ar_buckets=3, no_upscale=True)
+    assert {sample.resolution for sample in joined.samples if str(sample.size) == "128x128"} == {128}
     assert [sample.resolution for sample in found.samples] == [128, 256, 96, 96]
 
 

@@ -7,6 +7,7 @@ import tarfile
 
 import datasets
 import pytest
+import torch
 from PIL import Image
 
 from anima_train.core.errors import DataError
@@ -117,3 +118,63 @@ def test_shards_and_a_table_are_trained_together(trainer, tmp_path, plain):
 def test_a_missing_column_stops_the_run_before_it_starts(trainer, plain):
     with pytest.raises(DataError, match=r"no column 'prompt'; found 'image', 'mask', 'text'\. Set caption_column"):
         trainer(dataset={"directory": [{**a_parquet(plain), "caption_column": "prompt"}]})
+
+
+def everything(tmp_path, plain, images_drawer):
+    """Every key of a dataset that can be set together with others, over every kind of source."""
+    tree = images_drawer(tmp_path / "tree" / "2_girls", [(96, 96), (300, 100), (100, 140)])
+    images_drawer(tmp_path / "tree" / "1_boys", [(90, 90), (100, 100)], captions=False)
+    captions = {"image0.png": [r"1girl, long_hair, saber_\(fate\)", "1girl, solo, smile"]}
+    (tree / "captions.json").write_text(json.dumps(captions))
+    (tree / "image1_nl.txt").write_text("Two circles.\nA wide picture.")
+    Image.new("RGBA", (96, 96), (200, 100, 50, 128)).save(tree / "veil.png")
+    tables = [
+        {"path": str(tmp_path / "tree"), "kohya_folders": True, "weight": 3, "trigger_word": "sks", "tag_dropout": 0.3},
+        {**a_tar(plain), "weight": 1, "role": "regularization", "cache_shuffle_num": 2, "resolutions": [64, 128]},
+        {**a_parquet(plain), "weight": 0.5, "size_buckets": [[96, 96], [128, 80]]},
+    ]
+    return {
+        "resolutions": [96],
+        "ar_buckets": [0.7, 1.0, [8, 5]],
+        "num_repeats": 1.5,
+        "subsample_ratio": 0.9,
+        "no_upscale": True,
+        "crop_position": "top",
+        "horizontal_flip": True,
+        "alpha_as_mask": True,
+        "shuffle_tags": True,
+        "keep_first_n_tags": 1,
+        "protected_tags": ["smile"],
+        "caption_prefix": "masterpiece, ",
+        "replace_underscores": True,
+        "unescape_parentheses": True,
+        "captions_per_line": True,
+        "caption_mode": "mixed",
+        "nl_weight": 0.4,
+        "max_bad_fraction": 0.2,
+        "min_kept": 0.2,
+        "directory": tables,
+    }
+
+
+def test_all_keys_work_together_resume_bitwise_and_on_two_processes(
+    trainer, tmp_path, plain, images_drawer, error, capsys
+):
+    keys = {
+        "dataset": {"num_ar_buckets": None, **everything(tmp_path, plain, images_drawer)},
+        "micro_batch_size_per_gpu": [[64, 3], [128, 2]],
+        "uncond_fraction": 0.2,
+        "normalize_masked_loss": True,
+        "checkpoint_every_n_steps": 3,
+        "cache_dir": str(tmp_path / "cache"),
+    }
+    whole = trainer("whole", max_steps=8, gradient_accumulation_steps=2, **keys)
+    output = capsys.readouterr().out
+    assert "captions are encoded during training" in output
+    trainer("halves", max_steps=5, gradient_accumulation_steps=2, **keys)
+    halves = trainer("halves", max_steps=8, gradient_accumulation_steps=2, resume=True, **keys)
+    assert halves.losses == whole.losses
+    two = trainer.processes(2, "two", max_steps=8, **keys)
+    assert error(torch.tensor(two.losses), torch.tensor(whole.losses)) < 1e-5
+    assert any("loss/regularization" in line for line in whole.metrics)
+    assert "cache: 0 latents, 0 masks and 0 texts added" in capsys.readouterr().out
