@@ -2,7 +2,6 @@
 
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from anima_train.model.llm_adapter import LLMAdapterShape
 from anima_train.model.text import MAX_TOKENS
 from anima_train.model.vae import LATENT_CHANNELS
 from anima_train.tools.report_costs import PIXELS_PER_LATENT, Measured
+from anima_train.training.memory import peak_bytes, start_peak
 from anima_train.training.model import DTYPES, ModelFiles
 from anima_train.training.objective import compute_loss
 from anima_train.training.setup import load_trained
@@ -134,26 +134,3 @@ def random_text(
     qwen = torch.randn(MAX_TOKENS, shape.source_width, generator=generator).to(dtype)
     t5_ids = torch.randint(shape.vocab_size, (MAX_TOKENS,), generator=generator)
     return pad_states([EncodedText(qwen, t5_ids)] * batch_size)
-
-
-def start_peak(device: torch.device) -> None:
-    """Forget how much memory was in use until now, as far as the device can."""
-    if device.type not in ("cpu", "mps"):
-        torch.accelerator.empty_cache()
-        torch.accelerator.reset_peak_memory_stats(device)
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most memory that was in use: on the CPU by the process since it began, else by tensors since `start_peak`."""
-    if device.type == "mps":
-        return torch.mps.driver_allocated_memory()  # of the pool, which keeps what it once held
-    if device.type != "cpu":
-        return torch.accelerator.max_memory_allocated(device)
-    if sys.platform == "win32":
-        import psutil  # which Accelerate needs
-
-        return psutil.Process().memory_info().peak_wset
-    import resource  # which Windows lacks
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

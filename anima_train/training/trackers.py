@@ -1,12 +1,22 @@
-"""Where the numbers go: metrics.jsonl always, TensorBoard and W&B through Accelerate."""
+"""TensorBoard and W&B, fed by a thread of their own; metrics.jsonl, which the loop writes itself, is the truth."""
 
+import contextlib
 import os
-from collections.abc import Mapping
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from functools import partial
 
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 
 from anima_train.config.config import Monitoring
-from anima_train.core.errors import ConfigError
+from anima_train.core.errors import ConfigError, count
+
+MAX_WAITING = 10_000  # records; what a stalled tracker does not take is dropped, with a count
+PATIENCE = 60.0  # seconds that the end of a run waits for a tracker
+
+Record = tuple[dict[str, float], int]
 
 
 def tracker_names(monitoring: Monitoring) -> list[str]:
@@ -27,17 +37,75 @@ def tracker_names(monitoring: Monitoring) -> list[str]:
     return names
 
 
-def start_trackers(accelerator: Accelerator, monitoring: Monitoring, run_name: str) -> None:
-    """Open the trackers; only the main process writes."""
-    if monitoring.wandb_api_key and accelerator.is_main_process:
+def open_trackers(accelerator: Accelerator, monitoring: Monitoring, run_name: str) -> list[GeneralTracker]:
+    """Open what the accelerator was made to log with; none on other processes than the main one."""
+    if not accelerator.is_main_process:
+        return []
+    if monitoring.wandb_api_key:
         os.environ["WANDB_API_KEY"] = monitoring.wandb_api_key  # the one way to hand it over that stores it nowhere
     options = {"wandb": {"name": monitoring.wandb_run_name or run_name, "dir": accelerator.project_dir}}
     accelerator.init_trackers(
         monitoring.wandb_tracker_name or "anima-train",
         init_kwargs={name: options[name] for name in options if monitoring.enable_wandb},
     )
+    trackers, accelerator.trackers = accelerator.trackers, []  # closed by us: `end_training` would wait for them
+    return list(trackers)
 
 
-def track(accelerator: Accelerator, values: Mapping[str, float], x: int) -> None:
-    """Send numbers to every open tracker."""
-    accelerator.log(dict(values), step=x)
+class Trackers:
+    """Numbers on their way to the trackers: neither a stall nor a failure there reaches the training.
+
+    Args:
+        opens: makes the trackers; called in the thread, as it may wait for a network.
+        warn: gets a line for each failure.
+    """
+
+    def __init__(self, opens: Callable[[], list[GeneralTracker]], warn: Callable[[str], None]) -> None:
+        self.opens = opens
+        self.warn = warn
+        self.waiting: queue.Queue[Record | None] = queue.Queue(MAX_WAITING)
+        self.num_dropped = 0
+        self.thread = threading.Thread(target=self.work, name="trackers", daemon=True)
+        self.thread.start()
+
+    def log(self, values: Mapping[str, float], x: int) -> None:
+        """Hand over numbers at once; they are sent later."""
+        try:
+            self.waiting.put_nowait((dict(values), x))
+        except queue.Full:
+            self.num_dropped += 1
+
+    def work(self) -> None:
+        """Send what is handed over, until the end."""
+        try:
+            trackers = self.opens()
+        except Exception as error:  # noqa: BLE001  # whatever a tracker's library raises, it is a warning
+            self.warn(f"warning: the trackers could not be opened ({error}); metrics.jsonl has all numbers")
+            return
+        while (record := self.waiting.get()) is not None:
+            for tracker in list(trackers):
+                if not self.succeeds(tracker, partial(tracker.log, *record)):
+                    trackers.remove(tracker)
+        for tracker in trackers:
+            self.succeeds(tracker, tracker.finish)
+
+    def succeeds(self, tracker: GeneralTracker, action: Callable[[], object]) -> bool:
+        """Whether a tracker does what it is asked; a failure is told once, as the tracker is not asked again."""
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001  # the same
+            self.warn(
+                f"warning: {tracker.name} has failed ({error}) and gets no more numbers; metrics.jsonl has them all"
+            )
+            return False
+        return True
+
+    def close(self, patience: float = PATIENCE) -> None:
+        """Wait until all is sent, but not for ever."""
+        if self.num_dropped:
+            self.warn(f"warning: {count(self.num_dropped, 'record')} not sent to the trackers; metrics.jsonl has them")
+        with contextlib.suppress(queue.Full):
+            self.waiting.put(None, timeout=patience)
+        self.thread.join(patience)
+        if self.thread.is_alive():
+            self.warn("warning: a tracker has not taken all numbers; metrics.jsonl has them")

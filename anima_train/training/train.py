@@ -8,12 +8,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from tqdm import tqdm
 
 from anima_train.adapters.full import Full
 from anima_train.config.config import Config
@@ -29,6 +29,7 @@ from anima_train.data.scan import Scan
 from anima_train.model.dit import MiniTrainDIT
 from anima_train.optim.schedules import lr_factor
 from anima_train.training.checkpoints import load_state, save_state, save_weights, saved_states
+from anima_train.training.due import Due, what_follows
 from anima_train.training.encode import (
     Share,
     fill_cache,
@@ -40,9 +41,11 @@ from anima_train.training.encode import (
     without_rejected,
 )
 from anima_train.training.evaluate import EvalSet, Evaluation, evaluate
+from anima_train.training.memory import peak_bytes
 from anima_train.training.metadata import weights_metadata
 from anima_train.training.model import DTYPES, ModelFiles, find_model_files
 from anima_train.training.objective import compute_loss
+from anima_train.training.progress import Progress
 from anima_train.training.run import RunFolder, config_toml, manifest
 from anima_train.training.setup import (
     data_text,
@@ -56,7 +59,7 @@ from anima_train.training.setup import (
     scan_all,
 )
 from anima_train.training.texts import LiveTexts, has_live_texts, live_encoder, text_device
-from anima_train.training.trackers import start_trackers, track, tracker_names
+from anima_train.training.trackers import Trackers, open_trackers, tracker_names
 
 ROLES = ("train", "regularization")
 MAX_SKIPPED = 10  # steps in a row without a finite gradient
@@ -227,37 +230,6 @@ def tasks(plan: Plan, timetable: Timetable, start: int, accelerator: Accelerator
             )  # fmt: skip
 
 
-@dataclass
-class Due:
-    """Whether something that happens every n epochs, steps, images or minutes is due after a step."""
-
-    epochs: int | None = None
-    steps: int | None = None
-    examples: int | None = None
-    minutes: float | None = None
-    last_time: float = 0.0
-
-    def after(self, step: int, epochs_before: int, epochs_done: int, seen_before: int, seen: int) -> bool:
-        """After a step.
-
-        Args:
-            step: how many steps there were in all.
-            epochs_before: epochs that were complete before the step.
-            epochs_done: epochs that are complete with it.
-            seen_before: images seen before.
-            seen: images seen now.
-        """
-        due = self.steps is not None and step % self.steps == 0
-        if self.epochs is not None:
-            due = due or epochs_done // self.epochs > epochs_before // self.epochs
-        if self.examples is not None:
-            due = due or seen // self.examples > seen_before // self.examples
-        if self.minutes is not None and time.monotonic() - self.last_time >= self.minutes * 60:
-            self.last_time = time.monotonic()
-            due = True
-        return due
-
-
 def run_training(loaded: LoadedConfig, dry_run: bool = False, resume: bool = False) -> Path | None:
     """Train as the configuration says; returns the final weights' path, or None for a dry run."""
     config = loaded.config
@@ -274,15 +246,18 @@ def run_training(loaded: LoadedConfig, dry_run: bool = False, resume: bool = Fal
     if accelerator.is_main_process:
         run.open(resume)
     try:
-        return train(loaded, run, accelerator, resume)
+        with contextlib.ExitStack() as stack:
+            return train(loaded, run, accelerator, resume, stack)
     finally:
         if accelerator.is_main_process:
             run.close()
         accelerator.end_training()
 
 
-def train(loaded: LoadedConfig, run: RunFolder, accelerator: Accelerator, resume: bool) -> Path:
-    """The run, from the images to the last saved file."""
+def train(
+    loaded: LoadedConfig, run: RunFolder, accelerator: Accelerator, resume: bool, stack: contextlib.ExitStack
+) -> Path:
+    """The run, from the images to the last saved file; what has to be closed at its end goes on the stack."""
     config = loaded.config
     is_main = accelerator.is_main_process
     device = accelerator.device
@@ -321,7 +296,10 @@ def train(loaded: LoadedConfig, run: RunFolder, accelerator: Accelerator, resume
         run.keep_metrics(start)
         write_text(run.path / "config.toml", config_toml(config))
         write_text(run.manifest_path, json.dumps(facts, indent=1))
-    start_trackers(accelerator, config.monitoring, run.name)
+    progress = Progress(run.name, timetable.num_steps, start, is_main)
+    trackers = Trackers(partial(open_trackers, accelerator, config.monitoring, run.name), progress.say)
+    stack.callback(trackers.close)  # where the run fails, too
+    stack.callback(progress.close)
 
     base: dict[str, Evaluation] = {}
 
@@ -333,8 +311,8 @@ def train(loaded: LoadedConfig, run: RunFolder, accelerator: Accelerator, resume
             values = result.metrics(base.get(eval_set.name))
             if is_main:
                 run.log(run.evaluations_path, {"step": step, "examples": seen, **values})
-                tqdm.write(f"step {step}: {eval_set.name}/loss {values[f'{eval_set.name}/loss']:.5f}")
-            track(accelerator, values, seen if config.x_axis_examples else step)
+            progress.say(f"step {step}: {eval_set.name}/loss {values[f'{eval_set.name}/loss']:.5f}")
+            trackers.log(values, seen if config.x_axis_examples else step)
 
     def save(step: int | None) -> Path:
         path = run.weights_path(step)
@@ -362,9 +340,7 @@ def train(loaded: LoadedConfig, run: RunFolder, accelerator: Accelerator, resume
         )
         return task, batch
 
-    bar = tqdm(
-        total=timetable.num_steps, initial=start, desc=run.name, unit="step", disable=not is_main, mininterval=0.5
-    )
+    events = {"evaluation": eval_due, "save": save_due, "training state": state_due}
     started, seen, seen_here, skipped = time.monotonic(), images_before(plan, timetable, start), 0, 0
     step_loss = torch.zeros((), device=device)
     has_roles = len({sample.is_regularization for sample in data.train.samples}) > 1
@@ -398,8 +374,7 @@ def train(loaded: LoadedConfig, run: RunFolder, accelerator: Accelerator, resume
             skipped = 0
         else:
             skipped += 1
-            if is_main:
-                tqdm.write(f"warning: step {task.step + 1}: the gradient is not finite; not applied ({batch.names[0]})")
+            progress.say(f"warning: step {task.step + 1}: the gradient is not finite; not applied ({batch.names[0]})")
             if skipped == MAX_SKIPPED:
                 raise NumericError(f"{skipped} steps in a row without a finite gradient; the last saved files are kept")
         optimizer.zero_grad(set_to_none=True)
@@ -427,21 +402,17 @@ def train(loaded: LoadedConfig, run: RunFolder, accelerator: Accelerator, resume
             }
             run.log(run.metrics_path, values)
             shown = {key: value for key, value in values.items() if key not in ("step", "examples")}
-            track(accelerator, shown, seen if config.x_axis_examples else step)
-            bar.set_postfix_str(
-                f"loss {loss:.4f}, lr {values['lr']:.2g}, grad {norm:.2g}, {speed:.2f} images/s", refresh=False
-            )
-        bar.update()
+            trackers.log(shown, seen if config.x_axis_examples else step)
+            progress.update(step, loss, speed, peak_bytes(device), what_follows(events, step, timetable))
 
         # Evaluate and save.
         due = (step, task.epoch, timetable.epochs_done(task.step), seen_before, seen)
         if eval_due.after(*due):
             run_evaluation(step, seen)
         if is_main and save_due.after(*due) and step < timetable.num_steps:
-            tqdm.write(f"step {step}: saved {save(step)}")
+            progress.say(f"step {step}: saved {save(step)}")
         if is_main and state_due.after(*due):
             save_state(run.checkpoints, step, transformer, optimizer, config.keep_last)
-    bar.close()
     final = run.weights_path(None)
     if is_main:
         save(None)

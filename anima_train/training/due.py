@@ -1,0 +1,53 @@
+"""When evaluations and saves are due."""
+
+import time
+from dataclasses import dataclass
+
+from anima_train.data.plan import Timetable
+
+
+@dataclass
+class Due:
+    """Whether something that happens every n epochs, steps, images or minutes is due after a step."""
+
+    epochs: int | None = None
+    steps: int | None = None
+    examples: int | None = None
+    minutes: float | None = None
+    last_time: float = 0.0
+
+    def after(self, step: int, epochs_before: int, epochs_done: int, seen_before: int, seen: int) -> bool:
+        """After a step.
+
+        Args:
+            step: how many steps there were in all.
+            epochs_before: epochs that were complete before the step.
+            epochs_done: epochs that are complete with it.
+            seen_before: images seen before.
+            seen: images seen now.
+        """
+        due = self.steps is not None and step % self.steps == 0
+        if self.epochs is not None:
+            due = due or epochs_done // self.epochs > epochs_before // self.epochs
+        if self.examples is not None:
+            due = due or seen // self.examples > seen_before // self.examples
+        if self.minutes is not None and time.monotonic() - self.last_time >= self.minutes * 60:
+            self.last_time = time.monotonic()
+            due = True
+        return due
+
+    def following(self, step: int, timetable: Timetable) -> int | None:
+        """The next step after which it is due, as far as steps and epochs tell; None: not before the end."""
+        steps = []
+        if self.steps is not None:
+            steps.append((step // self.steps + 1) * self.steps)
+        if self.epochs is not None:
+            epoch = (timetable.place(step)[0] // self.epochs + 1) * self.epochs
+            steps.extend(timetable.first_steps[epoch : epoch + 1])
+        return min((each for each in steps if each <= timetable.num_steps), default=None)
+
+
+def what_follows(events: dict[str, Due], step: int, timetable: Timetable) -> str:
+    """The event that is due next, as "evaluation at 200"; "" where the end comes first."""
+    found = [(at, name) for name, due in events.items() if (at := due.following(step, timetable)) is not None]
+    return "{1} at {0:,}".format(*min(found)) if found else ""
