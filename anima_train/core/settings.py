@@ -51,6 +51,11 @@ class Settings(BaseModel):
     )
 
 
+def named(value: Any) -> Any:
+    """`"cosine"` is short for `{type = "cosine"}`; a validator of fields that choose among classes with a type."""
+    return {"type": value} if isinstance(value, str) else value
+
+
 def quoted(text: str) -> str:
     """Text as TOML would have it, with whatever could move a terminal's cursor escaped."""
     shown = json.dumps(text, ensure_ascii=False)

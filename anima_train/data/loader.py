@@ -32,8 +32,8 @@ class Batch:
     text: Tensor | TextStates  # context (B, 512, C), or what a trained adapter reads
     mask: Float[Tensor, "B 1 1 H W"] | None
     names: tuple[str, ...]  # of the samples, for messages
-    is_regularization: tuple[bool, ...]  # of each sample
     counts: bool = True  # False: a filler that only keeps processes in step
+    is_regularization: tuple[bool, ...] = ()  # of each sample, where roles matter
 
     @property
     def size(self) -> int:
@@ -138,8 +138,8 @@ class CachedData:
             text=self.text([(sample.cache, caption) for sample, caption in zip(samples, captions, strict=True)]),
             mask=self.masks(views),
             names=tuple(sample.id for sample in samples),
-            is_regularization=tuple(sample.is_regularization for sample in samples),
             counts=counts,
+            is_regularization=tuple(sample.is_regularization for sample in samples),
         )
 
     def training_batch(

@@ -1,11 +1,11 @@
 """The learning rate as a function of the step: a factor on every group's base rate, nothing to save."""
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from anima_train.core.settings import Settings
+from anima_train.core.settings import Settings, named
 
 
 class Schedule(Settings):
@@ -96,11 +96,6 @@ class Rex(WithFloor):
 
     def factor(self, progress: float) -> float:
         return self.falling((1 - progress) / (1 - progress / 2))
-
-
-def named(value: Any) -> Any:
-    """`"cosine"` is short for `{type = "cosine"}`."""
-    return {"type": value} if isinstance(value, str) else value
 
 
 AnySchedule = Annotated[

@@ -119,7 +119,6 @@ def random_batch(loaded: LoadedConfig, files: ModelFiles, size: Size, batch_size
         text=random_text(loaded, files, batch_size, generator),
         mask=None,
         names=(str(size),) * batch_size,
-        is_regularization=(False,) * batch_size,
     )
 
 
