@@ -7,6 +7,7 @@ import typer
 
 from anima_train.cli.cache import cache
 from anima_train.cli.check import check
+from anima_train.cli.convert import convert
 from anima_train.cli.download import download
 from anima_train.cli.reference import reference
 from anima_train.cli.tiny import tiny
@@ -14,7 +15,7 @@ from anima_train.cli.train import train
 from anima_train.core.errors import ConfigError, UserError
 from anima_train.training.run import rank
 
-COMMANDS: tuple[Callable[..., None], ...] = (train, check, cache, tiny, download, reference)
+COMMANDS: tuple[Callable[..., None], ...] = (train, check, cache, tiny, convert, download, reference)
 
 
 def application(commands: tuple[Callable[..., None], ...], text: str) -> typer.Typer:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from anima_train.core.errors import SpaceError
-from anima_train.core.files import HASH_CHUNK, atomic_path, current_umask, sha256_file, write_text
+from anima_train.core.files import HASH_CHUNK, atomic_folder, atomic_path, current_umask, sha256_file, write_text
 
 
 def python(code, *arguments):
@@ -161,3 +161,26 @@ def test_several_writers_leave_one_whole_file(tmp_path):
     assert [writer.returncode for writer in writers] == [0, 0]
     assert seen | {path.read_text()} <= {"a" * 10_000, "b" * 10_000}
     assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_folder_appears_whole_with_the_permissions_the_umask_allows(tmp_path, umask):
+    umask(0o027)
+    with atomic_folder(tmp_path / "a" / "b") as temporary:
+        (temporary / "c").mkdir()
+        (temporary / "c" / "d.txt").write_text("new")
+        assert not (tmp_path / "a" / "b").exists()
+    assert os.listdir(tmp_path / "a") == ["b"]
+    assert (tmp_path / "a" / "b" / "c" / "d.txt").read_text() == "new"
+    assert stat.S_IMODE((tmp_path / "a" / "b").stat().st_mode) == 0o750
+
+
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, OSError(errno.ENOSPC, "full")])
+def test_whatever_is_raised_leaves_no_folder(tmp_path, failure):
+    def write():
+        with atomic_folder(tmp_path / "a") as temporary:
+            (temporary / "b").write_text("new")
+            raise failure
+
+    with pytest.raises(SpaceError if isinstance(failure, OSError) else failure):
+        write()
+    assert os.listdir(tmp_path) == []

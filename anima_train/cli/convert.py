@@ -1,0 +1,62 @@
+"""`anima convert`."""
+
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from anima_train.cli.train import ConfigPath, Overrides
+from anima_train.config.load import load_config
+from anima_train.core.errors import ConfigError
+from anima_train.tools.convert import expect_new, to_diffusers
+from anima_train.training.model import DTYPES, find_model_files
+
+# Converting needs no images: those that the config names may be on another machine.
+WITHOUT_IMAGES = ('dataset={directory=[{path="."}]}', "eval_datasets=[]")
+
+
+class Layout(StrEnum):
+    """What a model can be converted to."""
+
+    diffusers = "diffusers"
+
+
+class Precision(StrEnum):
+    """The dtypes a model can be converted to."""
+
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+def convert(
+    config: ConfigPath,
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.", show_default=False)],
+    to: Annotated[Layout, typer.Option("--to", help="The layout to write.", show_default=False)],
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="A whole transformer, with the LLM adapter inside, instead of the config's.", show_default=False
+        ),
+    ] = None,
+    dtype: Annotated[
+        Precision | None, typer.Option(help="Of every tensor. Absent: as in the files.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Write a config's model in the layout of another library."""
+    expect_new(folder)  # before anything is downloaded
+    files = find_model_files(load_config(config, [*(overrides or []), *WITHOUT_IMAGES]))
+    if checkpoint is not None:
+        files = replace(files, transformer=checkpoint, llm_adapter=None)
+    files.check_headers()
+    precision = None if dtype is None else DTYPES[dtype.value]
+    try:
+        to_diffusers(
+            files.transformer_header, files.adapter_header, files.vae, files.llm, files.tokenizer, files.t5_tokenizer,
+            folder, precision,
+        )  # fmt: skip
+    except OSError as error:  # a file where its folder should be, or a name that is none
+        raise ConfigError(f"{folder} cannot be written ({error.strerror or error}); choose another place") from error
+    print(f"{folder}: load it with {to.value}.ModularPipeline.from_pretrained('{folder}'), then .load_components()")

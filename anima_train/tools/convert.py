@@ -1,0 +1,215 @@
+"""A model's files as the folder that diffusers' `AnimaModularPipeline` loads.
+
+Tensors keep their values and, unless told otherwise, their dtypes; only names change. One component is in memory at a
+time.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler
+from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+from torch import Tensor
+
+from anima_train.core.conditions import CONTEXT_ROWS
+from anima_train.core.errors import ConfigError, ModelFileError
+from anima_train.core.files import atomic_folder
+from anima_train.model.dit import OUT_CHANNELS, MiniTrainDIT, TransformerShape
+from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
+from anima_train.model.text import Tokenizers, load_text_encoder, load_tokenizers, text_encoder_entries
+from anima_train.model.weights import TensorFile, expect, match_keys, open_header, read_tensors, write_tensors
+
+SHIFT = 3.0  # of the noise levels, as the model is sampled
+INDEX = "modular_model_index.json"
+COMPONENTS: Mapping[str, tuple[str, str]] = {  # folder -> library and class, as the pipeline asks for them
+    "transformer": ("diffusers", "CosmosTransformer3DModel"),
+    "text_conditioner": ("diffusers", "AnimaTextConditioner"),
+    "vae": ("diffusers", "AutoencoderKLQwenImage"),
+    "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
+    "text_encoder": ("transformers", "Qwen3Model"),
+    "tokenizer": ("transformers", "Qwen2Tokenizer"),
+    "t5_tokenizer": ("transformers", "T5TokenizerFast"),
+}
+
+RENAMES: tuple[tuple[str, str], ...] = (
+    (r"^x_embedder\.proj\.1\.", "patch_embed.proj."),
+    (r"^t_embedder\.1\.", "time_embed.t_embedder."),
+    (r"^t_embedding_norm\.", "time_embed.norm."),
+    (r"^final_layer\.adaln_modulation\.", "norm_out.linear_"),
+    (r"^final_layer\.linear\.", "proj_out."),
+    (r"^blocks\.", "transformer_blocks."),
+    (r"\.adaln_modulation_self_attn\.", ".norm1.linear_"),
+    (r"\.adaln_modulation_cross_attn\.", ".norm2.linear_"),
+    (r"\.adaln_modulation_mlp\.", ".norm3.linear_"),
+    (r"\.self_attn\.", ".attn1."),
+    (r"\.cross_attn\.", ".attn2."),
+    (r"\.([qkv])_proj\.", r".to_\1."),
+    (r"\.output_proj\.", ".to_out.0."),
+    (r"\.([qk])_norm\.", r".norm_\1."),
+    (r"\.mlp\.layer1\.", ".ff.net.0.proj."),
+    (r"\.mlp\.layer2\.", ".ff.net.2."),
+)
+
+
+def cosmos_key(key: str) -> str:
+    """The name in diffusers' `CosmosTransformer3DModel` of a transformer's key (without prefix)."""
+    for pattern, replacement in RENAMES:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def expect_new(folder: Path) -> None:
+    """Raise ConfigError if something is where the folder is to be made."""
+    if folder.exists() or folder.is_symlink():
+        raise ConfigError(f"{folder} already exists; give a folder that does not, or remove it")
+
+
+def to_diffusers(
+    transformer: TensorFile, llm_adapter: TensorFile, vae: Path, llm: Path, tokenizer: Path, t5_tokenizer: Path,
+    folder: Path, dtype: torch.dtype | None = None,
+) -> None:  # fmt: skip
+    """Write a model as a diffusers pipeline; the folder appears when everything in it is on disk.
+
+    Args:
+        transformer: its tensors, keys without prefix and without the adapter's.
+        llm_adapter: its tensors, keys without prefix.
+        vae: the official file, in Wan names.
+        llm: Qwen3, a safetensors file or a folder in transformers' layout.
+        tokenizer: Qwen3's folder.
+        t5_tokenizer: T5's folder.
+        folder: to be made.
+        dtype: of every tensor. None: of each as it is in its file.
+
+    Raises:
+        ConfigError: the folder is already there.
+        ModelFileError: a file is missing, damaged, or of a model that the pipeline cannot run.
+        SpaceError: the disk is full or read-only.
+    """
+    expect_new(folder)
+    tokenizers = load_tokenizers(tokenizer, t5_tokenizer)
+    with atomic_folder(folder) as temporary:
+        write_transformer(temporary / "transformer", transformer, dtype)
+        write_text_conditioner(temporary / "text_conditioner", llm_adapter, dtype)
+        write_vae(temporary / "vae", vae, dtype)
+        write_text_encoder(temporary / "text_encoder", llm, tokenizers, dtype)
+        tokenizers.qwen.save_pretrained(temporary / "tokenizer")
+        tokenizers.t5.save_pretrained(temporary / "t5_tokenizer")
+        FlowMatchEulerDiscreteScheduler(shift=SHIFT).save_pretrained(temporary / "scheduler")
+        write_json(temporary / INDEX, index())
+
+
+def index() -> dict[str, Any]:
+    """What tells diffusers which pipeline this is, and of which classes its parts are.
+
+    It names no place: diffusers (from 0.41) looks for the parts beside the index, so the folder may be moved.
+    """
+    nowhere = {"pretrained_model_name_or_path": None, "variant": None, "revision": None}
+    parts = {
+        name: (library, kind, {"type_hint": (library, kind), "subfolder": name, **nowhere})
+        for name, (library, kind) in COMPONENTS.items()
+    }
+    return {**model_facts("AnimaModularPipeline"), "_blocks_class_name": "AnimaAutoBlocks", **parts}
+
+
+def write_transformer(folder: Path, file: TensorFile, dtype: torch.dtype | None) -> None:
+    """Write the transformer as `CosmosTransformer3DModel`."""
+    shape = TransformerShape.of(file.entries)
+    if shape.in_channels != OUT_CHANNELS:
+        raise ModelFileError(
+            f"model.transformer_path: {file.path} reads {shape.in_channels} channels, and diffusers' Anima pipeline "
+            f"gives {OUT_CHANNELS}; models with a mask channel cannot be converted"
+        )
+    with torch.device("meta"):
+        match_keys(file.entries, MiniTrainDIT(shape).state_dict(), f"model.transformer_path: {file.path}")
+    config = {
+        "in_channels": shape.in_channels,
+        "out_channels": OUT_CHANNELS,
+        "num_attention_heads": shape.width // shape.head_dim,
+        "attention_head_dim": shape.head_dim,
+        "num_layers": shape.num_blocks,
+        "mlp_ratio": 4.0,
+        "text_embed_dim": shape.context_width,
+        "adaln_lora_dim": shape.adaln_lora_dim,
+        "max_size": (128, 240, 240),
+        "patch_size": (1, 2, 2),
+        "rope_scale": (1.0, 4.0, 4.0),
+        "concat_padding_mask": True,
+        "extra_pos_embed_type": None,
+    }
+    tensors = {cosmos_key(name): cast(tensor, dtype) for name, tensor in read_tensors(file)}
+    write_model(folder, model_facts("CosmosTransformer3DModel") | config, tensors)
+
+
+def write_text_conditioner(folder: Path, file: TensorFile, dtype: torch.dtype | None) -> None:
+    """Write the LLM adapter as `AnimaTextConditioner`, which has the same names."""
+    shape = LLMAdapterShape.of(file.entries)
+    with torch.device("meta"):
+        match_keys(file.entries, LLMAdapter(shape).state_dict(), f"LLM adapter in {file.path}")
+    config = {
+        "source_dim": shape.source_width,
+        "target_dim": shape.target_width,
+        "model_dim": shape.width,
+        "num_layers": shape.num_blocks,
+        "num_attention_heads": shape.width // shape.head_dim,
+        "mlp_ratio": 4.0,
+        "target_vocab_size": shape.vocab_size,
+        "use_self_attention": True,
+        "use_layer_norm": False,
+        "min_sequence_length": CONTEXT_ROWS,
+    }
+    tensors = {name: cast(tensor, dtype) for name, tensor in read_tensors(file)}
+    write_model(folder, model_facts("AnimaTextConditioner") | config, tensors)
+
+
+def write_vae(folder: Path, path: Path, dtype: torch.dtype | None) -> None:
+    """Write the VAE, with what only video uses of it."""
+    file = open_header(path)
+    expect(file, "vae", "model.vae_path", ("vae",))
+    wan_names = convert_wan_vae_to_diffusers({name: name for name in file.entries})
+    found = {name: file.entries[wan_name] for name, wan_name in wan_names.items()}
+    with torch.device("meta"):
+        vae = AutoencoderKLQwenImage(base_dim=found["encoder.down_blocks.0.norm1.gamma"].shape[0])
+    match_keys(found, vae.state_dict(), f"model.vae_path: {path} (keys as diffusers names them)")
+    names = {wan_name: name for name, wan_name in wan_names.items()}
+    tensors = {names[wan_name]: cast(tensor, dtype) for wan_name, tensor in read_tensors(file)}
+    write_model(folder, json.loads(vae.to_json_string()), tensors)
+
+
+def write_text_encoder(folder: Path, path: Path, tokenizers: Tokenizers, dtype: torch.dtype | None) -> None:
+    """Write Qwen3 in transformers' layout."""
+    model = load_text_encoder(path, tokenizers, torch.device("cpu")).model  # in float32, which rounds nothing
+    entries = text_encoder_entries(path)
+    tensors = {name: tensor.to(dtype or entries[name].dtype) for name, tensor in model.state_dict().items()}
+    model.config.architectures = ["Qwen3Model"]
+    model.config.dtype = tensors["embed_tokens.weight"].dtype
+    write_model(folder, model.config.to_dict(), tensors, "model.safetensors")
+
+
+def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The tensor in this dtype, if one is asked for."""
+    return tensor if dtype is None else tensor.to(dtype)
+
+
+def model_facts(kind: str) -> dict[str, Any]:
+    """What every config of diffusers begins with: the class, and the version."""
+    return {"_class_name": kind, "_diffusers_version": diffusers.__version__}
+
+
+def write_model(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor],
+    name: str = "diffusion_pytorch_model.safetensors",
+) -> None:  # fmt: skip
+    """Write one component: its configuration and its weights."""
+    folder.mkdir()
+    write_json(folder / "config.json", config)
+    write_tensors(folder / name, tensors, {"format": "pt"})
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
