@@ -60,7 +60,7 @@ def torch_factors(num_steps, make):
             lambda optimizer: lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=10),
         ),
     ],
-    ids=str,
+    ids=lambda value: None if callable(value) else str(value),
 )
 def test_factors_are_those_of_torch(schedule, make):
     assert factors(schedule, 50) == pytest.approx(torch_factors(50, make), abs=1e-9)
