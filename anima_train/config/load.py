@@ -63,6 +63,25 @@ class LoadedConfig:
         return path
 
 
+class ModelPart(Settings):
+    """The keys of a configuration that say which model it is about."""
+
+    model: ModelSettings
+    offline: bool = False
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """That part of a configuration, its files found."""
+
+    config: ModelPart
+
+    def model_path(self, key: str) -> str | None:
+        """A path from [model]: found, an hf:// reference, or None."""
+        path: str | None = getattr(self.config.model, key)
+        return path
+
+
 @dataclass(frozen=True)
 class Place:
     """A table in the user's files: how messages name it, and where its paths are looked for."""
@@ -273,6 +292,44 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
         loader.note(loader.main, key, why)
     run_name = config.run_name or f"{path.stem}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
     return LoadedConfig(config, run_name, train, found, tuple(dict.fromkeys(loader.notes)), path.parent)
+
+
+def load_model_part(path: Path, overrides: Sequence[str] = (), transformer: Path | None = None) -> LoadedModel:
+    """Read what a configuration says about its model; its datasets need not exist.
+
+    Args:
+        path: the main TOML.
+        overrides: `key.path=value` from --set, later ones win.
+        transformer: a file to use instead of the configuration's.
+
+    Raises:
+        ConfigError: everything that is wrong in [model], at once; or an override of something else.
+    """
+    loader = Loader(path)
+    data = read_toml(path)
+    for text in overrides:
+        try:
+            loader.overridden.append(made := apply_override(data, text))
+        except ConfigError as error:
+            loader.problems.extend(error.problems)
+            continue
+        if made.partition(".")[0] not in ModelPart.model_fields:
+            loader.problems.append(f"--set {made}: has no effect here; only [model] and offline are read")
+    data = {key: value for key, value in data.items() if key in ModelPart.model_fields}
+    if transformer is not None and isinstance(data.get("model"), dict):
+        data["model"] = {key: value for key, value in data["model"].items() if key != "transformer_path"}
+    part = loader.validated(ModelPart, loader.translated(data, MAIN, loader.main), loader.main, MAIN_HINTS)
+    if part is not None:
+        tiny_path = part.model.tiny_path
+        if tiny_path is not None and os.path.exists(tiny_path):
+            loader.found(loader.main, "model.tiny_path", tiny_path, "folder")
+        model = loader.with_files(part.model)
+        if transformer is not None:
+            model = model.model_copy(update={"transformer_path": str(transformer)})
+        part = part.model_copy(update={"model": model})
+    if loader.problems or part is None:
+        raise ConfigError(loader.problems)
+    return LoadedModel(part)
 
 
 def folder_or_tar(text: str) -> str:

@@ -5,7 +5,6 @@ time.
 """
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from torch import Tensor
 
+from anima_train.adapters.names import cosmos_key
 from anima_train.core.conditions import CONTEXT_ROWS
 from anima_train.core.errors import ConfigError, ModelFileError
 from anima_train.core.files import atomic_folder
@@ -35,32 +35,6 @@ COMPONENTS: Mapping[str, tuple[str, str]] = {  # folder -> library and class, as
     "tokenizer": ("transformers", "Qwen2Tokenizer"),
     "t5_tokenizer": ("transformers", "T5TokenizerFast"),
 }
-
-RENAMES: tuple[tuple[str, str], ...] = (
-    (r"^x_embedder\.proj\.1\.", "patch_embed.proj."),
-    (r"^t_embedder\.1\.", "time_embed.t_embedder."),
-    (r"^t_embedding_norm\.", "time_embed.norm."),
-    (r"^final_layer\.adaln_modulation\.", "norm_out.linear_"),
-    (r"^final_layer\.linear\.", "proj_out."),
-    (r"^blocks\.", "transformer_blocks."),
-    (r"\.adaln_modulation_self_attn\.", ".norm1.linear_"),
-    (r"\.adaln_modulation_cross_attn\.", ".norm2.linear_"),
-    (r"\.adaln_modulation_mlp\.", ".norm3.linear_"),
-    (r"\.self_attn\.", ".attn1."),
-    (r"\.cross_attn\.", ".attn2."),
-    (r"\.([qkv])_proj\.", r".to_\1."),
-    (r"\.output_proj\.", ".to_out.0."),
-    (r"\.([qk])_norm\.", r".norm_\1."),
-    (r"\.mlp\.layer1\.", ".ff.net.0.proj."),
-    (r"\.mlp\.layer2\.", ".ff.net.2."),
-)
-
-
-def cosmos_key(key: str) -> str:
-    """The name in diffusers' `CosmosTransformer3DModel` of a transformer's key (without prefix)."""
-    for pattern, replacement in RENAMES:
-        key = re.sub(pattern, replacement, key)
-    return key
 
 
 def expect_new(folder: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from anima_train.config.load import LoadedConfig
+from anima_train.config.load import LoadedConfig, LoadedModel
 from anima_train.core.errors import ModelFileError, UserError
 from anima_train.model import hub
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
@@ -123,7 +123,7 @@ class ModelFiles:
         return {ADAPTER_PREFIX + name: tensor for name, tensor in read_tensors(self.adapter_header)}
 
 
-def find_model_files(loaded: LoadedConfig) -> ModelFiles:
+def find_model_files(loaded: LoadedConfig | LoadedModel) -> ModelFiles:
     """Every model file the configuration names or implies; missing official ones are downloaded.
 
     Raises:
@@ -136,8 +136,10 @@ def find_model_files(loaded: LoadedConfig) -> ModelFiles:
         if not all(path.exists() for path in astuple(paths)):
             paths = write_tiny(folder)
         adapter = loaded.model_path("llm_adapter_path")
+        other = loaded.model_path("transformer_path")  # for pictures alone: a configuration has only one of the two
+        transformer = paths.transformer if other is None else Path(other)
         return ModelFiles(
-            paths.transformer, paths.vae, paths.llm, paths.tokenizer, paths.t5_tokenizer,
+            transformer, paths.vae, paths.llm, paths.tokenizer, paths.t5_tokenizer,
             None if adapter is None else hub.resolve("transformer_path", adapter, config.offline),
         )  # fmt: skip
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from anima_train.config.config import Config
-from anima_train.config.load import LoadedConfig
+from anima_train.config.load import LoadedConfig, ModelPart
 from anima_train.core.conditions import pad_states
 from anima_train.core.errors import ModelFileError
 from anima_train.data.samples import Sample
@@ -69,8 +69,8 @@ def has_live_texts(config: Config, samples: Iterable[Sample]) -> bool:
     return not config.model.cache_text_embeddings or any(sample.rules.draws_tags for sample in samples)
 
 
-def text_device(config: Config, device: torch.device) -> torch.device:
-    """Where captions are encoded, if training is on this device."""
+def text_device(config: Config | ModelPart, device: torch.device) -> torch.device:
+    """Where captions are encoded, if the transformer is on this device."""
     return device if config.model.text_encoder_device == "training" else torch.device("cpu")
 
 

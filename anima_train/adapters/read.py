@@ -1,0 +1,170 @@
+"""LoRA files of any trainer: read, checked against the model, and merged into its weights."""
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anima_train.adapters.names import lora_stems
+from anima_train.core.errors import ModelFileError, count
+from anima_train.model.weights import SLOTS, TensorFile, first_five, identify, open_header, read_tensors
+
+# PEFT's own state has the name of the adapter in its keys.
+KEY = re.compile(r"(.+)\.(?:(lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)(?:\.default)?\.weight|(alpha))")
+PARTS = {"lora_A": "down", "lora_down": "down", "lora.down": "down", "lora_B": "up", "lora_up": "up", "lora.up": "up"}
+DIFFUSERS_METADATA = "lora_adapter_metadata"
+PEFT_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a LoRA adds to one weight: `scale * up @ down`."""
+
+    down: Tensor  # (rank, in)
+    up: Tensor  # (out, rank)
+    scale: float  # alpha / rank
+
+
+Updates = Mapping[str, Update]  # by the full names of modules in the transformer
+Shapes = Mapping[str, tuple[int, ...]]  # of the weights, by the full names of modules in the transformer
+Keys = Mapping[str, Mapping[str, str]]  # module -> "down", "up" or "alpha" -> key in the file
+
+
+def read_lora(path: Path, shapes: Shapes) -> dict[str, Update]:
+    """Read a LoRA in the keys of ComfyUI (as ours are), kohya, diffusers or PEFT.
+
+    Args:
+        path: a safetensors file.
+        shapes: of every linear's weight; names in the LLM adapter begin with `llm_adapter.`
+
+    Raises:
+        ModelFileError: no LoRA, damaged, or of another model: how many keys do not fit, and the first five.
+    """
+    file = open_header(path)
+    if (kind := identify(file)) != "a LoRA":
+        raise ModelFileError(f"{path}: expected a LoRA; this looks like {SLOTS.get(kind, kind)}")
+    keys = keys_by_module(file, shapes)
+    config = peft_config(file)
+    tensors = dict(read_tensors(file))
+    updates = {}
+    for module, parts in keys.items():
+        down, up = tensors[parts["down"]], tensors[parts["up"]]
+        rank = len(down)
+        scale = float(tensors[parts["alpha"]]) / rank if "alpha" in parts else peft_scale(config, parts["down"], rank)
+        updates[module] = Update(down, up, scale)
+    return updates
+
+
+def keys_by_module(file: TensorFile, shapes: Shapes) -> Keys:
+    """The keys of each module the LoRA changes, all of them with tensors that fit.
+
+    Raises:
+        ModelFileError: how many do not fit, and the first five of each kind.
+    """
+    modules = {stem: module for module in shapes for stem in lora_stems(module)}
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    unknown, repeated = [], []
+    for key in file.entries:
+        match = KEY.fullmatch(key)
+        module = None if match is None else modules.get(match[1])
+        if match is None or module is None:
+            unknown.append(key)
+        elif (part := PARTS.get(match[2], "alpha")) in found[module]:
+            repeated.append(key)
+        else:
+            found[module][part] = key
+    halves = [name for parts in found.values() if not {"down", "up"} <= parts.keys() for name in parts.values()]
+    misshapen = [
+        f"{key} {file.entries[key].shape}"
+        for module, parts in found.items()
+        if {"down", "up"} <= parts.keys() and not fits(file, parts, shapes[module])
+        for key in parts.values()
+    ]
+    matrices = {
+        key: entry for key, entry in file.entries.items() if not key.endswith(".alpha")
+    }  # that may be an integer
+    quantised = [key for key, entry in matrices.items() if not entry.dtype.is_floating_point]
+    problems = [
+        f"{file.path}: {count(len(keys), 'key')} {what}: {first_five(keys)}"
+        for keys, what in (
+            (unknown, "unknown to this model (LoKr, LoHa and DoRA are not read)"),
+            (repeated, "repeating another"),
+            (halves, "without a counterpart"),
+            (misshapen, "of another shape than the model's"),
+            (quantised, "without floating-point numbers"),
+        )
+        if keys
+    ]
+    if problems:
+        raise ModelFileError(problems)
+    return found
+
+
+def fits(file: TensorFile, parts: Mapping[str, str], shape: tuple[int, ...]) -> bool:
+    """Whether up times down has the shape of the weight, and alpha is one number."""
+    down, up = file.entries[parts["down"]].shape, file.entries[parts["up"]].shape
+    has_number = "alpha" not in parts or math.prod(file.entries[parts["alpha"]].shape) == 1
+    return has_number and len(down) == len(up) == 2 and down[0] == up[1] > 0 and (up[0], down[1]) == shape
+
+
+def peft_config(file: TensorFile) -> dict[str, Any]:
+    """PEFT's settings, which hold alpha where the tensors do not: in diffusers' metadata, or beside PEFT's own file.
+
+    Raises:
+        ModelFileError: they cannot be read, or ask for something else than a plain LoRA.
+    """
+    beside = file.path.with_name(PEFT_CONFIG)
+    if (text := file.metadata.get(DIFFUSERS_METADATA)) is None:
+        if not any(key.startswith("base_model.model.") for key in file.entries) or not beside.is_file():
+            return {}
+        text = beside.read_text(encoding="utf-8", errors="replace")
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise ModelFileError(f"{file.path}: the LoRA's settings for PEFT are damaged ({error})") from error
+    if not isinstance(config, dict):
+        raise ModelFileError(f"{file.path}: the LoRA's settings for PEFT are not a table")
+    for key, value in config.items():
+        if value and key.rpartition(".")[2] in ("use_dora", "alpha_pattern"):
+            raise ModelFileError(f"{file.path}: the LoRA uses {key}, which is not read")
+    return config
+
+
+def peft_scale(config: Mapping[str, Any], key: str, rank: int) -> float:
+    """What up times down is multiplied by, by PEFT's settings; 1 without them."""
+    component = key.partition(".")[0]  # diffusers has settings for each
+    settings = {name: config.get(f"{component}.{name}", config.get(name)) for name in ("lora_alpha", "use_rslora")}
+    alpha = settings["lora_alpha"]
+    if not isinstance(alpha, int | float):
+        return 1.0
+    return alpha / (math.sqrt(rank) if settings["use_rslora"] else rank)
+
+
+@torch.no_grad()
+def merge_loras(model: nn.Module, loras: Iterable[tuple[Updates, float]], prefix: str = "") -> None:
+    """Add LoRAs to the weights of a model: `W + sum(strength * scale * up @ down)` in float32, then W's dtype.
+
+    Args:
+        model: the transformer, or a part of it. Updates of other parts are passed over.
+        loras: what each adds, and its strength.
+        prefix: of the model's names in the whole transformer, such as `llm_adapter.`
+    """
+    by_module: dict[str, list[tuple[Update, float]]] = defaultdict(list)
+    for updates, strength in loras:
+        for name, update in updates.items():
+            by_module[name].append((update, strength))
+    for name, module in model.named_modules(prefix=prefix.removesuffix(".")):
+        if name in by_module:
+            weight = module.weight
+            merged = weight.float()
+            for update, strength in by_module[name]:
+                up, down = update.up.to(weight.device).float(), update.down.to(weight.device).float()
+                merged = merged + strength * update.scale * (up @ down)
+            weight.copy_(merged)

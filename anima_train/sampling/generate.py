@@ -1,0 +1,137 @@
+"""From a prompt's context and a seed to latents, and from latents to a picture; equal to ComfyUI up to rounding."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from pydantic import Field, ValidationInfo, field_validator
+from torch import Tensor
+
+from anima_train.core.errors import NumericError
+from anima_train.core.settings import Settings, members_of, quoted, type_name
+from anima_train.model.vae import LATENT_CHANNELS, SingleFrameVAE
+from anima_train.sampling.samplers import AnySampler, ErSde, SamplerSetting, Velocity, step_noise
+from anima_train.sampling.schedules import TABLE_SIZE, AnySchedule, ScheduleSetting, Simple
+
+LATENT_PIXELS = 8  # pixels per latent, on either side
+
+Transformer = Callable[[Tensor, Tensor, Tensor], Tensor]  # (latents, t (B, 1), context) -> velocity
+SAMPLER_NAMES = [type_name(member) for member in members_of(AnySampler)]
+SCHEDULE_NAMES = [type_name(member) for member in members_of(AnySchedule)]
+
+
+class Request(Settings):
+    """One picture."""
+
+    prompt: str
+    """What to draw, as in ComfyUI: (word:1.2) weighs, \\( and \\) are parentheses."""
+    cfg: float = Field(default=4.0, ge=0)
+    """Strength of the prompt against the negative prompt. 1 does without the latter, and takes half the time."""
+    negative_prompt: str = ""
+    """What not to draw."""
+    seed: int = Field(default=0, ge=0, lt=2**64)
+    """Of the noise; the same as ComfyUI's."""
+    width: int = Field(default=1024, ge=16, le=8192, multiple_of=16)
+    """In pixels, a multiple of 16. About a million pixels in all."""
+    height: int = Field(default=1024, ge=16, le=8192, multiple_of=16)
+    """The same."""
+    steps: int = Field(default=30, ge=1, le=TABLE_SIZE)
+    """Noise levels on the way from noise to the picture."""
+    shift: float = Field(default=3.0, ge=0.1)
+    """Spends more of the steps near noise: t <- s t / (1 + (s - 1) t)."""
+    sampler: SamplerSetting = ErSde()
+    """How the steps are taken: a name, or a table {type = "...", ...} with the sampler's own keys."""
+    schedule: ScheduleSetting = Simple()
+    """How the noise levels are spaced."""
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the negative prompt counts."""
+        return self.cfg != 1
+
+    @field_validator("negative_prompt")
+    @classmethod
+    def is_used(cls, value: str, earlier: ValidationInfo) -> str:
+        """Without guidance there is nothing to be guided away from."""
+        if value and earlier.data.get("cfg") == 1:
+            raise ValueError("has no effect with cfg 1; leave one of them out")
+        return value
+
+
+def initial_noise(seed: int, width: int, height: int) -> Float[Tensor, "1 16 1 H W"]:
+    """The noise ComfyUI starts from: float32, drawn on the CPU whatever the device. Sizes in pixels."""
+    shape = (1, LATENT_CHANNELS, 1, height // LATENT_PIXELS, width // LATENT_PIXELS)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def guided(
+    transformer: Transformer, context: Tensor, negative: Tensor | None, cfg: float, dtype: torch.dtype
+) -> Velocity:
+    """Classifier-free guidance, `v_u + cfg (v_c - v_u)`, in float32; without a negative context `v_c` alone.
+
+    Args:
+        transformer: gets latents in `dtype`.
+        context: of the prompt.
+        negative: of the negative prompt; None for cfg 1. It may have another number of rows.
+        cfg: strength of the prompt.
+        dtype: what the transformer computes in.
+    """
+
+    def predict(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        return transformer(x.to(dtype), t, text).float()
+
+    def velocity(x: Tensor, level: float) -> Tensor:
+        t = torch.full((len(x), 1), level, dtype=torch.float32, device=x.device)
+        with_prompt = predict(x, t, context)
+        if negative is None:
+            return with_prompt
+        without = predict(x, t, negative)
+        return without + cfg * (with_prompt - without)
+
+    return velocity
+
+
+@torch.no_grad()
+def generate(
+    transformer: Transformer,
+    request: Request,
+    context: Float[Tensor, "1 L C"],
+    negative: Float[Tensor, "1 L C"] | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Float[Tensor, "1 16 1 H W"]:
+    """The latents of a picture, in float32, on the device.
+
+    Args:
+        transformer: gives the velocity of latents in `dtype`.
+        request: what to draw.
+        context: of the prompt.
+        negative: of the negative prompt; not needed, and not used, where `request.is_guided` is false.
+        device: of the transformer.
+        dtype: what the transformer computes in.
+
+    Raises:
+        NumericError: the latents are not finite.
+    """
+    assert request.is_guided <= (negative is not None)
+    without = negative.to(device) if request.is_guided and negative is not None else None
+    velocity = guided(transformer, context.to(device), without, request.cfg, dtype)
+    noise = initial_noise(request.seed, request.width, request.height).to(device)
+    levels = request.schedule.sigmas(request.steps, request.shift)
+    latents = request.sampler.sample(velocity, noise, levels, request.shift, step_noise(noise, request.seed))
+    if not bool(latents.isfinite().all()):
+        raise NumericError(
+            f"the picture of {quoted(request.prompt[:60])} became NaN or infinite; use smaller weights in the prompt, "
+            "or a lower cfg"
+        )
+    return latents
+
+
+@torch.no_grad()
+def decode(vae: SingleFrameVAE, latents: Float[Tensor, "1 16 1 H W"]) -> Image.Image:
+    """The picture of these latents; values are cut to 8 bits, not rounded, as in ComfyUI."""
+    pixels = vae.decode(latents)[0].permute(1, 2, 0)  # (h, w, 3) in [-1, 1]
+    values = ((pixels + 1) / 2).clamp(0, 1).cpu().numpy() * 255.0
+    return Image.fromarray(values.astype(np.uint8))

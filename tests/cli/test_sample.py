@@ -1,0 +1,204 @@
+"""`anima sample` with the tiny model, from the command line to the PNG."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from anima_train.adapters.lora import target_modules
+from anima_train.cli.main import COMMANDS, application
+from anima_train.config.load import load_model_part
+from anima_train.core.errors import ConfigError, ModelFileError, NumericError
+from anima_train.tools.tiny import write_tiny
+from anima_train.training.model import find_model_files, load_transformer
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    return folder, write_tiny(folder)
+
+
+@pytest.fixture(scope="module")
+def config(tiny, tmp_path_factory):
+    """A config whose dataset does not exist."""
+    path = tmp_path_factory.mktemp("config") / "run.toml"
+    path.write_text(
+        f"output_dir = 'runs'\ndataset = 'nowhere.toml'\n"
+        f"[model]\ntype = 'anima'\ntiny_path = '{tiny[0]}'\ndtype = 'float32'\n[optimizer]\ntype = 'adamw'\nlr = 1e-4\n"
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def loras(config, tmp_path_factory):
+    """Two LoRAs, the second on the LLM adapter alone."""
+    files = find_model_files(load_model_part(config))
+    model = load_transformer(files, True, torch.float32, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    paths = []
+    for name, part in (("style", ""), ("words", "llm_adapter.")):
+        tensors = {}
+        for module in target_modules(model):
+            if module.startswith(part):
+                shape = model.get_submodule(module).weight.shape
+                stem = f"diffusion_model.{module}"
+                tensors[f"{stem}.lora_A.weight"] = torch.randn(2, shape[1], generator=generator) * 0.2
+                tensors[f"{stem}.lora_B.weight"] = torch.randn(shape[0], 2, generator=generator) * 0.2
+        paths.append(tmp_path_factory.mktemp("loras") / f"{name}.safetensors")
+        save_file(tensors, paths[-1])
+    return paths
+
+
+@pytest.fixture
+def sample(config, tmp_path, monkeypatch):
+    """Run `anima sample` on small pictures; returns the paths of those it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, size="64x48"):
+        command = ["sample", config, "--size", size, "--steps", "3", *arguments]
+        result = CliRunner().invoke(application(COMMANDS, "anima"), [str(argument) for argument in command])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == 0, result.output
+        return [tmp_path / line for line in result.output.splitlines()]
+
+    return run
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return image.tobytes()
+
+
+def test_pictures_are_numbered_and_hold_their_settings(sample, tmp_path):
+    paths = sample(
+        "--prompt", "1girl, (solo:1.3)", "--prompt", "", "--negative", "bad", "--seed", "7", "--sampler", "euler"
+    )  # fmt: skip
+    assert [path.relative_to(tmp_path).as_posix() for path in paths] == ["samples/00001_7.png", "samples/00002_7.png"]
+    with Image.open(paths[0]) as image:
+        assert image.size == (64, 48)
+        assert image.info["parameters"].startswith("1girl, (solo:1.3)\nNegative prompt: bad\nSteps: 3, Sampler: Euler")
+        assert "Seed: 7, Size: 64x48, Model: anima-tiny" in image.info["parameters"]
+        facts = json.loads(image.info["anima_train"])
+        everything = repr(image.info)
+    assert (facts["prompt"], facts["seed"], facts["cfg"]) == ("1girl, (solo:1.3)", 7, 4.0)
+    assert str(tmp_path.parent) not in everything
+    assert pixels(paths[0]) != pixels(paths[1])
+
+
+def test_the_same_seed_gives_the_same_bytes_and_overwrites_nothing(sample):
+    first = sample("--prompt", "a", "--prompt", "b", "--seed", "1", "--out", "one")
+    content = first[1].read_bytes()
+    again = sample("--prompt", "b", "--seed", "1", "--out", "one")  # whatever is drawn before it
+    other = sample("--prompt", "b", "--seed", "2", "--out", "one")
+    assert [path.name for path in (*again, *other)] == ["00003_1.png", "00004_2.png"]
+    assert again[0].read_bytes() == content == first[1].read_bytes()
+    assert pixels(other[0]) != pixels(again[0])
+
+
+def test_every_setting_changes_the_picture(sample, tmp_path):
+    changes = ["", "cfg = 2", "cfg = 1", "shift = 1", 'negative_prompt = "x"', "steps = 4", "seed = 1"]
+    (tmp_path / "p.toml").write_text("\n".join(f'[[prompt]]\nprompt = "a"\n{change}' for change in changes))
+    assert len({pixels(path) for path in sample("--prompts", "p.toml")}) == len(changes)
+
+
+def test_loras_change_the_picture_by_their_strength(sample, loras):
+    style, words = loras
+
+    def drawn(*chosen):
+        return pixels(sample("--prompt", "1girl", *(part for lora in chosen for part in ("--lora", lora)))[0])
+
+    plain = drawn()
+    assert drawn(f"{style}:0") == plain
+    with_style, with_words, with_both = drawn(style), drawn(words), drawn(style, words)
+    assert len({plain, with_style, with_words, with_both, drawn(f"{style}:-0.5")}) == 5
+    assert drawn(words, f"{style}:1.0") == with_both
+
+
+def test_loras_are_named_in_the_picture(sample, loras):
+    (path,) = sample("--prompt", "1girl", "--lora", f"{loras[0]}:0.5", "--lora", loras[1])
+    with Image.open(path) as image:
+        assert image.info["parameters"].startswith("1girl <lora:style:0.5> <lora:words:1>\n")
+        found = json.loads(image.info["anima_train"])["loras"]
+    assert [(lora["name"], lora["strength"]) for lora in found] == [("style", 0.5), ("words", 1.0)]
+
+
+def test_a_checkpoint_takes_the_place_of_the_transformer(sample, tiny, tmp_path):
+    same, other = tmp_path / "same.safetensors", tmp_path / "other.safetensors"
+    tensors = load_file(tiny[1].transformer)
+    save_file(tensors, same)
+    save_file({name: tensor * 1.1 for name, tensor in tensors.items()}, other)
+    paths = [sample("--prompt", "a", *given)[0] for given in ((), ("--checkpoint", same), ("--checkpoint", other))]
+    plain, with_same, with_other = map(pixels, paths)
+    assert plain == with_same != with_other
+    with Image.open(paths[2]) as image:
+        assert "Model: other," in image.info["parameters"]
+
+
+def test_a_checkpoint_needs_no_other_transformer(tiny, tmp_path):
+    paths = tiny[1]
+    config = tmp_path / "run.toml"
+    config.write_text(
+        f"[model]\ntype = 'anima'\ntransformer_path = 'nowhere.safetensors'\nvae_path = '{paths.vae}'\n"
+        f"llm_path = '{paths.llm}'\ntokenizer_path = '{paths.tokenizer}'\nt5_tokenizer_path = '{paths.t5_tokenizer}'\n"
+    )
+    files = find_model_files(load_model_part(config, transformer=paths.transformer))
+    assert files.transformer == paths.transformer
+    with pytest.raises(ConfigError, match=r'run\.toml: model\.transformer_path: "nowhere\.safetensors" does not exist'):
+        load_model_part(config)
+
+
+def test_prompts_come_from_files_too(sample, tmp_path):
+    (tmp_path / "p.toml").write_text('[[prompt]]\nprompt = "b"\nwidth = 32\n[[prompt]]\nprompt = "c"\nseed = 9\n')
+    (tmp_path / "p.txt").write_text("b\n")
+    paths = sample("--prompt", "a", "--prompts", "p.toml", "--seed", "2")
+    assert [path.name for path in paths] == ["00001_2.png", "00002_2.png", "00003_9.png"]
+    sizes = []
+    for path in paths:
+        with Image.open(path) as image:
+            sizes.append(image.size)
+    assert sizes == [(64, 48), (32, 48), (64, 48)]
+    assert pixels(sample("--prompts", "p.txt")[0]) == pixels(sample("--prompt", "b")[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to draw"),
+        (["--prompt", "a", "--size", "64"], "--size: found .*expected WIDTHxHEIGHT"),
+        (["--prompt", "a", "--size", "65x64"], "--size: found 65 .*a multiple of 16"),
+        (["--prompt", "a", "--steps", "0"], "--steps: found 0"),
+        (["--prompt", "a", "--sampler", "eular"], '--sampler: .*did you mean "euler"'),
+        (["--prompt", "a", "--cfg", "1", "--negative", "b"], "--negative: has no effect with cfg 1"),
+        (["--prompt", "a", "--lora", "x:inf"], "found the strength inf"),
+        (["--prompt", "a", "--prompts", "none.toml"], "none.toml: does not exist"),
+        (["--prompt", "a", "--set", "epochs=3"], "--set epochs: has no effect here"),
+        (["--prompt", "a", "--set", 'model.dtyp="x"'], r"--set model\.dtyp: unknown key; did you mean dtype"),
+        (["--prompt", "a", "--out", "file"], "--out: file cannot be a folder"),
+        (["--prompt", "(a:inf)"], 'has the weight inf; write'),
+    ],
+)  # fmt: skip
+def test_mistakes_are_sentences(sample, tmp_path, arguments, message):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=message):
+        sample(*arguments)
+    assert not list(tmp_path.glob("**/*.png"))
+
+
+def test_a_lora_that_is_none_or_does_not_fit_is_refused_before_anything_is_drawn(sample, tiny, tmp_path):
+    with pytest.raises(ModelFileError, match=r"style\.safetensors: there is no such file"):
+        sample("--prompt", "a", "--lora", "style.safetensors:0.5")
+    with pytest.raises(ModelFileError, match="expected a LoRA; this looks like an Anima transformer"):
+        sample("--prompt", "a", "--lora", tiny[1].transformer)
+    with pytest.raises(ModelFileError, match=r"a:b\.safetensors: there is no such file"):
+        sample("--prompt", "a", "--lora", "a:b.safetensors")
+    assert not list(tmp_path.glob("**/*.png"))
+
+
+def test_a_picture_that_is_not_finite_is_an_error(sample):
+    with pytest.raises(NumericError, match='the picture of "a" became NaN'):
+        sample("--prompt", "a", "--cfg", "1e38")
