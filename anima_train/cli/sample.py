@@ -10,10 +10,10 @@ import typer
 
 from anima_train.cli.train import ConfigPath, Overrides
 from anima_train.config.load import load_model_part
+from anima_train.config.prompt_files import make_requests, read_requests
 from anima_train.core.errors import ConfigError
 from anima_train.core.settings import quoted
 from anima_train.sampling.generate import SAMPLER_NAMES, SCHEDULE_NAMES
-from anima_train.sampling.prompt_files import make_requests, read_requests
 from anima_train.training.sample import ChosenLora
 from anima_train.training.sample import sample as draw
 

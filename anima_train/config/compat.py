@@ -33,7 +33,6 @@ MAIN = Keys(
         "blocks_to_swap": 0,
         "compile": False,
         "ema": {},
-        "sampling": {},
         "metadata": {},
         "model.text_encoder_nf4": False,
         "model.text_encoder_fp8": False,
@@ -130,7 +129,9 @@ FOREIGN = {
     "fuse_adapters": "fusing LoRAs into the base is not supported yet",
     "huggingface_repo": "uploading is not supported yet",
     "upload_hf_from_epoch": "uploading is not supported yet",
-    "sample_prompts": "previews are not supported yet",
+    "sample_prompts": "it is called prompts, in [sampling]",
+    "sample_every_n_steps": "it is called every_n_steps, in [sampling]",
+    "sample_every_n_epochs": "it is called every_n_epochs, in [sampling]",
     "network_train_unet_only": "write llm_adapter_lr = 0, in [model]",
 }
 

@@ -14,6 +14,7 @@ from anima_train.objective.timesteps import Timesteps
 from anima_train.optim.groups import COMPONENTS, Component, LearningRates
 from anima_train.optim.optimizers import AnyOptimizer
 from anima_train.optim.schedules import Constant, ScheduleSetting
+from anima_train.sampling.generate import PictureSettings, Request
 
 EVAL_INTERVALS = ("eval_every_n_epochs", "eval_every_n_steps", "eval_every_n_examples")
 STATE_INTERVALS = ("checkpoint_every_n_epochs", "checkpoint_every_n_steps", "checkpoint_every_n_minutes")
@@ -169,6 +170,46 @@ class Monitoring(Settings):
     """The W&B run. Empty: run_name."""
 
 
+def as_request(value: Any) -> Any:
+    """A text is short for a table with nothing but that prompt."""
+    return {"prompt": value} if isinstance(value, str) else value
+
+
+Prompt = Annotated[Request, BeforeValidator(as_request, json_schema_input_type=str | Request)]
+
+
+class Sampling(PictureSettings):
+    """Pictures drawn while training, into the run's `samples` and the trackers. The keys of a picture hold for all
+    prompts that do not have their own."""
+
+    every_n_steps: int | None = Field(default=None, ge=1)
+    """Draw them after every n steps."""
+    every_n_epochs: int | None = Field(default=None, ge=1)
+    """Draw them after every n epochs."""
+    before_first_step: bool = True
+    """Draw them with the base model, too."""
+    prompts: list[Prompt] = Field(min_length=1)
+    """What to draw: texts, as in ComfyUI ("1girl, (smile:1.2)"), or tables {prompt = "...", seed = 1, ...}."""
+
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def with_shared_keys(cls, value: Any, earlier: ValidationInfo) -> Any:
+        """Each prompt as a table, with the keys that hold for all."""
+        if not isinstance(value, list):
+            return value
+        shared = {key: earlier.data[key] for key in PictureSettings.model_fields if key in earlier.data}
+        tables = map(as_request, value)
+        return [{**shared, **table} if isinstance(table, dict) else table for table in tables]
+
+    @field_validator("prompts")
+    @classmethod
+    def are_drawn(cls, value: list[Request], earlier: ValidationInfo) -> list[Request]:
+        """Pictures are drawn at some time."""
+        if not any(earlier.data.get(key, True) for key in ("every_n_steps", "every_n_epochs", "before_first_step")):
+            raise ValueError("are never drawn; set every_n_steps or every_n_epochs")
+        return value
+
+
 class Config(Settings):
     """One run."""
 
@@ -258,6 +299,8 @@ class Config(Settings):
     """The optimizer."""
     monitoring: Monitoring = Monitoring()
     """Trackers."""
+    sampling: Sampling | None = None
+    """Previews. Absent: none."""
 
     # Options that exclude each other, or could not take effect: each a check of the last field it concerns, so that all
     # are found at once. `earlier` holds the fields above that are right by themselves.

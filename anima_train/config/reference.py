@@ -59,11 +59,11 @@ def settings_lines(root: type[Settings], path: str = "", above: type[Settings] =
         )
         yield ""
     for name, field in fields:
-        choices = choices_of(field)
+        choices = [] if name in shared else choices_of(field)
         is_list = get_origin(members_of(field.annotation)[0]) is list
         for number, choice in enumerate(choices):
             yield from comment(field.description or "") if number == 0 else ()
-            yield from comment(choice.__doc__ or "") if len(choices) > 1 else ()
+            yield from comment((choice.__doc__ or "").partition("\n\n")[0]) if len(choices) > 1 else ()
             yield f"#[[{path}{name}]]" if is_list else f"#[{path}{name}]"
             yield from () if type_name(choice) else ("",)  # a choice starts with its type
             yield from settings_lines(choice, f"{path}{name}.", root)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeGuard, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
+MAX_PLACES = 4  # tables that an unknown key is said to belong in
 Location = tuple[int | str, ...]
 
 KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text", list: "a list", dict: "a table"}
@@ -164,7 +165,7 @@ def suggestion(spot: "Spot", root: type[Settings], hints: Mapping[str, str]) -> 
             if name not in places.setdefault(field, []):
                 places[field].append(name)
     if key in places:
-        return f"; it belongs {' or '.join(places[key])}"
+        return f"; it belongs {' or '.join(places[key][:MAX_PLACES])}"
     if close := nearest(word, {field: None for choice in spot.choices for field in choice.model_fields}):
         return f"; did you mean {close}?"
     if close := nearest(word, places):

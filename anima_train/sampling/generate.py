@@ -22,11 +22,9 @@ SAMPLER_NAMES = [type_name(member) for member in members_of(AnySampler)]
 SCHEDULE_NAMES = [type_name(member) for member in members_of(AnySchedule)]
 
 
-class Request(Settings):
-    """One picture."""
+class PictureSettings(Settings):
+    """How pictures are drawn."""
 
-    prompt: str
-    """What to draw, as in ComfyUI: (word:1.2) weighs, \\( and \\) are parentheses."""
     cfg: float = Field(default=4.0, ge=0)
     """Strength of the prompt against the negative prompt. 1 does without the latter, and takes half the time."""
     negative_prompt: str = ""
@@ -46,11 +44,6 @@ class Request(Settings):
     schedule: ScheduleSetting = Simple()
     """How the noise levels are spaced."""
 
-    @property
-    def is_guided(self) -> bool:
-        """Whether the negative prompt counts."""
-        return self.cfg != 1
-
     @field_validator("negative_prompt")
     @classmethod
     def is_used(cls, value: str, earlier: ValidationInfo) -> str:
@@ -58,6 +51,18 @@ class Request(Settings):
         if value and earlier.data.get("cfg") == 1:
             raise ValueError("has no effect with cfg 1; leave one of them out")
         return value
+
+
+class Request(PictureSettings):
+    """One picture."""
+
+    prompt: str
+    """What to draw, as in ComfyUI: (word:1.2) weighs, \\( and \\) are parentheses."""
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the negative prompt counts."""
+        return self.cfg != 1
 
 
 def initial_noise(seed: int, width: int, height: int) -> Float[Tensor, "1 16 1 H W"]:

@@ -88,13 +88,18 @@ def save_picture(folder: Path, image: Image.Image, request: Request, sources: So
     Raises:
         SpaceError: the disk is full or read-only.
     """
+    path = folder / f"{next_number(folder):05d}_{request.seed}.png"
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=png_info(request, sources))
+    return path
+
+
+def png_info(request: Request, sources: Sources) -> PngInfo:
+    """What a PNG says of itself."""
     info = PngInfo()
     info.add_text("parameters", parameters_text(request, sources))
     info.add_text("anima_train", settings_text(request, sources))
-    path = folder / f"{next_number(folder):05d}_{request.seed}.png"
-    with atomic_path(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=info)
-    return path
+    return info
 
 
 def next_number(folder: Path) -> int:

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from anima_train.core.conditions import pad_rows, pad_states
+from anima_train.core.conditions import EncodedText, pad_rows, pad_states
 from anima_train.core.errors import ConfigError
 from anima_train.core.settings import quoted
 from anima_train.model.llm_adapter import LLMAdapter
@@ -113,18 +113,43 @@ def tokenize_prompt(tokenizers: Tokenizers, prompt: str) -> PromptTokens:
     return PromptTokens(tokens, [*weights, 1.0])
 
 
-@torch.no_grad()
-def encode_prompt(
-    prompt: str, tokenizers: Tokenizers, text_encoder: TextEncoder, adapter: LLMAdapter
-) -> Float[Tensor, "1 L C"]:
-    """The context of a prompt: the LLM adapter's output, each row times its token's weight; at least 512 rows.
+@dataclass(frozen=True)
+class PromptStates:
+    """What the LLM adapter reads of a prompt, and the weights of what it writes; on the CPU."""
 
-    In the adapter's dtype, on the CPU.
+    text: EncodedText
+    weights: list[float]  # one for each T5 id
+
+
+def prompt_states(prompt: str, tokenizers: Tokenizers, text_encoder: TextEncoder) -> PromptStates:
+    """A prompt as the LLM adapter reads it.
 
     Raises:
         ConfigError: a weight is not finite.
     """
     found = tokenize_prompt(tokenizers, prompt)
-    states = pad_states(text_encoder.encode([found.tokens])).to(adapter.embed.weight.device)
-    context = adapter(states.qwen, states.t5_ids, states.qwen_mask, states.t5_mask).cpu()
-    return pad_rows(context * torch.tensor(found.weights, dtype=context.dtype)[:, None])
+    return PromptStates(text_encoder.encode([found.tokens])[0], found.weights)
+
+
+@torch.no_grad()
+def context_of(prompt: PromptStates, adapter: LLMAdapter) -> Float[Tensor, "1 L C"]:
+    """The context of a prompt: the LLM adapter's output, each row times its token's weight; at least 512 rows.
+
+    In the adapter's dtype, on the CPU.
+    """
+    weight = adapter.embed.weight
+    states = pad_states([prompt.text]).to(weight.device)
+    qwen = states.qwen.to(weight.dtype)
+    context = adapter(qwen, states.t5_ids, states.qwen_mask, states.t5_mask).to("cpu", weight.dtype)
+    return pad_rows(context * torch.tensor(prompt.weights, dtype=context.dtype)[:, None])
+
+
+def encode_prompt(
+    prompt: str, tokenizers: Tokenizers, text_encoder: TextEncoder, adapter: LLMAdapter
+) -> Float[Tensor, "1 L C"]:
+    """The context of a prompt, from its text on.
+
+    Raises:
+        ConfigError: a weight is not finite.
+    """
+    return context_of(prompt_states(prompt, tokenizers, text_encoder), adapter)

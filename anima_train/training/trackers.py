@@ -6,7 +6,9 @@ import queue
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
@@ -16,7 +18,7 @@ from anima_train.core.errors import ConfigError, count
 MAX_WAITING = 10_000  # records; what a stalled tracker does not take is dropped, with a count
 PATIENCE = 60.0  # seconds that the end of a run waits for a tracker
 
-Record = tuple[dict[str, float], int]
+Record = tuple[dict[str, Any], int, bool]  # values, where on the x axis, whether they are pictures
 
 
 def tracker_names(monitoring: Monitoring) -> list[str]:
@@ -52,6 +54,16 @@ def open_trackers(accelerator: Accelerator, monitoring: Monitoring, run_name: st
     return list(trackers)
 
 
+def send(tracker: GeneralTracker, values: dict[str, Any], x: int, are_pictures: bool) -> None:
+    """Give a tracker one record."""
+    if are_pictures:
+        # TensorBoard must be told that channels are last, as all others expect.
+        options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images(values, x, **options)
+    else:
+        tracker.log(values, x)
+
+
 class Trackers:
     """Numbers on their way to the trackers: neither a stall nor a failure there reaches the training.
 
@@ -70,8 +82,16 @@ class Trackers:
 
     def log(self, values: Mapping[str, float], x: int) -> None:
         """Hand over numbers at once; they are sent later."""
+        self.put(dict(values), x, False)
+
+    def show(self, pictures: Mapping[str, np.ndarray], x: int) -> None:
+        """Hand over pictures, (h, w, 3) uint8 each, by their names."""
+        self.put({name: picture[None] for name, picture in pictures.items()}, x, True)
+
+    def put(self, values: dict[str, Any], x: int, are_pictures: bool) -> None:
+        """Hand over a record, if there is room."""
         try:
-            self.waiting.put_nowait((dict(values), x))
+            self.waiting.put_nowait((values, x, are_pictures))
         except queue.Full:
             self.num_dropped += 1
 
@@ -84,7 +104,7 @@ class Trackers:
             return
         while (record := self.waiting.get()) is not None:
             for tracker in list(trackers):
-                if not self.succeeds(tracker, partial(tracker.log, *record)):
+                if not self.succeeds(tracker, partial(send, tracker, *record)):
                     trackers.remove(tracker)
         for tracker in trackers:
             self.succeeds(tracker, tracker.finish)

@@ -45,6 +45,7 @@ from anima_train.training.memory import peak_bytes
 from anima_train.training.metadata import weights_metadata
 from anima_train.training.model import DTYPES, ModelFiles, find_model_files
 from anima_train.training.objective import compute_loss
+from anima_train.training.previews import Previews
 from anima_train.training.progress import Progress
 from anima_train.training.run import RunFolder, config_toml, manifest
 from anima_train.training.setup import (
@@ -270,6 +271,9 @@ def train(
     timetable = make_timetable(loaded, plan)
     accelerator.print("\n".join(plan_text(plan, timetable, config.epochs)))
 
+    # Previews: prompts are encoded, and the text encoder is freed, before the transformer is loaded.
+    previews = make_previews(loaded, data.files, run, device) if is_main and config.sampling is not None else None
+
     # Model: base weights, what is trained, its optimizer.
     with_adapter = rates.by_component["llm_adapter"] != 0
     data = with_live_texts(data, loaded, accelerator)
@@ -314,6 +318,17 @@ def train(
             progress.say(f"step {step}: {eval_set.name}/loss {values[f'{eval_set.name}/loss']:.5f}")
             trackers.log(values, seen if config.x_axis_examples else step)
 
+    def preview(step: int, seen: int) -> None:
+        if previews is None:
+            return
+        try:
+            paths = previews.draw(step, transformer, accelerator.unwrap_model(model, keep_fp32_wrapper=True))
+        except Exception as error:  # noqa: BLE001  # whatever it is, the training goes on
+            progress.say(f"warning: step {step}: no preview ({error})")
+            return
+        progress.say(f"step {step}: {count(len(paths), 'preview')} in {previews.folder}")
+        trackers.show(previews.pictures(paths), seen if config.x_axis_examples else step)
+
     def save(step: int | None) -> Path:
         path = run.weights_path(step)
         done = timetable.num_steps if step is None else step
@@ -323,6 +338,8 @@ def train(
 
     if config.eval_before_first_step and start == 0:
         run_evaluation(0, 0)
+    if config.sampling is not None and config.sampling.before_first_step and start == 0:
+        preview(0, 0)
 
     now = time.monotonic()
     save_due = Due(
@@ -340,7 +357,9 @@ def train(
         )
         return task, batch
 
-    events = {"evaluation": eval_due, "save": save_due, "training state": state_due}
+    sampling = config.sampling
+    preview_due = Due() if sampling is None else Due(sampling.every_n_epochs, sampling.every_n_steps)
+    events = {"evaluation": eval_due, "preview": preview_due, "save": save_due, "training state": state_due}
     started, seen, seen_here, skipped = time.monotonic(), images_before(plan, timetable, start), 0, 0
     step_loss = torch.zeros((), device=device)
     has_roles = len({sample.is_regularization for sample in data.train.samples}) > 1
@@ -409,6 +428,8 @@ def train(
         due = (step, task.epoch, timetable.epochs_done(task.step), seen_before, seen)
         if eval_due.after(*due):
             run_evaluation(step, seen)
+        if preview_due.after(*due):
+            preview(step, seen)
         if is_main and save_due.after(*due) and step < timetable.num_steps:
             progress.say(f"step {step}: saved {save(step)}")
         if is_main and state_due.after(*due):
@@ -419,6 +440,22 @@ def train(
         print(f"saved {final}")
     accelerator.wait_for_everyone()
     return final
+
+
+def make_previews(loaded: LoadedConfig, files: ModelFiles, run: RunFolder, device: torch.device) -> Previews:
+    """The run's previews, their prompts encoded."""
+    config = loaded.config
+    assert config.sampling is not None
+    return Previews.of(
+        config.sampling.prompts,
+        files,
+        run.path / "samples",
+        run.name,
+        config.learning_rates().by_component["llm_adapter"] != 0,
+        device,
+        text_device(config, device),
+        DTYPES[config.model.dtype],
+    )
 
 
 def weights_to_save(

@@ -67,7 +67,11 @@ def names(problem, file, key):
 
 @pytest.mark.parametrize(("key", "field", "given"), MAIN_KEYS, ids=[key for key, *_ in MAIN_KEYS])
 def test_no_key_of_the_main_file_takes_a_value_of_another_type(project, key, field, given):
-    given = {"eval_datasets": [{"name": "a", "config": {"directory": [{"path": "data"}]}}]} | given
+    lists = {
+        "eval_datasets": [{"name": "a", "config": {"directory": [{"path": "data"}]}}],
+        "sampling": {"prompts": [{"prompt": "a"}]},
+    }
+    given = lists | given
     for value in wrong_values(field):
         changes = given | {key: value}
         if key.endswith(".type"):
@@ -98,9 +102,12 @@ def test_no_key_of_a_dataset_takes_a_value_of_another_type(project, key, field, 
 
 @pytest.mark.parametrize("table", sorted({key.rpartition(".")[0] for key, *_ in MAIN_KEYS}))
 def test_no_table_swallows_an_unknown_key(project, table):
-    given = {"eval_datasets": [{"name": "a", "config": {"directory": [{"path": "data"}]}}]}
-    if table == "lr_scheduler":
-        given["lr_scheduler"] = {"type": "cosine"}
+    given = {
+        "eval_datasets": [{"name": "a", "config": {"directory": [{"path": "data"}]}}],
+        "sampling": {"prompts": [{"prompt": "a"}]},
+    }
+    if table.rpartition(".")[2] in (types := {"lr_scheduler": "cosine", "sampler": "heun", "schedule": "beta"}):
+        given[table] = {"type": types[table.rpartition(".")[2]]}
     path = f"{table}.zzzzzz" if table else "zzzzzz"
     assert project.problems(given | {path: 1}) == [f"main.toml: {path.replace('.0', '[0]')}: unknown key"]
 

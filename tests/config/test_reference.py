@@ -33,7 +33,7 @@ def test_every_key_is_there_with_its_meaning(name):
     prose = " ".join(line.removeprefix("# ") for line in text.splitlines())
     for table in TABLES[name]:
         for key, field in table.model_fields.items():
-            assert f"# {key} = (" in text or f"#{key} = " in text or f"[{key}]" in text
+            assert f"# {key} = (" in text or f"#{key} = " in text or re.search(rf"[\[.]{key}\]", text)
             if key != "type":
                 assert " ".join(field.description.split()) in prose
 
@@ -63,7 +63,8 @@ def value_of(header, lines):
     """A table as TOML reads it."""
     table = tomllib.loads("\n".join([header, *lines]))
     for key in re.findall(r"\w+", header):
-        table = table[key][0] if header.startswith("[[") else table[key]
+        table = table[key]
+        table = table[0] if isinstance(table, list) else table
     return table
 
 
@@ -71,6 +72,7 @@ REQUIRED = {
     "": {"output_dir": "out", "dataset": {"directory": [{"path": "data"}]}, "epochs": 1},
     "[model]": {"type": "anima"},
     "[optimizer]": {"type": "adamw", "lr": 1e-4},
+    "[sampling]": {"prompts": ["a"]},
 }
 
 
@@ -83,8 +85,16 @@ def complete(header, lines):
         return data | shown
     if header == "[[eval_datasets]]":
         return data | {"eval_datasets": [shown | {"name": "a", "config": "b"}]}
-    name = header.strip("[]")
-    return data | {name: REQUIRED.get(header, {}) | shown}
+    name, *inside = header.strip("[]").split(".")
+    if name != "sampling":
+        return data | {name: REQUIRED.get(header, {}) | shown}
+    prompt = {"prompt": "a"}
+    sampling = {"prompts": [prompt]}
+    table = prompt if inside[:1] == ["prompts"] else sampling
+    for part in inside[1:] if inside[:1] == ["prompts"] else inside:
+        table = table.setdefault(part, {})
+    table.update(shown)
+    return data | {"sampling": sampling}
 
 
 BLOCKS = blocks((CONFIGS / "reference.toml").read_text())
@@ -101,7 +111,7 @@ def test_all_uncommented_defaults_load_together():
     data = complete("", BLOCKS[0][1])
     del data["lr_scheduler"]  # which is shown as a table too
     for header, lines in BLOCKS[1:]:
-        if header != "[[eval_datasets]]":
+        if header != "[[eval_datasets]]" and "." not in header:
             name = header.strip("[]")
             data[name] = REQUIRED.get(header, {}) | value_of(header, lines)
     Config.model_validate(data)

@@ -2,9 +2,9 @@
 
 import pytest
 
+from anima_train.config.prompt_files import make_requests, read_requests
 from anima_train.core.errors import ConfigError
 from anima_train.sampling.generate import Request
-from anima_train.sampling.prompt_files import make_requests, read_requests
 
 
 def refused(path, settings=None):
@@ -55,8 +55,8 @@ def test_mistakes_in_tables_are_all_named_with_a_suggestion(tmp_path):
     )
     assert refused(path, {"negative_prompt": "bad"}) == [
         "prompts.toml: prompt[0].step: unknown key; did you mean steps?",
-        "prompts.toml: prompt[1].prompt: missing, and required",
         "prompts.toml: prompt[1].steps: found 2.5 (a number), expected an integer",
+        "prompts.toml: prompt[1].prompt: missing, and required",
         "prompts.toml: prompt[1].size: unknown key; it is called width and height",
         "prompts.toml: prompt[2].negative_prompt: has no effect with cfg 1; leave one of them out",
     ]
