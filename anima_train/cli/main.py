@@ -10,13 +10,16 @@ from anima_train.cli.check import check
 from anima_train.cli.convert import convert
 from anima_train.cli.download import download
 from anima_train.cli.reference import reference
+from anima_train.cli.report import report
 from anima_train.cli.sample import sample
 from anima_train.cli.tiny import tiny
 from anima_train.cli.train import train
 from anima_train.core.errors import ConfigError, UserError
 from anima_train.training.run import rank
 
-COMMANDS: tuple[Callable[..., None], ...] = (train, check, cache, sample, tiny, convert, download, reference)
+COMMANDS: tuple[Callable[..., None], ...] = (
+    train, check, report, sample, cache, convert, tiny, download, reference,
+)  # fmt: skip
 
 
 def application(commands: tuple[Callable[..., None], ...], text: str) -> typer.Typer:

@@ -168,7 +168,7 @@ def collect(
     steps = [*evenly(range(timetable.num_steps), num_points - 1), timetable.num_steps - 1]
     curve = [(step, lr_factor(config.lr_scheduler, step, timetable.num_steps, config.warmup_steps)) for step in steps]
     evals = [sample for name, found in scans.items() if name != "train" for sample in found.samples]
-    seen = times_seen(plan, timetable)
+    seen = times_seen(plan, timetable, timetable.num_steps)
     num_tokens = sum(times * sample.size.num_tokens for times, sample in zip(seen, plan.samples, strict=True))
     return DatasetReport(
         title, notes, sets, sorted(Counter(seen).items()), plan.steps_in(0), timetable.num_steps, curve, groups,
@@ -205,11 +205,11 @@ def duplicates(samples: Iterable[Sample]) -> list[list[str]]:
     return sorted(sorted(group) for group in paths.values() if len(group) > 1)
 
 
-def times_seen(plan: Plan, timetable: Timetable) -> list[int]:
-    """How often each sample is seen in the run."""
-    epoch, steps = timetable.place(timetable.num_steps)
+def times_seen(plan: Plan, timetable: Timetable, num_steps: int) -> list[int]:
+    """How often each sample is seen in the first steps of the run."""
+    epoch, steps = timetable.place(num_steps)
     seen = [plan.shown_before(index, epoch) for index in range(len(plan.samples))]
-    if steps:  # the run ends inside an epoch
+    if steps:  # they end inside an epoch
         for step in plan.epoch(epoch)[:steps]:
             for micro_batch in step.micro_batches:
                 for draw in micro_batch.draws:
@@ -248,17 +248,21 @@ def thumbnail(sample: Sample, seed: int) -> Thumbnail:
     """
     image = decode(content_of(sample.picture.source))
     box = cover_box(image.size, sample.views()[0].crop)
-    width, height = image.size
-    factor = min(1.0, THUMBNAIL_SIDE / max(width, height))
-    small = image.resize((max(1, round(width * factor)), max(1, round(height * factor))), Image.Resampling.BOX)
-    file = io.BytesIO()
-    small.save(file, "JPEG", quality=70)
     return Thumbnail(
         sample.picture.path.name,
         sample.captions(seed)[0],
-        width,
-        height,
+        *image.size,
         box,
         sample.size.width / (box[2] - box[0]),
-        base64.b64encode(file.getvalue()).decode("ascii"),
+        small_jpeg(image, THUMBNAIL_SIDE),
     )
+
+
+def small_jpeg(image: Image.Image, side: int) -> str:
+    """The image as a JPEG in base64, its longer side at most `side` pixels."""
+    width, height = image.size
+    factor = min(1.0, side / max(width, height))
+    small = image.resize((max(1, round(width * factor)), max(1, round(height * factor))), Image.Resampling.BOX)
+    file = io.BytesIO()
+    small.save(file, "JPEG", quality=70)
+    return base64.b64encode(file.getvalue()).decode("ascii")

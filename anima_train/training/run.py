@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -16,8 +17,11 @@ from anima_train import __version__
 from anima_train.config.config import Config
 from anima_train.core.errors import ConfigError, ModelFileError
 from anima_train.core.files import sha256_file, write_text
+from anima_train.data.plan import Plan, Timetable
 from anima_train.data.samples import Sample
 from anima_train.optim.groups import GroupRow
+from anima_train.tools.dataset_report import times_seen
+from anima_train.tools.run_html import write_run_report
 from anima_train.training.model import ModelFiles
 
 LIBRARIES = ("torch", "accelerate", "peft", "transformers", "diffusers", "safetensors", "pillow", "numpy")
@@ -31,6 +35,7 @@ class RunFolder:
         self.path = output_dir / name
         self.metrics_path = self.path / "metrics.jsonl"
         self.evaluations_path = self.path / "evaluations.jsonl"
+        self.warnings_path = self.path / "warnings.jsonl"
         self.lock = FileLock(self.path / ".lock")
 
     @property
@@ -90,15 +95,27 @@ class RunFolder:
 
     def keep_metrics(self, num_steps: int) -> None:
         """Forget what was logged after the first `num_steps` steps: a resumed run does them again."""
-        for path in (self.metrics_path, self.evaluations_path):
+        for path in (self.metrics_path, self.evaluations_path, self.warnings_path):
             if path.exists():
-                lines = path.read_text(encoding="utf-8").splitlines()
-                write_text(path, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= num_steps))
+                lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+                write_text(path, "".join(f"{line}\n" for line in lines if 0 <= step_of(line) <= num_steps))
+
+    def warn(self, step: int, warning: str) -> None:
+        """Keep a warning that was printed; step 0 is before the first."""
+        self.log(self.warnings_path, {"step": step, "text": warning})
 
     def log(self, path: Path, values: Mapping[str, Any]) -> None:
         """Append one JSON object as a line."""
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
+
+
+def step_of(line: str) -> int:
+    """The step that a logged line is of; -1 for one that a kill has cut off."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, LookupError, TypeError):
+        return -1
 
 
 def config_toml(config: Config) -> str:
@@ -146,6 +163,25 @@ def manifest(
         "trained": [row.component for row in rows if row.num_parameters],
         "llm_adapter_trained": any(row.component == "llm_adapter" and row.num_parameters for row in rows),
     }
+
+
+def seen_facts(plan: Plan, timetable: Timetable, num_steps: int) -> dict[str, dict[str, int]]:
+    """How often each sample was seen in the first steps, and how many samples of each bucket (size@resolution)."""
+    times = times_seen(plan, timetable, num_steps)
+    buckets: Counter[str] = Counter()
+    for sample, number in zip(plan.samples, times, strict=True):
+        buckets[f"{sample.size}@{sample.resolution}"] += number
+    samples = {sample.id: number for sample, number in zip(plan.samples, times, strict=True)}
+    return {"samples": samples, "buckets": dict(sorted(buckets.items()))}
+
+
+def leave_report(run: RunFolder, plan: Plan, timetable: Timetable, num_steps: int) -> None:
+    """Write what was seen in the first steps, and the report; the run does not fail where that does."""
+    try:
+        write_text(run.path / "seen.json", json.dumps(seen_facts(plan, timetable, num_steps), indent=1))
+        print(f"report {write_run_report(run.path)}")
+    except Exception as error:  # noqa: BLE001 whatever it is: the weights are saved, and `anima report` can be tried again
+        print(f"warning: no report of the run was written ({type(error).__name__}: {error})")
 
 
 def rank() -> int:

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -28,6 +28,7 @@ from anima_train.data.samples import Sample
 from anima_train.data.scan import Scan
 from anima_train.model.dit import MiniTrainDIT
 from anima_train.optim.schedules import lr_factor
+from anima_train.tools.run_report import T_BINS
 from anima_train.training.checkpoints import load_state, save_state, save_weights, saved_states
 from anima_train.training.due import Due, what_follows
 from anima_train.training.encode import (
@@ -41,13 +42,13 @@ from anima_train.training.encode import (
     without_rejected,
 )
 from anima_train.training.evaluate import EvalSet, Evaluation, evaluate
-from anima_train.training.memory import peak_bytes
+from anima_train.training.memory import peak_bytes, start_peak
 from anima_train.training.metadata import weights_metadata
 from anima_train.training.model import DTYPES, ModelFiles, find_model_files
 from anima_train.training.objective import compute_loss
 from anima_train.training.previews import Previews
 from anima_train.training.progress import Progress
-from anima_train.training.run import RunFolder, config_toml, manifest
+from anima_train.training.run import RunFolder, config_toml, leave_report, manifest
 from anima_train.training.setup import (
     data_text,
     group_rows,
@@ -85,6 +86,7 @@ class Prepared:
     files: ModelFiles
     train: CachedData
     evals: list[EvalSet]
+    warnings: list[str]  # about images and captions
 
 
 def prepare_data(loaded: LoadedConfig, accelerator: Accelerator, prune: bool = False, verify: bool = False) -> Prepared:
@@ -104,8 +106,16 @@ def prepare_data(loaded: LoadedConfig, accelerator: Accelerator, prune: bool = F
         if accelerator.is_main_process:
             for cache in caches_of(loaded):
                 cache.retry()
+    warnings: list[str] = []
     for name, found in scans.items():
         accelerator.print("\n".join(data_text(name, found)))
+        bad = [f"cannot be used: {line}" for line in listed(found.bad)]
+        warnings.extend(f"dataset {name}: {line}" for line in (*bad, *found.warnings))
+
+    def warn(line: str) -> None:
+        accelerator.print(line)
+        warnings.append(line)
+
     for cache in caches_of(loaded):
         if (newest := cache.newest_schema()) > SCHEMA:
             accelerator.print(
@@ -152,7 +162,7 @@ def prepare_data(loaded: LoadedConfig, accelerator: Accelerator, prune: bool = F
     bad_fractions = {dataset.name: dataset.settings.max_bad_fraction for dataset in (loaded.train, *loaded.evals)}
     data = {
         name: CachedData(
-            usable(name, found, bad_fractions[name], vae_id, accelerator),
+            usable(name, found, bad_fractions[name], vae_id, warn),
             vae_id,
             text_id,
             config.seed,
@@ -161,7 +171,7 @@ def prepare_data(loaded: LoadedConfig, accelerator: Accelerator, prune: bool = F
         for name, found in scans.items()
     }
     evals = [EvalSet(dataset.name, data[dataset.name], config.eval_batch_sizes()) for dataset in loaded.evals]
-    return Prepared(files, data["train"], evals)
+    return Prepared(files, data["train"], evals, warnings)
 
 
 def caches_of(loaded: LoadedConfig) -> list[Cache]:
@@ -186,15 +196,15 @@ def with_live_texts(data: Prepared, loaded: LoadedConfig, accelerator: Accelerat
     return replace(data, train=replace(data.train, encode=encode), evals=evals)
 
 
-def usable(name: str, found: Scan, max_bad_fraction: float, vae_id: str, accelerator: Accelerator) -> list[Sample]:
-    """The samples whose latents could be made; the others are listed.
+def usable(name: str, found: Scan, max_bad_fraction: float, vae_id: str, warn: Callable[[str], None]) -> list[Sample]:
+    """The samples whose latents could be made; there is a warning for each of the others.
 
     Raises:
         DataError: too many could not, or none is left.
     """
     kept, bad = without_rejected(found.samples, vae_id)
     for line in listed(bad):
-        accelerator.print(f"dataset {name}: cannot be used: {line}")
+        warn(f"dataset {name}: cannot be used: {line}")
     try:
         Scan(kept, found.num_images, found.bad + bad, found.skipped).check(max_bad_fraction)
     except DataError as error:
@@ -300,6 +310,8 @@ def train(
         run.keep_metrics(start)
         write_text(run.path / "config.toml", config_toml(config))
         write_text(run.manifest_path, json.dumps(facts, indent=1))
+        for warning in (*loaded.notes, *data.warnings):
+            run.warn(0, warning)
     progress = Progress(run.name, timetable.num_steps, start, is_main)
     trackers = Trackers(partial(open_trackers, accelerator, config.monitoring, run.name), progress.say)
     stack.callback(trackers.close)  # where the run fails, too
@@ -325,6 +337,7 @@ def train(
             paths = previews.draw(step, transformer, accelerator.unwrap_model(model, keep_fp32_wrapper=True))
         except Exception as error:  # noqa: BLE001  # whatever it is, the training goes on
             progress.say(f"warning: step {step}: no preview ({error})")
+            run.warn(step, f"no preview ({error})")
             return
         progress.say(f"step {step}: {count(len(paths), 'preview')} in {previews.folder}")
         trackers.show(previews.pictures(paths), seen if config.x_axis_examples else step)
@@ -364,6 +377,8 @@ def train(
     step_loss = torch.zeros((), device=device)
     has_roles = len({sample.is_regularization for sample in data.train.samples}) > 1
     role_losses = torch.zeros(2, 2, device=device)  # (train, regularization), (sum, number)
+    t_losses = torch.zeros(T_BINS, 2, device=device)  # range of t, (sum, number)
+    start_peak(device)
     for task, batch in read_ahead(tasks(plan, timetable, start, accelerator), make_batch):
         # Forward and backward. Each sample weighs the same in the step, whatever the sizes of the micro-batches. DDP
         # averages gradients over processes, so that what is wanted as a sum is multiplied by their number.
@@ -373,9 +388,11 @@ def train(
             share = losses.sum() / task.num_samples * (1.0 if task.counts else 0.0)
             accelerator.backward(share * accelerator.num_processes)
         step_loss += share.detach()
-        if has_roles and task.counts:
-            roles = torch.tensor(batch.is_regularization, device=device).long()
-            role_losses.index_add_(0, roles, torch.stack([losses.detach(), torch.ones_like(losses)], dim=1))
+        if task.counts:
+            sums = torch.stack([losses.detach(), torch.ones_like(losses)], dim=1)
+            t_losses.index_add_(0, (batch.t * T_BINS).long().clamp(0, T_BINS - 1).to(device), sums)
+            if has_roles:
+                role_losses.index_add_(0, torch.tensor(batch.is_regularization, device=device).long(), sums)
         if not task.last:
             continue
 
@@ -393,7 +410,10 @@ def train(
             skipped = 0
         else:
             skipped += 1
-            progress.say(f"warning: step {task.step + 1}: the gradient is not finite; not applied ({batch.names[0]})")
+            warning = f"the gradient is not finite; not applied ({batch.names[0]})"
+            progress.say(f"warning: step {task.step + 1}: {warning}")
+            if is_main:
+                run.warn(task.step + 1, warning)
             if skipped == MAX_SKIPPED:
                 raise NumericError(f"{skipped} steps in a row without a finite gradient; the last saved files are kept")
         optimizer.zero_grad(set_to_none=True)
@@ -401,12 +421,16 @@ def train(
         step_loss.zero_()
         by_role = accelerator.reduce(role_losses, "sum").tolist() if has_roles else []
         role_losses.zero_()
+        by_t = accelerator.reduce(t_losses, "sum").tolist()
+        loss_by_t = [(place, sum_ / n, int(n)) for place, (sum_, n) in enumerate(by_t) if n]
+        t_losses.zero_()
 
         # Log.
         step = task.step + 1
         seen_before, seen = seen, seen + task.num_samples
         seen_here += task.num_samples
-        speed = seen_here / (time.monotonic() - started)
+        seconds = time.monotonic() - started
+        speed = seen_here / seconds
         if is_main:
             values: dict[str, Any] = {
                 "step": step,
@@ -418,8 +442,10 @@ def train(
                 **{f"loss/{role}": sum_ / n for role, (sum_, n) in zip(ROLES, by_role, strict=False) if n},
                 "grad_norm": norm,
                 "images_per_second": speed,
+                "seconds": seconds,
+                "memory_bytes": peak_bytes(device),
             }
-            run.log(run.metrics_path, values)
+            run.log(run.metrics_path, values | {"loss_by_t": loss_by_t})
             shown = {key: value for key, value in values.items() if key not in ("step", "examples")}
             trackers.log(shown, seen if config.x_axis_examples else step)
             progress.update(step, loss, speed, peak_bytes(device), what_follows(events, step, timetable))
@@ -438,6 +464,7 @@ def train(
     if is_main:
         save(None)
         print(f"saved {final}")
+        leave_report(run, plan, timetable, timetable.num_steps)
     accelerator.wait_for_everyone()
     return final
 

@@ -27,6 +27,7 @@ from anima_train.data.images import Crop, cover_box
 from anima_train.model.dit import TransformerShape
 from anima_train.model.text import load_tokenizers, tokenize
 from anima_train.optim.optimizers import AdamW, AdamWKahan
+from anima_train.tools.html import MAX_LINES, bulleted, table
 from anima_train.tools.report_captions import one_edit, tokenized, typos
 from anima_train.tools.report_costs import (
     Measured,
@@ -37,7 +38,7 @@ from anima_train.tools.report_costs import (
     readable_time,
     savings,
 )
-from anima_train.tools.report_html import MAX_LINES, bulleted, curve, histogram, render, table
+from anima_train.tools.report_html import curve, histogram, render
 from anima_train.tools.tiny import tiny_paths
 from anima_train.training.model import find_model_files
 from anima_train.training.setup import dataset_report, make_plan, make_timetable, scan_all, summary

@@ -137,6 +137,10 @@ def test_two_processes_give_the_losses_of_one(trainer, error):
     two = trainer.processes(2, "two", micro_batch_size_per_gpu=2, **changes)
     assert [line["examples"] for line in two.metrics] == [line["examples"] for line in one.metrics]
     assert two.losses == pytest.approx(one.losses, rel=1e-5)
+    for line, other in zip(one.metrics, two.metrics, strict=True):
+        found, expected = ([number for entry in each["loss_by_t"] for number in entry] for each in (other, line))
+        assert found == pytest.approx(expected, rel=1e-5)
+    assert (two.path / "seen.json").read_text() == (one.path / "seen.json").read_text()
     for key, value in one.weights.items():
         assert error(two.weights[key], value) < 1e-3, key
 
@@ -154,6 +158,15 @@ def test_resume_is_bitwise(trainer, adapter):
     resumed = trainer("stopped", resume=True, **changes)
     assert same_weights(resumed.weights, whole.weights)
     assert [line["step"] for line in resumed.metrics] == [1, 2, 3, 4, 5, 6]
+    assert resumed.losses == whole.losses
+
+
+def test_a_line_that_a_kill_has_cut_off_does_not_stop_a_resume(trainer):
+    whole = trainer("whole", max_steps=4, checkpoint_every_n_steps=2)
+    cut = trainer("cut", max_steps=2, checkpoint_every_n_steps=2)
+    with open(cut.path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')
+    resumed = trainer("cut", max_steps=4, checkpoint_every_n_steps=2, resume=True)
     assert resumed.losses == whole.losses
 
 

@@ -1,0 +1,25 @@
+"""`anima report`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from anima_train.core.errors import ConfigError
+from anima_train.tools.run_html import write_run_report
+
+
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.", show_default=False)],
+    html: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, help="The page to write. Absent: report.html in the folder.", show_default=False),
+    ] = None,
+) -> None:
+    """Show a run as a page: losses, evaluations, costs, previews, data; whether it has ended or not."""
+    try:
+        print(f"page: {write_run_report(run, html)}")
+    except OSError as error:  # no permission, or a file where a folder should be
+        raise ConfigError(
+            f"{error.filename}: cannot be read or written ({error.strerror}); --html chooses another page"
+        ) from error

@@ -1,0 +1,78 @@
+"""Numbers of every step, smoothed and thinned as they are read: a run of a million steps takes no more memory."""
+
+import math
+from dataclasses import dataclass
+
+MAX_POINTS = 1000  # of a curve
+LARGEST = 3.5e38  # of float32: what is beyond is taken for infinite
+
+
+def number(value: object) -> float:
+    """A number as it was logged; NaN for anything else, and for what float32 does not hold."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= LARGEST:
+        return math.nan
+    return float(value)
+
+
+class Average:
+    """An exponential moving average of finite numbers, bias-corrected.
+
+    After n numbers it is sum(decay^(n-i) x_i) / sum(decay^(n-i)): what weighs is what was seen, not a start at zero.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.total = 0.0
+        self.weight = 0.0
+
+    def add(self, value: float) -> None:
+        """Take one more number into account."""
+        self.total = self.decay * self.total + value
+        self.weight = self.decay * self.weight + 1
+
+    @property
+    def value(self) -> float:
+        """The average; NaN of nothing."""
+        return self.total / self.weight if self.weight else math.nan
+
+
+@dataclass(slots=True)
+class Point:
+    """Neighbouring values as one point of a curve; NaN where none of them is finite."""
+
+    step: int  # of the last of them
+    low: float = math.nan
+    high: float = math.nan
+    smooth: float = math.nan  # the average after the last of them
+    has_gap: bool = False  # whether any is not finite
+
+
+class Series:
+    """Values over steps: their extremes and their average, at most `MAX_POINTS` points for the values announced."""
+
+    def __init__(self, num_values: int, decay: float) -> None:
+        self.points: list[Point] = []
+        self.values_per_point = max(1, math.ceil(num_values / MAX_POINTS))
+        self.average = Average(decay)
+        self.num_values = 0
+        self.last = math.nan
+        self.num_gaps = 0  # values that are not finite
+        self.first_gap = 0  # step of the first of them
+
+    def add(self, step: int, value: float) -> None:
+        """Append a value."""
+        if self.num_values % self.values_per_point == 0:
+            self.points.append(Point(step))
+        self.num_values += 1
+        self.last = value
+        point = self.points[-1]
+        point.step = step
+        if not math.isfinite(value):
+            self.first_gap = self.first_gap if self.num_gaps else step
+            self.num_gaps += 1
+            point.has_gap = True
+            return
+        self.average.add(value)
+        point.low = value if math.isnan(point.low) else min(point.low, value)
+        point.high = value if math.isnan(point.high) else max(point.high, value)
+        point.smooth = self.average.value
