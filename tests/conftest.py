@@ -24,6 +24,12 @@ def golden():
     return read
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """One thread for each of the test processes, which share the cores."""
+    torch.set_num_threads(1)
+
+
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """|found - expected| / |expected|, in float64."""
     found, expected = found.detach().double(), expected.detach().double()
