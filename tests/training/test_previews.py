@@ -71,6 +71,16 @@ def test_trackers_get_the_pictures(trainer):
     assert [image.step for image in events.Images("preview/0")] == [0, 2, 4]
 
 
+def test_wandb_gets_the_pictures_offline(trainer, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = trainer(sampling=SAMPLING, monitoring={"enable_wandb": True})
+    media = [path.relative_to(run.path / "wandb") for path in run.path.rglob("media/images/preview/*.png")]
+    assert sorted({(path.name.split("_")[0], int(path.name.split("_")[1])) for path in media}) == [
+        (number, step) for number in "01" for step in (0, 2, 4)
+    ]
+
+
 def test_one_of_two_processes_draws(trainer, error):
     keys = {"sampling": {**SAMPLING, "before_first_step": False}, "max_steps": 2}
     one = trainer("one", gradient_accumulation_steps=2, **keys)
