@@ -14,7 +14,7 @@ from anima_train.cli.report import report
 from anima_train.cli.sample import sample
 from anima_train.cli.tiny import tiny
 from anima_train.cli.train import train
-from anima_train.core.errors import ConfigError, UserError
+from anima_train.core.errors import ConfigError, Interrupted, UserError
 from anima_train.training.run import rank
 
 COMMANDS: tuple[Callable[..., None], ...] = (
@@ -46,7 +46,7 @@ def run(app: typer.Typer) -> None:
         app()
     except UserError as error:
         # Every process reads the same config; one of them says what is wrong with it.
-        if rank() == 0 or not isinstance(error, ConfigError):
+        if rank() == 0 or not isinstance(error, ConfigError | Interrupted):
             for problem in error.problems:
-                print(f"error: {problem}", file=sys.stderr)
+                print(f"{error.label}: {problem}", file=sys.stderr)
         sys.exit(error.exit_code)

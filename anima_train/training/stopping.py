@@ -1,0 +1,89 @@
+"""What signals and files ask of a run: to save its state now, and perhaps to stop there.
+
+SIGTERM, SIGUSR1 (which clusters send before a deadline) and the first Ctrl-C save after the step that is being made and
+stop; before the first step, where everything done is in the cache already, they stop at once. A second Ctrl-C stops at
+once in any case. The files `save` and `save_quit` in the run's folder do the same without a signal.
+"""
+
+import signal
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from anima_train.core.errors import Interrupted
+
+SAVE_FILE, QUIT_FILE = "save", "save_quit"
+NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")  # those that the system has
+TERMINATED, INTERRUPTED = 143, 130  # exit codes, as shells count them
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is asked of the run after a step."""
+
+    saves: bool
+    exit_code: int | None  # None: to go on
+
+
+class Stopping:
+    """Listens to signals while it is entered; only in the main thread, where Python hears them.
+
+    Args:
+        folder: of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.received = 0  # the signal
+        self.is_stepping = False
+        self.handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> "Stopping":
+        for name in NAMES if threading.current_thread() is threading.main_thread() else ():
+            if (number := getattr(signal, name, None)) is not None:
+                self.handlers[number] = signal.signal(number, self.receive)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal."""
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # the next one stops at once
+        self.received = number
+        if not self.is_stepping:
+            raise Interrupted("before the first step; what is in the cache stays", self.exit_code)
+
+    @property
+    def exit_code(self) -> int:
+        """That of the signal."""
+        return INTERRUPTED if self.received == signal.SIGINT else TERMINATED
+
+    def after_step(self, accelerator: Accelerator) -> Wish:
+        """What is asked by now, of any process: all of them get the same answer."""
+        asked = [self.received == signal.SIGINT, self.received not in (0, signal.SIGINT), False, False]
+        if accelerator.is_main_process:
+            asked[2:] = [self.taken(QUIT_FILE), self.taken(SAVE_FILE)]
+        if accelerator.num_processes > 1:
+            votes = torch.tensor(asked, dtype=torch.float32, device=accelerator.device)
+            asked = [number > 0 for number in accelerator.reduce(votes, "sum").tolist()]
+        is_interrupted, is_terminated, quits, _ = asked
+        code = INTERRUPTED if is_interrupted else TERMINATED if is_terminated else 0 if quits else None
+        return Wish(any(asked), code)
+
+    def taken(self, name: str) -> bool:
+        """Whether there was a file of this name; it is removed, as it counts once."""
+        try:
+            (self.folder / name).unlink()
+        except OSError:
+            return False
+        return True
