@@ -5,6 +5,7 @@ stop; before the first step, where everything done is in the cache already, they
 once in any case. The files `save` and `save_quit` in the run's folder do the same without a signal.
 """
 
+import os
 import signal
 import threading
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ import torch
 from accelerate import Accelerator
 
 from anima_train.core.errors import Interrupted
+from anima_train.training.run import rank
 
 SAVE_FILE, QUIT_FILE = "save", "save_quit"
 NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")  # those that the system has
+NOTICE = b"\nstopping after this step; Ctrl-C stops at once\n"
 TERMINATED, INTERRUPTED = 143, 130  # exit codes, as shells count them
 
 
@@ -62,6 +65,8 @@ class Stopping:
         self.received = number
         if not self.is_stepping:
             raise Interrupted("before the first step; what is in the cache stays", self.exit_code)
+        if rank() == 0:
+            os.write(2, NOTICE)  # not `print`, which a signal may have interrupted
 
     @property
     def exit_code(self) -> int:
