@@ -1,20 +1,21 @@
 """`anima sample`."""
 
-import math
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 
 from anima_train.cli.train import ConfigPath, Overrides
 from anima_train.config.load import load_model_part
-from anima_train.config.prompt_files import make_requests, read_requests
+from anima_train.config.prompt_files import HINTS, make_requests, read_lines, read_requests
 from anima_train.core.errors import ConfigError
 from anima_train.core.settings import quoted
-from anima_train.sampling.generate import SAMPLER_NAMES, SCHEDULE_NAMES
-from anima_train.training.sample import ChosenLora
+from anima_train.sampling.generate import SAMPLER_NAMES, SCHEDULE_NAMES, Request
+from anima_train.sampling.grids import Cell, Sheet, make_gallery, make_grid, parse_lora, save_sheet
+from anima_train.tools.grid_html import write_page
 from anima_train.training.sample import sample as draw
 
 FLAGS = {key: f"--{key}" for key in ("seed", "steps", "cfg", "shift", "sampler", "schedule")} | {
@@ -51,6 +52,19 @@ def sample(
         Path | None,
         typer.Option(help="A transformer instead of the config's.", exists=True, dir_okay=False, show_default=False),
     ] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="x=KEY:V1,V2,...",
+            help="An axis of a grid, x or y: a setting such as cfg, or prompt, lora (files, folders, none), "
+            "lora_strength; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    gallery: Annotated[
+        Path | None,
+        typer.Option(help="A text file; the prompt is drawn with each line in the place of {}.", show_default=False),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the pictures.")] = Path("samples"),
     overrides: Overrides = None,
 ) -> None:
@@ -61,20 +75,52 @@ def sample(
         "shift": shift, "sampler": sampler, "schedule": schedule,
     }  # fmt: skip
     settings = {key: value for key, value in given.items() if value is not None}
+    loaded = load_model_part(config, overrides or [], checkpoint)
     requests = make_requests(prompt or [], settings, FLAGS)
     if prompts is not None:
         requests += read_requests(prompts, settings)
-    if not requests:
-        raise ConfigError("there is nothing to draw; give --prompt TEXT or --prompts FILE")
+    if not requests and loaded.config.sampling is not None:
+        requests = with_flags(loaded.config.sampling.prompts, settings)
     loras = [parse_lora(text) for text in lora or []]
-    loaded = load_model_part(config, overrides or [], checkpoint)
+    sheet = None
+    if gallery is not None:
+        if grid:
+            raise ConfigError("--gallery: cannot be drawn together with --grid; give one of them")
+        sheet = make_gallery(read_lines(gallery, "--gallery"), requests, loras)
+    elif grid:
+        sheet = make_grid(grid, requests, make_requests([""], settings, FLAGS)[0], loras, HINTS)
+        for axis in (sheet.x, sheet.y):
+            if axis is not None and axis.key in settings and FLAGS[axis.key] != "--size":
+                raise ConfigError(f"{FLAGS[axis.key]}: has no effect with {axis.flag}; leave one of them out")
+    elif not requests:
+        raise ConfigError("there is nothing to draw; give --prompt TEXT or --prompts FILE, or a config with [sampling]")
+    cells = sheet.cells if sheet else [Cell(request, tuple(loras)) for request in requests]
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out: {out} cannot be a folder ({error.strerror}); choose another place") from error
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    for path in draw(loaded, loras, requests, out, device):
+    pictures = {}
+    for place, path in draw(loaded, cells, out, device):
         print(path, flush=True)
+        pictures[place] = path
+    if sheet is not None:
+        for path in save_all(sheet, [pictures[place] for place in range(len(cells))], out):
+            print(path, flush=True)
+
+
+def with_flags(requests: Sequence[Request], settings: Mapping[str, Any]) -> list[Request]:
+    """The requests with other settings, where flags give them."""
+    wanted = make_requests([""], settings, FLAGS)[0]
+    return [request.model_copy(update={key: getattr(wanted, key) for key in settings}) for request in requests]
+
+
+def save_all(sheet: Sheet, pictures: Sequence[Path], out: Path) -> list[Path]:
+    """Write the picture of all pictures, and the page."""
+    paths = [out / "grid.png", out / "grid.html"]
+    save_sheet(paths[0], sheet, pictures)
+    write_page(paths[1], sheet, pictures)
+    return paths
 
 
 def parse_size(text: str | None) -> tuple[int | None, int | None]:
@@ -85,17 +131,3 @@ def parse_size(text: str | None) -> tuple[int | None, int | None]:
     if match is None:
         raise ConfigError(f"--size: found {quoted(text)}, expected WIDTHxHEIGHT in pixels, such as 832x1216")
     return int(match[1]), int(match[2])
-
-
-def parse_lora(text: str) -> ChosenLora:
-    """A LoRA and its strength from `PATH` or `PATH:STRENGTH`."""
-    path, _, strength = text.rpartition(":")
-    if path and not Path(text).exists():
-        try:
-            number = float(strength)
-        except ValueError:
-            return ChosenLora(Path(text))  # the colon belongs to the path
-        if not math.isfinite(number):
-            raise ConfigError(f"--lora {quoted(text)}: found the strength {strength}, expected a finite number")
-        return ChosenLora(Path(path), number)
-    return ChosenLora(Path(text))

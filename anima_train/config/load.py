@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from anima_train.config.compat import DATASET, FOREIGN, MAIN, Keys, translate
-from anima_train.config.config import Config, ModelSettings
+from anima_train.config.config import Config, ModelSettings, Sampling
 from anima_train.config.notes import without_effect
 from anima_train.config.paths import find_path, path_fault
 from anima_train.config.read import Table, apply_override, read_toml
@@ -64,10 +64,11 @@ class LoadedConfig:
 
 
 class ModelPart(Settings):
-    """The keys of a configuration that say which model it is about."""
+    """The keys of a configuration that say which model it is about, and what to draw with it."""
 
     model: ModelSettings
     offline: bool = False
+    sampling: Sampling | None = None
 
 
 @dataclass(frozen=True)
@@ -314,7 +315,7 @@ def load_model_part(path: Path, overrides: Sequence[str] = (), transformer: Path
             loader.problems.extend(error.problems)
             continue
         if made.partition(".")[0] not in ModelPart.model_fields:
-            loader.problems.append(f"--set {made}: has no effect here; only [model] and offline are read")
+            loader.problems.append(f"--set {made}: has no effect here; only [model], [sampling] and offline are read")
     data = {key: value for key, value in data.items() if key in ModelPart.model_fields}
     if transformer is not None and isinstance(data.get("model"), dict):
         data["model"] = {key: value for key, value in data["model"].items() if key != "transformer_path"}

@@ -71,13 +71,22 @@ def read_requests(path: Path, settings: Mapping[str, Any]) -> list[Request]:
         except ValidationError as error:
             problems = validation_problems(error, data, PromptFile, HINTS)
             raise ConfigError([f"{path.name}: {key}: {text}" for key, text in problems.items()]) from error
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise ConfigError(f"--prompts: {quoted(str(path))} cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--prompts: {quoted(str(path))} is not text in UTF-8; save it in that encoding") from error
-    texts = [line.strip() for line in lines if line.strip()]
+    texts = read_lines(path, "--prompts")
     if not texts:
         raise ConfigError(f"--prompts: {quoted(str(path))} holds no prompt; expected one in each line")
     return make_requests(texts, settings, {})
+
+
+def read_lines(path: Path, flag: str) -> list[str]:
+    """The lines of a text file that are not empty.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise ConfigError(f"{flag}: {quoted(str(path))} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{flag}: {quoted(str(path))} is not text in UTF-8; save it in that encoding") from error
+    return [line.strip() for line in lines if line.strip()]

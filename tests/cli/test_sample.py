@@ -1,6 +1,7 @@
 """`anima sample` with the tiny model, from the command line to the PNG."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from anima_train.adapters.lora import target_modules
 from anima_train.cli.main import COMMANDS, application
 from anima_train.config.load import load_model_part
 from anima_train.core.errors import ConfigError, ModelFileError, NumericError
+from anima_train.sampling.grids import ChosenLora
 from anima_train.tools.tiny import write_tiny
 from anima_train.training.model import find_model_files, load_transformer
+from anima_train.training.sample import LoraSwitch, linear_shapes
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +181,12 @@ def test_prompts_come_from_files_too(sample, tmp_path):
         (["--prompt", "a", "--prompts", "none.toml"], "none.toml: does not exist"),
         (["--prompt", "a", "--set", "epochs=3"], "--set epochs: has no effect here"),
         (["--prompt", "a", "--set", 'model.dtyp="x"'], r"--set model\.dtyp: unknown key; did you mean dtype"),
+        (["--prompt", "a", "--grid", "x=cfgs:1,2"], '--grid x: found "cfgs".*did you mean cfg'),
+        (["--prompt", "a", "--grid", "x=cfg_scale:1,2"], "it is called cfg"),
+        (["--prompt", "a", "--cfg", "2", "--grid", "x=cfg:1,2"], "--cfg: has no effect with --grid x=cfg"),
+        (["--prompt", "a", "--grid", "x=cfg:1,2", "--gallery", "file"], "--gallery: cannot be drawn together"),
+        (["--prompt", "{}", "--gallery", "none.txt"], '--gallery: "none.txt" cannot be read'),
+        (["--prompt", "{}", "--gallery", "file"], "--gallery: the file holds no line"),
         (["--prompt", "a", "--out", "file"], "--out: file cannot be a folder"),
         (["--prompt", "(a:inf)"], 'has the weight inf; write'),
     ],
@@ -199,6 +208,108 @@ def test_a_lora_that_is_none_or_does_not_fit_is_refused_before_anything_is_drawn
     assert not list(tmp_path.glob("**/*.png"))
 
 
+def test_each_cell_of_a_grid_equals_the_picture_drawn_alone(sample, loras, tmp_path):
+    style, words = loras
+    *pictures, png, html = sample(
+        "--prompt", "1girl", "--lora", style, "--lora", words, "--out", "grid",
+        "--grid", "x=lora_strength:0.37,-1", "--grid", "y=cfg:1,3.5",
+    )  # fmt: skip
+    # Those of one strength are drawn together.
+    wanted = [(strength, cfg) for strength in ("0.37", "-1") for cfg in ("1", "3.5")]
+    alone = [
+        sample("--prompt", "1girl", "--cfg", cfg, "--lora", f"{style}:{strength}", "--lora", f"{words}:{strength}")[0]
+        for strength, cfg in wanted
+    ]
+    assert [path.read_bytes() for path in pictures] == [path.read_bytes() for path in alone]
+    assert len({pixels(path) for path in pictures}) == 4
+    assert (png.name, html.name) == ("grid.png", "grid.html")
+    page = html.read_text()
+    rows = re.findall(r"<tr>(.*?)</tr>", page)
+    assert re.findall(r'<th scope="col">(.*?)</th>', rows[0]) == ["lora_strength: 0.37", "lora_strength: -1"]
+    assert [re.findall(r'<th scope="row">(.*?)</th>', row) for row in rows[1:]] == [["cfg: 1"], ["cfg: 3.5"]]
+    assert [re.findall(r'title="0000(\d)_0.png"', row) for row in rows[1:]] == [["1", "3"], ["2", "4"]]
+    with Image.open(png) as image:
+        facts = json.loads(image.info["anima_train"])
+        colours = image.convert("RGB")
+    assert facts["grid"]["x"] == {"key": "lora_strength", "values": ["lora_strength: 0.37", "lora_strength: -1"]}
+    assert (facts["prompt"], facts["model"]) == ("1girl", "anima-tiny")
+    assert not {"cfg", "loras"} & facts.keys()
+    assert str(tmp_path.parent) not in repr(facts)
+    for number, corner in zip((0, 2, 1, 3), sheet_corners(colours.size, 64, 48), strict=True):
+        with Image.open(pictures[number]) as picture:
+            box = (*corner, corner[0] + 64, corner[1] + 48)
+            assert colours.crop(box).tobytes() == picture.tobytes()
+
+
+def sheet_corners(size, width, height, gap=3):
+    """Upper left corners of two by two pictures at the lower right of a sheet, row by row."""
+    lefts, tops = (
+        [side - 2 * (step + gap), side - step - gap] for side, step in zip(size, (width, height), strict=True)
+    )
+    return [(left, top) for top in tops for left in lefts]
+
+
+def test_a_folder_of_checkpoints_is_an_axis_in_the_order_of_its_steps(sample, loras, tmp_path):
+    weights = tmp_path / "run" / "weights"
+    weights.mkdir(parents=True)
+    tensors = load_file(loras[0])
+    for name, factor in (("run", 1.0), ("run-s000900", 0.9), ("run-s000050", 0.05)):
+        save_file({key: tensor * factor for key, tensor in tensors.items()}, weights / f"{name}.safetensors")
+    *pictures, _, html = sample("--prompt", "a", "--grid", f"x=lora:none,{weights}", "--grid", "y=prompt")
+    labels = re.findall(r'<th scope="col">(.*?)</th>', html.read_text())
+    assert labels == ["no LoRA", "run-s000050", "run-s000900", "run"]
+    files = [None, *(weights / f"{label}.safetensors" for label in labels[1:])]
+    alone = [sample("--prompt", "a", *(["--lora", file] if file else []))[0] for file in files]
+    assert [path.read_bytes() for path in pictures] == [path.read_bytes() for path in alone]
+
+
+def test_a_gallery_draws_the_prompt_with_each_line(sample, tmp_path):
+    (tmp_path / "artists.txt").write_text("@one\n\n@two, (three:1.2)\n@one\n<b>\n")
+    *pictures, png, html = sample("--prompt", "1girl, {}, solo", "--gallery", "artists.txt")
+    lines = ["@one", "@two, (three:1.2)", "<b>"]
+    alone = sample(*(part for line in lines for part in ("--prompt", f"1girl, {line}, solo")), "--out", "alone")
+    assert [path.read_bytes() for path in pictures] == [path.read_bytes() for path in alone]
+    captions = re.findall("<figcaption>(.*?)</figcaption>", html.read_text())
+    assert captions == ["@one", "@two, (three:1.2)", "&lt;b&gt;"]
+    with Image.open(png) as image:
+        assert json.loads(image.info["anima_train"])["gallery"] == lines
+
+
+def test_prompts_are_an_axis(sample):
+    *pictures, _, html = sample("--grid", 'y=prompt:"a, b",c', "--seed", "3")
+    assert re.findall(r'<th scope="row">(.*?)</th>', html.read_text()) == ["a, b", "c"]
+    alone = sample("--prompt", "a, b", "--prompt", "c", "--seed", "3", "--out", "alone")
+    assert [path.read_bytes() for path in pictures] == [path.read_bytes() for path in alone]
+
+
+def test_loras_can_be_exchanged_without_a_trace(config, loras):
+    files = find_model_files(load_model_part(config))
+    shapes = linear_shapes(files)
+    model = load_transformer(files, False, torch.bfloat16, torch.device("cpu"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    switch = LoraSwitch(model, shapes)
+    for chosen in ((ChosenLora(loras[0]),), (ChosenLora(loras[1]), ChosenLora(loras[0], 0.3)), ()):
+        switch.set(chosen)
+        same = [torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()]
+        assert all(same) == (not chosen)
+
+
 def test_a_picture_that_is_not_finite_is_an_error(sample):
     with pytest.raises(NumericError, match='the picture of "a" became NaN'):
         sample("--prompt", "a", "--cfg", "1e38")
+
+
+def test_without_prompts_those_of_the_config_are_drawn_with_its_settings_or_those_of_flags(config, sample, tmp_path):
+    with_prompts = tmp_path / "with_prompts.toml"
+    table = "[sampling]\nwidth = 48\nheight = 64\nsteps = 2\nprompts = ['a', { prompt = 'b', seed = 3, cfg = 1.0 }]\n"
+    with_prompts.write_text(f"{config.read_text()}{table}")
+    command = ["sample", str(with_prompts), "--out", "own"]
+    invoke = CliRunner().invoke
+    paths = [
+        [tmp_path / line for line in invoke(application(COMMANDS, "anima"), arguments).output.splitlines()]
+        for arguments in (command, [*command, "--seed", "9"])
+    ]
+    assert [len(each) for each in paths] == [2, 2]
+    alone = sample("--prompt", "b", "--seed", "3", "--cfg", "1", "--steps", "2", size="48x64")[0]
+    assert pixels(paths[0][1]) == pixels(alone)
+    assert [path.name.rpartition("_")[2] for path in paths[1]] == ["9.png", "9.png"]

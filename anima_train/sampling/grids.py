@@ -1,0 +1,464 @@
+"""Many pictures at once: axes of settings, the cells between them, and one labelled picture of all."""
+
+import csv
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+from pydantic import ValidationError
+
+from anima_train.core.errors import ConfigError, printable
+from anima_train.core.files import atomic_path
+from anima_train.core.settings import nearest, quoted, validation_problems, value_text
+from anima_train.sampling.generate import Request
+
+MAX_CELLS = 2000
+MAX_SHEET_PIXELS = 128_000_000  # of the PNG of all pictures
+MAX_LINES = 6  # of a label over pictures
+NUM_MEASURED = 20  # labels that decide how many lines there are: the longest
+MIN_LETTER, LETTERS_PER_SIDE = 9, 24  # height of letters: pixels at least, and the part of a picture's side
+NO_LORA = "none"
+KEYS = (*Request.model_fields, "lora", "lora_strength")
+PLACE = {"prompt": 0, "lora": 0, "lora_strength": 2}  # what an axis changes first: a strength needs its LoRA
+STEP = re.compile(r"[-_](?:s|step)?(\d{6,})")  # at the end of a file's name, as trainers write it
+
+
+@dataclass(frozen=True)
+class ChosenLora:
+    """A LoRA and how strongly it is applied: 1 as it was trained, 0 not at all, negative the other way."""
+
+    path: Path
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One picture, and the LoRAs it is drawn with."""
+
+    request: Request
+    loras: tuple[ChosenLora, ...] = ()
+
+
+Value = int | float | str | Request | ChosenLora | None  # None: no LoRA
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A setting, and its values from left to right or from top to bottom."""
+
+    name: str  # x or y
+    key: str  # one of KEYS
+    values: Sequence[Value]
+    labels: Sequence[str]
+
+    @property
+    def flag(self) -> str:
+        """How messages name it."""
+        return f"--grid {self.name}={self.key}"
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Pictures and where they stand: row by row between two axes, or each with a caption."""
+
+    cells: Sequence[Cell]
+    x: Axis | None = None
+    y: Axis | None = None
+    captions: Sequence[str] = ()  # of a gallery, which has no axes
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """The label of each column."""
+        return self.x.labels if self.x else [""]
+
+    @property
+    def rows(self) -> Sequence[str]:
+        """The label of each row."""
+        return self.y.labels if self.y else [""]
+
+
+# Axes
+
+
+def parse_lora(text: str, flag: str = "--lora") -> ChosenLora:
+    """A LoRA and its strength from `PATH` or `PATH:STRENGTH`."""
+    path, _, strength = text.rpartition(":")
+    if path and not Path(text).exists():
+        try:
+            number = float(strength)
+        except ValueError:
+            return ChosenLora(Path(text))  # the colon belongs to the path
+        if not math.isfinite(number):
+            raise ConfigError(f"{flag} {quoted(text)}: found the strength {strength}, expected a finite number")
+        return ChosenLora(Path(path), number)
+    return ChosenLora(Path(text))
+
+
+def parse_axis(text: str, given: Sequence[Request], template: Request, hints: Mapping[str, str]) -> Axis:
+    """An axis from `x=KEY:V1,V2,...`, the values as in a line of CSV; `prompt` alone stands for the given requests.
+
+    Args:
+        text: what the user wrote.
+        given: the requests with a prompt.
+        template: the settings of prompts that are values of the axis.
+        hints: wrong key -> what to write instead.
+
+    Raises:
+        ConfigError: the axis or its key is unknown, there are no values, or all those that are wrong.
+    """
+    name, _, rest = text.partition("=")
+    key, _, line = rest.partition(":")
+    name, key = name.strip(), key.strip()
+    if name not in ("x", "y"):
+        raise ConfigError(f"--grid: found {quoted(text)}, expected x=KEY:V1,V2,... or y=KEY:V1,V2,...")
+    if key not in KEYS:
+        close = nearest(key, KEYS)
+        more = f"; {hints[key]}" if key in hints else f"; did you mean {close}?" if close else ""
+        raise ConfigError(f"--grid {name}: found {quoted(key)}, expected one of {', '.join(KEYS)}{more}")
+    if key == "prompt" and not line.strip():
+        if not given:
+            raise ConfigError(f"--grid {name}=prompt: there is no prompt; give --prompt or --prompts, or values")
+        return Axis(name, key, given, [request.prompt for request in given])
+    if not line.strip():
+        raise ConfigError(f"--grid {name}={key}: there are no values; write --grid {name}={key}:V1,V2,...")
+    try:
+        (words,) = csv.reader([line], skipinitialspace=True, strict=True)
+    except (csv.Error, ValueError) as error:
+        raise ConfigError(f"--grid {name}={key}: {quoted(line)} is not a line of CSV; close every quote") from error
+    words = [word.strip() for word in words]
+    if key == "lora":
+        loras = [lora for word in words for lora in loras_of(word, f"--grid {name}=lora")]
+        return Axis(name, key, loras, [lora_label(lora) for lora in loras])
+    if key == "prompt":
+        if given:
+            raise ConfigError(f"--grid {name}=prompt: has prompts of its own; leave --prompt and --prompts out")
+        return Axis(name, key, [template.model_copy(update={"prompt": word}) for word in words], words)
+    axis = Axis(name, key, [number(word) if is_number(key) else word for word in words], [])
+    if problems := [problem for value in axis.values for problem in problems_of(axis, value)]:
+        raise ConfigError(problems)
+    return replace(axis, labels=[f"{key}: {word}" for word in words])
+
+
+def is_number(key: str) -> bool:
+    """Whether the values of a key are numbers."""
+    return key == "lora_strength" or Request.model_fields[key].annotation in (int, float)
+
+
+def number(word: str) -> int | float | str:
+    """A number as written, or the word where it is none."""
+    for kind in (int, float):
+        try:
+            return kind(word)
+        except ValueError:
+            pass
+    return word
+
+
+def problems_of(axis: Axis, value: Value) -> list[str]:
+    """What is wrong with a value, whatever the other settings are."""
+    if axis.key == "lora_strength":
+        if isinstance(value, int | float) and math.isfinite(value):
+            return []
+        return [f"{axis.flag}: found {value_text(value)}, expected a finite number"]
+    data = {"prompt": "", axis.key: value}
+    try:
+        Request.model_validate(data)
+    except ValidationError as error:
+        return [f"{axis.flag}: {text}" for text in validation_problems(error, data, Request, {}).values()]
+    return []
+
+
+def loras_of(word: str, flag: str) -> list[ChosenLora | None]:
+    """The LoRA of a value, those of a folder by their steps, or none."""
+    if word == NO_LORA:
+        return [None]
+    folder = Path(word)
+    if word and folder.is_dir():
+        paths = [path for path in folder.glob("*.safetensors") if not path.name.startswith(".")]
+        if not paths:
+            raise ConfigError(f"{flag}: {quoted(word)} holds no .safetensors file")
+        return [ChosenLora(path) for path in sorted(paths, key=lambda path: (step_of(path), path.name))]
+    lora = parse_lora(word, flag)
+    if not lora.path.is_file():
+        raise ConfigError(
+            f"{flag}: {quoted(word)} does not exist; expected a LoRA file, a folder of them, or {NO_LORA}"
+        )
+    return [lora]
+
+
+def step_of(path: Path) -> float:
+    """The step in a file's name; weights without one are those of the end."""
+    match = re.search(STEP.pattern + "$", path.stem)
+    return int(match[1]) if match else math.inf
+
+
+def lora_label(lora: ChosenLora | None) -> str:
+    """A LoRA as people know it."""
+    if lora is None:
+        return "no LoRA"
+    return lora.path.stem + ("" if lora.strength == 1 else f" at {lora.strength:g}")
+
+
+# Cells
+
+
+def make_grid(
+    texts: Sequence[str],
+    given: Sequence[Request],
+    template: Request,
+    loras: Sequence[ChosenLora],
+    hints: Mapping[str, str],
+) -> Sheet:
+    """The cells of a grid with one axis or two.
+
+    Args:
+        texts: an axis each, such as `x=cfg:2,4`.
+        given: the requests with a prompt: one, or the values of the axis `prompt`.
+        template: the settings of prompts that are values of an axis.
+        loras: of all pictures; those of the axis `lora` are added.
+        hints: wrong key -> what to write instead.
+
+    Raises:
+        ConfigError: what is wrong with the axes, or there are more than 2,000 cells.
+    """
+    if len(texts) > 2:
+        raise ConfigError(f"--grid: found {len(texts)} axes, expected one x and one y at most")
+    axes = [parse_axis(text, given, template, hints) for text in texts]
+    by_name = {axis.name: axis for axis in axes}
+    if len(by_name) < len(axes):
+        raise ConfigError(f"--grid: both axes are called {axes[0].name}; call one of them x and the other y")
+    keys = {axis.key for axis in axes}
+    if len(keys) < len(axes):
+        raise ConfigError(f"--grid: both axes are {axes[0].key}; choose another setting for one of them")
+    if "lora_strength" in keys and not loras and "lora" not in keys:
+        raise ConfigError("--grid lora_strength: has no effect without a LoRA; give --lora PATH")
+    if "prompt" not in keys and len(given) != 1:
+        more = "add --grid y=prompt, or give one prompt" if given else "give --prompt TEXT, or --grid y=prompt:TEXT,..."
+        raise ConfigError(f"--grid: found {len(given)} prompts, expected one; {more}")
+    check_number(math.prod(len(axis.values) for axis in axes), "--grid")
+    x, y = by_name.get("x"), by_name.get("y")
+    start = Cell(given[0] if given else template, tuple(loras))
+    cells = []
+    for row in y.values if y else [None]:
+        for column in x.values if x else [None]:
+            here = [(axis, value) for axis, value in ((y, row), (x, column)) if axis is not None]
+            cell = start
+            for axis, value in sorted(here, key=lambda pair: PLACE.get(pair[0].key, 1)):
+                cell = changed(cell, axis, value)
+            cells.append(cell)
+    return Sheet(cells, x, y)
+
+
+def changed(cell: Cell, axis: Axis, value: Value) -> Cell:
+    """The cell with another value.
+
+    Raises:
+        ConfigError: the value does not go with the other settings.
+    """
+    if isinstance(value, Request):
+        return replace(cell, request=value)
+    if axis.key == "lora":
+        return replace(cell, loras=(*cell.loras, value)) if isinstance(value, ChosenLora) else cell
+    if axis.key == "lora_strength" and isinstance(value, int | float):
+        return replace(cell, loras=tuple(replace(lora, strength=float(value)) for lora in cell.loras))
+    data = {**cell.request.model_dump(), axis.key: value}
+    try:
+        return replace(cell, request=Request.model_validate(data))
+    except ValidationError as error:
+        problems = validation_problems(error, data, Request, {})
+        raise ConfigError(
+            [f"{axis.flag}: with the value {value}, {key} {text}" for key, text in problems.items()]
+        ) from error
+
+
+def make_gallery(lines: Sequence[str], given: Sequence[Request], loras: Sequence[ChosenLora]) -> Sheet:
+    """The same prompt for each line, in the place of `{}`; empty and repeated lines are passed over.
+
+    Raises:
+        ConfigError: there is not one prompt with one `{}`, no line, or more than 2,000.
+    """
+    if len(given) != 1 or given[0].prompt.count("{}") != 1:
+        raise ConfigError("--gallery: expected one --prompt with one {} in it, the place of each line")
+    words = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not words:
+        raise ConfigError("--gallery: the file holds no line; expected an artist or a tag in each")
+    check_number(len(words), "--gallery")
+    prompts = [given[0].prompt.replace("{}", word) for word in words]
+    return Sheet(
+        [Cell(given[0].model_copy(update={"prompt": prompt}), tuple(loras)) for prompt in prompts], captions=words
+    )
+
+
+def check_number(cells: int, flag: str) -> None:
+    """Refuse what would take days."""
+    if cells > MAX_CELLS:
+        raise ConfigError(f"{flag}: found {cells:,} pictures, expected at most {MAX_CELLS:,}; take fewer values")
+
+
+# The picture of all
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Sizes in pixels, and how many lines labels have over pictures."""
+
+    width: int  # of a picture
+    height: int
+    letter: int  # height of the letters
+    lines: int
+    left: int  # width of the rows' labels
+    top: int  # height of the columns' labels
+    above: int  # height of each caption
+    gap: int  # between pictures
+    size: tuple[int, int]  # of all
+
+
+def measure(sheet: Sheet, scale: float) -> Measures:
+    """The sizes where pictures are drawn at this scale."""
+    columns, rows = shape_of(sheet)
+    width = max(1, math.floor(max(cell.request.width for cell in sheet.cells) * scale))
+    height = max(1, math.floor(max(cell.request.height for cell in sheet.cells) * scale))
+    letter = max(MIN_LETTER, min(width, height) // LETTERS_PER_SIDE)
+    gap = max(1, letter // 3)
+
+    font = font_of(letter)
+    longest = sorted((*sheet.columns, *sheet.captions), key=len)[-NUM_MEASURED:]
+    lines = max((len(wrap(label, font, width, MAX_LINES)) for label in longest), default=0)
+    label_height = lines * line_height(letter) + gap if lines else 0
+    left = max(width // 2, 8 * letter) if any(sheet.rows) else 0
+    top, above = (0, label_height) if sheet.captions else (label_height, 0)
+    total = (left + columns * (width + gap) + gap, top + rows * (height + above + gap) + gap)
+    return Measures(width, height, letter, lines, left, top, above, gap, total)
+
+
+def shape_of(sheet: Sheet) -> tuple[int, int]:
+    """Number of columns and rows; a gallery is about a square."""
+    if not sheet.captions:
+        return len(sheet.columns), len(sheet.rows)
+    columns = math.ceil(math.sqrt(len(sheet.cells)))
+    return columns, math.ceil(len(sheet.cells) / columns)
+
+
+def fitting(sheet: Sheet, max_pixels: int) -> Measures:
+    """The sizes at the largest scale, at most 1, that gives no more pixels than these."""
+    scale = 1.0
+    while math.prod((found := measure(sheet, scale)).size) > max_pixels and max(found.width, found.height) > 1:
+        scale *= min(0.98, math.sqrt(max_pixels / math.prod(found.size)))
+    return found
+
+
+def draw_sheet(sheet: Sheet, pictures: Sequence[Path], max_pixels: int = MAX_SHEET_PIXELS) -> Image.Image:
+    """All pictures in one, with their labels; smaller ones stand in the middle of their cell.
+
+    Args:
+        sheet: what stands where.
+        pictures: the file of each cell.
+        max_pixels: of the result; larger ones are scaled down.
+    """
+    sizes = fitting(sheet, max_pixels)
+    font = font_of(sizes.letter)
+    scale = sizes.width / max(cell.request.width for cell in sheet.cells)
+    page = Image.new("RGB", sizes.size, "white")
+    pen = ImageDraw.Draw(page)
+    num_columns, _ = shape_of(sheet)
+    wide, high = sizes.width + sizes.gap, sizes.height + sizes.above + sizes.gap
+    for place, path in enumerate(pictures):
+        row, column = divmod(place, num_columns)
+        x, y = sizes.left + sizes.gap + column * wide, sizes.top + sizes.gap + row * high
+        if sheet.captions:
+            write(pen, sheet.captions[place], font, (x, y), sizes.width, sizes.lines, sizes.letter)
+        with Image.open(path) as image:
+            size = min(sizes.width, round(image.width * scale)), min(sizes.height, round(image.height * scale))
+            picture = image.convert("RGB")
+            if size != picture.size:
+                picture = picture.resize((max(1, size[0]), max(1, size[1])), Image.Resampling.LANCZOS)
+        corner = x + (sizes.width - picture.width) // 2, y + sizes.above + (sizes.height - picture.height) // 2
+        page.paste(picture, corner)
+    for column, label in enumerate(sheet.columns):
+        at = (sizes.left + sizes.gap + column * wide, sizes.gap)
+        write(pen, label, font, at, sizes.width, sizes.lines, sizes.letter)
+    for row, label in enumerate(sheet.rows):
+        lines = max(1, sizes.height // line_height(sizes.letter))
+        at = (sizes.gap, sizes.top + sizes.gap + row * high)
+        write(pen, label, font, at, sizes.left - sizes.gap, lines, sizes.letter)
+    return page
+
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+def font_of(letter: int) -> Font:
+    """Pillow's own font."""
+    return ImageFont.load_default(letter)
+
+
+def line_height(letter: int) -> int:
+    """Of one line of a label, in pixels."""
+    return math.ceil(letter * 1.3)
+
+
+def write(
+    pen: ImageDraw.ImageDraw, label: str, font: Font, at: tuple[int, int], width: int, lines: int, letter: int
+) -> None:
+    """Write a label into a box of this width."""
+    for line, words in enumerate(wrap(label, font, width, lines)):
+        pen.text((at[0], at[1] + line * line_height(letter)), words, fill="black", font=font)
+
+
+def wrap(label: str, font: Font, width: int, max_lines: int) -> list[str]:
+    """The lines of a label, none wider than `width` pixels (but a single letter); the last ends in ... if it is cut."""
+    lines: list[str] = []
+    rest = printable(label).strip()
+    while rest and max_lines:
+        if len(lines) == max_lines:
+            last = lines[-1]
+            while last and font.getlength(last + "...") > width:
+                last = last[:-1]
+            return [*lines[:-1], last + "..."]
+        length = fitting_length(rest, font, width)
+        space = rest.rfind(" ", 0, length + 1)
+        cut = space if space > 0 and length < len(rest) else length
+        lines.append(rest[:cut].rstrip())
+        rest = rest[cut:].lstrip()
+    return lines
+
+
+def fitting_length(text: str, font: Font, width: int) -> int:
+    """How many letters fit, at least one."""
+    low, high = 1, min(len(text), max(1, width))  # no letter is narrower than a pixel
+    while low < high:
+        middle = (low + high + 1) // 2
+        if font.getlength(text[:middle]) <= width:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def save_sheet(path: Path, sheet: Sheet, pictures: Sequence[Path]) -> None:
+    """Write all pictures, the file of each cell, as one PNG that says what they were made from.
+
+    Raises:
+        SpaceError: the disk is full or read-only.
+    """
+    info = PngInfo()
+    info.add_text("anima_train", sheet_text(sheet, pictures))
+    with atomic_path(path) as temporary:
+        draw_sheet(sheet, pictures).save(temporary, format="PNG", pnginfo=info)
+
+
+def sheet_text(sheet: Sheet, pictures: Sequence[Path]) -> str:
+    """The axes, and what all pictures say of themselves, as JSON."""
+    facts = []
+    for path in pictures:
+        with Image.open(path) as image:
+            facts.append(json.loads(image.info["anima_train"]))
+    shared = {key: value for key, value in facts[0].items() if all(each[key] == value for each in facts)}
+    axes = {axis.name: {"key": axis.key, "values": list(axis.labels)} for axis in (sheet.x, sheet.y) if axis}
+    shown = {"gallery": list(sheet.captions)} if sheet.captions else {"grid": axes}
+    return json.dumps({**shown, **shared}, ensure_ascii=False)
