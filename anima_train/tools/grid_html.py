@@ -19,7 +19,7 @@ STYLE = """
 body { max-width: none } .scroll { overflow: auto; max-height: 92vh }
 .grid th, .grid td { padding: 3px; min-width: 5rem; max-width: 24rem; vertical-align: top; background: var(--paper) }
 .grid tr:first-child th { position: sticky; top: 0; z-index: 1 } .grid th:first-child { position: sticky; left: 0 }
-.grid img, .entries img { display: block; width: 100%; height: auto }
+.grid img { display: block; max-width: 100%; height: auto } .entries img { display: block; width: 100%; height: auto }
 .entries { display: grid; grid-template-columns: repeat(auto-fill, minmax(14rem, 1fr)); gap: .8rem }
 .entries figure { width: auto } .entries figcaption { max-height: none } [hidden] { display: none !important }
 input[type=search] { font: inherit; width: min(30rem, 100%); padding: .3rem .5rem }
