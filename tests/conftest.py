@@ -1,6 +1,10 @@
 """Fixtures shared by all tests."""
 
 import json
+import os
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,27 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+OPENED: list[str] = []  # files opened while a test listens
+LISTENING = threading.Event()
+
+
+def note_opened(event: str, arguments: tuple) -> None:
+    if event == "open" and LISTENING.is_set() and isinstance(arguments[0], str | bytes):
+        OPENED.append(os.path.basename(os.fsdecode(arguments[0])))
+
+
+sys.addaudithook(note_opened)  # there is no way to remove one
+
+
+@pytest.fixture
+def opened() -> Iterator[list[str]]:
+    """The names of all files that Python opens during the test."""
+    OPENED.clear()
+    LISTENING.set()
+    yield OPENED
+    LISTENING.clear()
 
 
 @pytest.fixture(scope="session")

@@ -208,12 +208,6 @@ def resized(image: Image.Image, crop: Crop, resampling: Image.Resampling) -> Ima
     return cropped.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if crop.mirrored else cropped
 
 
-def to_pixels(image: Image.Image | np.ndarray) -> np.ndarray:
-    """An RGB image as (3, h, w) float32 in [-1, 1]."""
-    pixels = np.asarray(image, dtype=np.float32) / 127.5 - 1  # (h, w, 3)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-
 def mask_to_latent(mask: Image.Image, crop: Crop) -> np.ndarray:
     """The mask at latent size, (1, height // 8, width // 8) float32 in [0, 1], where the crop of its image is.
 

@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKLQwenImage
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from anima_train.model.weights import Entry, expect, match_keys, open_header, read_tensors
@@ -105,6 +105,11 @@ class SingleFrameVAE(nn.Module):
         z = latents.float() * per_channel(self.latents_std, latents) + per_channel(self.latents_mean, latents)
         pixels: Tensor = self.decoder(self.post_quant_conv(z.to(self.dtype)))
         return pixels.squeeze(2).float().clamp(-1, 1)
+
+
+def to_pixels(images: UInt8[Tensor, "B h w 3"]) -> Float[Tensor, "B 3 h w"]:
+    """RGB images as the VAE reads them: float32 in [-1, 1], channels first."""
+    return (images.float() / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
 
 
 def per_channel(values: Sequence[float], like: Tensor) -> Float[Tensor, "1 C 1 1 1"]:

@@ -142,14 +142,3 @@ def context_of(prompt: PromptStates, adapter: LLMAdapter) -> Float[Tensor, "1 L 
     qwen = states.qwen.to(weight.dtype)
     context = adapter(qwen, states.t5_ids, states.qwen_mask, states.t5_mask).to("cpu", weight.dtype)
     return pad_rows(context * torch.tensor(prompt.weights, dtype=context.dtype)[:, None])
-
-
-def encode_prompt(
-    prompt: str, tokenizers: Tokenizers, text_encoder: TextEncoder, adapter: LLMAdapter
-) -> Float[Tensor, "1 L C"]:
-    """The context of a prompt, from its text on.
-
-    Raises:
-        ConfigError: a weight is not finite.
-    """
-    return context_of(prompt_states(prompt, tokenizers, text_encoder), adapter)

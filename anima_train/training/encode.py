@@ -38,7 +38,7 @@ from anima_train.model.text import (
     tokenize,
     tokenizer_identity,
 )
-from anima_train.model.vae import load_vae
+from anima_train.model.vae import load_vae, to_pixels
 from anima_train.training.model import ModelFiles
 from anima_train.training.texts import ConditionEncoder
 
@@ -290,9 +290,8 @@ def encode_latents(
 
     def store(batch: Sequence[tuple[Entry[View], np.ndarray]]) -> None:
         nonlocal num_encoded
-        stacked = torch.from_numpy(np.stack([value for _, value in batch])).to(device)  # (B, h, w, 3)
-        pixels = stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
-        for (entry, _), latents in zip(batch, load().encode(pixels).cpu(), strict=True):
+        stacked = torch.from_numpy(np.stack([value for _, value in batch])).to(device)
+        for (entry, _), latents in zip(batch, load().encode(to_pixels(stacked)).cpu(), strict=True):
             if bool(latents.isfinite().all()):
                 entry.cache.save("latent", entry.key, {"latents": latents.clone()})
                 num_encoded += 1

@@ -455,7 +455,7 @@ def train(
             run.log(run.metrics_path, values | {"loss_by_t": loss_by_t})
             shown = {key: value for key, value in values.items() if key not in ("step", "examples")}
             trackers.log(shown, seen if config.x_axis_examples else step)
-            progress.update(step, loss, speed, peak_bytes(device), what_follows(events, step, timetable))
+            progress.update(step, loss, speed, values["memory_bytes"], what_follows(events, step, timetable))
 
         # Evaluate and save.
         due = (step, task.epoch, timetable.epochs_done(task.step), seen_before, seen)

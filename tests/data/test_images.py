@@ -32,7 +32,6 @@ from anima_train.data.images import (
     mask_to_latent,
     probe,
     read_file,
-    to_pixels,
 )
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -771,13 +770,6 @@ def test_shrinking_is_antialiased() -> None:
     stripes[:, ::2] = 255
     result = array(cover_and_crop(Image.fromarray(stripes), Crop(64, 8)))
     assert np.abs(result[:, 4:-4] - 127.5).max() < 4
-
-
-def test_pixels_are_channels_first_from_minus_one_to_one() -> None:
-    image = Image.fromarray(np.array([[[0, 127, 255], [255, 0, 128]]], np.uint8))
-    pixels = to_pixels(image)
-    assert (pixels.shape, pixels.dtype, pixels.flags.c_contiguous) == ((3, 1, 2), np.float32, True)
-    assert np.allclose(pixels[:, 0].T, [[-1, -1 / 255, 1], [1, -1, 1 / 255]], atol=1e-7)
 
 
 # Masks

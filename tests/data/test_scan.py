@@ -3,11 +3,8 @@
 import hashlib
 import json
 import os
-import sys
-import threading
 import zlib
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,26 +21,6 @@ from anima_train.data.samples import Picture
 from anima_train.data.scan import Scan, scan
 
 SQUARES = {"resolutions": [64], "enable_ar_bucket": False}
-
-OPENED: list[str] = []  # files opened while a test listens
-LISTENING = threading.Event()
-
-
-def note_opened(event: str, arguments: tuple) -> None:
-    if event == "open" and LISTENING.is_set() and isinstance(arguments[0], str | bytes):
-        OPENED.append(os.path.basename(os.fsdecode(arguments[0])))
-
-
-sys.addaudithook(note_opened)  # there is no way to remove one
-
-
-@pytest.fixture
-def opened() -> Iterator[list[str]]:
-    """The names of all files that Python opens during the test."""
-    OPENED.clear()
-    LISTENING.set()
-    yield OPENED
-    LISTENING.clear()
 
 
 @pytest.fixture

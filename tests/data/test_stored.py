@@ -5,11 +5,8 @@ import io
 import json
 import os
 import subprocess
-import sys
 import tarfile
-import threading
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,26 +21,6 @@ from anima_train.data.scan import Scan, scan
 from anima_train.data.stored import TarMember, content_of, tar_members
 
 LONG = "long_" * 40  # more than a header holds
-
-OPENED: list[str] = []  # files opened while a test listens
-LISTENING = threading.Event()
-
-
-def note_opened(event: str, arguments: tuple) -> None:
-    if event == "open" and LISTENING.is_set() and isinstance(arguments[0], str | bytes):
-        OPENED.append(os.path.basename(os.fsdecode(arguments[0])))
-
-
-sys.addaudithook(note_opened)  # there is no way to remove one
-
-
-@pytest.fixture
-def opened() -> Iterator[list[str]]:
-    """The names of all files that Python opens during the test."""
-    OPENED.clear()
-    LISTENING.set()
-    yield OPENED
-    LISTENING.clear()
 
 
 def png(name: str, side: int = 80) -> bytes:

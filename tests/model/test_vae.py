@@ -7,7 +7,7 @@ from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from safetensors.torch import load_file, save_file
 
 from anima_train.core.errors import ModelFileError
-from anima_train.model.vae import load_vae, wan_key
+from anima_train.model.vae import load_vae, to_pixels, wan_key
 
 CPU = torch.device("cpu")
 SIZES = [(32, 32), (24, 56), (72, 8)]
@@ -164,3 +164,9 @@ def test_keys_and_shapes_have_to_fit(path, tmp_path, change, message):
         load_vae(changed, torch.float32, CPU)
     assert "model.vae_path" in str(caught.value)
     assert str(changed) in str(caught.value)
+
+
+def test_pixels_are_channels_first_from_minus_one_to_one():
+    pixels = to_pixels(torch.tensor([[[[0, 127, 255], [255, 0, 128]]]], dtype=torch.uint8))[0]
+    assert (pixels.shape, pixels.dtype, pixels.is_contiguous()) == ((3, 1, 2), torch.float32, True)
+    assert torch.allclose(pixels[:, 0].T, torch.tensor([[-1, -1 / 255, 1], [1, -1, 1 / 255]]), atol=1e-7)

@@ -9,7 +9,7 @@ import torch
 
 from anima_train.core.errors import ConfigError
 from anima_train.model.text import load_text_encoder, load_tokenizers, tokenize
-from anima_train.sampling.prompts import encode_prompt, tokenize_prompt, weighted_pieces
+from anima_train.sampling.prompts import context_of, prompt_states, tokenize_prompt, weighted_pieces
 from anima_train.tools.tiny import write_tiny
 from anima_train.training.model import ModelFiles, load_llm_adapter
 from anima_train.training.texts import ConditionEncoder
@@ -35,7 +35,7 @@ def encode(files, tokenizers):
     """A prompt's context."""
     text_encoder = load_text_encoder(files.llm, tokenizers, CPU)
     adapter = load_llm_adapter(files, torch.float32, CPU)
-    return lambda prompt: encode_prompt(prompt, tokenizers, text_encoder, adapter)
+    return lambda prompt: context_of(prompt_states(prompt, tokenizers, text_encoder), adapter)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -281,33 +280,17 @@ def test_what_a_killed_process_was_making_the_other_makes(config, images):
     assert len(entries(images)) == len(entries(images, "text")) == 12
 
 
-OPENED: list[str] = []  # files that Python opened, while a test listens
-LISTENING = threading.Event()
-
-
-def note_opened(event, arguments):
-    if event == "open" and LISTENING.is_set() and isinstance(arguments[0], str | bytes):
-        OPENED.append(os.path.basename(os.fsdecode(arguments[0])))
-
-
-sys.addaudithook(note_opened)  # there is no way to remove one
-
-
-def test_a_second_start_reads_no_image_and_loads_neither_vae_nor_text_encoder(fill, images, monkeypatch):
+def test_a_second_start_reads_no_image_and_loads_neither_vae_nor_text_encoder(fill, images, opened, monkeypatch):
     def refuse(*arguments):
         raise AssertionError("loaded")
 
     assert fill()[0] == (12, 12)
     monkeypatch.setattr(encode_module, "load_vae", refuse)
     monkeypatch.setattr(texts_module, "load_text_encoder", refuse)
-    OPENED.clear()
-    LISTENING.set()
-    try:
-        assert fill()[0] == (0, 0)
-    finally:
-        LISTENING.clear()
-    assert any(name.endswith(".json") for name in OPENED)  # the memory of the images was read
-    assert not [name for name in OPENED if name.endswith(".png")]
+    opened.clear()
+    assert fill()[0] == (0, 0)
+    assert any(name.endswith(".json") for name in opened)  # the memory of the images was read
+    assert not [name for name in opened if name.endswith(".png")]
     (images / "image5.txt").write_text("another")
     with pytest.raises(AssertionError, match="loaded"):
         fill()  # so that the above can fail
