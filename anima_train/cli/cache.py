@@ -7,7 +7,7 @@ import typer
 
 from anima_train.cli.train import ConfigPath, Overrides
 from anima_train.config.load import load_config
-from anima_train.training.train import make_accelerator, prepare_data
+from anima_train.training.prepare import make_accelerator, prepare_data
 
 PRUNE = (
     "First remove from this configuration's cache folders whatever this configuration does not use. Other "

@@ -23,9 +23,9 @@ from anima_train.tools.report_costs import PIXELS_PER_LATENT, Measured
 from anima_train.training.memory import peak_bytes, start_peak
 from anima_train.training.model import DTYPES, ModelFiles
 from anima_train.training.objective import compute_loss
+from anima_train.training.prepare import make_accelerator
 from anima_train.training.setup import load_trained
 from anima_train.training.texts import live_encoder
-from anima_train.training.train import make_accelerator
 
 
 def extremes(plan: Plan) -> list[tuple[Size, int]]:

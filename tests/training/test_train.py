@@ -16,6 +16,7 @@ from anima_train.core.errors import ConfigError, DataError, ModelFileError
 from anima_train.model.llm_adapter import LLMAdapter
 from anima_train.model.weights import identify, open_header
 from anima_train.tools.tiny import tiny_paths, write_tiny
+from anima_train.training import prepare as prepare_module
 from anima_train.training import train as train_module
 
 DATA_FILES = Path(__file__).parents[1] / "data_files" / "diffusion_pipe"
@@ -316,7 +317,7 @@ def test_damaged_image_is_set_aside_and_too_many_stop(trainer, images_drawer, tm
 
 def test_image_that_changes_after_the_scan_is_set_aside(trainer, images_drawer, tmp_path, monkeypatch):
     folder = images_drawer(tmp_path / "own", [(96, 96)] * 4)
-    real = train_module.scan_all
+    real = prepare_module.scan_all
 
     def scan_then_change(loaded, write):
         scans = real(loaded, write)
@@ -331,7 +332,7 @@ def test_image_that_changes_after_the_scan_is_set_aside(trainer, images_drawer, 
         "dataset": {"directory": [{"path": str(folder)}], "max_bad_fraction": 0.5},
     }
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "scan_all", scan_then_change)
+        patch.setattr(prepare_module, "scan_all", scan_then_change)
         assert trainer(**changes).metrics[-1]["examples"] == 2
     for name, content in contents.items():  # what was set aside for one run is tried again by the next
         (folder / name).write_bytes(content)

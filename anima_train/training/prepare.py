@@ -1,0 +1,178 @@
+"""The data of a run, ready before its model is loaded: images looked at, everything in the cache."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+
+from anima_train.config.config import Config
+from anima_train.config.load import LoadedConfig
+from anima_train.core.errors import DataError, count, listed
+from anima_train.data.cache import SCHEMA, Cache
+from anima_train.data.loader import CachedData
+from anima_train.data.samples import Sample
+from anima_train.data.scan import Scan
+from anima_train.training.encode import (
+    Share,
+    fill_cache,
+    needed_entries,
+    report_truncated,
+    text_identity,
+    vae_identity,
+    verify_cache,
+    without_rejected,
+)
+from anima_train.training.evaluate import EvalSet
+from anima_train.training.model import DTYPES, ModelFiles, find_model_files
+from anima_train.training.setup import data_text, scan_all
+from anima_train.training.texts import LiveTexts, has_live_texts, live_encoder, text_device
+from anima_train.training.trackers import tracker_names
+
+
+def make_accelerator(config: Config, run_path: Path) -> Accelerator:
+    """Device, processes and autocast."""
+    return Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision="bf16" if config.model.dtype == "bfloat16" else "no",
+        log_with=tracker_names(config.monitoring) or None,
+        project_dir=str(run_path),
+        # One process may encode for hours while the others wait.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))],
+    )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The data of a run: everything in the cache."""
+
+    files: ModelFiles
+    train: CachedData
+    evals: list[EvalSet]
+    warnings: list[str]  # about images and captions
+
+
+def prepare_data(loaded: LoadedConfig, accelerator: Accelerator, prune: bool = False, verify: bool = False) -> Prepared:
+    """Find the model's files, look at the images, and fill the cache.
+
+    Args:
+        loaded: the configuration.
+        accelerator: device and processes.
+        prune: remove from the cache what this configuration does not need, first.
+        verify: read every entry, and rebuild those that are damaged.
+    """
+    config = loaded.config
+    with accelerator.main_process_first():  # one process downloads and reads the images, the others find it done
+        files = find_model_files(loaded)
+        files.check_headers()
+        scans = scan_all(loaded, write=accelerator.is_main_process)
+        if accelerator.is_main_process:
+            for cache in caches_of(loaded):
+                cache.retry()
+    warnings: list[str] = []
+    for name, found in scans.items():
+        accelerator.print("\n".join(data_text(name, found)))
+        bad = [f"cannot be used: {line}" for line in listed(found.bad)]
+        warnings.extend(f"dataset {name}: {line}" for line in (*bad, *found.warnings))
+
+    def warn(line: str) -> None:
+        accelerator.print(line)
+        warnings.append(line)
+
+    for cache in caches_of(loaded):
+        if (newest := cache.newest_schema()) > SCHEMA:
+            accelerator.print(
+                f"note: {cache.folder} holds entries of a newer anima-train (schema {newest}, this one writes "
+                f"{SCHEMA}); they are ignored, and left alone"
+            )
+    vae_id = vae_identity(files)
+    dtype = DTYPES[config.model.dtype]
+    text_id = text_identity(files, config.learning_rates().by_component["llm_adapter"] == 0, dtype)
+    train = scans["train"].samples
+    needed = needed_entries(
+        train,
+        [sample for name, found in scans.items() if name != "train" for sample in found.samples],
+        vae_id,
+        text_id,
+        config.seed,
+        config.uncond_fraction > 0,
+        config.model.cache_text_embeddings,
+    )
+    share = Share(accelerator.process_index, accelerator.num_processes, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if prune and accelerator.is_main_process:
+        keys = needed.by_cache()
+        removed = [cache.prune({entry.key for entry in keys.get(cache.folder, [])}) for cache in caches_of(loaded)]
+        num_files, num_bytes = map(sum, zip(*removed, strict=True))
+        accelerator.print(f"cache: {count(num_files, 'file')} removed, {num_bytes:,} bytes freed")
+    if verify:
+        num_read, num_damaged = verify_cache(needed, share)
+        # Not `accelerator.print`: each process has read others.
+        print(f"cache: {count(num_read, 'entry', 'entries')} read, {num_damaged:,} damaged and removed to be rebuilt")
+    done = fill_cache(
+        needed,
+        files,
+        bool(text_id.adapter),
+        share,
+        accelerator.device,
+        text_device(config, accelerator.device),
+        dtype,
+        config.caching_batch_size,
+        accelerator.is_main_process,
+        accelerator.print,
+    )
+    accelerator.wait_for_everyone()  # soon: no process comes here before all entries are there
+    print(f"cache: {done.num_latents:,} latents, {done.num_masks:,} masks and {done.num_texts:,} texts added")
+    bad_fractions = {dataset.name: dataset.settings.max_bad_fraction for dataset in (loaded.train, *loaded.evals)}
+    data = {
+        name: CachedData(
+            usable(name, found, bad_fractions[name], vae_id, warn),
+            vae_id,
+            text_id,
+            config.seed,
+            config.model.cache_text_embeddings,
+        )
+        for name, found in scans.items()
+    }
+    evals = [EvalSet(dataset.name, data[dataset.name], config.eval_batch_sizes()) for dataset in loaded.evals]
+    return Prepared(files, data["train"], evals, warnings)
+
+
+def caches_of(loaded: LoadedConfig) -> list[Cache]:
+    """The caches of all datasets, each once."""
+    datasets = (loaded.train, *loaded.evals)
+    return list({cache.folder: cache for dataset in datasets for cache in dataset.caches}.values())
+
+
+def with_live_texts(data: Prepared, loaded: LoadedConfig, accelerator: Accelerator) -> Prepared:
+    """The data with a text encoder for those captions that are not in the cache, if there are any."""
+    config, samples = loaded.config, data.train.samples
+    if not has_live_texts(config, samples):
+        return data
+    encoder = live_encoder(loaded, data.files, accelerator.device)
+    accelerator.print(f"captions are encoded during training, on {encoder.device}")
+    if accelerator.is_main_process:
+        live = [each for each in samples if each.rules.draws_tags or not config.model.cache_text_embeddings]
+        captions = sorted({caption for sample in live for caption in sample.captions(config.seed)})
+        report_truncated(captions, encoder.tokenizers, print)
+    encode = LiveTexts(encoder)
+    evals = [replace(eval_set, data=replace(eval_set.data, encode=encode)) for eval_set in data.evals]
+    return replace(data, train=replace(data.train, encode=encode), evals=evals)
+
+
+def usable(name: str, found: Scan, max_bad_fraction: float, vae_id: str, warn: Callable[[str], None]) -> list[Sample]:
+    """The samples whose latents could be made; there is a warning for each of the others.
+
+    Raises:
+        DataError: too many could not, or none is left.
+    """
+    kept, bad = without_rejected(found.samples, vae_id)
+    for line in listed(bad):
+        warn(f"dataset {name}: cannot be used: {line}")
+    try:
+        Scan(kept, found.num_images, found.bad + bad, found.skipped).check(max_bad_fraction)
+    except DataError as error:
+        raise DataError([f"dataset {name}: {problem}" for problem in error.problems]) from None
+    return kept
