@@ -13,7 +13,7 @@ from anima_train.cli.reference import reference
 from anima_train.cli.report import report
 from anima_train.cli.sample import sample
 from anima_train.cli.tiny import tiny
-from anima_train.cli.train import train
+from anima_train.cli.train import train, with_resume_path
 from anima_train.core.errors import ConfigError, Interrupted, UserError
 from anima_train.training.run import rank
 
@@ -43,7 +43,7 @@ def train_main() -> None:
 def run(app: typer.Typer) -> None:
     """Run an application; a user's mistake is a message, a fault of ours a traceback."""
     try:
-        app()
+        app(args=with_resume_path(sys.argv[1:]))
     except UserError as error:
         # Every process reads the same config; one of them says what is wrong with it.
         if rank() == 0 or not isinstance(error, ConfigError | Interrupted):

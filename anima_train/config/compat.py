@@ -32,7 +32,6 @@ MAIN = Keys(
     off={
         "blocks_to_swap": 0,
         "compile": False,
-        "ema": {},
         "metadata": {},
         "model.text_encoder_nf4": False,
         "model.text_encoder_fp8": False,

@@ -11,6 +11,7 @@ from anima_train.core.settings import Settings, quoted, value_text
 from anima_train.data.rules import DatasetSettings
 from anima_train.objective.losses import Loss
 from anima_train.objective.timesteps import Timesteps
+from anima_train.optim.ema import Ema
 from anima_train.optim.groups import COMPONENTS, Component, LearningRates
 from anima_train.optim.optimizers import AnyOptimizer
 from anima_train.optim.schedules import Constant, ScheduleSetting
@@ -287,6 +288,12 @@ class Config(Settings):
     """Images the VAE, and captions the text encoder, take at once while the cache is filled."""
     cache_dir: Folder | None = None
     """Folder of the cache. Absent: `.anima_cache` in each data folder."""
+    num_workers: int = Field(default=2, ge=0)
+    """Threads that read the cache, and encode captions drawn at run time, ahead of the step; 0: the step waits for
+    it. Results do not depend on it."""
+    stop_within_seconds: float | None = Field(default=None, gt=0)
+    """Seconds that a cluster leaves between the signal to stop and the kill. A step that would take longer is left, and
+    the state before it saved (one process; several always finish the step). Absent: the step is finished."""
     offline: bool = False
     """Never look anything up on the Hub."""
     x_axis_examples: bool = False
@@ -297,6 +304,8 @@ class Config(Settings):
     """What is trained: a LoRA, or (absent) the whole model."""
     optimizer: AnyOptimizer
     """The optimizer."""
+    ema: Ema | None = None
+    """What is saved, evaluated and drawn is an average of the trained weights. Absent: the weights as they are."""
     monitoring: Monitoring = Monitoring()
     """Trackers."""
     sampling: Sampling | None = None

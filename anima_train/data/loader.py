@@ -1,7 +1,7 @@
 """Batches: cached latents and text with the noise and t of their address, read ahead by threads."""
 
 import concurrent.futures
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -181,8 +181,11 @@ class CachedData:
 
 def read_ahead(
     items: Iterable[Item], make: Callable[[Item], Result], *, num_threads: int = NUM_THREADS
-) -> Iterator[Result]:
-    """`map(make, items)` in order, a few results computed ahead by threads."""
+) -> Generator[Result, None, None]:
+    """`map(make, items)` in order, a few results computed ahead by threads; without threads, when they are wanted."""
+    if num_threads == 0:
+        yield from map(make, items)
+        return
     ahead = max(READ_AHEAD, 2 * num_threads)  # so that one slow item does not stop all threads
     with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
         pending: list[concurrent.futures.Future[Result]] = []

@@ -439,7 +439,7 @@ def first_five(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def match_keys(found: Mapping[str, Entry], wanted: Mapping[str, Tensor], what: str) -> None:
+def match_keys(found: Mapping[str, Entry | Tensor], wanted: Mapping[str, Tensor], what: str) -> None:
     """Check that a file's keys and shapes are exactly the module's.
 
     Raises:
@@ -448,9 +448,9 @@ def match_keys(found: Mapping[str, Entry], wanted: Mapping[str, Tensor], what: s
     missing = [name for name in wanted if name not in found]
     unexpected = [name for name in found if name not in wanted]
     shapes = [
-        f"{name} {found[name].shape} instead of {tuple(tensor.shape)}"
+        f"{name} {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
         for name, tensor in wanted.items()
-        if name in found and found[name].shape != tuple(tensor.shape)
+        if name in found and tuple(found[name].shape) != tuple(tensor.shape)
     ]
     problems = [
         f"{what}: {len(names)} {kind}: {first_five(names)}"

@@ -3,6 +3,7 @@
 Two evaluations of the same weights are equal, and two checkpoints are compared on the same noise.
 """
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from anima_train.data.plan import BatchSizes, batch_size_for
 from anima_train.objective.losses import Loss
 from anima_train.objective.timesteps import Timesteps
 from anima_train.training.objective import compute_loss
+from anima_train.training.stopping import Abandoned, Stopping
 
 QUANTILES = tuple(round(0.1 * tenth, 1) for tenth in range(1, 10))  # of the distribution of t before its shift
 NOISE_SEED = 0  # not the run's: runs with different seeds are measured on the same noise
@@ -71,17 +73,27 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    transformer: nn.Module, eval_set: EvalSet, loss: Loss, timesteps: Timesteps, accelerator: Accelerator
+    transformer: nn.Module,
+    eval_set: EvalSet,
+    loss: Loss,
+    timesteps: Timesteps,
+    accelerator: Accelerator,
+    num_workers: int,
+    stopping: Stopping,
 ) -> Evaluation:
     """Measure one set. Processes share the batches.
 
     Nothing is left to chance: dropout is off, captions and their tags are never dropped or shuffled, nothing is
     mirrored.
+
+    Raises:
+        Abandoned: on all processes, as one of them is to stop.
     """
     was_training = transformer.training
     transformer.eval()
     samples = eval_set.data.samples
-    mine = eval_set.batches()[accelerator.process_index :: accelerator.num_processes]
+    batches = eval_set.batches()
+    mine = batches[accelerator.process_index :: accelerator.num_processes]
 
     def points() -> Iterator[tuple[tuple[int, ...], int]]:
         for indices in mine:
@@ -98,10 +110,18 @@ def evaluate(
         return indices, column, eval_set.data.batch(views, captions, t, noise)
 
     found: list[tuple[int, int, float]] = []
-    for indices, column, batch in read_ahead(points(), make):
-        values = compute_loss(transformer, batch.to(accelerator.device), loss)
-        found.extend((index, column, float(value)) for index, value in zip(indices, values.cpu(), strict=True))
-    transformer.train(was_training)
+    made = read_ahead(points(), make, num_threads=num_workers)
+    num_rounds = math.ceil(len(batches) / accelerator.num_processes) * len(QUANTILES)
+    try:
+        for _ in range(num_rounds):  # as many on every process, as all are asked in each
+            if stopping.is_asked(accelerator):
+                raise Abandoned
+            for indices, column, batch in itertools.islice(made, 1):
+                values = compute_loss(transformer, batch.to(accelerator.device), loss)
+                found.extend((index, column, float(value)) for index, value in zip(indices, values.cpu(), strict=True))
+    finally:
+        made.close()
+        transformer.train(was_training)
     losses = torch.full((len(samples), len(QUANTILES)), torch.nan, dtype=torch.float64)
     everyone: Sequence[tuple[int, int, float]] = gather_object(found)
     for index, column, value in everyone:

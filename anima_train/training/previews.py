@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from anima_train.core.files import atomic_path
 from anima_train.model.dit import MiniTrainDIT
 from anima_train.model.llm_adapter import LLMAdapter
 from anima_train.model.text import load_text_encoder, load_tokenizers
 from anima_train.model.vae import load_vae
-from anima_train.sampling.generate import Request, decode, generate
+from anima_train.sampling.generate import Request, Transformer, decode, generate
 from anima_train.sampling.pictures import Sources, png_info
 from anima_train.sampling.prompts import PromptStates, context_of, prompt_states
 from anima_train.training.encode import free
@@ -72,7 +72,7 @@ class Previews:
         free(text_device)
         return cls(requests, states, contexts, files, folder, name, device, dtype)
 
-    def draw(self, step: int, transformer: MiniTrainDIT, forward: nn.Module) -> list[Path]:
+    def draw(self, step: int, transformer: MiniTrainDIT, forward: Transformer) -> list[Path]:
         """Draw every picture as the weights are now; returns the paths.
 
         Args:
@@ -102,7 +102,7 @@ class Previews:
         free(self.device)
         return paths
 
-    def latents(self, request: Request, contexts: Mapping[str, Tensor], forward: nn.Module) -> Tensor:
+    def latents(self, request: Request, contexts: Mapping[str, Tensor], forward: Transformer) -> Tensor:
         """The latents of one picture."""
         context, negative = contexts[request.prompt], contexts.get(request.negative_prompt)
         return generate(forward, request, context, negative, self.device, self.dtype)

@@ -4,8 +4,9 @@ import hashlib
 import json
 import os
 import platform
+import tomllib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from filelock import FileLock, Timeout
 
 from anima_train import __version__
 from anima_train.config.config import Config
-from anima_train.core.errors import ConfigError, ModelFileError
-from anima_train.core.files import sha256_file, write_text
+from anima_train.core.errors import ConfigError
+from anima_train.core.files import sha256_file, sync, write_text
+from anima_train.data.loader import CachedData
 from anima_train.data.plan import Plan, Timetable
 from anima_train.data.samples import Sample
 from anima_train.optim.groups import GroupRow
@@ -53,19 +55,49 @@ class RunFolder:
         suffix = "" if step is None else f"-s{step:06d}"
         return self.path / "weights" / f"{self.name}{suffix}.safetensors"
 
-    def open(self, resume: bool) -> None:
+    @property
+    def base_path(self) -> Path:
+        """The base model's evaluations, which later ones are compared with."""
+        return self.path / "base_evaluations.json"
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run made a step here."""
+        return self.metrics_path.exists()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run came to its end."""
+        return bool(self.manifest().get("finished"))
+
+    def manifest(self) -> dict[str, Any]:
+        """What the manifest says; empty if it cannot be read."""
+        try:
+            return dict(json.loads(self.manifest_path.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return {}
+
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration that the run was last started with.
+
+        Raises:
+            ConfigError: it is missing or cannot be read.
+        """
+        path = self.path / "config.toml"
+        try:
+            return tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{path}: missing or damaged, so that it cannot be compared; go on with --resume "
+                f"{self.checkpoints}, or set another run_name"
+            ) from error
+
+    def open(self) -> None:
         """Make the folder and take its lock.
 
         Raises:
-            ConfigError: another process trains in it, or it holds a run and `resume` is false, or the reverse.
+            ConfigError: another process trains in it, or it cannot be written.
         """
-        has_run = self.metrics_path.exists()
-        if has_run and not resume:
-            raise ConfigError(
-                f"{self.path}: already holds a run; go on with it with --resume, set another run_name, or remove it"
-            )
-        if resume and not has_run:
-            raise ConfigError(f"{self.path}: there is no run to resume; set run_name to that of the run")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock.acquire(timeout=0)
@@ -78,27 +110,37 @@ class RunFolder:
         """Give the folder back."""
         self.lock.release()
 
-    def check_same_run(self, facts: Mapping[str, Any]) -> None:
-        """Refuse to go on from a state of other files, data, seed or components than those of this run.
+    def start_records(self, source: "RunFolder | None", num_steps: int, pending: Collection[str]) -> None:
+        """Keep of what a run has logged what is not made again.
 
-        Raises:
-            ModelFileError: which of them differ, and what they were.
+        Args:
+            source: the run that is continued; None: nothing is kept.
+            num_steps: steps that are not made again.
+            pending: what was not made after the last of them.
         """
-        before = json.loads(self.manifest_path.read_text(encoding="utf-8"))
-        problems = [
-            f"{self.path}: cannot resume: {name} was {json.dumps(before.get(name))}, and is {json.dumps(facts[name])}"
-            for name in ("model_files", "dataset_sha256", "seed", "trained", "micro_batches_per_step")
-            if before.get(name) != facts[name]
-        ]
-        if problems:
-            raise ModelFileError(problems)
+        for path in (self.metrics_path, self.evaluations_path, self.warnings_path):
+            first = 1 if path == self.warnings_path else 0  # those before the first step are logged at each start
+            last = num_steps - 1 if path == self.evaluations_path and "evaluation" in pending else num_steps
+            old = None if source is None else source.path / path.name
+            if old is not None and old.exists():
+                lines = old.read_text(encoding="utf-8", errors="replace").splitlines()
+                write_text(path, "".join(f"{line}\n" for line in lines if first <= step_of(line) <= last))
+            else:
+                path.unlink(missing_ok=True)
+        if source is None:
+            self.base_path.unlink(missing_ok=True)
+        elif source.path != self.path and source.base_path.exists():
+            write_text(self.base_path, source.base_path.read_text(encoding="utf-8"))
 
-    def keep_metrics(self, num_steps: int) -> None:
-        """Forget what was logged after the first `num_steps` steps: a resumed run does them again."""
+    def sync(self) -> None:
+        """Flush to disk what was logged."""
         for path in (self.metrics_path, self.evaluations_path, self.warnings_path):
             if path.exists():
-                lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-                write_text(path, "".join(f"{line}\n" for line in lines if 0 <= step_of(line) <= num_steps))
+                sync(path)
+
+    def finish(self) -> None:
+        """Note that the run came to its end."""
+        write_text(self.manifest_path, json.dumps(self.manifest() | {"finished": True}, indent=1))
 
     def warn(self, step: int, warning: str) -> None:
         """Keep a warning that was printed; step 0 is before the first."""
@@ -120,8 +162,12 @@ def step_of(line: str) -> int:
 
 def config_toml(config: Config) -> str:
     """The resolved configuration, every default in it, as TOML that can be run again; without secrets."""
-    data = config.model_dump(exclude_none=True, exclude={"monitoring": {"wandb_api_key"}})
-    return tomli_w.dumps(data)
+    return tomli_w.dumps(config.model_dump(exclude_none=True, exclude={"monitoring": {"wandb_api_key"}}))
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """The same in the types that TOML and JSON have."""
+    return tomllib.loads(config_toml(config))
 
 
 def dataset_digest(samples: Iterable[Sample]) -> str:
@@ -129,11 +175,13 @@ def dataset_digest(samples: Iterable[Sample]) -> str:
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(repr((sample.id, sample.picture.sha256, str(sample.size), sample.captions(0))).encode())
+        if sample.has_mask:
+            digest.update(repr(sample.picture.mask_sha256).encode())
     return digest.hexdigest()
 
 
 def manifest(
-    config: Config, run_name: str, files: ModelFiles, samples: Iterable[Sample], groups: Iterable[GroupRow],
+    config: Config, run_name: str, files: ModelFiles, data: CachedData, groups: Iterable[GroupRow],
     num_steps: int, num_processes: int,
 ) -> dict[str, Any]:  # fmt: skip
     """What someone needs to reproduce the run, or to know what a file came from."""
@@ -151,7 +199,8 @@ def manifest(
             for slot, path in slots.items()
             if path.is_file()
         },
-        "dataset_sha256": dataset_digest(samples),
+        "dataset_sha256": dataset_digest(data.samples),
+        "tokenizers": {name: getattr(data.text_identity, name) for name in ("tokenizer", "t5_tokenizer")},
         "seed": config.seed,
         "num_steps": num_steps,
         "num_processes": num_processes,

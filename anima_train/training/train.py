@@ -5,7 +5,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,27 +13,25 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from anima_train.adapters.full import Full
 from anima_train.config.config import Config
 from anima_train.config.load import LoadedConfig
-from anima_train.core.errors import Interrupted, NumericError, count
+from anima_train.core.errors import Interrupted, NumericError
 from anima_train.core.files import write_text
 from anima_train.core.random import derive
 from anima_train.data.loader import Batch, read_ahead
 from anima_train.data.plan import MicroBatch, Plan, Timetable
-from anima_train.model.dit import MiniTrainDIT
+from anima_train.optim.ema import Average
 from anima_train.optim.schedules import lr_factor
 from anima_train.tools.run_report import T_BINS
-from anima_train.training.checkpoints import load_state, save_state, save_weights, saved_states
 from anima_train.training.due import Due, what_follows
-from anima_train.training.evaluate import Evaluation, evaluate
 from anima_train.training.memory import peak_bytes, start_peak
-from anima_train.training.metadata import weights_metadata
 from anima_train.training.model import DTYPES, ModelFiles, find_model_files
 from anima_train.training.objective import compute_loss
+from anima_train.training.outputs import Moment, Outputs, Trained
 from anima_train.training.prepare import make_accelerator, prepare_data, with_live_texts
 from anima_train.training.previews import Previews
 from anima_train.training.progress import Progress
+from anima_train.training.resume import Origin, check_same_content, find_origin, from_main, set_aside
 from anima_train.training.run import RunFolder, config_toml, leave_report, manifest
 from anima_train.training.setup import (
     group_rows,
@@ -45,12 +43,15 @@ from anima_train.training.setup import (
     report,
     scan_all,
 )
-from anima_train.training.stopping import Stopping
+from anima_train.training.states import load_state, trained_parameters
+from anima_train.training.stopping import Abandoned, Stopping
 from anima_train.training.texts import text_device
 from anima_train.training.trackers import Trackers, open_trackers
+from anima_train.training.writer import Writer
 
 ROLES = ("train", "regularization")
 MAX_SKIPPED = 10  # steps in a row without a finite gradient
+GO_ON = "the same command, or --resume, goes on from there"
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,19 @@ def tasks(plan: Plan, timetable: Timetable, start: int, accelerator: Accelerator
             )  # fmt: skip
 
 
-def run_training(loaded: LoadedConfig, dry_run: bool = False, resume: bool = False) -> Path | None:
-    """Train as the configuration says; returns the final weights' path, or None for a dry run."""
+def run_training(
+    loaded: LoadedConfig, dry_run: bool = False, resume: bool = False, resume_path: Path | None = None
+) -> Path | None:
+    """Train as the configuration says; returns the final weights' path, or None for a dry run.
+
+    Args:
+        loaded: the configuration.
+        dry_run: check everything, report, and stop.
+        resume: go on with this run.
+        resume_path: the state, or the run, to go on from.
+    """
     config = loaded.config
-    run = RunFolder(Path(config.output_dir), loaded.run_name)
-    accelerator = make_accelerator(config, run.path)
+    accelerator = make_accelerator(config, Path(config.output_dir) / loaded.run_name)
     if dry_run:
         if accelerator.is_main_process:
             files = find_model_files(loaded)
@@ -95,11 +104,22 @@ def run_training(loaded: LoadedConfig, dry_run: bool = False, resume: bool = Fal
         return None
     for note in loaded.notes:
         accelerator.print(f"note: {note}")
+    warnings: list[str] = []
+    origin = from_main(accelerator, lambda: find_origin(loaded, resume, resume_path, warnings.append))
+    for line in (*(f"warning: {warning}" for warning in warnings), *origin.notes):
+        accelerator.print(line)
+    loaded = replace(loaded, run_name=origin.run_name)
+    run = RunFolder(Path(config.output_dir), loaded.run_name)
+    places = accelerator.project_configuration  # made before the name was known
+    places.project_dir = places.logging_dir = str(run.path)
     if accelerator.is_main_process:
-        run.open(resume)
+        run.open()
     try:
         with contextlib.ExitStack() as stack:
-            return train(loaded, run, accelerator, resume, stack, stack.enter_context(Stopping(run.path)))
+            stopping = stack.enter_context(
+                Stopping(run.path, config.stop_within_seconds if accelerator.num_processes == 1 else None)
+            )
+            return train(loaded, run, accelerator, origin, warnings, stack, stopping)
     finally:
         if accelerator.is_main_process:
             run.close()
@@ -107,8 +127,8 @@ def run_training(loaded: LoadedConfig, dry_run: bool = False, resume: bool = Fal
 
 
 def train(
-    loaded: LoadedConfig, run: RunFolder, accelerator: Accelerator, resume: bool, stack: contextlib.ExitStack,
-    stopping: Stopping,
+    loaded: LoadedConfig, run: RunFolder, accelerator: Accelerator, origin: Origin, warnings: list[str],
+    stack: contextlib.ExitStack, stopping: Stopping,
 ) -> Path:  # fmt: skip
     """The run, from the images to the last saved file; what has to be closed at its end goes on the stack.
 
@@ -131,7 +151,6 @@ def train(
     previews = make_previews(loaded, data.files, run, device) if is_main and config.sampling is not None else None
 
     # Model: base weights, what is trained, its optimizer.
-    with_adapter = rates.by_component["llm_adapter"] != 0
     data = with_live_texts(data, loaded, accelerator)
     transformer, groups = load_trained(loaded, data.files, device)
     rows = group_rows(transformer, rates)
@@ -139,76 +158,48 @@ def train(
     parameters = [parameter for group in groups for parameter in group["params"]]
     model = accelerator.prepare(transformer)
     optimizer = config.optimizer.build(groups)
+    average = None if config.ema is None else Average(trained_parameters(transformer), config.ema)
 
     # Where to start.
-    start = 0
+    start, pending = 0, []
+
+    def checked_facts() -> dict[str, Any]:
+        facts = manifest(config, run.name, data.files, data.train, rows, timetable.num_steps, accelerator.num_processes)
+        if origin.saved is not None:
+            check_same_content(origin.saved, facts)
+        return facts
+
+    facts = from_main(accelerator, checked_facts)
+    if origin.saved is not None:
+        load_state(origin.saved, transformer, optimizer, average)
+        start, pending = origin.saved.facts.step, origin.saved.facts.pending
     if is_main:
-        facts = manifest(
-            config, run.name, data.files, data.train.samples, rows, timetable.num_steps, accelerator.num_processes
-        )
-        if resume:
-            run.check_same_run(facts)
-    if resume:
-        states = saved_states(run.checkpoints)
-        start = load_state(states[-1], transformer, optimizer) if states else 0
-        accelerator.print(f"resuming after step {start}")
-    if is_main:
-        run.keep_metrics(start)
+        for path in set_aside(run.checkpoints, start):
+            accelerator.print(f"note: {path} is of a step that is made again; it is not read any more")
+        run.start_records(origin.source, start, pending)
         write_text(run.path / "config.toml", config_toml(config))
         write_text(run.manifest_path, json.dumps(facts, indent=1))
-        for warning in (*loaded.notes, *data.warnings):
+        for warning in (*warnings, *loaded.notes, *data.warnings):
             run.warn(0, warning)
     progress = Progress(run.name, timetable.num_steps, start, is_main)
     trackers = Trackers(partial(open_trackers, accelerator, config.monitoring, run.name), progress.say)
     stack.callback(trackers.close)  # where the run fails, too
     stack.callback(progress.close)
-
-    base: dict[str, Evaluation] = {}
-
-    def run_evaluation(step: int, seen: int) -> None:
-        for eval_set in data.evals:
-            result = evaluate(model, eval_set, loss_function, timesteps, accelerator)
-            if step == 0:
-                base[eval_set.name] = result
-            values = result.metrics(base.get(eval_set.name))
-            if is_main:
-                run.log(run.evaluations_path, {"step": step, "examples": seen, **values})
-            progress.say(f"step {step}: {eval_set.name}/loss {values[f'{eval_set.name}/loss']:.5f}")
-            trackers.log(values, seen if config.x_axis_examples else step)
-
-    def preview(step: int, seen: int) -> None:
-        if previews is None:
-            return
-        try:
-            paths = previews.draw(step, transformer, accelerator.unwrap_model(model, keep_fp32_wrapper=True))
-        except Exception as error:  # noqa: BLE001  # whatever it is, the training goes on
-            progress.say(f"warning: step {step}: no preview ({error})")
-            run.warn(step, f"no preview ({error})")
-            return
-        progress.say(f"step {step}: {count(len(paths), 'preview')} in {previews.folder}")
-        trackers.show(previews.pictures(paths), seen if config.x_axis_examples else step)
-
-    def save(step: int | None) -> Path:
-        path = run.weights_path(step)
-        done = timetable.num_steps if step is None else step
-        metadata = weights_metadata(config, run.name, done, timetable.place(max(0, done - 1))[0] + 1, len(plan.samples))
-        save_weights(path, weights_to_save(config, transformer, data.files, with_adapter), metadata)
-        return path
-
-    if config.eval_before_first_step and start == 0:
-        run_evaluation(0, 0)
-    if config.sampling is not None and config.sampling.before_first_step and start == 0:
-        preview(0, 0)
-
-    now = time.monotonic()
-    save_due = Due(
-        config.save_every_n_epochs, config.save_every_n_steps, config.save_every_n_examples,
-        config.save_every_n_minutes, now,
+    writer = stack.enter_context(Writer())
+    outputs = Outputs(
+        config, run, accelerator, stopping, writer, progress, trackers,
+        Trained(transformer, model, optimizer, average), data.files, plan, timetable, data.evals, previews, facts,
     )  # fmt: skip
-    state_due = Due(
-        config.checkpoint_every_n_epochs, config.checkpoint_every_n_steps, None, config.checkpoint_every_n_minutes, now
-    )
-    eval_due = Due(config.eval_every_n_epochs, config.eval_every_n_steps, config.eval_every_n_examples)
+
+    # Before the first step, or what a process that had to stop has left.
+    seen = images_before(plan, timetable, start)
+    if origin.saved is None:
+        sampling = config.sampling
+        starts = {"evaluation": config.eval_before_first_step, "preview": sampling and sampling.before_first_step}
+        pending = [name for name, is_due in starts.items() if is_due]
+    outputs.make(pending, Moment(start, seen))
+
+    due = all_due(config, time.monotonic())
 
     def make_batch(task: Task) -> tuple[Task, Batch]:
         batch = data.train.training_batch(
@@ -216,24 +207,29 @@ def train(
         )
         return task, batch
 
-    sampling = config.sampling
-    preview_due = Due() if sampling is None else Due(sampling.every_n_epochs, sampling.every_n_steps)
-    events = {"evaluation": eval_due, "preview": preview_due, "save": save_due, "training state": state_due}
-    started, seen, seen_here, skipped = time.monotonic(), images_before(plan, timetable, start), 0, 0
+    started, seen_here, skipped = time.monotonic(), 0, 0
+    step_started, step_seconds = started, 0.0
     step_loss = torch.zeros((), device=device)
     has_roles = len({sample.is_regularization for sample in data.train.samples}) > 1
     role_losses = torch.zeros(2, 2, device=device)  # (train, regularization), (sum, number)
     t_losses = torch.zeros(T_BINS, 2, device=device)  # range of t, (sum, number)
     start_peak(device)
     stopping.is_stepping = True
-    for task, batch in read_ahead(tasks(plan, timetable, start, accelerator), make_batch):
+    batches = read_ahead(tasks(plan, timetable, start, accelerator), make_batch, num_threads=config.num_workers)
+    for task, batch in batches:
         # Forward and backward. Each sample weighs the same in the step, whatever the sizes of the micro-batches. DDP
         # averages gradients over processes, so that what is wanted as a sum is multiplied by their number.
         torch.manual_seed(derive(config.seed, "dropout", task.step, task.index))
-        with contextlib.nullcontext() if task.last else accelerator.no_sync(model):
-            losses = compute_loss(model, batch.to(device), loss_function)
-            share = losses.sum() / task.num_samples * (1.0 if task.counts else 0.0)
-            accelerator.backward(share * accelerator.num_processes)
+        left = step_started + step_seconds - time.monotonic() + writer.seconds
+        try:
+            with stopping.leaving(left), contextlib.nullcontext() if task.last else accelerator.no_sync(model):
+                losses = compute_loss(model, batch.to(device), loss_function)
+                share = losses.sum() / task.num_samples * (1.0 if task.counts else 0.0)
+                accelerator.backward(share * accelerator.num_processes)
+        except Abandoned:
+            outputs.save_state(task.step)
+            writer.wait()
+            raise Interrupted(f"after step {task.step}; {GO_ON}", stopping.exit_code) from None
         step_loss += share.detach()
         if task.counts:
             sums = torch.stack([losses.detach(), torch.ones_like(losses)], dim=1)
@@ -254,6 +250,8 @@ def train(
         norm = float(accelerator.clip_grad_norm_(parameters, config.gradient_clipping or math.inf))
         if math.isfinite(norm):
             optimizer.step()
+            if average is not None:
+                average.update(task.step + 1)
             skipped = 0
         else:
             skipped += 1
@@ -262,7 +260,13 @@ def train(
             if is_main:
                 run.warn(task.step + 1, warning)
             if skipped == MAX_SKIPPED:
-                raise NumericError(f"{skipped} steps in a row without a finite gradient; the last saved files are kept")
+                if is_main:
+                    outputs.save_state(task.step + 1 - skipped)  # nothing has changed since
+                    writer.wait()
+                raise NumericError(
+                    f"{skipped} steps in a row without a finite gradient; the state before them is saved, and earlier "
+                    "files are kept"
+                )
         optimizer.zero_grad(set_to_none=True)
         loss = float(accelerator.reduce(step_loss, "sum"))
         step_loss.zero_()
@@ -295,31 +299,51 @@ def train(
             run.log(run.metrics_path, values | {"loss_by_t": loss_by_t})
             shown = {key: value for key, value in values.items() if key not in ("step", "examples")}
             trackers.log(shown, seen if config.x_axis_examples else step)
-            progress.update(step, loss, speed, values["memory_bytes"], what_follows(events, step, timetable))
+            progress.update(step, loss, speed, values["memory_bytes"], what_follows(due, step, timetable))
 
-        # Evaluate and save.
-        due = (step, task.epoch, timetable.epochs_done(task.step), seen_before, seen)
-        if eval_due.after(*due):
-            run_evaluation(step, seen)
-        if preview_due.after(*due):
-            preview(step, seen)
-        if is_main and save_due.after(*due) and step < timetable.num_steps:
-            progress.say(f"step {step}: saved {save(step)}")
+        step_seconds = time.monotonic() - step_started
+
+        # Look and save.
+        writer.check()
+        place = (step, task.epoch, timetable.epochs_done(task.step), seen_before, seen)
+        is_due = {name: each.after(*place) for name, each in due.items()}
+        pending = outputs.make((name for name in ("evaluation", "preview") if is_due[name]), Moment(step, seen))
         wish = stopping.after_step(accelerator)
-        if is_main and (state_due.after(*due) or wish.saves):
-            save_state(run.checkpoints, step, transformer, optimizer, config.keep_last)
-        if wish.saves and step < timetable.num_steps:
-            if is_main:
-                progress.say(f"step {step}: saved {save(step)} and the training state, as asked")
-            if wish.exit_code is not None:
-                raise Interrupted(f"after step {step}; go on with --resume", wish.exit_code)
+        if is_main:
+            if (is_due["save"] or wish.saves) and step < timetable.num_steps:
+                outputs.save_weights(step)
+            if is_due["training state"] or wish.saves:
+                outputs.save_state(step, pending)
+        if wish.exit_code is not None and (step < timetable.num_steps or pending):
+            writer.wait()
+            raise Interrupted(f"after step {step}; {GO_ON}", wish.exit_code)
+        step_started = time.monotonic()
     final = run.weights_path(None)
     if is_main:
-        save(None)
+        outputs.save_weights(None)
+        writer.wait()
+        run.finish()
         print(f"saved {final}")
         leave_report(run, plan, timetable, timetable.num_steps)
     accelerator.wait_for_everyone()
     return final
+
+
+def all_due(config: Config, now: float) -> dict[str, Due]:
+    """What happens after some steps, by its name."""
+    sampling = config.sampling
+    return {
+        "evaluation": Due(config.eval_every_n_epochs, config.eval_every_n_steps, config.eval_every_n_examples),
+        "preview": Due() if sampling is None else Due(sampling.every_n_epochs, sampling.every_n_steps),
+        "save": Due(
+            config.save_every_n_epochs, config.save_every_n_steps, config.save_every_n_examples,
+            config.save_every_n_minutes, now,
+        ),
+        "training state": Due(
+            config.checkpoint_every_n_epochs, config.checkpoint_every_n_steps, None,
+            config.checkpoint_every_n_minutes, now,
+        ),
+    }  # fmt: skip
 
 
 def make_previews(loaded: LoadedConfig, files: ModelFiles, run: RunFolder, device: torch.device) -> Previews:
@@ -336,18 +360,6 @@ def make_previews(loaded: LoadedConfig, files: ModelFiles, run: RunFolder, devic
         text_device(config, device),
         DTYPES[config.model.dtype],
     )
-
-
-def weights_to_save(
-    config: Config, transformer: MiniTrainDIT, files: ModelFiles, with_adapter: bool
-) -> dict[str, torch.Tensor]:
-    """The LoRA, or the whole model; a frozen LLM adapter that is not in memory comes from its file."""
-    tensors = config.adapter.tensors(transformer)
-    if isinstance(config.adapter, Full) and not with_adapter:
-        tensors |= config.adapter.outside(files.adapter_tensors())
-    if config.save_dtype is None:
-        return tensors
-    return {name: tensor.to(DTYPES[config.save_dtype]) for name, tensor in tensors.items()}
 
 
 def images_before(plan: Plan, timetable: Timetable, step: int) -> int:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -122,13 +123,15 @@ class Trainer:
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()  # Accelerate keeps one configuration per process
         loaded = load_config(config, overrides)
-        run_training(loaded, resume=resume)
-        return Finished(Path(loaded.config.output_dir) / loaded.run_name)
+        path = None if isinstance(resume, bool) else resume  # of a state
+        weights = run_training(loaded, resume=resume is True, resume_path=path)
+        return Finished(weights.parent.parent)
 
-    def processes(self, number, name="run", **changes):
+    def processes(self, number, name="run", resume=False, **changes):
         """The same under torchrun, with several processes on the CPU."""
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(number)]
         command += ["--standalone", "-m", "anima_train", str(self.config(name, **changes))]
+        command += ["--resume"] if resume else []
         result = run_command(command)
         assert result.returncode == 0, result.stderr
         return Finished(self.folder / "runs" / name)
@@ -165,3 +168,19 @@ def images_drawer():
 def command():
     """`run_command`."""
     return run_command
+
+
+@pytest.fixture
+def small_files():
+    """While what it returns is open, no file may grow past 20 kB, as on a full disk."""
+
+    @contextlib.contextmanager
+    def limited():  # short, because pytest's own log is a file too
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    return limited

@@ -177,7 +177,7 @@ def test_resume_on_other_data_or_another_base_is_refused(trainer, images_drawer,
     with pytest.raises(ModelFileError, match="dataset_sha256 was"):
         trainer(resume=True, dataset={"directory": [{"path": str(folder)}]})
     write_tiny(tmp_path / "another", seed=1)
-    with pytest.raises(ModelFileError, match="model_files was"):
+    with pytest.raises(ModelFileError, match="the transformer file's SHA-256 was"):
         trainer(resume=True, model={"tiny_path": str(tmp_path / "another")})
 
 

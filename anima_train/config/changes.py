@@ -1,0 +1,230 @@
+"""What may change in a configuration when its run is resumed."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from anima_train.config.config import Config
+from anima_train.core.errors import printable
+from anima_train.core.settings import Location, Settings, is_settings, key_path, members_of, type_name
+from anima_train.data.rules import DirectorySettings, Rules
+from anima_train.optim.groups import COMPONENTS, Component
+
+# Every key of `Config` is in one of these, by itself or with all of its table (`name.*`); what is more exact counts.
+# The name of a table by itself is for one that is added or removed. Indices of lists are left out.
+MAY_CHANGE = frozenset(
+    (
+        # Where things are. The run is found in output_dir and run_name, wherever they lead; what is in the files and
+        # folders is compared by its hash, see `training.resume.check_same_content`.
+        *("output_dir", "run_name", "cache_dir", "model.transformer_path", "model.vae_path", "model.llm_path"),
+        *("model.llm_adapter_path", "model.tokenizer_path", "model.t5_tokenizer_path", "model.tiny_path"),
+        *("dataset.directory.path", "dataset.directory.mask_path", "dataset.directory.hf_dataset"),
+        *("dataset.directory.hf_subset", "dataset.directory.hf_split", "dataset.directory.hf_revision"),
+        *("dataset.directory.image_column", "dataset.directory.caption_column", "dataset.directory.natural_column"),
+        "dataset.directory.mask_column",
+        # How long, and how fast: read anew for every step, and nothing of the state depends on it. A learning rate that
+        # becomes 0, or was 0, is another matter, see `frozen_or_thawed`.
+        *("epochs", "max_steps", "lr_scheduler.*", "warmup_steps", "force_constant_lr", "gradient_clipping"),
+        *("optimizer.lr", "optimizer.weight_decay", "optimizer.eps", "ema.decay"),
+        *(f"model.{component}_lr" for component in COMPONENTS if component != "base"),
+        # Times the number of processes it has to stay the same, see `training.resume.check_same_content`.
+        "gradient_accumulation_steps",
+        # Memory and speed: the same is computed, up to rounding.
+        *("activation_checkpointing", "caching_batch_size", "eval_micro_batch_size_per_gpu", "offline"),
+        *("num_workers", "stop_within_seconds"),
+        *("model.cache_text_embeddings", "model.text_encoder_device"),
+        # What is looked at and what is kept on the way: the training does not see it.
+        *("eval_datasets", "eval_datasets.*", "eval_every_n_epochs", "eval_every_n_steps", "eval_every_n_examples"),
+        *("eval_before_first_step", "sampling", "sampling.*", "monitoring.*", "x_axis_examples"),
+        *("save_every_n_epochs", "save_every_n_steps", "save_every_n_examples", "save_every_n_minutes", "save_dtype"),
+        *("checkpoint_every_n_epochs", "checkpoint_every_n_steps", "checkpoint_every_n_minutes", "keep_last"),
+        # When to stop because of images or captions that are missing or damaged; those that are left are compared.
+        *("dataset.max_bad_fraction", "dataset.directory.missing_caption"),
+    )
+)
+SEEN = "decides what each step sees"
+LOSS = "decides what is minimised and measured: the loss of this run would mean two things"
+DTYPE = "decides what every step computes in"
+MOMENTS = "the optimizer's state is made with it"
+MAY_NOT_CHANGE = {
+    # All of the dataset but what is named above: a new key of it decides, until somebody thinks otherwise.
+    **dict.fromkeys(("dataset.*", "dataset.directory", "seed", "micro_batch_size_per_gpu", "uncond_fraction"), SEEN),
+    **dict.fromkeys(("model.timestep_sample_method", "model.sigmoid_scale", "model.shift", "model.flux_shift"), LOSS),
+    **dict.fromkeys(("huber_delta", "smooth_l1_beta", "pseudo_huber_c", "normalize_masked_loss"), LOSS),
+    "model.multiscale_loss_weight": LOSS,
+    "model.type": "decides what is trained",
+    "adapter.*": "decides what is trained, and how it counts",
+    **dict.fromkeys(("model.dtype", "model.transformer_dtype"), DTYPE),
+    **dict.fromkeys(("optimizer.type", "optimizer.betas", "optimizer.moments_dtype"), MOMENTS),
+    "ema": "the average has to follow the weights from the first step on",
+}
+FOLLOWS = (("adapter", "alpha", "rank"), ("model", "transformer_dtype", "dtype"))  # table, key, which it is if absent
+FROZEN = "0 freezes a component: its weights are not in the state"
+UNKNOWN = "not a key of this version"
+
+
+@dataclass
+class Changes:
+    """A line for each key that is different, such as `optimizer.lr: 0.001 -> 0.0005`."""
+
+    allowed: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)  # with the reason
+
+
+def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
+    """What is different between two resolved configurations, as `config_toml` writes them, parsed.
+
+    A key that one of them lacks, as in one that an older version wrote, counts as its default. How a dataset's keys are
+    spread over its tables makes no difference.
+    """
+    before, now = effective(before), effective(now)
+    for table, key, other in FOLLOWS:
+        if key in before[table] or key in now[table]:
+            for side in (before[table], now[table]):
+                if other in side:
+                    side.setdefault(key, side[other])
+    changes, known = Changes(), set(key_names(Config))
+    frozen = set(frozen_or_thawed(before, now))
+    for location, old, new in differences(before, now):
+        name = ".".join(part for part in location if isinstance(part, str))
+        line = f"{key_path(location)}: {shown(location, old)} -> {shown(location, new)}"
+        if name not in known:
+            changes.allowed.append(f"{line} ({UNKNOWN})")
+        elif reason := FROZEN if name in frozen else why_not(name):
+            changes.refused.append(f"{line} ({reason})")
+        else:
+            changes.allowed.append(line)
+    return changes
+
+
+def refusal(changes: Changes, where: str) -> list[str]:
+    """The problems of a `ConfigError`: what may not change, what may, and the remedy.
+
+    Args:
+        changes: some of them refused.
+        where: the configuration of the run, to begin the message with.
+    """
+    return [
+        *(f"{where}: cannot resume: {line}" for line in changes.refused),
+        *(f"may change: {line}" for line in changes.allowed),
+        "set back what may not change, or start another run with another run_name",
+    ]
+
+
+def why_not(name: str) -> str | None:
+    """Why a key, without the indices of lists, may not change; None if it may.
+
+    Raises:
+        KeyError: nobody has decided yet.
+    """
+    parts = name.split(".")
+    for entry in (name, *(".".join(parts[:length]) + ".*" for length in range(len(parts) - 1, 0, -1))):
+        if entry in MAY_CHANGE or entry in MAY_NOT_CHANGE:
+            return MAY_NOT_CHANGE.get(entry)
+    raise KeyError(name)
+
+
+def key_names(table: type[Settings], prefix: str = "") -> Iterator[str]:
+    """Every key of a settings class and of the tables in it: `seed`, `dataset.directory.path`."""
+    for key, setting in table.model_fields.items():
+        yield prefix + key
+        for inner in tables_of(setting):
+            yield from key_names(inner, f"{prefix}{key}.")
+
+
+def effective(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a resolved configuration with the defaults it lacks, and a dataset's keys where they hold."""
+    filled = with_defaults(data, Config)
+    shared = DirectorySettings.model_fields
+    dataset = {key: value for key, value in filled["dataset"].items() if key not in shared}
+    dataset["directory"] = [
+        {**rule_defaults(), **{key: filled["dataset"][key] for key in shared if key in filled["dataset"]}, **directory}
+        for directory in dataset["directory"]
+    ]
+    return filled | {"dataset": dataset}
+
+
+def rule_defaults() -> dict[str, Any]:
+    """What holds for a directory where nobody says anything."""
+    defaults = {name: getattr(Rules, name) for name in DirectorySettings.model_fields}
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in defaults.items()
+        if value is not None
+    }
+
+
+def with_defaults(data: Mapping[str, Any], table: type[Settings]) -> dict[str, Any]:
+    """A table with the defaults of the keys it lacks, and so for the tables in it."""
+    filled = dict(data)
+    for key, setting in table.model_fields.items():
+        if key not in filled and not setting.is_required():
+            default = setting.get_default(call_default_factory=True)
+            filled[key] = default.model_dump(exclude_none=True) if isinstance(default, Settings) else default
+        value = filled.get(key)
+        if isinstance(value, dict):
+            filled[key] = filled_table(value, setting)
+        elif isinstance(value, list):
+            filled[key] = [filled_table(item, setting) if isinstance(item, dict) else item for item in value]
+    return {key: value for key, value in filled.items() if value is not None}
+
+
+def filled_table(data: Mapping[str, Any], setting: FieldInfo) -> dict[str, Any]:
+    """A table that is the value of a key, or in its list, with its defaults; one of no known type as it is."""
+    choices = list(tables_of(setting))
+    chosen = choices if len(choices) == 1 else [choice for choice in choices if type_name(choice) == data.get("type")]
+    return with_defaults(data, chosen[0]) if chosen else dict(data)
+
+
+def tables_of(setting: FieldInfo) -> Iterator[type[Settings]]:
+    """The settings classes that the value of a key, or an item of its list, may have."""
+    for member in members_of(setting.annotation):
+        yield from filter(is_settings, members_of(get_args(member)[0]) if get_origin(member) is list else [member])
+
+
+def differences(before: Any, now: Any, location: Location = ()) -> Iterator[tuple[Location, Any, Any]]:
+    """(where, value before, value now) for every key that is different; None for what is absent.
+
+    Of tables of another type, only the keys that both have: the others come and go with the type.
+    """
+    if isinstance(before, dict) and isinstance(now, dict):
+        same_type = before.get("type") == now.get("type")
+        for key in dict.fromkeys((*now, *before)):
+            if same_type or (key in before and key in now):
+                yield from differences(before.get(key), now.get(key), (*location, key))
+    elif is_tables(before) and is_tables(now):
+        for index in range(max(len(before), len(now))):
+            old, new = (tables[index] if index < len(tables) else None for tables in (before, now))
+            yield from differences(old, new, (*location, index))
+    elif before != now:
+        yield location, before, now
+
+
+def is_tables(value: object) -> bool:
+    """Whether this is a list of tables."""
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+def frozen_or_thawed(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """The keys of learning rates by which a component gets updates that it did not get before, or the reverse."""
+    # What belongs to no component has no linear for a LoRA.
+    components: Iterable[Component] = COMPONENTS if now["adapter"]["type"] == "full" else COMPONENTS[:-1]
+    for component in components:
+        key = f"{component}_lr"
+        own_before, own_now = before["model"].get(key), now["model"].get(key)
+        rate_before = before["optimizer"]["lr"] if own_before is None else own_before
+        rate_now = now["optimizer"]["lr"] if own_now is None else own_now
+        if (rate_before == 0) != (rate_now == 0):
+            yield "optimizer.lr" if own_before == own_now else f"model.{key}"
+
+
+def shown(location: Location, value: object) -> str:
+    """A value as TOML has it; of a secret only that it is there."""
+    if value is None:
+        return "absent"
+    if str(location[-1]).endswith("api_key"):
+        return "(not shown)"
+    return "a table" if isinstance(value, dict) else printable(json.dumps(value, ensure_ascii=False, default=str))
