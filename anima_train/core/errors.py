@@ -61,10 +61,10 @@ def count(number: int, noun: str, plural: str | None = None) -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
-def listed(lines: Sequence[str]) -> list[str]:
+def listed(lines: Sequence[str], most: int = MAX_LISTED) -> list[str]:
     """The first lines, fit to be printed, and how many more there are."""
-    more = len(lines) - MAX_LISTED
-    return [printable(line) for line in lines[:MAX_LISTED]] + ([f"... and {more:,} more"] if more > 0 else [])
+    more = len(lines) - most
+    return [printable(line) for line in lines[:most]] + ([f"... and {more:,} more"] if more > 0 else [])
 
 
 def printable(text: str) -> str:

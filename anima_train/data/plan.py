@@ -142,14 +142,28 @@ class Plan:
         )
         return math.ceil(micro_batches / self.micro_batches_per_step)
 
+    @property
+    def period(self) -> int:
+        """After how many epochs the turns of `num_repeats` repeat."""
+        return math.lcm(*{sample.repeats.denominator for sample in self.samples})
+
     def lengths(self) -> Iterator[int]:
         """The number of steps in each epoch, without end: they repeat as the turns of `num_repeats` do."""
-        period = math.lcm(*{sample.repeats.denominator for sample in self.samples})
+        period = self.period
         known: list[int] = []
         for epoch in itertools.count():
             if epoch < period:
                 known.append(self.steps_in(epoch))
             yield known[epoch % period]
+
+    def largest_batches(self, num_epochs: int) -> dict[tuple[int, Size], int]:
+        """The most samples that a micro-batch of each bucket, (resolution, size), holds in the first epochs."""
+        largest: dict[tuple[int, Size], int] = defaultdict(int)
+        for epoch in range(min(num_epochs, self.period)):
+            for bucket, draws in self.draws(epoch).items():
+                number = min(len(draws), batch_size_for(self.batch_sizes, bucket[0]))
+                largest[bucket] = max(largest[bucket], number)
+        return largest
 
 
 @dataclass(frozen=True)

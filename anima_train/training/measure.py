@@ -8,24 +8,19 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from anima_train.config.load import LoadedConfig
-from anima_train.core.conditions import CONTEXT_ROWS, EncodedText, TextStates, pad_states
-from anima_train.core.random import stream
 from anima_train.data.buckets import Size
 from anima_train.data.loader import Batch
 from anima_train.data.plan import Plan, batch_size_for
-from anima_train.model.llm_adapter import LLMAdapterShape
-from anima_train.model.text import MAX_TOKENS
-from anima_train.model.vae import LATENT_CHANNELS
-from anima_train.tools.report_costs import PIXELS_PER_LATENT, Measured
+from anima_train.tools.report_costs import Measured
 from anima_train.training.memory import peak_bytes, start_peak
-from anima_train.training.model import DTYPES, ModelFiles
+from anima_train.training.model import ModelFiles
 from anima_train.training.objective import compute_loss
 from anima_train.training.prepare import make_accelerator
 from anima_train.training.setup import load_trained
 from anima_train.training.texts import live_encoder
+from anima_train.training.trial import random_batch
 
 
 def extremes(plan: Plan) -> list[tuple[Size, int]]:
@@ -106,30 +101,3 @@ def timed(step: Callable[[Batch], None], batch: Batch, device: torch.device) -> 
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter() - started
-
-
-def random_batch(loaded: LoadedConfig, files: ModelFiles, size: Size, batch_size: int) -> Batch:
-    """A batch as the loader would make it from the cache, in shapes and dtypes."""
-    generator = stream(loaded.config.seed, "measure")
-    shape = (batch_size, LATENT_CHANNELS, 1, size.height // PIXELS_PER_LATENT, size.width // PIXELS_PER_LATENT)
-    return Batch(
-        latents=torch.randn(shape, generator=generator),
-        noise=torch.randn(shape, generator=generator),
-        t=torch.rand(batch_size, generator=generator),
-        text=random_text(loaded, files, batch_size, generator),
-        mask=None,
-        names=(str(size),) * batch_size,
-    )
-
-
-def random_text(
-    loaded: LoadedConfig, files: ModelFiles, batch_size: int, generator: torch.Generator
-) -> Tensor | TextStates:
-    """The frozen LLM adapter's output, or what a trained one reads."""
-    dtype = DTYPES[loaded.config.model.dtype]
-    shape = LLMAdapterShape.of(files.adapter_header.entries)
-    if loaded.config.learning_rates().by_component["llm_adapter"] == 0:
-        return torch.randn(batch_size, CONTEXT_ROWS, shape.target_width, generator=generator).to(dtype)
-    qwen = torch.randn(MAX_TOKENS, shape.source_width, generator=generator).to(dtype)
-    t5_ids = torch.randint(shape.vocab_size, (MAX_TOKENS,), generator=generator)
-    return pad_states([EncodedText(qwen, t5_ids)] * batch_size)

@@ -1,9 +1,26 @@
-"""How much memory a device has had in use."""
+"""How much memory a device has had in use, and what is said when there is not enough."""
 
+import contextlib
+import os
+import re
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from anima_train.core.errors import SpaceError, count
+from anima_train.data.buckets import Size
+from anima_train.data.plan import MicroBatch
+from anima_train.data.samples import Sample
+from anima_train.tools.report_costs import readable
+
+# In messages of errors that are RuntimeErrors like any other: of the CPU, on Linux and Windows; of MPS, and of CUDA
+# outside of torch's allocator; of cuBLAS and cuDNN.
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "alloc_failed")
+ASKED = re.compile(r"ried to allocate ([0-9.]+) (bytes|KiB|MiB|GiB|TiB)")
+UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
 def start_peak(device: torch.device) -> None:
@@ -31,3 +48,94 @@ def peak_bytes(device: torch.device) -> int:
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes, on a Mac
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What goes through the transformer at once."""
+
+    resolution: int
+    size: Size
+    batch_size: int
+    is_evaluation: bool = False  # without a backward pass
+
+    @classmethod
+    def of(cls, micro_batch: MicroBatch, samples: Sequence[Sample]) -> "Shape":
+        """That of a micro-batch of the plan of these samples."""
+        first = samples[micro_batch.draws[0].sample]
+        return cls(first.resolution, micro_batch.size, len(micro_batch.draws))
+
+    def __str__(self) -> str:
+        return f"{count(self.batch_size, 'image')} of {self.size} at once"
+
+    @property
+    def cost(self) -> tuple[int, int]:
+        """Grows with the memory that is needed: image tokens, then captions."""
+        return self.batch_size * self.size.num_tokens, self.batch_size
+
+
+@dataclass
+class Attempt:
+    """What the memory is being used for; it changes as the run goes on."""
+
+    doing: str
+    shape: Shape
+
+
+@contextlib.contextmanager
+def memory_errors(device: torch.device, attempt: Attempt, savings: Callable[[Shape], Sequence[str]]) -> Iterator[None]:
+    """Report memory that runs out as a `SpaceError` about what was being done then.
+
+    Args:
+        device: that trains.
+        attempt: kept up to date by the caller.
+        savings: what to change where this shape does not fit, that of least cost first.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        peak, asked = peak_bytes(device), asked_bytes(str(error))
+        need = f"{readable(peak)} in use at most until then"
+        if asked is not None:
+            need = f"more than {readable(peak + asked)} ({need}, {readable(asked)} more asked for)"
+        changes = [f"\n  {number}. {saving}" for number, saving in enumerate(savings(attempt.shape), start=1)]
+        raise SpaceError(
+            f"out of memory in {attempt.doing}, with {attempt.shape}. Needed: {need}; {limits(device)}. What to "
+            f"change, in order of least cost:{''.join(changes)}"
+        ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on any device; only some of them have a class of errors for it."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        sign in str(error).lower() for sign in OUT_OF_MEMORY
+    )
+
+
+def asked_bytes(message: str) -> int | None:
+    """The bytes that could not be had, if torch's message says so; CUDA rounds them."""
+    found = ASKED.search(message)
+    return None if found is None else round(float(found[1]) * UNITS[found[2]])
+
+
+def limits(device: torch.device) -> str:
+    """How much memory there is, in words."""
+    if device.type == "mps":
+        return f"the device has {readable(torch.mps.recommended_max_memory())}"
+    if device.type != "cpu":
+        free, total = torch.accelerator.get_memory_info(device)
+        others = max(0, total - free - torch.accelerator.memory_reserved(device))
+        return f"the device has {readable(total)}, {readable(others)} of it in use for other things than this training"
+    if sys.platform == "win32":
+        import psutil  # which Accelerate needs
+
+        return f"the computer has {readable(psutil.virtual_memory().total)}"
+    else:  # noqa: RET505  # mypy knows which branch it can reach
+        import resource
+
+        text = f"the computer has {readable(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))}"
+        if (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
+            text += f", of which a process may take {readable(limit)} (ulimit -v)"
+        return text

@@ -194,7 +194,8 @@ def hashes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[
     """(name, hash before, hash now) of the model's files and tokenizers; what the files are called does not matter."""
     old, new = before.get("model_files", {}), now["model_files"]
     for slot in dict.fromkeys((*new, *old)):
-        yield f"the {slot} file's SHA-256", *(str(files.get(slot, {}).get("sha256", "absent")) for files in (old, new))
+        was, is_now = (str(files.get(slot, {}).get("sha256", "absent")) for files in (old, new))
+        yield f"the {slot} file's SHA-256", was, is_now
     for name, value in now["tokenizers"].items():
         yield f"the {name}", before.get("tokenizers", {}).get(name, "absent"), value
 

@@ -15,17 +15,19 @@ from accelerate import Accelerator
 
 from anima_train.config.config import Config
 from anima_train.config.load import LoadedConfig
-from anima_train.core.errors import Interrupted, NumericError
+from anima_train.core.errors import Interrupted
 from anima_train.core.files import write_text
 from anima_train.core.random import derive
 from anima_train.data.loader import Batch, read_ahead
 from anima_train.data.plan import MicroBatch, Plan, Timetable
 from anima_train.optim.ema import Average
 from anima_train.optim.schedules import lr_factor
+from anima_train.tools.report_costs import savings
 from anima_train.tools.run_report import T_BINS
 from anima_train.training.due import Due, what_follows
-from anima_train.training.memory import peak_bytes, start_peak
+from anima_train.training.memory import Attempt, Shape, memory_errors, peak_bytes, start_peak
 from anima_train.training.model import DTYPES, ModelFiles, find_model_files
+from anima_train.training.numbers import naming, replay, step_names
 from anima_train.training.objective import compute_loss
 from anima_train.training.outputs import Moment, Outputs, Trained
 from anima_train.training.prepare import make_accelerator, prepare_data, with_live_texts
@@ -45,12 +47,12 @@ from anima_train.training.setup import (
 )
 from anima_train.training.states import load_state, trained_parameters
 from anima_train.training.stopping import Abandoned, Stopping
-from anima_train.training.texts import text_device
+from anima_train.training.texts import has_live_texts, text_device
 from anima_train.training.trackers import Trackers, open_trackers
+from anima_train.training.trial import largest_shapes, try_shape
 from anima_train.training.writer import Writer
 
 ROLES = ("train", "regularization")
-MAX_SKIPPED = 10  # steps in a row without a finite gradient
 GO_ON = "the same command, or --resume, goes on from there"
 
 
@@ -181,6 +183,8 @@ def train(
         write_text(run.manifest_path, json.dumps(facts, indent=1))
         for warning in (*warnings, *loaded.notes, *data.warnings):
             run.warn(0, warning)
+    accelerator.wait_for_everyone()  # until the records are those that are kept
+    skipped, spikes = replay(run.metrics_path, start)
     progress = Progress(run.name, timetable.num_steps, start, is_main)
     trackers = Trackers(partial(open_trackers, accelerator, config.monitoring, run.name), progress.say)
     stack.callback(trackers.close)  # where the run fails, too
@@ -191,12 +195,28 @@ def train(
         Trained(transformer, model, optimizer, average), data.files, plan, timetable, data.evals, previews, facts,
     )  # fmt: skip
 
+    # Memory: the largest micro-batches first, so that a run that cannot fit ends here.
+    encodes_here = has_live_texts(config, data.train.samples) and text_device(config, device).type != "cpu"
+    shapes = largest_shapes(plan, len(timetable.first_steps) - 1, data.evals)
+    attempt = Attempt("a trial before the first step", shapes[0])
+    stack.enter_context(
+        memory_errors(
+            device,
+            attempt,
+            lambda shape: savings(config, shape.resolution, shape.batch_size, encodes_here, shape.is_evaluation),
+        )
+    )
+    for shape in shapes:
+        attempt.shape = shape
+        try_shape(shape, loaded, data.files, model, optimizer, accelerator)
+
     # Before the first step, or what a process that had to stop has left.
     seen = images_before(plan, timetable, start)
     if origin.saved is None:
         sampling = config.sampling
         starts = {"evaluation": config.eval_before_first_step, "preview": sampling and sampling.before_first_step}
         pending = [name for name, is_due in starts.items() if is_due]
+    attempt.doing, attempt.shape = "an evaluation", shapes[-1]
     outputs.make(pending, Moment(start, seen))
 
     due = all_due(config, time.monotonic())
@@ -207,7 +227,7 @@ def train(
         )
         return task, batch
 
-    started, seen_here, skipped = time.monotonic(), 0, 0
+    started, seen_here = time.monotonic(), 0
     step_started, step_seconds = started, 0.0
     step_loss = torch.zeros((), device=device)
     has_roles = len({sample.is_regularization for sample in data.train.samples}) > 1
@@ -219,6 +239,7 @@ def train(
     for task, batch in batches:
         # Forward and backward. Each sample weighs the same in the step, whatever the sizes of the micro-batches. DDP
         # averages gradients over processes, so that what is wanted as a sum is multiplied by their number.
+        attempt.doing, attempt.shape = f"step {task.step + 1}", Shape.of(task.micro_batch, plan.samples)
         torch.manual_seed(derive(config.seed, "dropout", task.step, task.index))
         left = step_started + step_seconds - time.monotonic() + writer.seconds
         try:
@@ -248,28 +269,23 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * schedule_factor
         norm = float(accelerator.clip_grad_norm_(parameters, config.gradient_clipping or math.inf))
-        if math.isfinite(norm):
+        loss = float(accelerator.reduce(step_loss, "sum"))  # of all processes, as is the norm: all skip together
+        step_loss.zero_()
+        if (problem := skipped.after(loss, norm)) is None:
             optimizer.step()
             if average is not None:
                 average.update(task.step + 1)
-            skipped = 0
         else:
-            skipped += 1
-            warning = f"the gradient is not finite; not applied ({batch.names[0]})"
+            planned = plan.epoch(task.epoch)[timetable.place(task.step)[1]]
+            warning = naming(problem, step_names(planned, plan.samples))
             progress.say(f"warning: step {task.step + 1}: {warning}")
             if is_main:
                 run.warn(task.step + 1, warning)
-            if skipped == MAX_SKIPPED:
-                if is_main:
-                    outputs.save_state(task.step + 1 - skipped)  # nothing has changed since
+                if skipped.is_over:
+                    outputs.save_state(task.step + 1 - skipped.in_a_row)  # nothing has changed since
                     writer.wait()
-                raise NumericError(
-                    f"{skipped} steps in a row without a finite gradient; the state before them is saved, and earlier "
-                    "files are kept"
-                )
+            skipped.check()
         optimizer.zero_grad(set_to_none=True)
-        loss = float(accelerator.reduce(step_loss, "sum"))
-        step_loss.zero_()
         by_role = accelerator.reduce(role_losses, "sum").tolist() if has_roles else []
         role_losses.zero_()
         by_t = accelerator.reduce(t_losses, "sum").tolist()
@@ -299,6 +315,9 @@ def train(
             run.log(run.metrics_path, values | {"loss_by_t": loss_by_t})
             shown = {key: value for key, value in values.items() if key not in ("step", "examples")}
             trackers.log(shown, seen if config.x_axis_examples else step)
+            if spike := spikes.after(step, loss, norm):
+                progress.say(f"warning: step {step}: {spike}")
+                run.warn(step, spike)
             progress.update(step, loss, speed, values["memory_bytes"], what_follows(due, step, timetable))
 
         step_seconds = time.monotonic() - step_started
@@ -306,6 +325,7 @@ def train(
         # Look and save.
         writer.check()
         place = (step, task.epoch, timetable.epochs_done(task.step), seen_before, seen)
+        attempt.doing, attempt.shape = "an evaluation", shapes[-1]
         is_due = {name: each.after(*place) for name, each in due.items()}
         pending = outputs.make((name for name in ("evaluation", "preview") if is_due[name]), Moment(step, seen))
         wish = stopping.after_step(accelerator)

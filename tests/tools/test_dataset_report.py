@@ -474,20 +474,37 @@ def test_memory_that_ran_out_comes_with_what_to_change(checked):
     assert (
         f"measured {last.size}, batch 2: out of memory with 5.0 GiB in use; what to change, in order of cost: " in text
     )
-    assert "activation_checkpointing = true; micro_batch_size_per_gpu below 2 at resolution 192" in text
-    assert f"{last.size} needs too much memory; what to change, in order of cost: 3" in page
+    assert "micro_batch_size_per_gpu below 2 at resolution 192" in text
+    number = len(found.sets[0].buckets[-1].savings)
+    assert f"{last.size} needs too much memory; what to change, in order of cost: {number}" in page
     assert f"{first.size} needs" not in page
     assert "whole run" not in text + page
 
 
-def test_savings_name_only_what_is_not_done_yet(checked):
-    def keys(*changes, batch_size=1):
-        advice = savings(load_config(checked / "run.toml", changes).config, 1024, batch_size)
-        return [line.split()[0] for line in advice]
+def test_savings_name_only_what_would_help_that_of_least_cost_first(checked):
+    def keys(*changes, batch_size=4, **where):
+        config = load_config(checked / "run.toml", changes).config
+        advice = savings(config, 1024, batch_size, **{"has_text_encoder": False, **where})
+        return [line.split(" = ")[0].split(" below")[0].split(" (")[0] for line in advice]
 
-    everything = ["activation_checkpointing", "micro_batch_size_per_gpu", "a", "model.llm_adapter_lr"]
-    assert keys("model.llm_adapter_lr=1e-5", batch_size=4) == everything
-    assert keys("activation_checkpointing=true") == ["a"]
+    bfloat16 = 'model.dtype="bfloat16"'
+    batch, checkpointing, less = "micro_batch_size_per_gpu", "activation_checkpointing", "a resolution"
+    lora = ['adapter={type="lora", rank=4}', bfloat16]
+    assert keys(*lora) == [batch, checkpointing, less]
+    assert keys(*lora, "activation_checkpointing=true", batch_size=1) == [less]
+    assert keys(*lora, is_evaluation=True) == ["eval_micro_batch_size_per_gpu", less]
+    assert keys(*lora, 'model.transformer_dtype="float32"', batch_size=1, has_text_encoder=True) == [
+        "no model.transformer_dtype", "model.text_encoder_device", checkpointing, less,
+    ]  # fmt: skip
+    assert keys(lora[0], 'model.dtype="float32"', batch_size=1)[0] == "model.dtype"
+
+    whole = ['adapter={type="full"}', bfloat16, "model.llm_adapter_lr=1e-5"]
+    kahan = 'optimizer={type="adamw_optimi", lr=1e-5}'
+    everything = [batch, checkpointing, "optimizer.moments_dtype", "model.llm_adapter_lr", less, "adapter.type"]
+    assert keys(*whole, kahan) == everything
+    assert keys(*whole) == [key for key in everything if "moments" not in key]
+    kept = keys(*whole, 'model.transformer_dtype="float32"', batch_size=1)
+    assert kept[1] == "no model.transformer_dtype, and optimizer.type"
 
 
 def test_durations_are_readable():

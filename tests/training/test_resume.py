@@ -195,7 +195,7 @@ def test_the_worst_steps_end_with_the_last_good_state(trainer, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(train_module, "compute_loss", breaking)
-        with pytest.raises(NumericError, match="10 steps in a row"):
+        with pytest.raises(NumericError, match="10 updates in a row skipped"):
             trainer("run", max_steps=20)
     assert states(trainer.folder / "runs" / "run") == ["step-000003"]
     assert same(whole, trainer("run", max_steps=20))

@@ -80,9 +80,10 @@ def test_gradients_that_are_not_applied_are_among_the_warnings(trainer):
     run = trainer(optimizer={"lr": 1e25})  # so that the second step's loss is infinite
     skipped = [line for line in warnings_of(run) if line["step"]]
     assert [line["step"] for line in skipped] == [2, 3, 4]
-    assert "the gradient is not finite; not applied (0/image" in skipped[0]["text"]
+    assert "the loss is not finite (it is" in skipped[0]["text"]
+    assert "images: 0/image" in skipped[0]["text"]
     page = (run.path / "report.html").read_text()
-    assert "step 2: the gradient is not finite" in page
+    assert "step 2: the loss is not finite" in page
     assert "3 values are not finite (NaN or infinite), from step 2 on" in page
 
 
