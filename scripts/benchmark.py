@@ -4,6 +4,7 @@
     python scripts/benchmark.py vae  [--device cuda] [--side 256] [--rounds 7]
     python scripts/benchmark.py cache [--images 2000] [--workers 2] [--rounds 3]
     python scripts/benchmark.py scan [--images 100000]
+    python scripts/benchmark.py soak [--steps 2000]
 
 `step`: forward and backward of a rank-16 LoRA, ours against diffusers' `CosmosTransformer3DModel`.
 `vae`: encoding one image, 2-D convolutions against diffusers' 3-D ones.
@@ -11,6 +12,8 @@
     do nothing but call Pillow. The median should be at most 1.15.
 `scan`: seconds and memory that the first and the second look at a folder of images take, and the plan of an epoch. The
     limits are 60 s and 1 GB.
+`soak`: a long run of the tiny model in a process of its own, with everything that happens between steps: its memory,
+    open files and threads, a quarter of the run at a time. Fails where they grow. On Linux.
 
 Absolute times say little on a shared machine; the ratio of two commands run in turn does.
 """
@@ -24,11 +27,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import tomli_w
 import torch
 from diffusers import AutoencoderKLQwenImage, CosmosTransformer3DModel
 from peft import LoraConfig, inject_adapter_in_model
@@ -42,11 +47,14 @@ from anima_train.data.workers import PixelWork, Workers
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.vae import FrameConv, SingleFrameVAE
 from anima_train.optim.groups import COMPONENTS, LearningRates
+from anima_train.tools.tiny import write_tiny
 
 RANK = 16
 CONTEXT = 1024
 SLICE = 100  # images decoded by one way before the other has its turn
 DISTINCT = 60  # images that are really made; the others are the same again
+LOOK_EVERY = 0.1  # seconds
+MAX_GROWTH = 0.02  # of memory, from the second quarter of a run to its last
 
 SCAN = """
 import resource, sys, time
@@ -222,6 +230,16 @@ def benchmark_cache(options: argparse.Namespace, device: torch.device, dtype: to
         print(f"ours / theirs for {SLICE} images: median {statistics.median(ratios):.3f}, {spread}")
 
 
+def write_noise(path: Path, generator: np.random.Generator, height: int, width: int) -> None:
+    """A small image."""
+    Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
+
+
+def child_environment() -> Mapping[str, str]:
+    """What a process needs to find the same modules as this one."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
 def benchmark_scan(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
     """Looking at many images, each time in a new process."""
     with tempfile.TemporaryDirectory() as name:
@@ -230,22 +248,128 @@ def benchmark_scan(options: argparse.Namespace, device: torch.device, dtype: tor
         for index in range(options.images):
             path = folder / f"image_{index:07}.png"
             if index < DISTINCT:
-                pixels = generator.integers(0, 256, (8 + index % 5, 8 + index % 7, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(path)
+                write_noise(path, generator, 8 + index % 5, 8 + index % 7)
             else:
                 path.write_bytes((folder / f"image_{index % DISTINCT:07}.png").read_bytes())
             path.with_suffix(".txt").write_text(f"one, two, three, four, five, six, number {index}", encoding="utf-8")
         for start in ("first", "second"):
             began = time.perf_counter()
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-            found = subprocess.run([sys.executable, "-c", SCAN, name], env=environment, check=True, capture_output=True)
+            command = [sys.executable, "-c", SCAN, name]
+            found = subprocess.run(command, env=child_environment(), check=True, capture_output=True)
             print(f"{start} start, {time.perf_counter() - began:.1f} s in all: {found.stdout.decode().strip()}")
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a running process holds at one time."""
+
+    step: int
+    resident_bytes: int
+    num_descriptors: int
+    num_threads: int
+    num_files: int  # in the run's folder
+
+    @classmethod
+    def at(cls, pid: int, run: Path) -> "Look | None":
+        """Look at a process; None before its first step, and after its end."""
+        process = Path(f"/proc/{pid}")
+        try:
+            step = (run / "metrics.jsonl").read_bytes().count(b"\n")
+            pages = int((process / "statm").read_text().split()[1])
+            descriptors = os.listdir(process / "fd")
+            threads = os.listdir(process / "task")
+        except (FileNotFoundError, ProcessLookupError, IndexError):
+            return None
+        files = sum(len(names) for *_, names in os.walk(run))
+        return cls(step, pages * os.sysconf("SC_PAGE_SIZE"), len(descriptors), len(threads), files)
+
+
+def soak_config(folder: Path, steps: int) -> Path:
+    """A run in which something happens after nearly every step: it saves, evaluates, draws and rotates."""
+    write_tiny(folder / "tiny")
+    generator = np.random.default_rng(0)
+    images = folder / "images"
+    images.mkdir()
+    for index, (height, width) in enumerate([(96, 96), (80, 128), (128, 80)] * 4):
+        write_noise(images / f"{index}.png", generator, height, width)
+        (images / f"{index}.txt").write_text(f"one, two, number {index}", encoding="utf-8")
+    dataset = {"resolutions": [96], "num_ar_buckets": 3, "directory": [{"path": str(images)}]}
+    keys = {
+        "output_dir": str(folder / "runs"),
+        "run_name": "soak",
+        "max_steps": steps,
+        "dataset": dataset,
+        "eval_datasets": [{"name": "held", "config": dataset}],
+        "model": {"type": "anima", "tiny_path": str(folder / "tiny"), "dtype": "float32", "llm_adapter_lr": 0},
+        "adapter": {"type": "lora", "rank": 4},
+        "optimizer": {"type": "adamw", "lr": 1e-4},
+        "sampling": {"prompts": ["one"], "steps": 2, "width": 64, "height": 64, "every_n_steps": 11},
+        "save_every_n_steps": 13,
+        "checkpoint_every_n_steps": 7,
+        "keep_last": 2,
+        "eval_every_n_steps": 17,
+    }
+    path = folder / "soak.toml"
+    path.write_text(tomli_w.dumps(keys), encoding="utf-8")
+    return path
+
+
+def benchmark_soak(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
+    """Whether a long run stays as it is.
+
+    Raises:
+        SystemExit: it has failed, or has grown.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        command = [sys.executable, "-m", "anima_train", str(soak_config(folder, options.steps))]
+        looks: list[Look] = []
+        with (
+            open(folder / "output.txt", "w+", encoding="utf-8") as output,
+            subprocess.Popen(command, env=child_environment(), stdout=output, stderr=output) as process,
+        ):
+            while process.poll() is None:
+                if look := Look.at(process.pid, folder / "runs" / "soak"):
+                    looks.append(look)
+                time.sleep(LOOK_EVERY)
+            if process.returncode:
+                output.seek(0)
+                sys.exit(output.read())
+    judge(looks, options.steps)
+
+
+def judge(looks: Sequence[Look], steps: int) -> None:
+    """Print what a run held, by quarters, and whether that grew.
+
+    Raises:
+        SystemExit: it did.
+    """
+    quarters: list[list[Look]] = [[], [], [], []]
+    for look in looks:
+        quarters[min(3, look.step * 4 // steps)].append(look)
+    if not all(quarters):
+        sys.exit(f"{steps} steps are too few to look at; raise --steps")
+    print(f"{'steps to':>8} {'looks':>6} {'resident MB':>12} {'descriptors':>12} {'threads':>8} {'files':>6}")
+    memory = [statistics.mean(look.resident_bytes for look in quarter) for quarter in quarters]
+    # Not the maximum, which depends on whether a look met with files that were just being read.
+    descriptors = [statistics.median_high(look.num_descriptors for look in quarter) for quarter in quarters]
+    for index, quarter in enumerate(quarters):
+        threads = max(look.num_threads for look in quarter)
+        print(
+            f"{quarter[-1].step:>8,} {len(quarter):>6,} {memory[index] / 1e6:>12.1f} {descriptors[index]:>12} "
+            f"{threads:>8} {quarter[-1].num_files:>6,}"
+        )
+    growth = memory[3] / memory[1] - 1
+    print(f"memory: {growth:+.2%} from the second quarter to the last (limit {MAX_GROWTH:.0%})")
+    print(f"descriptors: {descriptors[1]} in the second quarter, {descriptors[3]} in the last (medians)")
+    if growth > MAX_GROWTH or descriptors[3] > descriptors[1]:
+        sys.exit("it grows")
 
 
 def main() -> None:
     """Parse the command line and run one benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("step", "vae", "cache", "scan"))
+    parser.add_argument("what", choices=("step", "vae", "cache", "scan", "soak"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--width", type=int, default=1280)
@@ -254,12 +378,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--images", type=int, help="default 2,000 for cache, 100,000 for scan")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=2_000)
     options = parser.parse_args()
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     torch.manual_seed(0)
     if options.images is None:
         options.images = 100_000 if options.what == "scan" else 2_000
-    benchmarks = {"step": benchmark_step, "vae": benchmark_vae, "cache": benchmark_cache, "scan": benchmark_scan}
+    benchmarks = {
+        "step": benchmark_step, "vae": benchmark_vae, "cache": benchmark_cache, "scan": benchmark_scan,
+        "soak": benchmark_soak,
+    }  # fmt: skip
     benchmarks[options.what](options, device, dtype)
 
 

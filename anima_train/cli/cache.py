@@ -8,6 +8,7 @@ import typer
 from anima_train.cli.train import ConfigPath, Overrides
 from anima_train.config.load import load_config
 from anima_train.training.prepare import make_accelerator, prepare_data
+from anima_train.training.processes import Together, settled
 
 PRUNE = (
     "First remove from this configuration's cache folders whatever this configuration does not use. Other "
@@ -25,5 +26,6 @@ def cache(
     """Fill the cache of latents and text without training. Several of these may fill one cache together."""
     loaded = load_config(config, overrides or [])
     accelerator = make_accelerator(loaded.config, Path(loaded.config.output_dir) / loaded.run_name)
-    prepare_data(loaded, accelerator, prune, verify)
+    with Together(accelerator):
+        prepare_data(settled(loaded, accelerator), accelerator, prune, verify)
     accelerator.end_training()

@@ -1,6 +1,7 @@
 """`anima-train` and `anima`: prints user errors without a traceback, and ends with their exit code."""
 
 import sys
+import time
 from collections.abc import Callable
 
 import typer
@@ -14,12 +15,14 @@ from anima_train.cli.report import report
 from anima_train.cli.sample import sample
 from anima_train.cli.tiny import tiny
 from anima_train.cli.train import train, with_resume_path
-from anima_train.core.errors import ConfigError, Interrupted, UserError
+from anima_train.core.errors import Interrupted, UserError
 from anima_train.training.run import rank
 
 COMMANDS: tuple[Callable[..., None], ...] = (
     train, check, report, sample, cache, convert, tiny, download, reference,
 )  # fmt: skip
+
+HEAD_START = 15.0  # seconds that process 0 has to say what is wrong
 
 
 def application(commands: tuple[Callable[..., None], ...], text: str) -> typer.Typer:
@@ -45,8 +48,13 @@ def run(app: typer.Typer) -> None:
     try:
         app(args=with_resume_path(sys.argv[1:]))
     except UserError as error:
-        # Every process reads the same config; one of them says what is wrong with it.
-        if rank() == 0 or not isinstance(error, ConfigError | Interrupted):
+        if rank() == 0:
             for problem in error.problems:
                 print(f"{error.label}: {problem}", file=sys.stderr)
+        elif not isinstance(error, Interrupted):
+            # The processes do not know each other yet. What process 0 finds wrong as well, it says, and the launcher
+            # ends this one meanwhile.
+            time.sleep(HEAD_START)
+            for problem in error.problems:
+                print(f"{error.label} (process {rank()}): {problem}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -28,6 +28,7 @@ from anima_train.training.encode import (
 )
 from anima_train.training.evaluate import EvalSet
 from anima_train.training.model import DTYPES, ModelFiles, find_model_files
+from anima_train.training.processes import check_same_data
 from anima_train.training.setup import data_text, scan_all
 from anima_train.training.texts import LiveTexts, has_live_texts, live_encoder, text_device
 from anima_train.training.trackers import tracker_names
@@ -82,6 +83,7 @@ def prepare_data(loaded: LoadedConfig, accelerator: Accelerator, prune: bool = F
         accelerator.print(line)
         warnings.append(line)
 
+    check_same_data(scans, accelerator)
     for cache in caches_of(loaded):
         if (newest := cache.newest_schema()) > SCHEMA:
             accelerator.print(

@@ -38,11 +38,12 @@ def from_main(accelerator: Accelerator, make: Callable[[], Made]) -> Made:
         try:
             made[0] = make()
         except UserError as error:
-            made[1] = error
+            made[1] = (type(error), error.problems)
     if accelerator.num_processes > 1:
         broadcast_object_list(made)
     if made[1] is not None:
-        raise made[1]
+        kind, problems = made[1]
+        raise kind(problems)
     result: Made = made[0]
     return result
 

@@ -32,6 +32,7 @@ from anima_train.training.objective import compute_loss
 from anima_train.training.outputs import Moment, Outputs, Trained
 from anima_train.training.prepare import make_accelerator, prepare_data, with_live_texts
 from anima_train.training.previews import Previews
+from anima_train.training.processes import Together, check_same_plan, settled
 from anima_train.training.progress import Progress
 from anima_train.training.resume import Origin, check_same_content, find_origin, from_main, set_aside
 from anima_train.training.run import RunFolder, config_toml, leave_report, manifest
@@ -104,28 +105,26 @@ def run_training(
             files.check_headers()
             print(report(loaded, files, scan_all(loaded, write=True), accelerator.num_processes))
         return None
-    for note in loaded.notes:
-        accelerator.print(f"note: {note}")
-    warnings: list[str] = []
-    origin = from_main(accelerator, lambda: find_origin(loaded, resume, resume_path, warnings.append))
-    for line in (*(f"warning: {warning}" for warning in warnings), *origin.notes):
-        accelerator.print(line)
-    loaded = replace(loaded, run_name=origin.run_name)
-    run = RunFolder(Path(config.output_dir), loaded.run_name)
-    places = accelerator.project_configuration  # made before the name was known
-    places.project_dir = places.logging_dir = str(run.path)
-    if accelerator.is_main_process:
-        run.open()
-    try:
-        with contextlib.ExitStack() as stack:
-            stopping = stack.enter_context(
-                Stopping(run.path, config.stop_within_seconds if accelerator.num_processes == 1 else None)
-            )
-            return train(loaded, run, accelerator, origin, warnings, stack, stopping)
-    finally:
+    with contextlib.ExitStack() as stack, Together(accelerator):  # which hears of a failure before the stack does
+        stack.callback(accelerator.end_training)
+        loaded = settled(loaded, accelerator)
+        for note in loaded.notes:
+            accelerator.print(f"note: {note}")
+        warnings: list[str] = []
+        origin = from_main(accelerator, lambda: find_origin(loaded, resume, resume_path, warnings.append))
+        for line in (*(f"warning: {warning}" for warning in warnings), *origin.notes):
+            accelerator.print(line)
+        loaded = replace(loaded, run_name=origin.run_name)
+        run = RunFolder(Path(config.output_dir), loaded.run_name)
+        places = accelerator.project_configuration  # made before the name was known
+        places.project_dir = places.logging_dir = str(run.path)
         if accelerator.is_main_process:
-            run.close()
-        accelerator.end_training()
+            run.open()
+            stack.callback(run.close)
+        deadline = config.stop_within_seconds if accelerator.num_processes == 1 else None
+        return train(
+            loaded, run, accelerator, origin, warnings, stack, stack.enter_context(Stopping(run.path, deadline))
+        )
 
 
 def train(
@@ -147,6 +146,7 @@ def train(
     data = prepare_data(loaded, accelerator)
     plan = make_plan(loaded, data.train.samples, accelerator.num_processes)
     timetable = make_timetable(loaded, plan)
+    check_same_plan(data.train, plan, timetable.num_steps, accelerator)
     accelerator.print("\n".join(plan_text(plan, timetable, config.epochs)))
 
     # Previews: prompts are encoded, and the text encoder is freed, before the transformer is loaded.
@@ -336,6 +336,7 @@ def train(
                 outputs.save_state(step, pending)
         if wish.exit_code is not None and (step < timetable.num_steps or pending):
             writer.wait()
+            accelerator.wait_for_everyone()  # a process that leaves while another one saves would end that, too
             raise Interrupted(f"after step {step}; {GO_ON}", wish.exit_code)
         step_started = time.monotonic()
     final = run.weights_path(None)

@@ -310,6 +310,7 @@ def everything(trainer, pictures, kind):
     for key, value in KINDS[kind].items():
         old = trainer.base.get(key)
         trainer.base[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+    trainer.base = {key: value for key, value in trainer.base.items() if value is not None}
     return {key: value for key, value in EVERYTHING.items() if key not in KINDS[kind]}
 
 
@@ -322,10 +323,11 @@ def left(run):
         "evaluations": [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()],
         "samples": pictures_of(run),
     }
+    final = [path for path in (run / "weights").iterdir() if "-s0" not in path.name]
     files = [
         run / "checkpoints" / "step-000009" / f"{name}.safetensors" for name in ("weights", "optimizer", "average")
     ]
-    return found, [load_file(path) for path in (*(run / "weights").glob("*.safetensors"), *files)]
+    return found, [load_file(path) for path in (*final, *files)]
 
 
 def assert_same_run(expected, run):
