@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
+import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -94,3 +96,25 @@ def cosmos_transformer(shape, weights):
 def cosmos():
     """`cosmos_transformer`, the oracle of our transformer."""
     return cosmos_transformer
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Mounts disks in memory, of so many bytes, and takes them away again."""
+    mounted: list[Path] = []
+    if shutil.which("mount") is None:
+        pytest.skip("there is no mount command")
+
+    def mount(num_bytes: int, name: str = "disk") -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)  # at once, whoever has a file open

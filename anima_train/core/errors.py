@@ -61,6 +61,15 @@ def count(number: int, noun: str, plural: str | None = None) -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
+def readable(num_bytes: float) -> str:
+    """1536 as 1.5 KiB."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} GiB"
+
+
 def listed(lines: Sequence[str], most: int = MAX_LISTED) -> list[str]:
     """The first lines, fit to be printed, and how many more there are."""
     more = len(lines) - most

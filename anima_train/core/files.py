@@ -3,15 +3,20 @@
 import contextlib
 import errno
 import hashlib
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from anima_train.core.errors import SpaceError
+from anima_train.core.errors import SpaceError, readable
 
 HASH_CHUNK = 1 << 20  # bytes
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
+BLOCK = 4096  # bytes; what file systems round a file's size up to
 
 
 def sha256_file(path: Path) -> str:
@@ -30,31 +35,96 @@ def current_umask() -> int:
     return mask
 
 
+def on_disk(num_bytes: int) -> int:
+    """What a file of this many bytes takes of a disk."""
+    return -(-num_bytes // BLOCK) * BLOCK
+
+
+def existing_folder(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    folder = folder.absolute()
+    return next(place for place in (folder, *folder.parents) if os.path.isdir(place))
+
+
+def free_bytes(folder: Path) -> float:
+    """What may still be written below a folder, which need not be there; infinity where the disk does not tell."""
+    usage = shutil.disk_usage(existing_folder(folder))
+    return usage.free if usage.total else math.inf  # some disks in memory or on a network say 0 bytes in all
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that are about to be written in a folder, which need not be there."""
+
+    folder: Path
+    num_bytes: int  # on disk
+    what: str  # "the training state"
+
+
+def require_space(needs: Iterable[Need], remedy: str) -> None:
+    """Refuse to begin what a disk has no room for; what folders on the same disk need is summed.
+
+    A quota is not seen ahead: the system tells of it only when a write fails.
+
+    Args:
+        needs: all that is to be written.
+        remedy: the end of the message.
+
+    Raises:
+        SpaceError: for each such disk the bytes needed, free and missing; or a folder cannot be written at all.
+    """
+    by_disk: dict[int, list[Need]] = defaultdict(list)
+    problems = []
+    for need in needs:
+        if need.num_bytes == 0:
+            continue
+        folder = existing_folder(need.folder)
+        if os.access(folder, os.W_OK):
+            by_disk[folder.stat().st_dev].append(need)
+        else:
+            size = readable(need.num_bytes)
+            problems.append(f"{need.folder}: cannot be written, where {size} are needed for {need.what}; {remedy}")
+    for wanted in by_disk.values():
+        num_bytes, free = sum(need.num_bytes for need in wanted), free_bytes(wanted[0].folder)
+        if num_bytes > free:
+            names = [f"{need.what} in {need.folder} ({readable(need.num_bytes)})" for need in wanted]
+            problems.append(
+                f"the disk has no room for {', '.join(names)}: {readable(num_bytes)} needed, {readable(free)} free, "
+                f"{readable(num_bytes - free)} missing; {remedy}"
+            )
+    if problems:
+        raise SpaceError(problems)
+
+
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, num_bytes: int | None = None) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed to disk and renamed to `path`, else removed.
 
     The file gets the permissions the umask allows (safetensors writes 0600), and the folder's entry is flushed too,
     so after this returns a power cut cannot take the file back.
 
+    Args:
+        path: of the file.
+        num_bytes: what will be written, if that is known: without room for it nothing is.
+
     Raises:
         SpaceError: the disk is full or read-only; an earlier file at `path` is untouched.
     """
-    temporary: Path | None = None
-    try:
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent)
-            os.close(handle)
-            temporary = Path(name)
+    with disk_errors(path, num_bytes):
+        if num_bytes is not None and on_disk(num_bytes) > free_bytes(path.parent):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
             yield temporary
             os.chmod(temporary, 0o666 & ~current_umask())
             sync(temporary)
             os.replace(temporary, path)
             sync(path.parent)
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        finally:
+            temporary.unlink(missing_ok=True)  # before the free space is looked at for the message
 
 
 @contextlib.contextmanager
@@ -66,31 +136,49 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Raises:
         SpaceError: the disk is full or read-only.
     """
-    temporary: Path | None = None
-    try:
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent))
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent))
+        try:
             yield temporary
             os.chmod(temporary, 0o777 & ~current_umask())
             for inside in (*temporary.rglob("*"), temporary):
                 sync(inside)
             temporary.rename(path)
             sync(path.parent)
-    finally:
-        if temporary is not None:
+        finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Report a disk that is full or read-only as a `SpaceError` about `path`."""
+def disk_errors(path: Path, num_bytes: int | None = None) -> Iterator[None]:
+    """Report a disk that is full or read-only as a `SpaceError` about `path`.
+
+    Args:
+        path: what is written.
+        num_bytes: of it, if that is known.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
-            raise SpaceError(f"{path}: could not be written ({error.strerror}); earlier files are intact") from error
+        if error.errno in UNWRITABLE:
+            lack = shortfall(path.parent, num_bytes) if error.errno == errno.ENOSPC else ""
+            raise SpaceError(
+                f"{path}: could not be written ({error.strerror}){lack}; earlier files are intact"
+            ) from error
         raise
+
+
+def shortfall(folder: Path, num_bytes: int | None) -> str:
+    """What a full disk lacks, for a message; "" where it does not tell."""
+    free = free_bytes(folder)
+    if free == math.inf:
+        return ""
+    if num_bytes is None:
+        return f"; the disk has {readable(free)} free"
+    if (missing := on_disk(num_bytes) - free) > 0:
+        return f"; {readable(num_bytes)} needed, {readable(free)} free, {readable(missing)} missing"
+    return f"; {readable(num_bytes)} needed, {readable(free)} free: there was less, or the disk can take no more files"
 
 
 def sync(path: Path) -> None:
@@ -110,5 +198,6 @@ def sync(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    content = text.encode()
+    with atomic_path(path, len(content)) as temporary:
+        temporary.write_bytes(content)

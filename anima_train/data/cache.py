@@ -85,7 +85,7 @@ class Cache:
             SpaceError: it cannot be written; names the bytes it needs.
         """
         try:
-            with atomic_path(path) as temporary:
+            with atomic_path(path, len(content)) as temporary:
                 temporary.write_bytes(content)  # not safetensors' own writer, which hides the reason of a failure
         except (SpaceError, OSError) as error:
             raise self.unwritable(error, len(content)) from error

@@ -262,6 +262,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Unlike the safetensors library's own function this holds one tensor at a time in memory, not all of them, and a
     full disk is an OSError. Not atomic by itself: `path` is a temporary one.
     """
+    header, ordered = header_bytes(tensors, metadata)
+    with open(path, "wb") as stream:
+        stream.write(header)
+        for _, tensor in ordered:
+            stream.write(byte_view(tensor.detach().cpu().contiguous()))
+
+
+def file_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
+    """The size of the file that `write_tensors` makes of these; tensors on the meta device will do."""
+    values = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return len(header_bytes(tensors, metadata)[0]) + values
+
+
+def header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, list[tuple[str, Tensor]]]:
+    """What a file begins with, and the tensors in the order in which they follow."""
     # Wide types first, as the format's own writer does: every tensor is then aligned to its type.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
@@ -273,10 +288,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        for _, tensor in ordered:
-            stream.write(byte_view(tensor.detach().cpu().contiguous()))
+    return struct.pack("<Q", len(text)) + text, ordered
 
 
 # What a file holds ---------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import numpy as np
 
 from anima_train.adapters.full import Full
 from anima_train.config.config import Config
+from anima_train.core.errors import readable
 from anima_train.data.buckets import Size
 from anima_train.data.samples import Sample, View
 from anima_train.model.dit import TransformerShape
@@ -57,13 +58,18 @@ def cache_costs(
 
     def need(sample: Sample, views: Iterable[View], captions: Iterable[str]) -> None:
         folder = sample.cache.folder
-        num_places = (sample.size.width // PIXELS_PER_LATENT) * (sample.size.height // PIXELS_PER_LATENT)
         for view in views:
-            latents[folder, view.latent_key("")] = LATENT_CHANNELS * num_places * DTYPE_BYTES["float32"]
+            latents[folder, view.latent_key("")] = latent_bytes(sample.size)
             if sample.has_mask:
-                masks[folder, view.mask_key()] = num_places * DTYPE_BYTES["float32"]
+                masks[folder, view.mask_key()] = mask_bytes(sample.size)
         for caption in captions if config.model.cache_text_embeddings else ():
-            texts[folder, caption] = text_bytes(config, lengths[caption], model)
+            texts[folder, caption] = text_bytes(
+                lengths[caption],
+                config.learning_rates().by_component["llm_adapter"] == 0,
+                model.source_width,
+                model.context_width,
+                DTYPE_BYTES[config.model.dtype],
+            )
 
     for sample in train:
         need(sample, sample.views(), [*sample.fixed_captions(config.seed), *([""] if config.uncond_fraction else [])])
@@ -73,14 +79,31 @@ def cache_costs(
     return [CacheCost(kind, len(entries), sum(entries.values())) for kind, entries in kinds.items()]
 
 
-def text_bytes(config: Config, length: Length, model: ModelFacts) -> int:
-    """Bytes of a caption's tensors: the LLM adapter's output, or what a trained adapter reads."""
-    value = DTYPE_BYTES[config.model.dtype]
+def latent_bytes(size: Size) -> int:
+    """Bytes of a latent's tensor."""
+    return LATENT_CHANNELS * mask_bytes(size)
+
+
+def mask_bytes(size: Size) -> int:
+    """Bytes of a mask's tensor: one float32 for each place of the latent."""
+    return (size.width // PIXELS_PER_LATENT) * (size.height // PIXELS_PER_LATENT) * DTYPE_BYTES["float32"]
+
+
+def text_bytes(length: Length, with_adapter: bool, source_width: int, context_width: int, value_bytes: int) -> int:
+    """Bytes of a caption's tensors.
+
+    Args:
+        length: of the caption.
+        with_adapter: whether they are the LLM adapter's output, or what a trained one reads.
+        source_width: of the Qwen3 states.
+        context_width: of the LLM adapter's output.
+        value_bytes: of each number.
+    """
     rows = min(length.t5, MAX_TOKENS)
-    if config.learning_rates().by_component["llm_adapter"] == 0:
-        return rows * model.context_width * value
+    if with_adapter:
+        return rows * context_width * value_bytes
     num_id_bytes = 8
-    return min(length.qwen, MAX_TOKENS) * model.source_width * value + rows * num_id_bytes
+    return min(length.qwen, MAX_TOKENS) * source_width * value_bytes + rows * num_id_bytes
 
 
 @dataclass(frozen=True)
@@ -208,15 +231,6 @@ def estimated_seconds(
     tokens, seconds = zip(*points, strict=True)
     # The sum of a linear function over all steps is that of their mean.
     return num_steps * float(np.interp(num_tokens / num_steps, tokens, seconds))
-
-
-def readable(num_bytes: float) -> str:
-    """1536 as 1.5 KiB."""
-    for unit in ("bytes", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} GiB"
 
 
 def readable_time(seconds: float) -> str:

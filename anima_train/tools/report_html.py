@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
+from anima_train.core.errors import readable
 from anima_train.model.text import MAX_TOKENS
 from anima_train.optim.groups import GroupRow
 from anima_train.tools.dataset_report import Bucket, DatasetReport, SetReport, Thumbnail
 from anima_train.tools.html import bars, bulleted, document, note, table, text
-from anima_train.tools.report_costs import readable, readable_time, total_bytes
+from anima_train.tools.report_costs import readable_time, total_bytes
 
 MAX_LETTERS = 200  # of a caption
 MAX_TAGS = 50

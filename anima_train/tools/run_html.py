@@ -7,13 +7,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from anima_train.core.errors import count
+from anima_train.core.errors import count, readable
 from anima_train.core.files import write_text
 from anima_train.tools import charts
 from anima_train.tools.charts import Line, chart, line_of
 from anima_train.tools.dataset_report import evenly
 from anima_train.tools.html import bars, bulleted, document, note, table, text
-from anima_train.tools.report_costs import readable, readable_time
+from anima_train.tools.report_costs import readable_time
 from anima_train.tools.run_report import (
     PREVIEW_SIDE,
     T_BINS,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from anima_train.core.errors import ModelFileError, NumericError, count
 from anima_train.core.files import atomic_path
-from anima_train.model.weights import match_keys, open_header, read_tensors, write_tensors
+from anima_train.model.weights import file_bytes, match_keys, open_header, read_tensors, write_tensors
 
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -20,8 +20,9 @@ def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         ModelFileError: the disk does not give back what was written; earlier files are intact.
     """
     check_finite(path, tensors)
-    with atomic_path(path) as temporary:
-        write_tensors(temporary, tensors, {"format": "pt", **metadata})
+    metadata = {"format": "pt", **metadata}
+    with atomic_path(path, file_bytes(tensors, metadata)) as temporary:
+        write_tensors(temporary, tensors, metadata)
         found = open_header(temporary)
         match_keys(found.entries, tensors, f"{path}: reads back with other keys than were written; check the disk")
         for name, tensor in read_tensors(found):

@@ -10,7 +10,7 @@ import functools
 import gc
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from anima_train.core.errors import SpaceError
-from anima_train.core.files import sha256_file
+from anima_train.core.errors import SpaceError, count
+from anima_train.core.files import BLOCK, Need, on_disk, require_space, sha256_file
 from anima_train.data.cache import Cache, Claims, DamagedEntry, Kind
 from anima_train.data.images import (
     BadImage,
@@ -31,7 +31,9 @@ from anima_train.data.loader import TextIdentity, read_ahead
 from anima_train.data.samples import Sample, View
 from anima_train.data.stored import Stored
 from anima_train.data.workers import MaskWork, PixelWork, Workers, num_workers
+from anima_train.model.llm_adapter import LLMAdapterShape
 from anima_train.model.text import (
+    MAX_TOKENS,
     Tokenizers,
     load_tokenizers,
     text_encoder_identity,
@@ -39,11 +41,17 @@ from anima_train.model.text import (
     tokenizer_identity,
 )
 from anima_train.model.vae import load_vae, to_pixels
+from anima_train.tools.report_captions import Length
+from anima_train.tools.report_costs import latent_bytes, mask_bytes, text_bytes
 from anima_train.training.model import ModelFiles
 from anima_train.training.texts import ConditionEncoder
 
 POLL = 0.5  # seconds between looks at what other processes are making
 MESSAGE_EVERY = 60.0  # seconds
+
+ENTRY_HEADER = 256  # bytes of an entry beside its tensors, at most
+CACHE_REMEDY = "free some space, or set cache_dir and output_dir to folders of larger disks that can be written"
+NUM_CLAIMS = 32  # files that may lie in a cache while it is filled, beside its entries
 
 Say = Callable[[str], None]
 Source = TypeVar("Source", View, str)
@@ -202,7 +210,7 @@ def share_out(
             make(claimed(pending, busy, claims))
         except SpaceError as error:
             problems = list(error.problems)
-            if size := sum(latent_bytes(entry) for entry in entries if not entry.is_done):
+            if size := sum(view_bytes(entry) for entry in entries if not entry.is_done):
                 problems.append(f"the latents that are missing need about {size:,} bytes")
             raise SpaceError(problems) from error
         pending = wait_for_others(busy, say)
@@ -234,11 +242,6 @@ def wait_for_others(busy: Sequence[Entry[Source]], say: Say) -> list[Entry[Sourc
             say(f"waiting for {len(left):,} cache entries that {names} is making")
         time.sleep(POLL)
     return []
-
-
-def latent_bytes(entry: Entry) -> int:
-    """Size of a latent's numbers; 0 for other entries."""
-    return entry.source.sample.size.num_tokens * 4 * 16 * 4 if isinstance(entry.source, View) else 0
 
 
 def content_or_path(file: Path | Stored) -> Path | bytes:
@@ -373,17 +376,51 @@ def encode_texts(
     return num_encoded
 
 
-def truncated_captions(captions: Iterable[str], tokenizers: Tokenizers) -> Iterator[tuple[str, int]]:
-    """(caption, tokens lost) for every caption longer than the model reads."""
+def caption_lengths(captions: Iterable[str], tokenizers: Tokenizers) -> dict[str, Length]:
+    """How long captions are, in tokens."""
+    lengths = {}
     for caption in captions:
         tokens = tokenize(tokenizers, caption)
-        if lost := max(tokens.qwen_lost, tokens.t5_lost):
-            yield caption, lost
+        lengths[caption] = Length(len(tokens.qwen_ids) + tokens.qwen_lost, len(tokens.t5_ids) + tokens.t5_lost)
+    return lengths
+
+
+def view_bytes(entry: Entry) -> int:
+    """Bytes of a latent's or mask's tensor; 0 for a caption."""
+    if not isinstance(entry.source, View):
+        return 0
+    size = entry.source.sample.size
+    return latent_bytes(size) if entry.kind == "latent" else mask_bytes(size)
+
+
+def cache_needs(sizes: Iterable[tuple[Entry, int]]) -> list[Need]:
+    """What missing entries will take of the disk, for each cache.
+
+    Args:
+        sizes: entries, with the bytes of their tensors.
+    """
+    num_bytes: dict[Path, int] = defaultdict(int)
+    numbers: dict[Path, int] = defaultdict(int)
+    folders: dict[Path, set[Path]] = defaultdict(set)
+    for entry, size in sizes:
+        cache = entry.cache
+        num_bytes[cache.folder] += on_disk(size + ENTRY_HEADER)
+        numbers[cache.folder] += 1
+        folders[cache.folder].add(cache.path(entry.kind, entry.key).parent)
+    return [
+        Need(
+            folder,
+            num_bytes[folder] + (len(folders[folder]) + NUM_CLAIMS) * BLOCK,
+            count(number, "missing cache entry", "missing cache entries"),
+        )
+        for folder, number in numbers.items()
+    ]
 
 
 def fill_cache(
     needed: Needed, files: ModelFiles, with_adapter: bool, share: Share, device: torch.device,
     text_device: torch.device, dtype: torch.dtype, batch_size: int, progress: bool, say: Say,
+    also: Sequence[Need] = (),
 ) -> Encoded:  # fmt: skip
     """Make every missing entry, together with all other processes that do so; returns when none is missing.
 
@@ -398,11 +435,27 @@ def fill_cache(
         batch_size: images and captions at once.
         progress: whether to show bars.
         say: gets a line about truncated captions.
+        also: what will be written after it, and must have room beside it.
+
+    Raises:
+        SpaceError: a disk will not hold it; nothing is encoded.
     """
-    latents = sorted(missing(needed.latents), key=lambda entry: entry.source.sample.size)  # batches have one size
-    masks = missing(needed.masks)
     # Captions of similar length together: little padding.
     texts = sorted(missing(needed.texts), key=lambda entry: len(entry.source))
+    tokenizers = load_tokenizers(files.tokenizer, files.t5_tokenizer) if texts else None
+    lengths = {}
+    if tokenizers is not None and share.rank == 0:
+        lengths = caption_lengths([entry.source for entry in texts], tokenizers)
+    latents = sorted(missing(needed.latents), key=lambda entry: entry.source.sample.size)  # batches have one size
+    masks = missing(needed.masks)
+    if share.rank == 0:  # right after the looks: the other processes begin to write
+        shape = LLMAdapterShape.of(files.adapter_header.entries)
+        widths = (shape.source_width, shape.target_width)
+        sizes = [(entry, view_bytes(entry)) for entry in (*latents, *masks)]
+        text_sizes = [
+            (entry, text_bytes(lengths[entry.source], with_adapter, *widths, dtype.itemsize)) for entry in texts
+        ]
+        require_space([*cache_needs([*sizes, *text_sizes]), *also], CACHE_REMEDY)
     if latents or masks or texts:
         for cache in needed.caches():
             with contextlib.suppress(SpaceError):  # what is to be written next will tell it better
@@ -414,10 +467,9 @@ def fill_cache(
         )
         num_masks = encode_masks(share.rotated(masks), workers, claims, say)
         num_texts = 0
-        if texts:
-            tokenizers = load_tokenizers(files.tokenizer, files.t5_tokenizer)
+        if tokenizers is not None:
             if share.rank == 0:
-                report_truncated([entry.source for entry in texts], tokenizers, say)
+                report_truncated(lengths, say)
             num_texts = encode_texts(
                 share.rotated(texts), lambda: ConditionEncoder(files, with_adapter, tokenizers, text_device, dtype),
                 text_device, batch_size, progress, claims, say,
@@ -425,14 +477,14 @@ def fill_cache(
     return Encoded(num_latents, num_masks, num_texts)
 
 
-def report_truncated(captions: Sequence[str], tokenizers: Tokenizers, say: Say) -> None:
+def report_truncated(lengths: Mapping[str, Length], say: Say) -> None:
     """Warn about captions that are longer than the model reads."""
-    lost = list(truncated_captions(captions, tokenizers))
+    lost = {caption: length.lost for caption, length in lengths.items() if length.lost}
     if lost:
-        worst = max(number for _, number in lost)
+        first = next(iter(lost))
         say(
-            f"warning: {len(lost):,} of {len(captions):,} captions are longer than 512 tokens and lose their end "
-            f"(up to {worst:,} tokens), such as {lost[0][0][:60]!r}"
+            f"warning: {len(lost):,} of {len(lengths):,} captions are longer than {MAX_TOKENS} tokens and lose their "
+            f"end (up to {max(lost.values()):,} tokens), such as {first[:60]!r}"
         )
 
 

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import torch
 
-from anima_train.core.errors import SpaceError, count
+from anima_train.core.errors import SpaceError, count, readable
 from anima_train.data.buckets import Size
 from anima_train.data.plan import MicroBatch
 from anima_train.data.samples import Sample
-from anima_train.tools.report_costs import readable
 
 # In messages of errors that are RuntimeErrors like any other: of the CPU, on Linux and Windows; of MPS, and of CUDA
 # outside of torch's allocator; of cuBLAS and cuDNN.

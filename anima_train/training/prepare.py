@@ -18,6 +18,7 @@ from anima_train.data.samples import Sample
 from anima_train.data.scan import Scan
 from anima_train.training.encode import (
     Share,
+    caption_lengths,
     fill_cache,
     needed_entries,
     report_truncated,
@@ -29,7 +30,7 @@ from anima_train.training.encode import (
 from anima_train.training.evaluate import EvalSet
 from anima_train.training.model import DTYPES, ModelFiles, find_model_files
 from anima_train.training.processes import check_same_data
-from anima_train.training.setup import data_text, scan_all
+from anima_train.training.setup import data_text, first_files, scan_all
 from anima_train.training.texts import LiveTexts, has_live_texts, live_encoder, text_device
 from anima_train.training.trackers import tracker_names
 
@@ -56,7 +57,9 @@ class Prepared:
     warnings: list[str]  # about images and captions
 
 
-def prepare_data(loaded: LoadedConfig, accelerator: Accelerator, prune: bool = False, verify: bool = False) -> Prepared:
+def prepare_data(
+    loaded: LoadedConfig, accelerator: Accelerator, prune: bool = False, verify: bool = False, trains: bool = False
+) -> Prepared:
     """Find the model's files, look at the images, and fill the cache.
 
     Args:
@@ -64,6 +67,7 @@ def prepare_data(loaded: LoadedConfig, accelerator: Accelerator, prune: bool = F
         accelerator: device and processes.
         prune: remove from the cache what this configuration does not need, first.
         verify: read every entry, and rebuild those that are damaged.
+        trains: whether a run follows, whose first files must have room beside the cache.
     """
     config = loaded.config
     with accelerator.main_process_first():  # one process downloads and reads the images, the others find it done
@@ -124,6 +128,7 @@ def prepare_data(loaded: LoadedConfig, accelerator: Accelerator, prune: bool = F
         config.caching_batch_size,
         accelerator.is_main_process,
         accelerator.print,
+        first_files(loaded, files) if trains and accelerator.is_main_process else [],
     )
     accelerator.wait_for_everyone()  # soon: no process comes here before all entries are there
     print(f"cache: {done.num_latents:,} latents, {done.num_masks:,} masks and {done.num_texts:,} texts added")
@@ -158,7 +163,7 @@ def with_live_texts(data: Prepared, loaded: LoadedConfig, accelerator: Accelerat
     if accelerator.is_main_process:
         live = [each for each in samples if each.rules.draws_tags or not config.model.cache_text_embeddings]
         captions = sorted({caption for sample in live for caption in sample.captions(config.seed)})
-        report_truncated(captions, encoder.tokenizers, print)
+        report_truncated(caption_lengths(captions, encoder.tokenizers), print)
     encode = LiveTexts(encoder)
     evals = [replace(eval_set, data=replace(eval_set.data, encode=encode)) for eval_set in data.evals]
     return replace(data, train=replace(data.train, encode=encode), evals=evals)

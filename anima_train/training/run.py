@@ -1,5 +1,6 @@
 """The run's folder: its lock, the resolved config, the manifest, the metrics."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,8 +17,8 @@ from filelock import FileLock, Timeout
 
 from anima_train import __version__
 from anima_train.config.config import Config
-from anima_train.core.errors import ConfigError
-from anima_train.core.files import sha256_file, sync, write_text
+from anima_train.core.errors import ConfigError, SpaceError
+from anima_train.core.files import UNWRITABLE, disk_errors, sha256_file, sync, write_text
 from anima_train.data.loader import CachedData
 from anima_train.data.plan import Plan, Timetable
 from anima_train.data.samples import Sample
@@ -97,6 +98,7 @@ class RunFolder:
 
         Raises:
             ConfigError: another process trains in it, or it cannot be written.
+            SpaceError: the disk is full or read-only.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -104,7 +106,10 @@ class RunFolder:
         except Timeout:
             raise ConfigError(f"{self.path}: another process is training in this folder") from None
         except OSError as error:
-            raise ConfigError(f"output_dir: {self.path} cannot be written ({error.strerror})") from error
+            kind = SpaceError if error.errno in UNWRITABLE else ConfigError
+            raise kind(
+                f"output_dir: {self.path} cannot be written ({error.strerror}); free some space, or set another folder"
+            ) from error
 
     def close(self) -> None:
         """Give the folder back."""
@@ -144,12 +149,18 @@ class RunFolder:
 
     def warn(self, step: int, warning: str) -> None:
         """Keep a warning that was printed; step 0 is before the first."""
-        self.log(self.warnings_path, {"step": step, "text": warning})
+        with contextlib.suppress(SpaceError):  # it was printed; where there is room for nothing, the metrics tell
+            self.log(self.warnings_path, {"step": step, "text": warning})
 
     def log(self, path: Path, values: Mapping[str, Any]) -> None:
-        """Append one JSON object as a line."""
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        """Append one JSON object as a line.
+
+        Raises:
+            SpaceError: the disk is full; a line that is cut off is forgotten when the run is resumed.
+        """
+        line = json.dumps(values) + "\n"
+        with disk_errors(path, len(line)), open(path, "a", encoding="utf-8") as file:
+            file.write(line)
 
 
 def step_of(line: str) -> int:

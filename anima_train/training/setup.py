@@ -3,13 +3,15 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from anima_train.adapters.full import Full
 from anima_train.config.load import Dataset, LoadedConfig
-from anima_train.core.errors import ConfigError, DataError, count, listed, printable
+from anima_train.core.errors import ConfigError, DataError, count, listed, printable, readable
+from anima_train.core.files import Need
 from anima_train.data.plan import Plan, Timetable, batch_size_for
 from anima_train.data.samples import Sample
 from anima_train.data.scan import Scan, scan
@@ -18,9 +20,10 @@ from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
 from anima_train.model.text import load_tokenizers
 from anima_train.optim.groups import GroupRow, LearningRates, group_table, optimizer_groups
 from anima_train.tools.dataset_report import DatasetReport, SetReport, collect, short_by
-from anima_train.tools.report_costs import Measured, ModelFacts, readable, total_bytes
+from anima_train.tools.report_costs import Measured, ModelFacts, total_bytes
 from anima_train.tools.report_html import duration_text, lr_text
 from anima_train.training.model import DTYPES, ModelFiles, load_transformer
+from anima_train.training.space import Writings, file_sizes, first_needs, space_warning, writings
 from anima_train.training.texts import has_live_texts
 
 
@@ -77,12 +80,13 @@ def make_timetable(loaded: LoadedConfig, plan: Plan) -> Timetable:
 
 
 def trainable_transformer(loaded: LoadedConfig, files: ModelFiles) -> MiniTrainDIT:
-    """The transformer with what is trained attached, on the meta device: names and shapes, no memory."""
+    """The transformer with what is trained attached, on the meta device: names, shapes and dtypes, no memory."""
     rates = loaded.config.learning_rates()
     with torch.device("meta"):
         transformer = MiniTrainDIT(TransformerShape.of(files.transformer_header.entries))
         if rates.by_component["llm_adapter"] != 0:
             transformer.llm_adapter = LLMAdapter(LLMAdapterShape.of(files.adapter_header.entries))
+    transformer.to(DTYPES[loaded.config.model.transformer_dtype or loaded.config.model.dtype])
     loaded.config.adapter.attach(transformer, rates, loaded.config.seed)
     return transformer
 
@@ -173,9 +177,36 @@ def report(loaded: LoadedConfig, files: ModelFiles, scans: dict[str, Scan], num_
     lines = [f"note: {note}" for note in loaded.notes]
     for name, found in scans.items():
         lines.extend(data_text(name, found))
-    lines.extend(plan_text(plan, make_timetable(loaded, plan), loaded.config.epochs))
-    lines.extend(groups_text(group_rows(trainable_transformer(loaded, files), rates)))
+    timetable = make_timetable(loaded, plan)
+    lines.extend(plan_text(plan, timetable, loaded.config.epochs))
+    transformer = trainable_transformer(loaded, files)
+    lines.extend(groups_text(group_rows(transformer, rates)))
+    planned = planned_writings(loaded, files, plan, timetable, transformer)
+    lines.append(f"files: {planned.described()}: {readable(planned.num_bytes)} in all")
+    if warning := space_warning(planned, loaded.config):
+        lines.append(f"warning: {warning}")
     return Report(lines)
+
+
+def first_files(loaded: LoadedConfig, files: ModelFiles) -> list[Need]:
+    """What a run has to have room for before it begins, at the least."""
+    sizes = file_sizes(loaded.config, trainable_transformer(loaded, files), files)
+    return first_needs(run_path(loaded), loaded.config, sizes)
+
+
+def planned_writings(
+    loaded: LoadedConfig, files: ModelFiles, plan: Plan, timetable: Timetable, transformer: MiniTrainDIT,
+    start: int = 0, num_states: int = 0,
+) -> Writings:  # fmt: skip
+    """What a run will write after its first `start` steps, of which `num_states` training states are there."""
+    images_per_epoch = float(sum(sample.repeats for sample in plan.samples))
+    sizes = file_sizes(loaded.config, transformer, files)
+    return writings(run_path(loaded), loaded.config, sizes, timetable, images_per_epoch, start, num_states)
+
+
+def run_path(loaded: LoadedConfig) -> Path:
+    """The run's folder."""
+    return Path(loaded.config.output_dir) / loaded.run_name
 
 
 def dataset_report(

@@ -22,6 +22,7 @@ from anima_train.core.settings import Settings
 from anima_train.model.weights import match_keys, open_header, read_tensors, write_tensors
 from anima_train.optim.ema import Average
 from anima_train.training.checkpoints import check_finite
+from anima_train.training.space import require_room, state_bytes
 
 STATE_FOLDER = re.compile(r"step-(\d+)")
 MANIFEST = "state.json"
@@ -95,7 +96,8 @@ def save_state(folder: Path, facts: StateFacts, groups: Groups, keep_last: int) 
         check_finite(final, tensors)
     if final.exists() and not faults(final):
         return final
-    with disk_errors(final):
+    require_room(final, *groups.values())
+    with disk_errors(final, state_bytes(*groups.values())):
         try:
             temporary.mkdir(parents=True)
             files = {}

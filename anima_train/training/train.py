@@ -43,10 +43,12 @@ from anima_train.training.setup import (
     make_plan,
     make_timetable,
     plan_text,
+    planned_writings,
     report,
     scan_all,
 )
-from anima_train.training.states import load_state, trained_parameters
+from anima_train.training.space import space_warning
+from anima_train.training.states import load_state, saved_states, trained_parameters
 from anima_train.training.stopping import Abandoned, Stopping
 from anima_train.training.texts import has_live_texts, text_device
 from anima_train.training.trackers import Trackers, open_trackers
@@ -143,7 +145,7 @@ def train(
     loss_function, timesteps = config.loss(), config.timesteps()
 
     # Data: everything into the cache, then the plan of every batch.
-    data = prepare_data(loaded, accelerator)
+    data = prepare_data(loaded, accelerator, trains=True)
     plan = make_plan(loaded, data.train.samples, accelerator.num_processes)
     timetable = make_timetable(loaded, plan)
     check_same_plan(data.train, plan, timetable.num_steps, accelerator)
@@ -181,6 +183,11 @@ def train(
         run.start_records(origin.source, start, pending)
         write_text(run.path / "config.toml", config_toml(config))
         write_text(run.manifest_path, json.dumps(facts, indent=1))
+        num_states = len(saved_states(run.checkpoints))
+        expected = planned_writings(loaded, data.files, plan, timetable, transformer, start, num_states)
+        if warning := space_warning(expected, config):
+            accelerator.print(f"warning: {warning}")
+            warnings.append(warning)
         for warning in (*warnings, *loaded.notes, *data.warnings):
             run.warn(0, warning)
     accelerator.wait_for_everyone()  # until the records are those that are kept

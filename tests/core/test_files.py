@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import math
 import os
 import signal
 import stat
@@ -12,7 +13,18 @@ from pathlib import Path
 import pytest
 
 from anima_train.core.errors import SpaceError
-from anima_train.core.files import HASH_CHUNK, atomic_folder, atomic_path, current_umask, sha256_file, write_text
+from anima_train.core.files import (
+    HASH_CHUNK,
+    Need,
+    atomic_folder,
+    atomic_path,
+    current_umask,
+    free_bytes,
+    on_disk,
+    require_space,
+    sha256_file,
+    write_text,
+)  # fmt: skip
 
 
 def python(code, *arguments):
@@ -184,3 +196,91 @@ def test_whatever_is_raised_leaves_no_folder(tmp_path, failure):
     with pytest.raises(SpaceError if isinstance(failure, OSError) else failure):
         write()
     assert os.listdir(tmp_path) == []
+
+
+# Space ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_write_that_cannot_fit_does_not_begin_and_says_what_is_missing(disk):
+    folder = disk(64 * 1024)
+    write_text(folder / "a.txt", "old")
+    began = False
+    with pytest.raises(SpaceError) as caught, atomic_path(folder / "a.txt", 100_000):
+        began = True
+    assert not began
+    assert str(caught.value) == (
+        f"{folder}/a.txt: could not be written (No space left on device); 97.7 KiB needed, 60.0 KiB free, "
+        "40.0 KiB missing; earlier files are intact"
+    )
+    assert (folder / "a.txt").read_text() == "old"
+    assert os.listdir(folder) == ["a.txt"]
+
+
+def test_a_disk_that_fills_up_while_writing_keeps_the_old_file_and_says_what_is_missing(disk):
+    folder = disk(64 * 1024)
+    write_text(folder / "a.txt", "old")
+
+    def write():
+        with atomic_path(folder / "a.txt", 40_000) as temporary:
+            (folder / "of-another-process").write_bytes(bytes(32 * 1024))
+            temporary.write_bytes(bytes(40_000))
+
+    with pytest.raises(SpaceError, match=r"39\.1 KiB needed, 28\.0 KiB free, 12\.0 KiB missing; earlier files are"):
+        write()
+    assert (folder / "a.txt").read_text() == "old"
+    assert sorted(os.listdir(folder)) == ["a.txt", "of-another-process"]
+    (folder / "of-another-process").unlink()
+    write_text(folder / "a.txt", "x" * 40_000)
+
+
+def test_a_write_of_unknown_size_says_what_is_free(disk):
+    folder = disk(64 * 1024)
+    with (
+        pytest.raises(SpaceError, match=r"device\); the disk has 64\.0 KiB free; earlier"),
+        atomic_path(folder / "a") as temporary,
+    ):
+        temporary.write_bytes(bytes(100_000))
+    assert os.listdir(folder) == []
+
+
+def test_a_disk_without_a_size_is_never_too_small(disk):
+    assert free_bytes(disk(0)) == math.inf
+    write_text(disk(0, "other") / "a.txt", "written")
+
+
+def test_free_space_is_that_of_the_nearest_folder_there_is(disk):
+    folder = disk(64 * 1024)
+    assert free_bytes(folder) == free_bytes(folder / "not" / "there") == 64 * 1024
+
+
+@pytest.mark.parametrize(("num_bytes", "expected"), [(0, 0), (1, 4096), (4096, 4096), (4097, 8192)])
+def test_files_take_whole_blocks(num_bytes, expected):
+    assert on_disk(num_bytes) == expected
+
+
+def test_what_folders_of_one_disk_need_is_summed_and_each_disk_is_reported(disk):
+    first, second = disk(64 * 1024, "first"), disk(64 * 1024, "second")
+    (first / "a").mkdir()
+    needs = [
+        Need(first / "a", 40_960, "the cache"),
+        Need(first / "b", 40_960, "a state"),
+        Need(second, 131_072, "weights"),
+    ]
+    with pytest.raises(SpaceError) as caught:
+        require_space(needs, "free some space")
+    assert list(caught.value.problems) == [
+        f"the disk has no room for the cache in {first}/a (40.0 KiB), a state in {first}/b (40.0 KiB): 80.0 KiB "
+        "needed, 64.0 KiB free, 16.0 KiB missing; free some space",
+        f"the disk has no room for weights in {second} (128.0 KiB): 128.0 KiB needed, 64.0 KiB free, 64.0 KiB "
+        "missing; free some space",
+    ]
+    require_space(needs[:1], "")
+    require_space([Need(first, 65_536, "all of it")], "")
+
+
+def test_a_read_only_disk_is_refused_with_the_bytes_if_any_are_needed(disk):
+    folder = disk(64 * 1024)
+    subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+    require_space([Need(folder, 0, "nothing")], "")
+    with pytest.raises(SpaceError, match=r"disk/b: cannot be written, where 1\.0 KiB are needed for the cache; move"):
+        require_space([Need(folder / "b", 1024, "the cache")], "move")
