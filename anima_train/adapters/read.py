@@ -127,7 +127,7 @@ def peft_config(file: TensorFile) -> dict[str, Any]:
         text = beside.read_text(encoding="utf-8", errors="replace")
     try:
         config = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelFileError(f"{file.path}: the LoRA's settings for PEFT are damaged ({error})") from error
     if not isinstance(config, dict):
         raise ModelFileError(f"{file.path}: the LoRA's settings for PEFT are not a table")

@@ -15,7 +15,7 @@ from anima_train.cli.report import report
 from anima_train.cli.sample import sample
 from anima_train.cli.tiny import tiny
 from anima_train.cli.train import train, with_resume_path
-from anima_train.core.errors import Interrupted, UserError
+from anima_train.core.errors import Interrupted, UserError, printable_lines
 from anima_train.training.run import rank
 
 COMMANDS: tuple[Callable[..., None], ...] = (
@@ -50,11 +50,11 @@ def run(app: typer.Typer) -> None:
     except UserError as error:
         if rank() == 0:
             for problem in error.problems:
-                print(f"{error.label}: {problem}", file=sys.stderr)
+                print(f"{error.label}: {printable_lines(problem)}", file=sys.stderr)
         elif not isinstance(error, Interrupted):
             # The processes do not know each other yet. What process 0 finds wrong as well, it says, and the launcher
             # ends this one meanwhile.
             time.sleep(HEAD_START)
             for problem in error.problems:
-                print(f"{error.label} (process {rank()}): {problem}", file=sys.stderr)
+                print(f"{error.label} (process {rank()}): {printable_lines(problem)}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -38,6 +38,13 @@ def plain_name(value: str) -> str:
     return value
 
 
+def printable_name(value: str) -> str:
+    """A name that shows as it is in terminals and curves."""
+    if not value.isprintable():
+        raise ValueError(f"found {quoted(value)}, expected a name without control characters")
+    return value
+
+
 def batch_sizes(value: int | list[list[int]]) -> int | list[list[int]]:
     """Positive numbers, and each resolution once."""
     entries = value if isinstance(value, list) else [[1, value]]
@@ -62,8 +69,8 @@ class ModelSettings(Settings):
     type: Literal["anima"]
     """The model family."""
     transformer_path: str | None = None
-    """The transformer, with the LLM adapter inside: a .safetensors file or hf://owner/name/path. Absent: the official
-    file is downloaded."""
+    """The transformer, with the LLM adapter inside: a .safetensors file or hf://owner/name/path, where @revision after
+    the name and #sha256=... at the end say which one is meant. Absent: the official file is downloaded."""
     vae_path: str | None = None
     """The Qwen-Image VAE, in its original Wan names: file or hf:// reference. Absent: downloaded."""
     llm_path: str | None = None
@@ -150,7 +157,7 @@ class ModelSettings(Settings):
 class EvalDataset(Settings):
     """A dataset the loss is measured on, never trained."""
 
-    name: str = Field(min_length=1)
+    name: Annotated[str, Field(min_length=1), AfterValidator(printable_name)]
     """What its curves are called."""
     config: str | DatasetSettings
     """A dataset TOML, or an inline table with the same keys."""
@@ -295,7 +302,7 @@ class Config(Settings):
     """Seconds that a cluster leaves between the signal to stop and the kill. A step that would take longer is left, and
     the state before it saved (one process; several always finish the step). Absent: the step is finished."""
     offline: bool = False
-    """Never look anything up on the Hub."""
+    """Open no connection: nothing is looked up or downloaded, and W&B only writes files, for `wandb sync` to send."""
     x_axis_examples: bool = False
     """Curves in TensorBoard and W&B over images seen instead of steps."""
     model: ModelSettings

@@ -79,3 +79,8 @@ def listed(lines: Sequence[str], most: int = MAX_LISTED) -> list[str]:
 def printable(text: str) -> str:
     """The text with escapes for what a terminal would obey or cannot show; names of files may hold both."""
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def printable_lines(text: str) -> str:
+    """The same for text of several lines."""
+    return "\n".join(map(printable, text.split("\n")))

@@ -35,6 +35,7 @@ CACHE_FOLDER = ".anima_cache"  # beside the data
 Kind = Literal["latent", "mask", "text"]
 
 HEADER_READ = 4096  # bytes: length and header of every entry there is, in one read
+MAX_HEADER = 1 << 20  # bytes; more than any entry has
 CLAIM_RENEWAL = 30.0  # seconds
 CLAIM_LIFE = 300.0  # seconds without renewal after which a claim is void, whoever's it is
 UNWRITTEN_CLAIM_LIFE = 10.0  # seconds for which a claim may be empty: it is written as soon as it is there
@@ -104,11 +105,11 @@ class Cache:
                 size = os.fstat(file.fileno()).st_size
                 start = file.read(HEADER_READ)
                 (length,) = struct.unpack_from("<Q", start)
-                if length > size:
+                if length > min(size, MAX_HEADER):
                     return False
                 header = json.loads((start + file.read(max(0, 8 + length - len(start))))[8 : 8 + length])
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (OSError, struct.error, ValueError, LookupError, TypeError, AttributeError):
+        except (OSError, struct.error, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return False
         return bool(size == 8 + length + max(ends, default=0))
 

@@ -19,7 +19,7 @@ from anima_train.core.errors import DataError, SpaceError
 from anima_train.data.captions import cleaned
 from anima_train.data.facts import file_stamp
 from anima_train.data.folders import Files, stem_of
-from anima_train.data.images import BadImage, Unreadable, read_file
+from anima_train.data.images import MAX_BYTES, BadImage, Unreadable, read_file
 from anima_train.data.rules import Directory
 from anima_train.data.stored import Stored
 
@@ -147,6 +147,8 @@ class ZipMember:
         """
         try:
             with zipfile.ZipFile(self.archive) as archive:
+                if (num_bytes := archive.getinfo(self.member).file_size) > MAX_BYTES:  # no more than this is unpacked
+                    raise Unreadable(f"{num_bytes:,} bytes is more than the limit of {MAX_BYTES:,}")
                 return archive.read(self.member)
         except KeyError as error:
             raise Unreadable(f"it is not in {self.archive.name} any more") from error
@@ -330,10 +332,13 @@ def loaded(directory: Directory, place: Path, offline: bool) -> "Dataset":
         with explained(place, "offline mode is on, so load it once without, or set hf_subset to one that is cached"):
             builder = cached_builder(directory, place)
     else:
+        if is_here:
+            check_card(place)
         with explained(place, "check hf_dataset, hf_subset and hf_revision"):
             builder = found_builder(directory, place)
     with explained(place, "set hf_revision to that, or load it once with a connection"):
         check_revision(directory.hf_revision, builder)
+    check_builder(place, builder)
     with explained(place, "repair its files, or download them again"):
         builder.download_and_prepare()
     with explained(place, "set hf_split"):
@@ -368,6 +373,74 @@ def found_builder(directory: Directory, place: Path) -> "DatasetBuilder":
     # With all its folders, because "text" and the like are names of datasets' own.
     path = str(place.resolve()) if place.exists() else place.as_posix()
     return datasets.load_dataset_builder(path, directory.hf_subset, revision=directory.hf_revision)
+
+
+def check_card(place: Path) -> None:
+    """Stop where a folder's own settings name data elsewhere: datasets looks that up before it is asked to load it.
+
+    Raises:
+        DataError: they do, or cannot be read.
+    """
+    import yaml  # type: ignore[import-untyped]
+    from datasets import config
+    from huggingface_hub import DatasetCard
+
+    for name in (config.REPOCARD_FILENAME, config.REPOYAML_FILENAME):
+        file = place / name
+        if not file.is_file():
+            continue
+        with explained(place, f"repair its {name}"):
+            text = file.read_text(encoding="utf-8")
+            card: object = vars(DatasetCard(text).data) if file.suffix == ".md" else yaml.safe_load(text)
+        if foreign := next((path for path in named_places(card) if leads_out(path)), None):
+            raise DataError(
+                f"hf_dataset {place}: its {name} names data outside of the folder, {foreign!a}, which is "
+                "never fetched; download that into the folder, or set hf_dataset to where it is"
+            )
+
+
+def named_places(value: object, is_place: bool = False) -> Iterator[str]:
+    """Every text below the keys that say where data lies, in nested tables and lists."""
+    if isinstance(value, str) and is_place:
+        yield value
+    elif isinstance(value, dict):
+        for name, each in value.items():
+            yield from named_places(each, is_place or name in ("data_files", "data_dir"))
+    elif isinstance(value, list):
+        for each in value:
+            yield from named_places(each, is_place)
+
+
+def leads_out(path: str) -> bool:
+    """Whether a path or pattern may lead out of the folder it is looked for in."""
+    parts = re.split(r"[/\\]", path)
+    return "://" in path or "::" in path or ".." in parts or Path(path).is_absolute()
+
+
+def check_builder(place: Path, builder: "DatasetBuilder") -> None:
+    """Stop where a table is made in a way that may read pickles or a database, or from files that lie elsewhere.
+
+    Raises:
+        DataError: it is.
+    """
+    from datasets.packaged_modules.arrow.arrow import Arrow
+    from datasets.packaged_modules.cache.cache import Cache
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    if isinstance(builder, Cache):  # made by one of those below, in an earlier run
+        return
+    if not isinstance(builder, ImageFolder | Parquet | Arrow):
+        kind = type(builder).__module__.rpartition(".")[2]
+        raise DataError(
+            f"hf_dataset {place}: datasets would read it as {kind}; expected images in folders or zip files, parquet "
+            "or arrow. For .tar files of images and captions set path"
+        )
+    inside = f"{place.resolve().as_posix()}/" if place.exists() else f"hf://datasets/{place.as_posix()}@"
+    for files in (builder.config.data_files or {}).values():
+        for file in files:
+            if leads_out(file.replace("\\", "/").removeprefix(inside)):
+                raise DataError(f"hf_dataset {place}: names data outside of itself, {file!a}, which is never read")
 
 
 def cached_builder(directory: Directory, place: Path) -> "DatasetBuilder":
@@ -413,7 +486,7 @@ def explained(place: Path, advice: str) -> Iterator[None]:
         DataError: it failed.
         SpaceError: for lack of space.
     """
-    import yaml  # type: ignore[import-untyped]
+    import yaml
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError, DatasetsError
 
     # What a damaged file, or a README.md or state.json of the wrong form, makes datasets raise.

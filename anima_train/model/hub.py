@@ -2,8 +2,9 @@
 
 A file is asked for by its place in a repository. In the cache it is used as it is; else it is downloaded, its size and
 hash are compared with what the Hub announced, and a file that differs is removed. A file already in the cache was
-checked when it arrived, so using it opens no connection. Everything that can go wrong on the way becomes an error that
-says what to do, down to where to get the file by hand.
+checked when it arrived, so using it opens no connection. A branch or tag is pinned: the commit that it meant when it
+was first used is remembered in the cache, and used from then on. Everything that can go wrong on the way becomes an
+error that says what to do, down to where to get the file by hand.
 """
 
 import contextlib
@@ -11,8 +12,8 @@ import errno
 import hashlib
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import (
@@ -39,13 +40,15 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from anima_train.core.errors import ConfigError, ModelFileError, SpaceError, UserError
-from anima_train.core.files import HASH_CHUNK, sha256_file
+from anima_train.core.files import HASH_CHUNK, sha256_file, write_text
 
 SCHEME = "hf://"
 MAIN = "main"
-REFERENCE = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/@]+))?/(?P<path>.+)")
+REFERENCE = re.compile(
+    r"hf://(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/@]+))?/(?P<path>.+?)(#sha256=(?P<sha256>[0-9a-f]{64}))?"
+)
 EXPECTED_FORM = (
-    "expected hf://owner/name[@revision]/path/in/the/repository, "
+    "expected hf://owner/name[@revision]/path/in/the/repository[#sha256=64 digits], "
     "for example hf://circlestone-labs/Anima/split_files/vae/qwen_image_vae.safetensors"
 )
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
@@ -53,6 +56,8 @@ PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 # The Hub's etag is the file's hash: SHA-256 for large files, git's own for those that lie in the repository itself.
 SHA256 = re.compile(r"[0-9a-f]{64}")
 GIT_BLOB = re.compile(r"[0-9a-f]{40}")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+PINS = "anima-train"  # our folder among a cached repository's refs, which are files that hold a commit
 
 CACHE_CANNOT_BE_WRITTEN = (
     errno.ENOSPC,
@@ -74,11 +79,12 @@ class HubFile:
     repo: str  # owner/name
     path: str
     revision: str = MAIN  # branch, tag or commit
+    sha256: str | None = None  # what the user says it is, in hex
 
     @property
     def reference(self) -> str:
-        """`hf://owner/name@revision/path`, without the revision when it is the main branch."""
-        return reference(self.repo, self.revision, self.path)
+        """`hf://owner/name@revision/path#sha256=...`, without the revision when it is the main branch."""
+        return reference(self.repo, self.revision, self.path) + (f"#sha256={self.sha256}" if self.sha256 else "")
 
     @property
     def members(self) -> tuple["HubFile", ...]:
@@ -132,7 +138,7 @@ def is_reference(text: str) -> bool:
 
 
 def parse_reference(text: str) -> HubFile:
-    """The file that `hf://owner/name[@revision]/path/in/repo` names.
+    """The file that `hf://owner/name[@revision]/path/in/repo[#sha256=...]` names.
 
     Raises:
         ConfigError: the text has another form, or leads out of the repository.
@@ -147,9 +153,9 @@ def parse_reference(text: str) -> HubFile:
         raise ConfigError(f'"{text}": "{match["repo"]}" is not a repository name; {EXPECTED_FORM}') from error
     # The revision and the path become folders of the local cache; backslash and colon mean something on Windows.
     for part in (revision, *match["path"].split("/")):
-        if part in ("", ".", "..") or "\\" in part or ":" in part:
+        if part in ("", ".", "..") or "\\" in part or ":" in part or "#sha256" in part:
             raise ConfigError(f'"{text}": "{part}" cannot be part of a path in a repository; {EXPECTED_FORM}')
-    return HubFile(match["repo"], match["path"], revision)
+    return HubFile(match["repo"], match["path"], revision, match["sha256"])
 
 
 def resolve(
@@ -228,7 +234,10 @@ def fetch(
                 "loaded; pickles are not loaded: use a .safetensors file"
             )
     cache = cache_dir or Path(constants.HF_HUB_CACHE)
-    paths = find_cached(source, cache)
+    pin = pin_path(source, cache)
+    pinned = read_pin(pin)
+    members = [replace(file, revision=pinned or file.revision) for file in source.members]
+    paths = find_cached(members, cache)
     if paths is None:
         remedy = by_hand(source, slot, endpoint)
         if offline or constants.HF_HUB_OFFLINE:
@@ -236,28 +245,90 @@ def fetch(
                 f"{source.reference}: not in the local Hub cache {cache}, and offline mode is on. "
                 f"Run once with a connection (`anima download` for the official files), or {remedy}"
             )
-        paths = download(source, remedy, say, endpoint, cache)
+        try:
+            paths = download(source, members, remedy, say, endpoint, cache)
+        except ModelFileError as error:
+            if pinned is None or not isinstance(error.__cause__, RevisionNotFoundError | RemoteEntryNotFoundError):
+                raise
+            raise ModelFileError(
+                f"{error}; {source.revision} is pinned to commit {pinned} in the local Hub cache: to take what it "
+                f"means now, remove {pin}"
+            ) from error
+    check_digests(members, paths)
+    if pinned is None and not COMMIT.fullmatch(source.revision):
+        write_pin(pin, paths[0], say)
     return paths[0].parent if isinstance(source, HubFolder) else paths[0]
 
 
-def find_cached(source: Source, cache: Path) -> list[Path] | None:
-    """The paths of all its files if the local cache has every one of them."""
-    found = [try_to_load_from_cache(file.repo, file.path, cache, file.revision) for file in source.members]
+def pin_path(source: Source, cache: Path) -> Path:
+    """The file that holds the commit which the source's revision means here."""
+    return cache / repo_folder_name(repo_id=source.repo, repo_type="model") / "refs" / PINS / source.revision
+
+
+def read_pin(path: Path) -> str | None:
+    """The commit that a revision is pinned to, if it is."""
+    try:
+        commit = path.read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return None
+    return commit if COMMIT.fullmatch(commit) else None
+
+
+def write_pin(pin: Path, file: Path, say: Say) -> None:
+    """Remember the commit of a cached file for its revision, also where another program moves the branch on."""
+    origin = origin_of(file)
+    if origin is None or not COMMIT.fullmatch(origin.revision):
+        return
+    try:
+        write_text(pin, origin.revision)
+    except (SpaceError, OSError):  # a cache that is shared, and only read here
+        say(f"note: {pin} could not be written, so that {pin.name} may mean another commit next time")
+
+
+def origin_of(path: Path) -> HubFile | None:
+    """Where a file in a local Hub cache is from, with its commit; None for other files."""
+    for folder in path.parents:
+        repository = folder.parent.parent.name
+        if folder.parent.name == "snapshots" and repository.startswith("models--"):
+            name = repository.removeprefix("models--").replace("--", "/")
+            return HubFile(name, path.relative_to(folder).as_posix(), folder.name)
+    return None
+
+
+def check_digests(files: Iterable[HubFile], paths: Iterable[Path]) -> None:
+    """Compare files with what the user says they are.
+
+    Raises:
+        ModelFileError: one is another, with both hashes.
+    """
+    for file, path in zip(files, paths, strict=True):
+        if file.sha256 is not None and (found := sha256_file(path)) != file.sha256:
+            raise ModelFileError(
+                f"{file.reference}: found sha256 {found}; the file is not the one that is meant: check the reference, "
+                "or whom you have it from"
+            )
+
+
+def find_cached(files: Sequence[HubFile], cache: Path) -> list[Path] | None:
+    """The paths of all these files if the local cache has every one of them."""
+    found = [try_to_load_from_cache(file.repo, file.path, cache, file.revision) for file in files]
     paths = [Path(path) for path in found if isinstance(path, str)]
     return paths if len(paths) == len(found) else None
 
 
-def download(source: Source, remedy: str, say: Say, endpoint: str | None, cache: Path) -> list[Path]:
-    """Download what the cache lacks, and check every file."""
+def download(
+    source: Source, files: Sequence[HubFile], remedy: str, say: Say, endpoint: str | None, cache: Path
+) -> list[Path]:
+    """Download what the cache lacks of a source's files, and check every one."""
     announced: list[HfFileMetadata] = []
-    for file in source.members:
+    for file in files:
         with explained(file, remedy):
             announced.append(ask(file, remedy, endpoint))
 
     blobs = cache / repo_folder_name(repo_id=source.repo, repo_type="model") / "blobs"
     missing = [
         (PurePosixPath(file.path).name, metadata.size or 0)
-        for file, metadata in zip(source.members, announced, strict=True)
+        for file, metadata in zip(files, announced, strict=True)
         if not (blobs / str(metadata.etag)).exists()  # else another revision brought the same content
     ]
     if missing:
@@ -267,7 +338,7 @@ def download(source: Source, remedy: str, say: Say, endpoint: str | None, cache:
         say(f"downloading {', '.join(name for name, _ in missing)}{size} from {source.repo}")
 
     paths = []
-    for file, metadata in zip(source.members, announced, strict=True):
+    for file, metadata in zip(files, announced, strict=True):
         with explained(file, remedy):
             path = hf_hub_download(file.repo, file.path, revision=file.revision, endpoint=endpoint, cache_dir=cache)
         check(Path(path), file, metadata, say)

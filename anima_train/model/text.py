@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -18,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qw
 from anima_train.core.conditions import EncodedText, length_mask
 from anima_train.core.errors import ModelFileError
 from anima_train.core.files import sha256_file
+from anima_train.model.hub import PICKLES
 from anima_train.model.weights import DERIVED, Entry, TensorFile, expect, match_keys, open_header, read_tensors
 
 MAX_TOKENS = 512  # of either stream; the reference trainer's limit
@@ -26,6 +28,14 @@ T5_PAD = 0
 QWEN_PAD_TOKEN = "<|endoftext|>"
 ROPE_THETA = 1e6
 RMS_EPS = 1e-6
+
+# What a config.json may say of the model. Not its other keys: attn_implementation, for one, can name code on the Hub.
+CONFIG_KEYS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "attention_bias"),
+    *("rope_parameters", "rope_theta", "rope_scaling", "tie_word_embeddings"),
+    *("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"),
+)
 
 # Any one of the first group makes a folder a tokenizer; the second group changes what it does.
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
@@ -204,8 +214,17 @@ def load_text_encoder(path: Path, tokenizers: Tokenizers, device: torch.device) 
             f"{key}: {path} has embeddings for {config.vocab_size:,} tokens, but the tokenizer of model.tokenizer_path "
             f"has {len(tokenizers.qwen):,}; they belong to different models"
         )
-    with init_empty_weights(include_buffers=False):  # buffers are not in the file: `inv_freq` has to be computed
-        model = Qwen3Model(config)
+    try:
+        with init_empty_weights(include_buffers=False):  # buffers are not in the file: `inv_freq` has to be computed
+            model = Qwen3Model(config)
+    except (
+        LookupError,
+        ArithmeticError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+    ) as error:  # of numbers that make no sense
+        raise ModelFileError(f"{key}: no Qwen3 model can be built as {path} describes it ({error})") from error
     match_keys(merged.entries, model.state_dict(), f"{key}: {path}")
     # Weight by weight: `.to(float32)` on a model loaded in bfloat16 would keep a rounded `inv_freq`.
     state = {
@@ -238,7 +257,11 @@ def weight_files(path: Path, key: str) -> list[Path]:
         return [path]
     if files := sorted(path.glob("*.safetensors")):
         return files
-    raise ModelFileError(f"{key}: the folder {path} holds no .safetensors file; expected config.json and the weights")
+    pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES)
+    found = f"{pickles[0]} is a pickle, which can run code when opened and is never loaded; " if pickles else ""
+    raise ModelFileError(
+        f"{key}: the folder {path} holds no .safetensors file; {found}expected config.json and .safetensors files"
+    )
 
 
 def without_prefix(file: TensorFile) -> TensorFile:
@@ -268,12 +291,17 @@ def read_config(path: Path, key: str) -> Qwen3Config:
     """The `config.json` of a folder in transformers' layout."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelFileError(f"{key}: {path} cannot be read ({error}); a folder needs it beside the weights") from error
     found = fields.get("model_type") if isinstance(fields, dict) else None
     if found != "qwen3":
         raise ModelFileError(f'{key}: {path}: model_type is {json.dumps(found)}, expected "qwen3"')
-    return Qwen3Config.from_dict(fields)
+    try:
+        return Qwen3Config(**{key: fields[key] for key in CONFIG_KEYS if key in fields})
+    except (StrictDataclassError, ValueError, TypeError, LookupError) as error:
+        raise ModelFileError(
+            f"{key}: {path} does not describe a Qwen3 model ({' '.join(str(error).split())})"
+        ) from error
 
 
 def infer_config(file: TensorFile, key: str) -> Qwen3Config:

@@ -24,6 +24,7 @@ from anima_train.core.errors import ModelFileError, count
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 MAX_NAME_LENGTH = 500
+PICKLE = re.compile(rb"PK\x03\x04|\x80[\x01-\x05]|c[\w.]+\n[\w.]+\n|\(d")  # torch's zip; binary; text of protocol 0
 MAX_DIMS = 16
 MAX_ELEMENTS = 2**60  # more, and torch cannot count the bytes of a shape
 DTYPES = {
@@ -150,7 +151,7 @@ def foreign_content(start: bytes) -> str:
         return "this is a git-lfs pointer, not the file itself; run `git lfs pull`, or download the file directly"
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<!--")):
         return "this is an HTML page, not a model file (a failed download); download it again"
-    if start.startswith(b"PK\x03\x04") or re.match(rb"\x80[\x01-\x05]", start):
+    if PICKLE.match(start):
         return "this is a pickle (.ckpt, .pt), which can run code when opened and is never loaded; use .safetensors"
     if start.startswith(b"GGUF"):
         return "this is a GGUF file (quantised for inference); training needs the .safetensors file in bf16"

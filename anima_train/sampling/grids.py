@@ -372,7 +372,7 @@ def draw_sheet(sheet: Sheet, pictures: Sequence[Path], max_pixels: int = MAX_SHE
         x, y = sizes.left + sizes.gap + column * wide, sizes.top + sizes.gap + row * high
         if sheet.captions:
             write(pen, sheet.captions[place], font, (x, y), sizes.width, sizes.lines, sizes.letter)
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
             size = min(sizes.width, round(image.width * scale)), min(sizes.height, round(image.height * scale))
             picture = image.convert("RGB")
             if size != picture.size:
@@ -456,7 +456,7 @@ def sheet_text(sheet: Sheet, pictures: Sequence[Path]) -> str:
     """The axes, and what all pictures say of themselves, as JSON."""
     facts = []
     for path in pictures:
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
             facts.append(json.loads(image.info["anima_train"]))
     shared = {key: value for key, value in facts[0].items() if all(each[key] == value for each in facts)}
     axes = {axis.name: {"key": axis.key, "values": list(axis.labels)} for axis in (sheet.x, sheet.y) if axis}

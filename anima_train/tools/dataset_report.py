@@ -5,7 +5,9 @@ import concurrent.futures
 import io
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from PIL import Image
@@ -20,6 +22,7 @@ from anima_train.data.stored import content_of
 from anima_train.model.text import Tokenizers
 from anima_train.optim.groups import GroupRow
 from anima_train.optim.schedules import lr_factor
+from anima_train.tools.places import places_of, shared_text
 from anima_train.tools.report_captions import CaptionFacts, Missing, caption_facts, missing_words, tokenized
 from anima_train.tools.report_costs import (
     CacheCost,
@@ -131,6 +134,8 @@ def collect(
     known = tokenized(tokenizers, ["", *(text for lists in captions.values() for texts in lists for text in texts)])
     draws = plan.draws(0)
     costs = {(each.size, each.batch_size): each for each in measured}
+    # The page may be shown to others, so it names no folder of this machine.
+    shared = partial(shared_text, places=[str(Path.home() / "x"), *places_of(config.model_dump())])
     sets = []
     for name, found in scans.items():
         is_trained = name == "train"
@@ -154,14 +159,17 @@ def collect(
                 name,
                 found.num_images,
                 len(texts_of),
-                found.bad,
-                damaged,
-                found.skipped,
-                found.warnings,
-                duplicates(found.samples),
+                list(map(shared, found.bad)),
+                list(map(shared, damaged)),
+                list(map(shared, found.skipped)),
+                list(map(shared, found.warnings)),
+                [list(map(shared, group)) for group in duplicates(found.samples)],
                 buckets,
                 caption_facts(texts_of.values(), known),
-                list(missing_words(found.samples)) if is_trained else [],
+                [
+                    replace(each, images=list(map(shared, each.images)))
+                    for each in (missing_words(found.samples) if is_trained else ())
+                ],
             )
         )
     num_points = min(CURVE_POINTS, timetable.num_steps)
@@ -171,7 +179,8 @@ def collect(
     seen = times_seen(plan, timetable, timetable.num_steps)
     num_tokens = sum(times * sample.size.num_tokens for times, sample in zip(seen, plan.samples, strict=True))
     return DatasetReport(
-        title, notes, sets, sorted(Counter(seen).items()), plan.steps_in(0), timetable.num_steps, curve, groups,
+        title, list(map(shared, notes)), sets, sorted(Counter(seen).items()), plan.steps_in(0), timetable.num_steps,
+        curve, groups,
         cache_costs(config, scans["train"].samples, evals, known.lengths, model),
         estimated_seconds(measured, plan.micro_batches_per_step, timetable.num_steps, num_tokens),
     )  # fmt: skip

@@ -59,7 +59,7 @@ def write_page(path: Path, sheet: Sheet, pictures: Sequence[Path]) -> None:
     side = min(MAX_SIDE, max(MIN_SIDE, math.isqrt(PAGE_PIXELS // len(pictures))))
     jpegs = []
     for picture in pictures:
-        with Image.open(picture) as image:
+        with Image.open(picture, formats=["PNG"]) as image:
             jpegs.append(small_jpeg(image.convert("RGB"), side))
     write_text(path, render_page(sheet, [picture.name for picture in pictures], jpegs))
 

@@ -395,5 +395,5 @@ def config_part(config: str) -> str:
     if not config:
         return ""
     lines = "\n".join(text(line) for line in config.splitlines())
-    summary = "<summary>config.toml, every default in it</summary>"
+    summary = "<summary>config.toml, every default in it; paths without their folders</summary>"
     return f"<h2>Config</h2>\n<details open>{summary}<pre>{lines}</pre></details>"

@@ -16,6 +16,7 @@ from anima_train.core.errors import ConfigError, count
 from anima_train.core.settings import nearest
 from anima_train.data.images import BadImage, decode
 from anima_train.tools.dataset_report import evenly, small_jpeg
+from anima_train.tools.places import places_in, shared_config, shared_text
 from anima_train.tools.series import Series, number
 
 T_BINS = 10  # equal ranges of t from 0 to 1
@@ -100,7 +101,7 @@ class RunReport:
     seen: Sequence[tuple[str, int]]  # (sample, times seen), the least first
     previews: Sequence[Preview]  # by name, then step
     num_previews: int  # in the folder
-    config: str  # the resolved config as TOML
+    config: str  # the resolved config as TOML, without paths
     manifest: Mapping[str, Any]
     warnings: Sequence[str]
     notes: Sequence[str]  # about the folder
@@ -121,6 +122,10 @@ def collect_run(run: Path) -> RunReport:
         notes.append(f"{metrics.num_steps:,} of {planned:,} steps are done: the run is not at its end")
     seen = read_object(run / "seen.json", notes)
     previews, num_previews = read_previews(run / "samples", notes)
+    config = read_text(run / "config.toml", notes)
+    warnings = read_warnings(run / "warnings.jsonl", notes)
+    # The page may be shown to others, so it names no folder of this machine.
+    places = [str(Path.home() / "x"), str(run.resolve()), *places_in(config)]
     return RunReport(
         run.resolve().name,
         metrics,
@@ -129,10 +134,10 @@ def collect_run(run: Path) -> RunReport:
         sorted(counts(seen.get("samples")).items(), key=lambda item: (item[1], item[0])),
         previews,
         num_previews,
-        read_text(run / "config.toml", notes),
+        shared_config(config),
         manifest,
-        read_warnings(run / "warnings.jsonl", notes),
-        notes,
+        [shared_text(warning, places) for warning in warnings],
+        [shared_text(each, places) for each in notes],
     )
 
 

@@ -11,7 +11,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 
 from anima_train.config.config import Config
 from anima_train.config.load import LoadedConfig
-from anima_train.core.errors import DataError, count, listed
+from anima_train.core.errors import DataError, count, listed, printable
 from anima_train.data.cache import SCHEMA, Cache
 from anima_train.data.loader import CachedData
 from anima_train.data.samples import Sample
@@ -91,8 +91,8 @@ def prepare_data(
     for cache in caches_of(loaded):
         if (newest := cache.newest_schema()) > SCHEMA:
             accelerator.print(
-                f"note: {cache.folder} holds entries of a newer anima-train (schema {newest}, this one writes "
-                f"{SCHEMA}); they are ignored, and left alone"
+                f"note: {printable(str(cache.folder))} holds entries of a newer anima-train (schema {newest}, this one "
+                f"writes {SCHEMA}); they are ignored, and left alone"
             )
     vae_id = vae_identity(files)
     dtype = DTYPES[config.model.dtype]

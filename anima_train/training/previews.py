@@ -109,7 +109,7 @@ class Previews:
 
     def pictures(self, paths: Sequence[Path]) -> dict[str, np.ndarray]:
         """Drawn pictures for the trackers, (h, w, 3) uint8 by name."""
-        return {f"preview/{number}": np.asarray(Image.open(path)) for number, path in enumerate(paths)}
+        return {f"preview/{number}": np.asarray(Image.open(path, formats=["PNG"])) for number, path in enumerate(paths)}
 
     def contexts_now(self, adapter: LLMAdapter | None) -> Mapping[str, Tensor]:
         """The contexts as the LLM adapter in training makes them."""

@@ -27,7 +27,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from anima_train import __version__
 from anima_train.config.load import LoadedConfig
-from anima_train.core.errors import ConfigError, DataError, Interrupted, UserError, count
+from anima_train.core.errors import ConfigError, DataError, Interrupted, UserError, count, printable_lines
 from anima_train.data.loader import CachedData
 from anima_train.data.plan import Plan
 from anima_train.data.scan import Scan
@@ -150,7 +150,7 @@ class Together:
         last.start()
         if self.rank == 0 or is_told:
             with contextlib.suppress(OSError, ValueError):  # closed
-                print(f"{failure.trace}{failure.text}", file=sys.stderr, flush=True)
+                print(f"{failure.trace}{printable_lines(failure.text)}", file=sys.stderr, flush=True)
         if self.rank == 0:
             self.tell(failure)
         write_error_file(failure.text, failure.at)

@@ -7,7 +7,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from anima_train.core.errors import readable
+from anima_train.core.errors import printable_lines, readable
 from anima_train.tools.report_costs import readable_time
 
 LINE_EVERY = 30.0  # seconds between lines in a log
@@ -96,7 +96,7 @@ class Progress:
     def say(self, line: str) -> None:
         """A line of its own, above the live one."""
         if self.is_shown:
-            tqdm.write(line, file=self.stream)
+            tqdm.write(printable_lines(line), file=self.stream)
 
     def close(self) -> None:
         """Leave the live line as it is."""

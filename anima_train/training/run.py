@@ -17,11 +17,12 @@ from filelock import FileLock, Timeout
 
 from anima_train import __version__
 from anima_train.config.config import Config
-from anima_train.core.errors import ConfigError, SpaceError
+from anima_train.core.errors import ConfigError, SpaceError, printable
 from anima_train.core.files import UNWRITABLE, disk_errors, sha256_file, sync, write_text
 from anima_train.data.loader import CachedData
 from anima_train.data.plan import Plan, Timetable
 from anima_train.data.samples import Sample
+from anima_train.model.hub import origin_of
 from anima_train.optim.groups import GroupRow
 from anima_train.tools.dataset_report import times_seen
 from anima_train.tools.run_html import write_run_report
@@ -210,6 +211,9 @@ def manifest(
             for slot, path in slots.items()
             if path.is_file()
         },
+        "model_sources": {
+            slot: origin.reference for slot, path in slots.items() if (origin := origin_of(path)) is not None
+        },
         "dataset_sha256": dataset_digest(data.samples),
         "tokenizers": {name: getattr(data.text_identity, name) for name in ("tokenizer", "t5_tokenizer")},
         "seed": config.seed,
@@ -239,9 +243,9 @@ def leave_report(run: RunFolder, plan: Plan, timetable: Timetable, num_steps: in
     """Write what was seen in the first steps, and the report; the run does not fail where that does."""
     try:
         write_text(run.path / "seen.json", json.dumps(seen_facts(plan, timetable, num_steps), indent=1))
-        print(f"report {write_run_report(run.path)}")
+        print(f"report {printable(str(write_run_report(run.path)))}")
     except Exception as error:  # noqa: BLE001 whatever it is: the weights are saved, and `anima report` can be tried again
-        print(f"warning: no report of the run was written ({type(error).__name__}: {error})")
+        print(printable(f"warning: no report of the run was written ({type(error).__name__}: {error})"))
 
 
 def rank() -> int:

@@ -126,7 +126,7 @@ class Report:
     lines: Sequence[str]
 
     def __str__(self) -> str:
-        return "\n".join(self.lines)
+        return "\n".join(map(printable, self.lines))
 
 
 def groups_text(rows: Iterable[GroupRow]) -> list[str]:

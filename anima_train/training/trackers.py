@@ -39,19 +39,52 @@ def tracker_names(monitoring: Monitoring) -> list[str]:
     return names
 
 
-def open_trackers(accelerator: Accelerator, monitoring: Monitoring, run_name: str) -> list[GeneralTracker]:
-    """Open what the accelerator was made to log with; none on other processes than the main one."""
+def open_trackers(
+    accelerator: Accelerator, monitoring: Monitoring, run_name: str, offline: bool
+) -> list[GeneralTracker]:
+    """Open what the accelerator was made to log with; none on other processes than the main one.
+
+    Args:
+        accelerator: knows the trackers.
+        monitoring: their settings.
+        run_name: what they call the run.
+        offline: whether W&B only writes files, for `wandb sync` to send later.
+    """
     if not accelerator.is_main_process:
         return []
-    if monitoring.wandb_api_key:
-        os.environ["WANDB_API_KEY"] = monitoring.wandb_api_key  # the one way to hand it over that stores it nowhere
-    options = {"wandb": {"name": monitoring.wandb_run_name or run_name, "dir": accelerator.project_dir}}
     accelerator.init_trackers(
         monitoring.wandb_tracker_name or "anima-train",
-        init_kwargs={name: options[name] for name in options if monitoring.enable_wandb},
+        init_kwargs={"wandb": wandb_options(accelerator, monitoring, run_name, offline)}
+        if monitoring.enable_wandb
+        else {},
     )
     trackers, accelerator.trackers = accelerator.trackers, []  # closed by us: `end_training` would wait for them
     return list(trackers)
+
+
+def wandb_options(accelerator: Accelerator, monitoring: Monitoring, run_name: str, offline: bool) -> dict[str, Any]:
+    """How W&B is opened: it gets numbers and pictures, and nothing about this machine or what was typed on it."""
+    if offline:
+        os.environ["WANDB_ERROR_REPORTING"] = "false"  # sends to another address than the rest
+    import wandb
+
+    if monitoring.wandb_api_key:
+        os.environ["WANDB_API_KEY"] = monitoring.wandb_api_key  # the one way to hand it over that stores it nowhere
+    return {
+        "name": monitoring.wandb_run_name or run_name,
+        "dir": accelerator.project_dir,
+        "mode": "offline" if offline else None,
+        "settings": wandb.Settings(
+            # User, host, paths, and the command line with its --set monitoring.wandb_api_key.
+            x_disable_meta=True,
+            x_disable_machine_info=True,
+            host="anima-train",
+            disable_git=True,
+            disable_code=True,
+            save_code=False,
+            console="off",  # what is printed holds paths
+        ),
+    }
 
 
 def send(tracker: GeneralTracker, values: dict[str, Any], x: int, are_pictures: bool) -> None:

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from anima_train.config.config import Config
 from anima_train.config.load import LoadedConfig
-from anima_train.core.errors import Interrupted
+from anima_train.core.errors import Interrupted, printable
 from anima_train.core.files import write_text
 from anima_train.core.random import derive
 from anima_train.data.loader import Batch, read_ahead
@@ -111,11 +111,11 @@ def run_training(
         stack.callback(accelerator.end_training)
         loaded = settled(loaded, accelerator)
         for note in loaded.notes:
-            accelerator.print(f"note: {note}")
+            accelerator.print(f"note: {printable(note)}")
         warnings: list[str] = []
         origin = from_main(accelerator, lambda: find_origin(loaded, resume, resume_path, warnings.append))
         for line in (*(f"warning: {warning}" for warning in warnings), *origin.notes):
-            accelerator.print(line)
+            accelerator.print(printable(line))
         loaded = replace(loaded, run_name=origin.run_name)
         run = RunFolder(Path(config.output_dir), loaded.run_name)
         places = accelerator.project_configuration  # made before the name was known
@@ -179,21 +179,21 @@ def train(
         start, pending = origin.saved.facts.step, origin.saved.facts.pending
     if is_main:
         for path in set_aside(run.checkpoints, start):
-            accelerator.print(f"note: {path} is of a step that is made again; it is not read any more")
+            accelerator.print(f"note: {printable(str(path))} is of a step that is made again; it is not read any more")
         run.start_records(origin.source, start, pending)
         write_text(run.path / "config.toml", config_toml(config))
         write_text(run.manifest_path, json.dumps(facts, indent=1))
         num_states = len(saved_states(run.checkpoints))
         expected = planned_writings(loaded, data.files, plan, timetable, transformer, start, num_states)
         if warning := space_warning(expected, config):
-            accelerator.print(f"warning: {warning}")
+            accelerator.print(f"warning: {printable(warning)}")
             warnings.append(warning)
         for warning in (*warnings, *loaded.notes, *data.warnings):
             run.warn(0, warning)
     accelerator.wait_for_everyone()  # until the records are those that are kept
     skipped, spikes = replay(run.metrics_path, start)
     progress = Progress(run.name, timetable.num_steps, start, is_main)
-    trackers = Trackers(partial(open_trackers, accelerator, config.monitoring, run.name), progress.say)
+    trackers = Trackers(partial(open_trackers, accelerator, config.monitoring, run.name, config.offline), progress.say)
     stack.callback(trackers.close)  # where the run fails, too
     stack.callback(progress.close)
     writer = stack.enter_context(Writer())
@@ -351,7 +351,7 @@ def train(
         outputs.save_weights(None)
         writer.wait()
         run.finish()
-        print(f"saved {final}")
+        print(f"saved {printable(str(final))}")
         leave_report(run, plan, timetable, timetable.num_steps)
     accelerator.wait_for_everyone()
     return final

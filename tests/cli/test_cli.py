@@ -137,3 +137,11 @@ def test_readme_names_every_command_and_config():
     for path in (REPO / "configs").glob("*.toml"):
         assert path.name in readme
         tomllib.loads(path.read_text())
+
+
+def test_a_mistake_cannot_command_the_terminal(tmp_path, monkeypatch, capfd):
+    name = "a\x1b[2J\u202e\x9b.toml"
+    monkeypatch.setattr("sys.argv", ["anima", "train", str(tmp_path / name)])
+    with pytest.raises(SystemExit):
+        main()
+    assert "a\\x1b[2J\\u202e\\x9b.toml: does not exist" in capfd.readouterr().err

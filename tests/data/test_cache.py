@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import resource
+import struct
 import subprocess
 import sys
 import time
@@ -292,3 +293,35 @@ def test_a_claim_that_was_never_written_is_soon_void(tmp_path):
     assert cache.claimant("a" * 64) is not None
     os.utime(path, (time.time() - 11,) * 2)
     assert cache.claimant("a" * 64) is None
+
+
+def header(text: bytes, data: bytes = b"") -> bytes:
+    return struct.pack("<Q", len(text)) + text + data
+
+
+ENTRY = b'{"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        struct.pack("<Q", 2**63) + b"{}",
+        header(b"{}" + b" " * (2 << 20)),
+        header(b'{"a": ' + b"[" * 200_000 + b"]" * 200_000 + b"}"),
+        header(b'{"a": ' + ENTRY.replace(b"[1]", b"[9223372036854775807, 4]") + b"}", b"1234"),
+        header(b'{"a": ' + ENTRY.replace(b"[0, 4]", b"[0, 4000]") + b"}", b"1234"),
+        header(b'{"a": ' + ENTRY.replace(b"[0, 4]", b"[-4, 0]") + b"}", b"1234"),
+        header(b'{"a": ' + ENTRY + b', "b": ' + ENTRY + b"}", b"1234"),
+        header(b'{"a": ' + ENTRY.replace(b"[0, 4]", b"[4, 8]") + b"}", b"12345678"),
+        header(b'{"a\xff": ' + ENTRY + b"}", b"1234"),
+    ],
+    ids=lambda content: str(content[8:40]),
+)
+def test_entry_with_a_header_that_nobody_writes_is_damaged(cache: Cache, content: bytes) -> None:
+    path = cache.path("latent", KEY)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    with pytest.raises(DamagedEntry):
+        cache.load("latent", KEY)
+    assert cache.is_whole("latent", KEY) in (True, False)  # of the length alone; never an error

@@ -1,7 +1,9 @@
 """Image files, good and bad, really written; decoded pixels are compared with the array they came from."""
 
+import contextlib
 import io
 import os
+import re
 import socket
 import struct
 import subprocess
@@ -10,7 +12,7 @@ import threading
 import tracemalloc
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from PIL import Image, ImageCms
 
 from anima_train.data.images import (
     EXTENSIONS,
+    FORMATS,
     MAX_BYTES,
     MAX_PIXELS,
     BadImage,
@@ -556,6 +559,42 @@ def test_formats_outside_the_list_are_refused_by_name(tmp_path: Path, format_nam
     path = tmp_path / "x.png"
     Image.fromarray(scene()).save(path, format_name, save_all=True, append_images=[Image.fromarray(255 - scene())])
     assert reason(decode, path) == f"{format_name} is not supported; convert it to PNG, JPEG or WebP"
+
+
+FITS = b"".join(
+    card.ljust(80) for card in (b"SIMPLE  =                    T", b"BITPIX  =                    8",
+    b"NAXIS   =                    2", b"NAXIS1  =                    2", b"NAXIS2  =                    2", b"END")
+).ljust(2880) + bytes(4)  # fmt: skip
+PSD = b"8BPS" + struct.pack(">H6xHIIHH", 1, 3, 2, 2, 8, 3) + bytes(12) + bytes(2 + 12)
+
+
+def disguised() -> Iterator[tuple[str, bytes]]:
+    """What Pillow would open as another format, whatever the file is called."""
+    Image.init()
+    for name in sorted(Image.SAVE.keys() - {*FORMATS, "MPO"}):
+        for picture in (Image.fromarray(scene()), Image.new("L", (16, 16)), Image.new("1", (16, 16))):
+            file = io.BytesIO()
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                picture.save(file, name)
+                Image.open(io.BytesIO(file.getvalue()))
+                yield name, file.getvalue()
+                break
+    yield "FITS", FITS
+    yield "PSD", PSD
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of formats that Pillow will drop
+def test_no_other_format_reaches_its_decoder(tmp_path: Path) -> None:
+    """Some of them run other programs (EPS), read other files, or have decoders that few look at."""
+    found = dict(disguised())
+    assert found.keys() >= {"EPS", "FITS", "GIF", "ICO", "PCX", "PPM", "PSD", "SGI", "TGA", "TIFF"}
+    for name, content in found.items():
+        assert Image.open(io.BytesIO(content)).format == name
+        path = write(tmp_path / "x.png", content)
+        for read in (probe, decode, decode_alpha, lambda file: decode_mask(file, (16, 16))):
+            assert re.match("not an image|.* is not supported", reason(read, path)), name
+        with pytest.raises(BadImage):
+            decode(content)
 
 
 def test_fifo_is_refused_without_blocking(tmp_path: Path) -> None:

@@ -27,8 +27,10 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from PIL import Image
 
 from anima_train.core.errors import DataError
+from anima_train.data import tables
 from anima_train.data.cache import Cache
 from anima_train.data.folders import Files
+from anima_train.data.images import Unreadable
 from anima_train.data.rules import DatasetSettings
 from anima_train.data.samples import Sample
 from anima_train.data.scan import Scan, scan
@@ -123,10 +125,10 @@ def contents(files: Files) -> list[bytes]:
     return [content_of(files.file(name)) for name in files.images]
 
 
-def failure(place: Path, **keys: object) -> list[str]:
+def failure(place: Path, offline: bool = True, **keys: object) -> list[str]:
     """The problems, which are sentences and name the dataset."""
     with pytest.raises(DataError) as caught:
-        load(place, **keys)
+        load(place, offline, **keys)
     for problem in caught.value.problems:
         assert problem.startswith(f"hf_dataset {place}: ")
         assert "\n" not in problem
@@ -482,6 +484,61 @@ def test_offline_a_dataset_that_is_cached_is_used_without_any_socket(
         "set hf_revision to that, or load it once with a connection"
     )
     assert sockets == []
+
+
+CARD = "---\nconfigs:\n- config_name: default\n  data_files: {}\n---\n"
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "http://127.0.0.1:9/train.parquet", "hf://datasets/owner/name/train.parquet", "/etc/*.parquet",
+        "../other/*.parquet", "zip://a.parquet::http://127.0.0.1:9/x.zip", "ftp://127.0.0.1/x.parquet",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml"])
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_folder_that_names_data_elsewhere_is_refused_before_anything_is_fetched(
+    tmp_path: Path, sockets: list[str], place: str, name: str, offline: bool
+) -> None:
+    folder = a_folder_of_parquets(tmp_path)
+    card = CARD.format(f"[{{split: train, path: '{place}'}}]")
+    (folder / name).write_text(card if name == "README.md" else card.strip("-\n"))
+    (problem,) = failure(folder, offline=offline)
+    assert problem.startswith(f"its {name} names data outside of the folder, '{place}', which is never fetched")
+    assert sockets == []
+
+
+def test_a_folder_that_looks_into_another_is_refused(tmp_path: Path) -> None:
+    folder = a_folder_of_parquets(tmp_path)
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_dir: ../other\n---\n")
+    assert "names data outside" in failure(folder)[0]
+
+
+def test_a_folder_that_names_its_own_data_is_read(tmp_path: Path, sockets: list[str]) -> None:
+    folder = a_folder_of_parquets(tmp_path)
+    (folder / "README.md").write_text(CARD.format("'*.parquet'"))
+    assert load(folder, offline=False).images == NAMES
+    assert sockets == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"), [("csv", "image,text\na,b\n"), ("json", '[{"image": "a"}]'), ("txt", "x")]
+)
+def test_a_folder_that_holds_no_table_of_images_is_refused(tmp_path: Path, kind: str, content: str) -> None:
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table" / f"train.{kind}").write_text(content)
+    (problem,) = failure(tmp_path / "table")
+    name = "text" if kind == "txt" else kind
+    assert problem.startswith(f"datasets would read it as {name}; expected images in folders or zip files, parquet")
+
+
+def test_a_zip_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", bytes(1 << 20))
+    monkeypatch.setattr(tables, "MAX_BYTES", (1 << 20) - 1)
+    with pytest.raises(Unreadable, match="1,048,576 bytes is more than the limit"):
+        tables.ZipMember(tmp_path / "x.zip", "a.png").read()
 
 
 def hub_handler(repository: dict[str, bytes], requests: list[str]) -> type[BaseHTTPRequestHandler]:

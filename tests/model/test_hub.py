@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from huggingface_hub import close_session
+from huggingface_hub import close_session, hf_hub_download, scan_cache_dir
 
 from anima_train.core.errors import ConfigError, ModelFileError, SpaceError
 from anima_train.model.hub import (
@@ -25,6 +25,7 @@ from anima_train.model.hub import (
     fetch,
     git_blob_hash,
     is_reference,
+    origin_of,
     parse_reference,
     resolve,
     size_text,
@@ -69,7 +70,8 @@ class Hub:
     storage: str = ""
 
     def add(self, file: HubFile, served: Served) -> None:
-        self.files[f"/{file.repo}/resolve/{file.revision}/{file.path}"] = served
+        for revision in (file.revision, served.commit):
+            self.files[f"/{file.repo}/resolve/{revision}/{file.path}"] = served
 
     @property
     def transfers(self) -> list[str]:
@@ -194,6 +196,10 @@ except UserError as error:
         ("hf://owner/name/model.safetensors", HubFile("owner/name", "model.safetensors", "main")),
         ("hf://o-1/n.2/a/b c.safetensors", HubFile("o-1/n.2", "a/b c.safetensors", "main")),
         ("hf://owner/name@v1.0/a/b@2.safetensors", HubFile("owner/name", "a/b@2.safetensors", "v1.0")),
+        (
+            f"hf://owner/name/a#1.safetensors#sha256={'0a' * 32}",
+            HubFile("owner/name", "a#1.safetensors", "main", "0a" * 32),
+        ),
     ],
 )
 def test_reference_names_a_file_and_is_written_back_the_same(text: str, expected: HubFile) -> None:
@@ -224,6 +230,9 @@ def test_reference_names_a_file_and_is_written_back_the_same(text: str, expected
         "hf://owner/name@../model.safetensors",
         "hf://owner/name/\x1b[31mred.safetensors",
         "https://owner/name/model.safetensors",
+        "hf://owner/name/model.safetensors#sha256=",
+        "hf://owner/name/model.safetensors#sha256=0a",
+        f"hf://owner/name/model.safetensors#sha256={'0A' * 32}",
     ],
 )
 def test_malformed_or_escaping_reference_is_refused_with_the_form(text: str) -> None:
@@ -519,7 +528,7 @@ def test_only_the_missing_file_of_a_folder_is_downloaded(hub: Hub, tmp_path: Pat
     folder = fetch(TOKENIZER, say=said.append, endpoint=hub.endpoint, cache_dir=tmp_path)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == contents
     assert said == ["downloading vocab.json (22 bytes) from owner/text"]
-    assert hub.transfers == ["GET /owner/text/resolve/main/vocab.json"]
+    assert hub.transfers == [f"GET /owner/text/resolve/{COMMIT}/vocab.json"]
 
 
 def test_files_of_two_commits_are_not_taken_for_one_folder(hub: Hub, tmp_path: Path) -> None:
@@ -579,3 +588,82 @@ def test_all_problems_come_in_one_report_and_the_rest_arrives(hub: Hub, tmp_path
         "//Qwen/Qwen3-0.6B/tokenizer_config.json",
     ]
     assert fetch(OFFICIAL["t5_tokenizer_path"], offline=True, cache_dir=tmp_path).is_dir()
+
+
+# Pins
+
+
+LATER = "badcab" + "0" * 34
+
+
+def move_on(hub: Hub, file: HubFile, content: bytes) -> None:
+    """A new commit on the branch; the one before can still be had by its name."""
+    hub.files[f"/{file.repo}/resolve/{file.revision}/{file.path}"] = Served(content, large=True, commit=LATER)
+
+
+def test_branch_means_the_commit_it_meant_at_first(hub: Hub, tmp_path: Path) -> None:
+    """Also where the file has to be downloaded again, and where another program has moved the branch in the cache."""
+    hub.add(VAE, Served(LARGE, large=True))
+    first = fetch(VAE, endpoint=hub.endpoint, cache_dir=tmp_path)
+    move_on(hub, VAE, b"another")
+    (other,) = tmp_path.glob("models--*/refs/main")
+    other.write_text(LATER)
+    assert fetch(VAE, offline=True, cache_dir=tmp_path) == first
+    first.resolve().unlink()
+    first.unlink()
+    again = fetch(VAE, endpoint=hub.endpoint, cache_dir=tmp_path)
+    assert again == first
+    assert again.read_bytes() == LARGE
+
+
+def test_files_of_one_branch_are_of_one_commit(hub: Hub, tmp_path: Path) -> None:
+    other = HubFile(VAE.repo, "other.safetensors")
+    hub.add(VAE, Served(LARGE, large=True))
+    hub.add(other, Served(b"of the first commit", large=True))
+    fetch(VAE, endpoint=hub.endpoint, cache_dir=tmp_path)
+    move_on(hub, other, b"of the second")
+    assert fetch(other, endpoint=hub.endpoint, cache_dir=tmp_path).read_bytes() == b"of the first commit"
+
+
+def test_file_that_was_cached_by_another_program_is_pinned_too(hub: Hub, tmp_path: Path) -> None:
+    hub.add(VAE, Served(LARGE, large=True))
+    hf_hub_download(VAE.repo, VAE.path, endpoint=hub.endpoint, cache_dir=tmp_path)
+    path = fetch(VAE, offline=True, cache_dir=tmp_path)
+    (pin,) = tmp_path.glob("models--*/refs/anima-train/main")
+    assert pin.read_text() == COMMIT
+    assert origin_of(path) == HubFile(VAE.repo, VAE.path, COMMIT)
+    (revision,) = next(iter(scan_cache_dir(tmp_path).repos)).revisions  # the pin is nothing that the cache minds
+    assert revision.refs == {"main", "anima-train/main"}
+
+
+def test_pinned_commit_that_is_gone_says_how_to_go_on(hub: Hub, tmp_path: Path) -> None:
+    other = HubFile(VAE.repo, "other.safetensors")
+    hub.add(VAE, Served(LARGE, large=True))
+    fetch(VAE, endpoint=hub.endpoint, cache_dir=tmp_path)
+    hub.files.clear()
+    move_on(hub, other, b"another")
+    (pin,) = tmp_path.glob("models--*/refs/anima-train/main")
+    with pytest.raises(ModelFileError) as caught:
+        fetch(other, endpoint=hub.endpoint, cache_dir=tmp_path)
+    assert str(caught.value).endswith(
+        f"main is pinned to commit {COMMIT} in the local Hub cache: to take what it means now, remove {pin}"
+    )
+    pin.unlink()
+    assert fetch(other, endpoint=hub.endpoint, cache_dir=tmp_path).read_bytes() == b"another"
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_file_that_is_not_the_one_meant_is_refused(hub: Hub, tmp_path: Path, is_cached: bool) -> None:
+    hub.add(VAE, Served(LARGE, large=True))
+    digest = hashlib.sha256(LARGE).hexdigest()
+    if is_cached:
+        fetch(VAE, endpoint=hub.endpoint, cache_dir=tmp_path)
+    meant = parse_reference(f"{VAE.reference}#sha256={digest}")
+    assert fetch(meant, endpoint=hub.endpoint, cache_dir=tmp_path).read_bytes() == LARGE
+    other = parse_reference(f"{VAE.reference}#sha256={'0' * 64}")
+    with pytest.raises(ModelFileError, match=f"#sha256={'0' * 64}: found sha256 {digest}; the file is not the one"):
+        fetch(other, endpoint=hub.endpoint, cache_dir=tmp_path)
+
+
+def test_files_that_are_no_part_of_a_hub_cache_have_no_origin(tmp_path: Path) -> None:
+    assert origin_of(tmp_path / "snapshots" / "x" / "y.safetensors") is None

@@ -421,3 +421,28 @@ def test_pad_states_of_empty_captions_only_has_one_masked_row():
     assert not states.qwen.any()
     assert states.qwen_mask.tolist() == [[False], [False]]
     assert states.t5_mask.tolist() == [[True], [True]]
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_config_of_a_folder_cannot_name_code_on_the_hub(qwen_folder, tokenizers, tmp_path, key):
+    """transformers would fetch these kernels and run them."""
+    folder = shutil.copytree(qwen_folder, tmp_path / "qwen")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: "owner/kernels", "auto_map": {"AutoModel": "a.b"}}))
+    assert load_text_encoder(folder, tokenizers, CPU).model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_size", "large"), ("hidden_size", -1), ("hidden_act", "none"), ("num_attention_heads", 0),
+        ("layer_types", ["a"]), ("rope_parameters", "x"), ("num_hidden_layers", None),
+    ],
+)  # fmt: skip
+def test_config_of_a_folder_that_makes_no_sense_is_an_error(qwen_folder, tokenizers, tmp_path, key, value):
+    folder = shutil.copytree(qwen_folder, tmp_path / "qwen")
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("head_dim", None)
+    (folder / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(ModelFileError, match=r"model\.llm_path: "):
+        load_text_encoder(folder, tokenizers, CPU)

@@ -171,7 +171,8 @@ def test_images_that_are_not_used_are_listed_with_the_reason(page):
 
 
 def test_duplicates_are_listed(checked, page):
-    assert f"{checked}/data/a.png = {checked}/data/twin.png" in page.text
+    assert "data/a.png = data/twin.png" in page.text
+    assert str(checked) not in page.text
 
 
 def test_bucket_counts_equal_an_independent_count(page):
@@ -553,7 +554,7 @@ def test_images_without_the_trigger_word_are_those_without_a_caption(missing):
     assert found == [(0, "sks", True, [1, 2, 4])]
     assert "trigger words of train: 3 images of directory[0] without the trigger word sks\n" in str(summary(report))
     page = Page(render(report)).text
-    assert re.search(r"directory\[0\]: images without the trigger word sks: 3\s+\S+/0/1\.png\s+\S+/0/2\.png", page)
+    assert re.search(r"directory\[0\]: images without the trigger word sks: 3\s+0/1\.png\s+0/2\.png", page)
 
 
 def test_a_trigger_word_may_stand_in_the_prefix(missing):

@@ -72,3 +72,9 @@ def test_the_trend_sees_through_noise_and_has_no_start_up_bias():
         if step == 0:
             assert falling.mean() == pytest.approx(1.05)
     assert (falling.word, level.word, rising.word) == ("falling", "level", "rising")
+
+
+def test_a_line_cannot_command_the_terminal():
+    stream = io.StringIO()
+    Progress("style", 1, 0, True, stream).say("a\x1b[2J\x07.png\u202e: \x9b1A\nb")
+    assert stream.getvalue() == "a\\x1b[2J\\x07.png\\u202e: \\x9b1A\nb\n"

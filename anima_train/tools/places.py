@@ -1,0 +1,84 @@
+"""Where things lie on this machine, left out of pages that may be shown to others."""
+
+import re
+import tomllib
+from collections.abc import Iterable, Iterator
+from pathlib import PureWindowsPath
+from typing import Any
+
+import tomli_w
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# Folders, from the root to the last separator before a name; not in addresses, as hf://owner/name.
+FOLDERS = re.compile(r"(?<![\w.:/\\])(~[\w.-]*|[A-Za-z]:)?([/\\][^/\\\s\"'<>|]+)+[/\\](?=[^/\\\s])")
+
+
+def shared_config(text: str) -> str:
+    """A config with names instead of paths; what is no TOML, with the folders left out that can be recognised."""
+    try:
+        table = tomllib.loads(text)
+    except ValueError:
+        return shared_text(text, ())
+    return tomli_w.dumps(without_places(table))
+
+
+def without_places(value: Any, key: str = "") -> Any:
+    """A value of a config, or all values in a table or list of one, each path as its last part."""
+    if isinstance(value, dict):
+        return {name: without_places(each, name) for name, each in value.items()}
+    if isinstance(value, list):
+        return [without_places(each, key) for each in value]
+    return last_part(value) if isinstance(value, str) and is_place(key, value) else value
+
+
+def is_place(key: str, value: str) -> bool:
+    """Whether the value of this key is a path on this machine."""
+    if key == "hf_dataset":
+        return HUB_NAME.fullmatch(value) is None
+    is_path = key in ("path", "dataset", "config") or key.endswith(("_path", "_dir"))
+    return is_path and not value.startswith("hf://")
+
+
+def last_part(path: str) -> str:
+    """A path's last part, whichever system it is written for."""
+    return PureWindowsPath(path).name
+
+
+def places_in(text: str) -> list[str]:
+    """Every path that a config names; none if it is no TOML."""
+    try:
+        return list(places_of(tomllib.loads(text)))
+    except ValueError:
+        return []
+
+
+def places_of(value: Any, key: str = "") -> Iterator[str]:
+    """Every path in a table or list of a config."""
+    if isinstance(value, dict):
+        for name, each in value.items():
+            yield from places_of(each, name)
+    elif isinstance(value, list):
+        for each in value:
+            yield from places_of(each, key)
+    elif isinstance(value, str) and is_place(key, value):
+        yield value
+
+
+def shared_text(text: str, places: Iterable[str]) -> str:
+    """A message without folders: those of these places, which may hold spaces, and any that begin at the root."""
+    longest_first = sorted({place.rstrip("/\\") for place in places if is_in_folder(place)}, key=len, reverse=True)
+    for place in longest_first:
+        text = text.replace(place, last_part(place))
+    for place in filter(is_absolute, longest_first):  # what lies beside it is private too
+        text = text.replace(place.removesuffix(last_part(place)), "")
+    return FOLDERS.sub("", text)
+
+
+def is_absolute(path: str) -> bool:
+    """Whether a path begins at a root, whichever system it is written for."""
+    return path.startswith(("/", "~")) or PureWindowsPath(path).is_absolute()
+
+
+def is_in_folder(path: str) -> bool:
+    """Whether a path names a folder above it, other than the root."""
+    return bool(last_part(path.rstrip("/\\").removesuffix(last_part(path))))
