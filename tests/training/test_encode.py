@@ -226,6 +226,7 @@ def test_a_cache_that_cannot_be_written_names_the_bytes(fill, trainer, images, t
         fill(other)
 
 
+@pytest.mark.slow
 def test_two_processes_make_each_entry_once(config, images):
     processes = [start(config) for _ in range(2)]
     results = [process.communicate(timeout=100) for process in processes]

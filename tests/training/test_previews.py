@@ -81,6 +81,7 @@ def test_wandb_gets_the_pictures_offline(trainer, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_one_of_two_processes_draws(trainer, error):
     keys = {"sampling": {**SAMPLING, "before_first_step": False}, "max_steps": 2}
     one = trainer("one", gradient_accumulation_steps=2, **keys)

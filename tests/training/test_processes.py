@@ -180,6 +180,7 @@ def test_a_signal_to_one_process_before_the_first_step_stops_all(launch, trainer
 # What they start from
 
 
+@pytest.mark.slow
 def test_another_dataset_on_one_process_is_refused_by_all(launch, trainer, images_drawer):
     """The same relative path leads elsewhere, as it may on two machines."""
     for rank in (0, 1):

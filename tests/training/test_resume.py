@@ -227,7 +227,9 @@ PHASES = {
 }
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    "phase", [phase if phase == "evaluation" else pytest.param(phase, marks=pytest.mark.slow) for phase in PHASES]
+)
 def test_a_signal_in_any_phase_saves_and_what_was_left_is_made_later(trainer, pictures, phase):
     keys = {
         **RANDOM,

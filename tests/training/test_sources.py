@@ -157,6 +157,7 @@ def everything(tmp_path, plain, images_drawer):
     }
 
 
+@pytest.mark.slow
 def test_all_keys_work_together_resume_bitwise_and_on_two_processes(
     trainer, tmp_path, plain, images_drawer, error, capsys
 ):

@@ -41,7 +41,12 @@ def num_lines(path):
 
 
 @pytest.mark.parametrize(
-    ("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), pytest.param("SIGUSR1", 143, marks=pytest.mark.slow)]
+    ("name", "code"),
+    [
+        ("SIGINT", 130),
+        pytest.param("SIGTERM", 143, marks=pytest.mark.slow),
+        pytest.param("SIGUSR1", 143, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_saves_after_the_step_and_resume_is_bitwise(trainer, name, code):
     keys = {"max_steps": STEPS, "adapter": {"dropout": 0.2}}

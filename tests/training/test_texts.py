@@ -85,6 +85,7 @@ def test_drawn_captions_resume_bitwise(trainer):
     assert all(torch.equal(tensor, halves.weights[name]) for name, tensor in whole.weights.items())
 
 
+@pytest.mark.slow
 def test_drawn_captions_are_the_same_on_two_processes(trainer, error):
     keys = {"dataset": {"shuffle_tags": True, "tag_dropout": 0.3, "role": "train"}, "micro_batch_size_per_gpu": 2}
     one = trainer("one", gradient_accumulation_steps=2, **keys)
