@@ -4,6 +4,7 @@
     python scripts/benchmark.py vae  [--device cuda] [--side 256] [--rounds 7]
     python scripts/benchmark.py cache [--images 2000] [--workers 2] [--rounds 3]
     python scripts/benchmark.py scan [--images 100000]
+    python scripts/benchmark.py save [--megabytes 600] [--rounds 7]
     python scripts/benchmark.py soak [--steps 2000]
 
 `step`: forward and backward of a rank-16 LoRA, ours against diffusers' `CosmosTransformer3DModel`.
@@ -12,6 +13,8 @@
     do nothing but call Pillow. The median should be at most 1.15.
 `scan`: seconds and memory that the first and the second look at a folder of images take, and the plan of an epoch. The
     limits are 60 s and 1 GB.
+`save`: how long a step waits for a training state, against copying the tensors to the host, which is all it should wait
+    for.
 `soak`: a long run of the tiny model in a process of its own, with everything that happens between steps: its memory,
     open files and threads, a quarter of the run at a time. Fails where they grow. On Linux.
 
@@ -48,6 +51,8 @@ from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.vae import FrameConv, SingleFrameVAE
 from anima_train.optim.groups import COMPONENTS, LearningRates
 from anima_train.tools.tiny import write_tiny
+from anima_train.training.states import StateFacts, save_state
+from anima_train.training.writer import Groups, Writer, on_host
 
 RANK = 16
 CONTEXT = 1024
@@ -259,6 +264,31 @@ def benchmark_scan(options: argparse.Namespace, device: torch.device, dtype: tor
             print(f"{start} start, {time.perf_counter() - began:.1f} s in all: {found.stdout.decode().strip()}")
 
 
+def benchmark_save(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
+    """How long a step waits for a training state, against copying its tensors, and against writing them at once."""
+    weights = {f"weight {index}": torch.randn(1 << 20, device=device) for index in range(options.megabytes // 12)}
+    groups = {
+        "weights": weights,
+        "optimizer": {f"{name}.{key}": torch.randn_like(tensor) for name, tensor in weights.items() for key in "ab"},
+    }
+    facts = StateFacts(step=1, optimizer="")
+    rows = []
+    with tempfile.TemporaryDirectory() as name, Writer() as writer:
+        folder = Path(name)
+
+        def job(copies: Groups) -> None:
+            save_state(folder / str(len(rows)), facts, copies, 2)
+
+        for _ in range(options.rounds + 1):
+            waits = seconds(lambda: writer.write(groups, job), device)
+            writer.wait()
+            rows.append((waits, seconds(lambda: on_host(groups), device), writer.seconds))
+    waits, copies, writes = (statistics.median(times) for times in zip(*rows[1:], strict=True))
+    ratios = sorted(mine / other for mine, other, _ in rows[1:])
+    print(f"a step waits {waits * 1e3:.0f} ms, copying takes {copies * 1e3:.0f} ms, writing {writes * 1e3:.0f} ms")
+    print(f"waits / copying: median {statistics.median(ratios):.3f}, from {ratios[0]:.3f} to {ratios[-1]:.3f}")
+
+
 @dataclass(frozen=True)
 class Look:
     """What a running process holds at one time."""
@@ -369,7 +399,7 @@ def judge(looks: Sequence[Look], steps: int) -> None:
 def main() -> None:
     """Parse the command line and run one benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("step", "vae", "cache", "scan", "soak"))
+    parser.add_argument("what", choices=("step", "vae", "cache", "scan", "save", "soak"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--width", type=int, default=1280)
@@ -378,6 +408,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--images", type=int, help="default 2,000 for cache, 100,000 for scan")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--megabytes", type=int, default=600)
     parser.add_argument("--steps", type=int, default=2_000)
     options = parser.parse_args()
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
@@ -386,6 +417,7 @@ def main() -> None:
         options.images = 100_000 if options.what == "scan" else 2_000
     benchmarks = {
         "step": benchmark_step, "vae": benchmark_vae, "cache": benchmark_cache, "scan": benchmark_scan,
+        "save": benchmark_save,
         "soak": benchmark_soak,
     }  # fmt: skip
     benchmarks[options.what](options, device, dtype)

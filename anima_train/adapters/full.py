@@ -35,6 +35,10 @@ class Full(Settings):
         """Weights that were not in memory, by their names in the transformer, under their checkpoint keys."""
         return {checkpoint_key(name): tensor for name, tensor in tensors.items()}
 
+    def is_without_effect(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Never: the file is a whole model."""
+        return False
+
     def metadata(self) -> dict[str, str]:
         """What file managers read."""
         return {"modelspec.architecture": "anima-2b"}

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -82,6 +82,10 @@ class Lora(Settings):
             tensors[lora_key(name, "lora_A")] = layer.lora_A[NAME].weight.detach()
             tensors[lora_key(name, "lora_B")] = layer.lora_B[NAME].weight.detach() * self.scale
         return tensors
+
+    def is_without_effect(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether a file with these tensors would change nothing: every up-projection is zero, as before training."""
+        return not any(bool(tensor.any()) for name, tensor in tensors.items() if "lora_B" in name)
 
     def metadata(self) -> dict[str, str]:
         """What file managers read."""

@@ -13,6 +13,7 @@ from anima_train.cli.download import download
 from anima_train.cli.reference import reference
 from anima_train.cli.report import report
 from anima_train.cli.sample import sample
+from anima_train.cli.streams import outlive_readers
 from anima_train.cli.tiny import tiny
 from anima_train.cli.train import train, with_resume_path
 from anima_train.core.errors import Interrupted, UserError, printable_lines
@@ -45,6 +46,7 @@ def train_main() -> None:
 
 def run(app: typer.Typer) -> None:
     """Run an application; a user's mistake is a message, a fault of ours a traceback."""
+    outlive_readers()
     try:
         app(args=with_resume_path(sys.argv[1:]))
     except UserError as error:

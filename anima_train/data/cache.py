@@ -342,9 +342,9 @@ class Claims:
 
     def drop(self, path: Path) -> None:
         """Remove a claim's file."""
-        self.held.discard(path)
         with contextlib.suppress(OSError):  # gone already; or it stays, and is void as soon as this process has ended
             path.unlink()
+        self.held.discard(path)  # last: a signal in between finds it, and drops it again
 
 
 def runs_elsewhere(pid: int) -> bool:

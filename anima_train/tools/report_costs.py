@@ -128,6 +128,8 @@ def memory_cost(config: Config, model: ModelFacts, size: Size, batch_size: int) 
     else:  # a LoRA comes on top of the weights, in a dtype of its own
         dtype = config.adapter.dtype
         trained = DTYPE_BYTES[dtype] + gradient_and_state_bytes(config.optimizer, dtype)
+    if config.ema is not None:
+        trained += DTYPE_BYTES["float32"]
     shape = model.transformer
     per_block = batch_size * size.num_tokens * shape.width * DTYPE_BYTES[config.model.dtype]
     if config.activation_checkpointing:

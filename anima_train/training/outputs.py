@@ -157,6 +157,10 @@ class Outputs:
 
         def write(groups: Groups) -> None:
             save_weights(path, groups["weights"], metadata)
+            if self.config.adapter.is_without_effect(groups["weights"]):
+                warning = f"{path.name} changes nothing: every lora_B in it is zero; is the learning rate too low?"
+                self.progress.say(f"warning: {warning}")
+                self.run.warn(done, warning)
             if step is not None:
                 self.progress.say(f"step {step}: saved {path}")
 

@@ -69,8 +69,8 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run came to its end."""
-        return bool(self.manifest().get("finished"))
+        """Whether the run came to its end; where its manifest is of an earlier version, whether it has its weights."""
+        return bool(self.manifest().get("finished", self.weights_path(None).exists()))
 
     def manifest(self) -> dict[str, Any]:
         """What the manifest says; empty if it cannot be read."""
@@ -203,6 +203,7 @@ def manifest(
     rows = list(groups)
     return {
         "run": run_name,
+        "finished": False,
         "anima_train": __version__,
         "python": platform.python_version(),
         "libraries": {name: version(name) for name in LIBRARIES},

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from anima_train.adapters.full import Full
+from anima_train.config.config import Config
 from anima_train.config.load import Dataset, LoadedConfig
 from anima_train.core.errors import ConfigError, DataError, count, listed, printable, readable
 from anima_train.core.files import Need
@@ -154,8 +155,9 @@ def data_text(name: str, found: Scan) -> list[str]:
     return lines
 
 
-def plan_text(plan: Plan, timetable: Timetable, epochs: int | None) -> list[str]:
+def plan_text(plan: Plan, timetable: Timetable, config: Config) -> list[str]:
     """Buckets, batches and steps."""
+    epochs = config.epochs
     lines = [f"{'bucket':<12} {'images':>8} {'batch':>6} {'short by':>9}"]
     buckets = Counter((sample.resolution, sample.size) for sample in plan.samples)
     draws = plan.draws(0)
@@ -167,6 +169,11 @@ def plan_text(plan: Plan, timetable: Timetable, epochs: int | None) -> list[str]
         "max_steps" if epochs is None or timetable.num_steps < timetable.first_steps[-1] else count(epochs, "epoch")
     )
     lines.append(f"{count(steps, 'step')} in the first epoch; {count(timetable.num_steps, 'step')} in all ({ending})")
+    if config.ema is not None and config.ema.decay_after(timetable.num_steps) < config.ema.decay:
+        lines.append(
+            f"note: ema.decay: {config.ema.decay} is not reached in {count(timetable.num_steps, 'step')}: the average "
+            "covers about the last ninth of the steps, and a larger one would change nothing"
+        )
     return lines
 
 
@@ -178,7 +185,7 @@ def report(loaded: LoadedConfig, files: ModelFiles, scans: dict[str, Scan], num_
     for name, found in scans.items():
         lines.extend(data_text(name, found))
     timetable = make_timetable(loaded, plan)
-    lines.extend(plan_text(plan, timetable, loaded.config.epochs))
+    lines.extend(plan_text(plan, timetable, loaded.config))
     transformer = trainable_transformer(loaded, files)
     lines.extend(groups_text(group_rows(transformer, rates)))
     planned = planned_writings(loaded, files, plan, timetable, transformer)

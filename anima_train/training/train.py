@@ -110,6 +110,10 @@ def run_training(
     with contextlib.ExitStack() as stack, Together(accelerator):  # which hears of a failure before the stack does
         stack.callback(accelerator.end_training)
         loaded = settled(loaded, accelerator)
+        deadline = config.stop_within_seconds if accelerator.num_processes == 1 else None
+        if deadline != config.stop_within_seconds:
+            note = "stop_within_seconds: has no effect, as several processes always finish the step"
+            loaded = replace(loaded, notes=(*loaded.notes, note))
         for note in loaded.notes:
             accelerator.print(f"note: {printable(note)}")
         warnings: list[str] = []
@@ -123,7 +127,6 @@ def run_training(
         if accelerator.is_main_process:
             run.open()
             stack.callback(run.close)
-        deadline = config.stop_within_seconds if accelerator.num_processes == 1 else None
         return train(
             loaded, run, accelerator, origin, warnings, stack, stack.enter_context(Stopping(run.path, deadline))
         )
@@ -149,7 +152,7 @@ def train(
     plan = make_plan(loaded, data.train.samples, accelerator.num_processes)
     timetable = make_timetable(loaded, plan)
     check_same_plan(data.train, plan, timetable.num_steps, accelerator)
-    accelerator.print("\n".join(plan_text(plan, timetable, config.epochs)))
+    accelerator.print("\n".join(plan_text(plan, timetable, config)))
 
     # Previews: prompts are encoded, and the text encoder is freed, before the transformer is loaded.
     previews = make_previews(loaded, data.files, run, device) if is_main and config.sampling is not None else None
@@ -288,9 +291,11 @@ def train(
             progress.say(f"warning: step {task.step + 1}: {warning}")
             if is_main:
                 run.warn(task.step + 1, warning)
-                if skipped.is_over:
+            if skipped.is_over:
+                if is_main:
                     outputs.save_state(task.step + 1 - skipped.in_a_row)  # nothing has changed since
                     writer.wait()
+                accelerator.wait_for_everyone()  # a process that fails while another one saves would end that, too
             skipped.check()
         optimizer.zero_grad(set_to_none=True)
         by_role = accelerator.reduce(role_losses, "sum").tolist() if has_roles else []

@@ -183,6 +183,20 @@ def test_evaluations_go_on_with_the_same_base(trainer, pictures, monkeypatch):
     assert "held/difference_from_base" in resumed.evaluations[-1]
 
 
+def test_a_lora_that_changes_nothing_is_told(trainer, capsys):
+    trainer("some")
+    assert "changes nothing" not in "".join(capsys.readouterr())
+    trainer("none", optimizer={"lr": 1e-60})
+    assert "none.safetensors changes nothing: every lora_B in it is zero" in "".join(capsys.readouterr())
+
+
+def test_an_average_whose_decay_is_not_reached_is_told(trainer, capsys):
+    trainer("short", ema={"decay": 0.999})
+    assert "note: ema.decay: 0.999 is not reached in 4 steps" in capsys.readouterr().out
+    trainer("shorter", ema={"decay": 0.3})
+    assert "ema.decay" not in capsys.readouterr().out
+
+
 def test_the_worst_steps_end_with_the_last_good_state(trainer, monkeypatch):
     whole = trainer("whole", max_steps=20)
     real = train_module.compute_loss

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import stat
 
 import pytest
 import torch
@@ -334,3 +335,15 @@ def test_a_kill_while_an_old_state_is_removed_leaves_no_part_of_it_under_its_nam
     assert saved_states(tmp_path) == [folder]
     save(tmp_path, 2, model, optimizer)
     assert sorted(os.listdir(tmp_path)) == ["step-000001", "step-000002"]
+
+
+@pytest.mark.parametrize(("mask", "folder_mode", "mode"), [(0o022, 0o755, 0o644), (0o077, 0o700, 0o600)])
+def test_permissions_of_a_state_are_those_the_umask_allows(tmp_path, mask, folder_mode, mode):
+    model = lora_model()
+    before = os.umask(mask)
+    try:
+        folder = save(tmp_path / "checkpoints", 1, model, optimizer_for(model))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(folder.stat().st_mode) == folder_mode
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {mode}
