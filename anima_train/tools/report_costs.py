@@ -209,6 +209,16 @@ def savings(
     return found
 
 
+def cache_savings(config: Config) -> list[str]:
+    """What makes filling the cache need less memory and is not done yet, that of least cost first."""
+    found = []
+    if config.caching_batch_size > 1:
+        found.append(f"caching_batch_size below {config.caching_batch_size}")
+    if config.model.text_encoder_device != "cpu":
+        found.append('model.text_encoder_device = "cpu"')
+    return [*found, "lower resolutions"]
+
+
 def estimated_seconds(
     measured: Sequence[Measured], micro_batches_per_step: int, num_steps: int, num_tokens: int
 ) -> float | None:

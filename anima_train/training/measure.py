@@ -14,7 +14,7 @@ from anima_train.data.buckets import Size
 from anima_train.data.loader import Batch
 from anima_train.data.plan import Plan, batch_size_for
 from anima_train.tools.report_costs import Measured
-from anima_train.training.memory import peak_bytes, start_peak
+from anima_train.training.memory import is_out_of_memory, peak_bytes, start_peak
 from anima_train.training.model import ModelFiles
 from anima_train.training.objective import compute_loss
 from anima_train.training.prepare import make_accelerator
@@ -53,7 +53,9 @@ def measure(
     try:
         texts = live_encoder(loaded, files, accelerator.device) if has_live_texts else None
         step = training_step(loaded, files, accelerator)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         return [Measured(size, batch_size, None, peak_bytes(device)) for size, batch_size in buckets]
     measured = []
     for size, batch_size in buckets:
@@ -61,7 +63,9 @@ def measure(
         start_peak(device)
         try:
             seconds = [timed(step, batch, device) for _ in range(num_steps)]
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             measured.append(Measured(size, batch_size, None, peak_bytes(device)))
         else:
             measured.append(Measured(size, batch_size, statistics.median(seconds[1:] or seconds), peak_bytes(device)))

@@ -78,11 +78,16 @@ class Attempt:
     """What the memory is being used for; it changes as the run goes on."""
 
     doing: str
-    shape: Shape
+    shape: Shape | None = None  # None: nothing goes through the transformer
+
+    def __str__(self) -> str:
+        return self.doing if self.shape is None else f"{self.doing}, with {self.shape}"
 
 
 @contextlib.contextmanager
-def memory_errors(device: torch.device, attempt: Attempt, savings: Callable[[Shape], Sequence[str]]) -> Iterator[None]:
+def memory_errors(
+    device: torch.device, attempt: Attempt, savings: Callable[[Shape | None], Sequence[str]]
+) -> Iterator[None]:
     """Report memory that runs out as a `SpaceError` about what was being done then.
 
     Args:
@@ -101,8 +106,8 @@ def memory_errors(device: torch.device, attempt: Attempt, savings: Callable[[Sha
             need = f"more than {readable(peak + asked)} ({need}, {readable(asked)} more asked for)"
         changes = [f"\n  {number}. {saving}" for number, saving in enumerate(savings(attempt.shape), start=1)]
         raise SpaceError(
-            f"out of memory in {attempt.doing}, with {attempt.shape}. Needed: {need}; {limits(device)}. What to "
-            f"change, in order of least cost:{''.join(changes)}"
+            f"out of memory in {attempt}. Needed: {need}; {limits(device)}. What to change, in order of least cost:"
+            f"{''.join(changes)}"
         ) from error
 
 

@@ -16,6 +16,7 @@ from anima_train.data.cache import SCHEMA, Cache
 from anima_train.data.loader import CachedData
 from anima_train.data.samples import Sample
 from anima_train.data.scan import Scan
+from anima_train.tools.report_costs import cache_savings
 from anima_train.training.encode import (
     Share,
     caption_lengths,
@@ -28,6 +29,7 @@ from anima_train.training.encode import (
     without_rejected,
 )
 from anima_train.training.evaluate import EvalSet
+from anima_train.training.memory import Attempt, memory_errors
 from anima_train.training.model import DTYPES, ModelFiles, find_model_files
 from anima_train.training.processes import check_same_data
 from anima_train.training.setup import data_text, first_files, scan_all
@@ -117,19 +119,20 @@ def prepare_data(
         num_read, num_damaged = verify_cache(needed, share)
         # Not `accelerator.print`: each process has read others.
         print(f"cache: {count(num_read, 'entry', 'entries')} read, {num_damaged:,} damaged and removed to be rebuilt")
-    done = fill_cache(
-        needed,
-        files,
-        bool(text_id.adapter),
-        share,
-        accelerator.device,
-        text_device(config, accelerator.device),
-        dtype,
-        config.caching_batch_size,
-        accelerator.is_main_process,
-        accelerator.print,
-        first_files(loaded, files) if trains and accelerator.is_main_process else [],
-    )
+    with memory_errors(accelerator.device, Attempt("filling the cache"), lambda _: cache_savings(config)):
+        done = fill_cache(
+            needed,
+            files,
+            bool(text_id.adapter),
+            share,
+            accelerator.device,
+            text_device(config, accelerator.device),
+            dtype,
+            config.caching_batch_size,
+            accelerator.is_main_process,
+            accelerator.print,
+            first_files(loaded, files) if trains and accelerator.is_main_process else [],
+        )
     accelerator.wait_for_everyone()  # soon: no process comes here before all entries are there
     print(f"cache: {done.num_latents:,} latents, {done.num_masks:,} masks and {done.num_texts:,} texts added")
     bad_fractions = {dataset.name: dataset.settings.max_bad_fraction for dataset in (loaded.train, *loaded.evals)}

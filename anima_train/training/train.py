@@ -154,6 +154,17 @@ def train(
     check_same_plan(data.train, plan, timetable.num_steps, accelerator)
     accelerator.print("\n".join(plan_text(plan, timetable, config)))
 
+    # Memory: whatever runs out of it from here on says what to change.
+    shapes = largest_shapes(plan, len(timetable.first_steps) - 1, data.evals)
+    attempt = Attempt("loading the model")
+    encodes_here = has_live_texts(config, data.train.samples) and text_device(config, device).type != "cpu"
+
+    def changes(tried: Shape | None) -> list[str]:
+        shape = tried or shapes[0]
+        return savings(config, shape.resolution, shape.batch_size, encodes_here, shape.is_evaluation)
+
+    stack.enter_context(memory_errors(device, attempt, changes))
+
     # Previews: prompts are encoded, and the text encoder is freed, before the transformer is loaded.
     previews = make_previews(loaded, data.files, run, device) if is_main and config.sampling is not None else None
 
@@ -205,19 +216,9 @@ def train(
         Trained(transformer, model, optimizer, average), data.files, plan, timetable, data.evals, previews, facts,
     )  # fmt: skip
 
-    # Memory: the largest micro-batches first, so that a run that cannot fit ends here.
-    encodes_here = has_live_texts(config, data.train.samples) and text_device(config, device).type != "cpu"
-    shapes = largest_shapes(plan, len(timetable.first_steps) - 1, data.evals)
-    attempt = Attempt("a trial before the first step", shapes[0])
-    stack.enter_context(
-        memory_errors(
-            device,
-            attempt,
-            lambda shape: savings(config, shape.resolution, shape.batch_size, encodes_here, shape.is_evaluation),
-        )
-    )
+    # The largest micro-batches first, so that a run that does not fit into the memory ends here.
     for shape in shapes:
-        attempt.shape = shape
+        attempt.doing, attempt.shape = "a trial before the first step", shape
         try_shape(shape, loaded, data.files, model, optimizer, accelerator)
 
     # Before the first step, or what a process that had to stop has left.

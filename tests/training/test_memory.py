@@ -198,6 +198,19 @@ def test_run_that_cannot_fit_ends_before_its_first_step(trainer, images_drawer, 
     assert not (trainer.folder / "runs" / "big" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit a process's memory")
+def test_a_cache_that_cannot_be_filled_says_what_to_change(trainer, images_drawer, command, tmp_path):
+    folder = images_drawer(tmp_path / "images", [(1024, 1024)] * 8)
+    dataset = {"resolutions": [1024], "directory": [{"path": str(folder)}]}
+    config = trainer.config("big", dataset=dataset, caching_batch_size=8)
+    result = command([sys.executable, "-c", LIMITED, str(config), "1100"])
+    assert result.returncode == 6, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "error: out of memory in filling the cache. Needed: " in result.stderr
+    assert "\n  1. caching_batch_size below 8\n  2. model.text_encoder_device" in result.stderr
+
+
 @pytest.mark.gpu
 def test_memory_of_the_gpu_that_runs_out_is_told(trainer):
     device = torch.device("cuda")
