@@ -204,8 +204,7 @@ def train(
             warnings.append(warning)
         for warning in (*warnings, *loaded.notes, *data.warnings):
             run.warn(0, warning)
-    accelerator.wait_for_everyone()  # until the records are those that are kept
-    skipped, spikes = replay(run.metrics_path, start)
+    skipped, spikes = from_main(accelerator, lambda: replay(run.metrics_path, start))  # after the records are trimmed
     progress = Progress(run.name, timetable.num_steps, start, is_main)
     trackers = Trackers(partial(open_trackers, accelerator, config.monitoring, run.name, config.offline), progress.say)
     stack.callback(trackers.close)  # where the run fails, too

@@ -25,7 +25,8 @@ from pathlib import Path
 import anima_train.cli.train
 from anima_train.cli.main import train_main
 from anima_train.core.errors import ConfigError, DataError
-from anima_train.training import train
+from anima_train.data.loader import CachedData
+from anima_train.training import outputs, prepare, train
 
 RANK, FOLDER = int(os.environ["RANK"]), Path(__file__).parent
 
@@ -61,13 +62,14 @@ def in_step(act):
     train.compute_loss = third_time(act, train.compute_loss)
 
 def in_loader(act):
-    train.CachedData.training_batch = third_time(act, train.CachedData.training_batch)
+    CachedData.training_batch = third_time(act, CachedData.training_batch)
 
 def before(act):
     anima_train.cli.train.load_config = fault(act)
 
 def at(name, act):
-    setattr(train, name, fault(act))
+    (module,) = (module for module in (outputs, prepare) if hasattr(module, name))
+    setattr(module, name, fault(act))
 
 """
 
