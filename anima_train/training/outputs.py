@@ -135,6 +135,7 @@ class Outputs:
         try:
             with trained.averaged():
                 paths = previews.draw(moment.step, trained.transformer, forward)
+            pictures = previews.pictures(paths)
         except (Abandoned, Interrupted):
             raise
         except Exception as error:  # noqa: BLE001  # whatever it is, the training goes on
@@ -142,7 +143,7 @@ class Outputs:
             self.run.warn(moment.step, f"no preview ({error})")
             return
         self.progress.say(f"step {moment.step}: {count(len(paths), 'preview')} in {previews.folder}")
-        self.trackers.show(previews.pictures(paths), self.x(moment))
+        self.trackers.show(pictures, self.x(moment))
 
     def x(self, moment: Moment) -> int:
         """Where a moment is on the curves' axis."""

@@ -27,7 +27,7 @@ class Origin:
 
     run_name: str
     saved: Saved | None = None  # the state it goes on from
-    source: RunFolder | None = None  # the run whose records it continues; None: there are none
+    source: Path | None = None  # folder of the run whose records it continues; None: there are none
     notes: Sequence[str] = ()
 
 
@@ -129,7 +129,7 @@ def go_on(run: RunFolder, saved: Saved | None, changes: Changes) -> Origin:
     notes = [f"changed: {line}" for line in changes.allowed]
     if saved is None:
         return Origin(run.name, None, None, [*notes, f"{run.path}: starts again, as no training state was saved"])
-    return Origin(run.name, saved, run, [*notes, f"resuming after step {saved.facts.step} ({saved.folder})"])
+    return Origin(run.name, saved, run.path, [*notes, f"resuming after step {saved.facts.step} ({saved.folder})"])
 
 
 def newest_run(output_dir: Path, name: str, config: Mapping[str, Any] | None) -> RunFolder | None:

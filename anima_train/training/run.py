@@ -116,18 +116,18 @@ class RunFolder:
         """Give the folder back."""
         self.lock.release()
 
-    def start_records(self, source: "RunFolder | None", num_steps: int, pending: Collection[str]) -> None:
+    def start_records(self, source: Path | None, num_steps: int, pending: Collection[str]) -> None:
         """Keep of what a run has logged what is not made again.
 
         Args:
-            source: the run that is continued; None: nothing is kept.
+            source: folder of the run that is continued; None: nothing is kept.
             num_steps: steps that are not made again.
             pending: what was not made after the last of them.
         """
         for path in (self.metrics_path, self.evaluations_path, self.warnings_path):
             first = 1 if path == self.warnings_path else 0  # those before the first step are logged at each start
             last = num_steps - 1 if path == self.evaluations_path and "evaluation" in pending else num_steps
-            old = None if source is None else source.path / path.name
+            old = None if source is None else source / path.name
             if old is not None and old.exists():
                 lines = old.read_text(encoding="utf-8", errors="replace").splitlines()
                 write_text(path, "".join(f"{line}\n" for line in lines if first <= step_of(line) <= last))
@@ -135,8 +135,8 @@ class RunFolder:
                 path.unlink(missing_ok=True)
         if source is None:
             self.base_path.unlink(missing_ok=True)
-        elif source.path != self.path and source.base_path.exists():
-            write_text(self.base_path, source.base_path.read_text(encoding="utf-8"))
+        elif source != self.path and (base := source / self.base_path.name).exists():
+            write_text(self.base_path, base.read_text(encoding="utf-8"))
 
     def sync(self) -> None:
         """Flush to disk what was logged."""

@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -58,8 +59,7 @@ def open_trackers(
         if monitoring.enable_wandb
         else {},
     )
-    trackers, accelerator.trackers = accelerator.trackers, []  # closed by us: `end_training` would wait for them
-    return list(trackers)
+    return list(accelerator.trackers)
 
 
 def wandb_options(accelerator: Accelerator, monitoring: Monitoring, run_name: str, offline: bool) -> dict[str, Any]:
@@ -100,6 +100,8 @@ def send(tracker: GeneralTracker, values: dict[str, Any], x: int, are_pictures: 
 class Trackers:
     """Numbers on their way to the trackers: neither a stall nor a failure there reaches the training.
 
+    On leaving, it waits until all is sent, unless the way out is a second Ctrl-C.
+
     Args:
         opens: makes the trackers; called in the thread, as it may wait for a network.
         warn: gets a line for each failure.
@@ -112,6 +114,15 @@ class Trackers:
         self.num_dropped = 0
         self.thread = threading.Thread(target=self.work, name="trackers", daemon=True)
         self.thread.start()
+
+    def __enter__(self) -> "Trackers":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None or issubclass(kind, Exception):
+            self.close()
 
     def log(self, values: Mapping[str, float], x: int) -> None:
         """Hand over numbers at once; they are sent later."""

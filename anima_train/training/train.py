@@ -108,7 +108,8 @@ def run_training(
             print(report(loaded, files, scan_all(loaded, write=True), accelerator.num_processes))
         return None
     with contextlib.ExitStack() as stack, Together(accelerator):  # which hears of a failure before the stack does
-        stack.callback(accelerator.end_training)
+        # `end_training` would also close the trackers: their thread does, or warns where they cannot be opened.
+        stack.callback(accelerator.state.destroy_process_group)
         loaded = settled(loaded, accelerator)
         deadline = config.stop_within_seconds if accelerator.num_processes == 1 else None
         if deadline != config.stop_within_seconds:
@@ -206,8 +207,8 @@ def train(
             run.warn(0, warning)
     skipped, spikes = from_main(accelerator, lambda: replay(run.metrics_path, start))  # after the records are trimmed
     progress = Progress(run.name, timetable.num_steps, start, is_main)
-    trackers = Trackers(partial(open_trackers, accelerator, config.monitoring, run.name, config.offline), progress.say)
-    stack.callback(trackers.close)  # where the run fails, too
+    opens = partial(open_trackers, accelerator, config.monitoring, run.name, config.offline)
+    trackers = stack.enter_context(Trackers(opens, progress.say))  # closed where the run fails, too
     stack.callback(progress.close)
     writer = stack.enter_context(Writer())
     outputs = Outputs(

@@ -37,6 +37,7 @@ from anima_train.data.images import (
     read_file,
 )
 
+NOBODY = 65534  # a user who owns nothing
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -629,11 +630,17 @@ def test_symbolic_links_are_followed_and_loops_end(tmp_path: Path) -> None:
     assert probe(tmp_path / "link.png").width == 48
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_unreadable_file_is_refused(tmp_path: Path) -> None:
-    path = save(tmp_path / "x.png", scene())
-    path.chmod(0)
-    assert reason(probe, path) == "not readable (permission denied)"
+def test_unreadable_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "x.png", scene()).chmod(0)
+    tmp_path.chmod(0o755)
+    monkeypatch.chdir(tmp_path)  # the folders above are open to their owner alone
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(NOBODY)  # root may read everything
+    try:
+        assert reason(probe, Path("x.png")) == "not readable (permission denied)"
+    finally:
+        os.seteuid(user)
 
 
 def test_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:

@@ -177,6 +177,15 @@ def test_latents_that_are_not_finite_are_never_stored(trainer, fill, images, tin
     assert entries(images) == []
 
 
+def test_captions_that_are_too_long_are_counted_in_one_warning(fill, images):
+    for number in (2, 5):
+        (images / f"image{number}.txt").write_text(f"image {number}, " + "cat, " * 600)
+    made, output = fill()
+    assert made == (12, 12)
+    (line,) = [line for line in output.splitlines() if "longer than" in line]
+    assert line.startswith("warning: 2 of 12 captions are longer than 512 tokens and lose their end (up to ")
+
+
 def test_a_truncated_entry_is_rebuilt_at_the_next_start(fill, images):
     fill()
     content = entries(images)[3].read_bytes()

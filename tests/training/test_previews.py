@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from anima_train.cli.main import COMMANDS, application
 from anima_train.config.load import load_config
 from anima_train.core.errors import ConfigError
+from anima_train.training.previews import Previews
 
 SAMPLING = {
     "every_n_steps": 2,
@@ -62,6 +63,21 @@ def test_a_preview_that_fails_is_a_warning(trainer, capfd):
     assert watched.losses == plain.losses
     output = capfd.readouterr()
     assert "step 2: no preview (" in output.out + output.err
+
+
+def test_a_preview_that_is_gone_before_the_trackers_get_it_is_a_warning(trainer, monkeypatch, capfd):
+    plain = trainer("plain")
+    real = Previews.pictures
+
+    def pictures_of_removed_files(previews, paths):
+        for path in paths:
+            path.unlink()
+        return real(previews, paths)
+
+    monkeypatch.setattr(Previews, "pictures", pictures_of_removed_files)
+    assert trainer("watched", sampling=SAMPLING).losses == plain.losses
+    output = capfd.readouterr()
+    assert "step 2: no preview ([Errno 2] No such file or directory" in output.out + output.err
 
 
 def test_trackers_get_the_pictures(trainer):

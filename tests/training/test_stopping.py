@@ -10,22 +10,61 @@ from pathlib import Path
 import pytest
 import torch
 
-from anima_train.core.errors import Interrupted
+from anima_train.core.errors import ConfigError, Interrupted
 from anima_train.training import train as train_module
+from anima_train.training.states import newest_state
 
 REPO = Path(__file__).parents[2]
 STEPS = 60
+LONG_STEP = """
+import sys, time
+from anima_train.cli.main import train_main
+from anima_train.training import train
+
+real, number = train.compute_loss, 0
+
+def long_in_the_third_step(*arguments):
+    global number
+    number += 1
+    if number == 3:
+        print("in the third step", flush=True)
+        time.sleep(600)
+    return real(*arguments)
+
+train.compute_loss = long_in_the_third_step
+train_main()
+"""
+STATES = {"checkpoint_every_n_steps": 1, "adapter": {"dropout": 0.2}}
 
 
-def start(config, processes=1):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+def start(config, processes=1, script=None):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(REPO)}
     launch = (
         ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"] if processes > 1 else []
     )
+    program = ["-m", "anima_train"] if script is None else ["-c", script]
     return subprocess.Popen(
-        [sys.executable, *launch, "-m", "anima_train", str(config)], cwd=REPO, env=environment, text=True,
+        [sys.executable, *launch, *program, str(config)], cwd=REPO, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
+
+
+@pytest.fixture
+def in_a_long_step(trainer):
+    """Starts a run; returns its process, which is in the third step for minutes."""
+    processes = []
+
+    def run(script=LONG_STEP):
+        processes.append(process := start(trainer.config("run", **STATES), script=script))
+        while "in the third step" not in (line := process.stdout.readline()):
+            assert line, process.communicate()
+        wait_for((trainer.folder / "runs" / "run" / "checkpoints" / "step-000002").exists, process)  # a thread makes it
+        return process
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.communicate()
 
 
 def wait_for(condition, process, seconds=60):
@@ -34,6 +73,15 @@ def wait_for(condition, process, seconds=60):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def first_words(process):
+    """What a process says on stderr, until it says that it is stopping."""
+    said = ""
+    while "stopping" not in said:
+        said += (line := process.stderr.readline())
+        assert line, said
+    return said
 
 
 def num_lines(path):
@@ -65,6 +113,47 @@ def test_a_signal_saves_after_the_step_and_resume_is_bitwise(trainer, name, code
     resumed = trainer("stopped", resume=True, **keys)
     assert resumed.losses == whole.losses
     assert all(torch.equal(tensor, resumed.weights[key]) for key, tensor in whole.weights.items())
+
+
+def interrupt_twice(process):
+    """Press Ctrl-C twice; returns what the process says after the second time, which must be its end."""
+    process.send_signal(signal.SIGINT)
+    assert "stopping after this step; Ctrl-C stops at once" in first_words(process)
+    process.send_signal(signal.SIGINT)
+    return process.communicate(timeout=30)[1]
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_stops_at_once_and_the_saved_states_are_whole(trainer, in_a_long_step):
+    process = in_a_long_step()
+    errors = interrupt_twice(process)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    run = trainer.folder / "runs" / "run"
+    assert newest_state(run / "checkpoints", pytest.fail).facts.step == 2
+    assert trainer("run", **STATES).losses == trainer("whole", **STATES).losses
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_waits_for_no_tracker(in_a_long_step):
+    stalled = LONG_STEP.replace("train_main()", "train.open_trackers = lambda *_: time.sleep(600)\ntrain_main()")
+    process = in_a_long_step(stalled)
+    interrupt_twice(process)
+    assert process.returncode == 130
+
+
+@pytest.mark.slow
+def test_a_run_in_which_a_process_trains_is_refused_until_that_is_killed(trainer, in_a_long_step):
+    process = in_a_long_step()
+    metrics = trainer.folder / "runs" / "run" / "metrics.jsonl"
+    before = metrics.read_text()
+    for resume in (False, True):
+        with pytest.raises(ConfigError, match="run: another process is training in this folder"):
+            trainer("run", resume=resume, **STATES)
+    assert metrics.read_text() == before
+    process.kill()
+    process.wait()
+    assert len(trainer("run", **STATES).losses) == 4
 
 
 def test_the_file_save_saves_and_goes_on_and_save_quit_stops(trainer, monkeypatch):

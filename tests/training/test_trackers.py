@@ -4,6 +4,7 @@ import threading
 import time
 
 import pytest
+import torch
 from accelerate.tracking import GeneralTracker
 
 from anima_train.training import trackers as trackers_module
@@ -115,3 +116,15 @@ def test_trackers_that_cannot_be_opened_are_a_warning():
         trackers.log({"loss": 0.0}, step)
     trackers.close(patience=1)
     assert said == ["warning: the trackers could not be opened (no network); metrics.jsonl has all numbers"]
+
+
+def test_a_run_with_trackers_that_fail_is_the_one_without(trainer, capfd):
+    plain = trainer("plain")
+    folder = trainer.folder / "runs" / "tracked"
+    folder.mkdir(parents=True)
+    (folder / "anima-train").write_text("where TensorBoard's folder would be")
+    tracked = trainer("tracked", monitoring={"tensorboard": True})
+    assert tracked.losses == plain.losses
+    assert all(torch.equal(tensor, tracked.weights[name]) for name, tensor in plain.weights.items())
+    output = capfd.readouterr()
+    assert (output.out + output.err).count("warning: the trackers could not be opened") == 1

@@ -313,6 +313,8 @@ def test_damaged_image_is_set_aside_and_too_many_stop(trainer, images_drawer, tm
     )  # fmt: skip
     assert run.metrics[-1]["examples"] == 3
     assert "image2.png" in capsys.readouterr().out
+    for name in ("warnings.jsonl", "report.html"):  # what is left to be looked at in the end
+        assert "image2.png: truncated" in (run.path / name).read_text()
 
 
 def test_image_that_changes_after_the_scan_is_set_aside(trainer, images_drawer, tmp_path, monkeypatch):
@@ -334,6 +336,7 @@ def test_image_that_changes_after_the_scan_is_set_aside(trainer, images_drawer, 
     with monkeypatch.context() as patch:
         patch.setattr(prepare_module, "scan_all", scan_then_change)
         assert trainer(**changes).metrics[-1]["examples"] == 2
+    assert len(list((folder / ".anima_cache" / "latent").rglob("*.safetensors"))) == 2
     for name, content in contents.items():  # what was set aside for one run is tried again by the next
         (folder / name).write_bytes(content)
     assert trainer("again", **changes).metrics[-1]["examples"] == 4
@@ -353,6 +356,14 @@ def test_file_in_the_wrong_slot_is_named(trainer, tiny, slot, given):
     model[slot] = str(getattr(paths, given))
     with pytest.raises(ModelFileError, match=f"model.{slot}: expects .* looks like"):
         trainer(model=model)
+
+
+def test_files_in_all_wrong_slots_are_named_in_one_report(trainer, tiny):
+    paths = tiny_paths(tiny)
+    given = {"transformer_path": paths.vae, "vae_path": paths.llm, "llm_path": paths.transformer}
+    with pytest.raises(ModelFileError) as caught:
+        trainer(model={"tiny_path": None, **{slot: str(path) for slot, path in given.items()}})
+    assert [problem.split(":")[0] for problem in caught.value.problems] == [f"model.{slot}" for slot in given]
 
 
 def test_anima_without_adapter_needs_llm_adapter_path(trainer, tiny, tmp_path):
