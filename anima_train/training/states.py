@@ -23,12 +23,11 @@ from anima_train.model.weights import match_keys, open_header, read_tensors, wri
 from anima_train.optim.ema import Average
 from anima_train.training.checkpoints import check_finite
 from anima_train.training.space import require_room, state_bytes
+from anima_train.training.writer import Groups
 
 STATE_FOLDER = re.compile(r"step-(\d+)")
 MANIFEST = "state.json"
 VERSION = 2  # of the layout; raise it when an older one cannot be read any more
-
-Groups = Mapping[str, Mapping[str, Tensor]]  # by file, then by name
 
 
 class FileFacts(Settings):

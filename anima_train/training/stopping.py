@@ -41,11 +41,6 @@ class Wish:
     saves: bool
     exit_code: int | None  # None: to go on
 
-    @property
-    def stops(self) -> bool:
-        """Whether this is the last step of this process."""
-        return self.exit_code is not None
-
 
 class Stopping:
     """Listens to signals while it is entered; only in the main thread, where Python hears them.
