@@ -26,6 +26,7 @@ def quickstart(tmp_path):
     return start
 
 
+@pytest.mark.slow
 def test_readers_that_go_away_stop_nothing(quickstart):
     process, weights = quickstart(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()

@@ -272,6 +272,7 @@ def test_after_a_kill_at_any_moment_whole_entries_are_all_there_is(config, fill,
     assert len(entries(images)) == len(entries(images, "text")) == 12
 
 
+@pytest.mark.slow
 def test_after_a_kill_the_next_run_goes_on_and_keeps_what_was_made(config, fill, images):
     kill_after(start(config), images, random.Random(0).randrange(1, 8))
     before = {path: path.stat().st_mtime_ns for path in entries(images)}

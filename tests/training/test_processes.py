@@ -109,6 +109,7 @@ def root_cause(result):
 GONE = "cats/a.png: is gone"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "faulty", "options"),
     [

@@ -180,6 +180,7 @@ def test_the_file_save_saves_and_goes_on_and_save_quit_stops(trainer, monkeypatc
     assert trainer("asked", resume=True, **keys).losses == whole.losses
 
 
+@pytest.mark.slow
 def test_a_signal_on_one_rank_saves_the_same_step_on_all(trainer):
     process = start(trainer.config("two", max_steps=2000), processes=2)
     run = trainer.folder / "runs" / "two"
@@ -193,6 +194,7 @@ def test_a_signal_on_one_rank_saves_the_same_step_on_all(trainer):
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{done:06d}"]
 
 
+@pytest.mark.slow
 def test_before_the_first_step_a_signal_stops_at_once_and_the_cache_stays(trainer, images_drawer, tmp_path):
     images = images_drawer(tmp_path / "many", [(96, 96)] * 40)
     config = trainer.config("early", dataset={"directory": [{"path": str(images)}]})

@@ -396,6 +396,7 @@ def test_tensorboard_files_are_written(trainer):
     assert list(run.path.rglob("events.out.tfevents*"))
 
 
+@pytest.mark.slow
 def test_accelerate_launch_trains(trainer, command):
     config = trainer.config()
     result = command([sys.executable, "-m", "accelerate.commands.launch", "--cpu", "-m", "anima_train", str(config)])
