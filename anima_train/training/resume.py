@@ -77,6 +77,12 @@ def find_origin(loaded: LoadedConfig, resume: bool, path: Path | None, warn: Cal
             raise ConfigError(f"{folder}: there is no run to resume; set run_name to that of the run")
         return Origin(loaded.run_name)
     changes = compare(run.config(), now)
+    saved = newest_state(run.checkpoints, warn)
+    if run.is_finished and saved is None:
+        raise ConfigError(
+            f"{run.path}: already holds a run that is finished and has no training state to train it further from; "
+            "set another run_name, or remove it (save states with checkpoint_every_n_steps or its like)"
+        )
     if not resume:
         if run.is_finished:
             raise ConfigError(
@@ -90,7 +96,7 @@ def find_origin(loaded: LoadedConfig, resume: bool, path: Path | None, warn: Cal
                     "go on with it and these settings with --resume, or set another run_name",
                 ]
             )
-    return go_on(run, newest_state(run.checkpoints, warn), changes)
+    return go_on(run, saved, changes)
 
 
 def from_path(loaded: LoadedConfig, path: Path, warn: Callable[[str], None]) -> Origin:

@@ -98,6 +98,16 @@ def test_a_finished_run_is_trained_further(trainer):
     assert same(whole, trainer("run", resume=True, max_steps=6, checkpoint_every_n_steps=4))
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_finished_run_without_a_state_is_not_trained_over(trainer, resume):
+    run = trainer("run", max_steps=2)
+    weights = run.path / "weights" / "run.safetensors"
+    before = weights.read_bytes()
+    with pytest.raises(ConfigError, match="is finished and has no training state to train it further from"):
+        trainer("run", resume=resume, max_steps=3)
+    assert weights.read_bytes() == before
+
+
 def test_another_run_begins_with_the_state_of_one(trainer, monkeypatch):
     whole = trainer("whole")
     run = run_until(trainer, monkeypatch, "run", 3)
