@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from anima_train.cli.cache import cache as anima_cache
 from anima_train.core.errors import DataError, SpaceError
 from anima_train.data.cache import Cache
+from anima_train.model.vae import load_vae
 from anima_train.tools.tiny import tiny_paths, write_tiny
 from anima_train.training import encode as encode_module
 from anima_train.training import texts as texts_module
@@ -175,6 +177,37 @@ def test_latents_that_are_not_finite_are_never_stored(trainer, fill, images, tin
     with pytest.raises(DataError, match="not finite"):
         fill(other)
     assert entries(images) == []
+
+
+def test_one_image_whose_latents_are_not_finite_is_set_aside_and_never_stored(trainer, fill, images, tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "tiny")
+    path = tiny_paths(tmp_path / "tiny").vae
+    tensors = load_file(path)
+    for name in ("weight", "bias"):
+        tensors[f"encoder.head.2.{name}"][0] *= 1e6  # so that a finite factor makes its channel infinite
+
+    def scale(factor):
+        """Make one latent channel that many times one channel of the encoder."""
+        tensors["conv1.weight"][0] = 0
+        tensors["conv1.weight"][0, 0] = factor
+        tensors["conv1.bias"][0] = 0
+        save_file(tensors, path, {"format": "pt"})
+
+    data = {"directory": [{"path": str(images)}], "max_bad_fraction": 0.1}
+    other = trainer.config(dataset=data, model={"tiny_path": str(tmp_path / "tiny")})
+    scale(1)
+    fill(other)
+    vae = load_vae(path, torch.float32, torch.device("cpu"))
+    raw = [load_file(entry)["latents"][0] * vae.latents_std[0] + vae.latents_mean[0] for entry in entries(images)]
+    *_, second, largest = sorted(float(each.abs().max()) for each in raw)
+    scale(torch.finfo(torch.float32).max / (second * largest) ** 0.5)
+    made, output = fill(other)
+    assert made == (11, 0)
+    (line,) = [line for line in output.splitlines() if "its latents are not finite" in line]
+    assert re.search(r"image\d+\.png", line)
+    written = [load_file(entry)["latents"] for entry in entries(images)]
+    assert len(written) == 12 + 11  # those of both files of the VAE
+    assert all(bool(each.isfinite().all()) for each in written)
 
 
 def test_captions_that_are_too_long_are_counted_in_one_warning(fill, images):
