@@ -287,6 +287,8 @@ def encode_latents(
     progress: bool, workers: Workers, claims: Claims, say: Say,
 ) -> int:  # fmt: skip
     """Encode and store these latents; images that cannot be decoded are rejected with the reason. Returns how many."""
+    if not missing:
+        return 0
     num_encoded = 0
     load = functools.cache(lambda: load_vae(path, dtype, device))  # not at all if others make everything
     bar = tqdm(total=len(missing), desc="latents", unit="image", disable=not progress)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -82,16 +82,24 @@ def saved_weights(config: Config, transformer: MiniTrainDIT, files: ModelFiles) 
 
 
 def optimizer_state(settings: AnyOptimizer, trained: Mapping[str, Tensor], rates: LearningRates) -> dict[str, Tensor]:
-    """What the optimizer keeps for these parameters, as `PARAMETER.NAME`: that of a step on the meta device."""
+    """What the optimizer keeps for these parameters, as `PARAMETER.NAME`: that of a step on the meta device.
+
+    Of parameters of one group, shape and dtype, of which a LoRA has hundreds, one makes the step for all.
+    """
     parameters = {name: nn.Parameter(unfilled(tensor)) for name, tensor in trained.items()}
-    for parameter in parameters.values():
-        parameter.grad = unfilled(parameter)
     optimizer = settings.build(optimizer_groups(parameters.items(), rates, settings.weight_decay))
+    first: dict[Any, nn.Parameter] = {}
+    first_of: dict[nn.Parameter, nn.Parameter] = {}
+    for number, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            first_of[parameter] = first.setdefault((number, parameter.shape, parameter.dtype), parameter)
+    for parameter in first.values():
+        parameter.grad = unfilled(parameter)
     optimizer.step()
     return {
         f"{name}.{key}": value
         for name, parameter in parameters.items()
-        for key, value in optimizer.state[parameter].items()
+        for key, value in optimizer.state[first_of[parameter]].items()
     }
 
 

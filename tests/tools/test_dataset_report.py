@@ -378,6 +378,7 @@ def test_numbers_and_equals_are_no_typos(pair):
     assert list(typos({pair[0]: number, pair[1]: 1})) == []
 
 
+@pytest.mark.slow
 def test_typos_are_found_fast_among_100_000_tags():
     source = random.Random(1)
     tags = {"".join(source.choices(string.ascii_lowercase, k=12)): 3 + number % 50 for number in range(100_000)}

@@ -72,6 +72,7 @@ def test_vae_has_every_tensor_of_the_real_one(tiny):
     assert all(len(entries[wan_key(name)].shape) == tensor.dim() for name, tensor in real.items())
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_bytes_in_another_process(tiny, tmp_path):
     script = "import sys, pathlib; from anima_train.tools.tiny import write_tiny; write_tiny(pathlib.Path(sys.argv[1]))"
     environment = {**os.environ, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "2", "PYTHONPATH": os.pathsep.join(sys.path)}
