@@ -23,12 +23,11 @@ from anima_train.data.plan import MicroBatch, Plan, Timetable
 from anima_train.optim.ema import Average
 from anima_train.optim.schedules import lr_factor
 from anima_train.tools.report_costs import savings
-from anima_train.tools.run_report import T_BINS
 from anima_train.training.due import Due, what_follows
 from anima_train.training.memory import Attempt, Shape, memory_errors, peak_bytes, start_peak
 from anima_train.training.model import DTYPES, ModelFiles, find_model_files
 from anima_train.training.numbers import naming, replay, step_names
-from anima_train.training.objective import compute_loss
+from anima_train.training.objective import StepSums, compute_loss
 from anima_train.training.outputs import Moment, Outputs, Trained
 from anima_train.training.prepare import make_accelerator, prepare_data, with_live_texts
 from anima_train.training.previews import Previews
@@ -55,7 +54,6 @@ from anima_train.training.trackers import Trackers, open_trackers
 from anima_train.training.trial import largest_shapes, try_shape
 from anima_train.training.writer import Writer
 
-ROLES = ("train", "regularization")
 GO_ON = "the same command, or --resume, goes on from there"
 
 
@@ -240,10 +238,7 @@ def train(
 
     started, seen_here = time.monotonic(), 0
     step_started, step_seconds = started, 0.0
-    step_loss = torch.zeros((), device=device)
-    has_roles = len({sample.is_regularization for sample in data.train.samples}) > 1
-    role_losses = torch.zeros(2, 2, device=device)  # (train, regularization), (sum, number)
-    t_losses = torch.zeros(T_BINS, 2, device=device)  # range of t, (sum, number)
+    sums = StepSums(device, has_roles=len({sample.is_regularization for sample in data.train.samples}) > 1)
     start_peak(device)
     stopping.is_stepping = True
     batches = read_ahead(tasks(plan, timetable, start, accelerator), make_batch, num_threads=config.num_workers)
@@ -262,12 +257,7 @@ def train(
             outputs.save_state(task.step)
             writer.wait()
             raise Interrupted(f"after step {task.step}; {GO_ON}", stopping.exit_code) from None
-        step_loss += share.detach()
-        if task.counts:
-            sums = torch.stack([losses.detach(), torch.ones_like(losses)], dim=1)
-            t_losses.index_add_(0, (batch.t * T_BINS).long().clamp(0, T_BINS - 1).to(device), sums)
-            if has_roles:
-                role_losses.index_add_(0, torch.tensor(batch.is_regularization, device=device).long(), sums)
+        sums.add(share, losses, batch, task.counts)
         if not task.last:
             continue
 
@@ -280,9 +270,8 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * schedule_factor
         norm = float(accelerator.clip_grad_norm_(parameters, config.gradient_clipping or math.inf))
-        loss = float(accelerator.reduce(step_loss, "sum"))  # of all processes, as is the norm: all skip together
-        step_loss.zero_()
-        if (problem := skipped.after(loss, norm)) is None:
+        found = sums.take(accelerator)  # of all processes, as is the norm: all skip together
+        if (problem := skipped.after(found.loss, norm)) is None:
             optimizer.step()
             if average is not None:
                 average.update(task.step + 1)
@@ -299,11 +288,6 @@ def train(
                 accelerator.wait_for_everyone()  # a process that fails while another one saves would end that, too
             skipped.check()
         optimizer.zero_grad(set_to_none=True)
-        by_role = accelerator.reduce(role_losses, "sum").tolist() if has_roles else []
-        role_losses.zero_()
-        by_t = accelerator.reduce(t_losses, "sum").tolist()
-        loss_by_t = [(place, sum_ / n, int(n)) for place, (sum_, n) in enumerate(by_t) if n]
-        t_losses.zero_()
 
         # Log.
         step = task.step + 1
@@ -316,22 +300,22 @@ def train(
                 "step": step,
                 "epoch": task.epoch,
                 "examples": seen,
-                "loss": loss,
+                "loss": found.loss,
                 "lr": config.optimizer.lr * schedule_factor,
                 **{f"lr/{group['component']}": group["lr"] for group in optimizer.param_groups},
-                **{f"loss/{role}": sum_ / n for role, (sum_, n) in zip(ROLES, by_role, strict=False) if n},
+                **{f"loss/{role}": mean for role, mean in found.by_role.items()},
                 "grad_norm": norm,
                 "images_per_second": speed,
                 "seconds": seconds,
                 "memory_bytes": peak_bytes(device),
             }
-            run.log(run.metrics_path, values | {"loss_by_t": loss_by_t})
+            run.log(run.metrics_path, values | {"loss_by_t": found.by_t})
             shown = {key: value for key, value in values.items() if key not in ("step", "examples")}
             trackers.log(shown, seen if config.x_axis_examples else step)
-            if spike := spikes.after(step, loss, norm):
+            if spike := spikes.after(step, found.loss, norm):
                 progress.say(f"warning: step {step}: {spike}")
                 run.warn(step, spike)
-            progress.update(step, loss, speed, values["memory_bytes"], what_follows(due, step, timetable))
+            progress.update(step, found.loss, speed, values["memory_bytes"], what_follows(due, step, timetable))
 
         step_seconds = time.monotonic() - step_started
 
