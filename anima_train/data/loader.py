@@ -11,7 +11,7 @@ from torch import Tensor
 
 from anima_train.core.conditions import EncodedText, TextStates, pad_rows, pad_states
 from anima_train.core.random import stream, uniform
-from anima_train.data.cache import Cache, entry_key
+from anima_train.data.cache import Cache, DamagedEntry, Kind, entry_key
 from anima_train.data.plan import Draw, MicroBatch
 from anima_train.data.samples import EMPTY, Caption, Sample, View
 
@@ -76,6 +76,7 @@ class TextIdentity:
 
 
 Encode = Callable[[str], Mapping[str, Tensor]]
+Remake = Callable[[Cache, Kind, str, View | str, str], None]  # of an entry: its key, what of, and how it is damaged
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,24 @@ class CachedData:
     seed: int
     caches_texts: bool = True  # False: every caption is encoded when it is needed
     encode: Encode | None = None  # for captions that are not in the cache
+    remake: Remake | None = None  # for entries that are damaged
+
+    def read(self, cache: Cache, kind: Kind, key: str, source: View | str) -> dict[str, Tensor]:
+        """An entry of the cache; a damaged one is made again, where that is possible.
+
+        Raises:
+            DataError: it is damaged, and stays so.
+        """
+        if self.remake is not None:
+            try:
+                return cache.load(kind, key)
+            except DamagedEntry as error:
+                self.remake(cache, kind, key, source, str(error))
+        return cache.read(kind, key)
 
     def latents(self, view: View) -> Float[Tensor, "16 1 H W"]:
         """The latents of a view, float32."""
-        return view.sample.cache.read("latent", view.latent_key(self.vae_identity))["latents"]
+        return self.read(view.sample.cache, "latent", view.latent_key(self.vae_identity), view)["latents"]
 
     def masks(self, views: Sequence[View]) -> Float[Tensor, "B 1 1 H W"] | None:
         """The views' masks; ones where only some have one, None where none has."""
@@ -104,7 +119,7 @@ class CachedData:
         sample = view.sample
         if not sample.has_mask:
             return torch.ones(1, 1, sample.size.height // 8, sample.size.width // 8)
-        return sample.cache.read("mask", view.mask_key())["mask"][:, None]
+        return self.read(sample.cache, "mask", view.mask_key(), view)["mask"][:, None]
 
     def text(self, captions: Sequence[tuple[Cache, Caption]]) -> Tensor | TextStates:
         """The captions' conditions, padded to a batch."""
@@ -116,7 +131,7 @@ class CachedData:
     def text_entry(self, cache: Cache, caption: Caption) -> Mapping[str, Tensor]:
         """A caption's conditions, from the cache or encoded now; which of both does not depend on what is cached."""
         if caption.is_fixed and self.caches_texts:
-            return cache.read("text", self.text_identity.key(caption.text))
+            return self.read(cache, "text", self.text_identity.key(caption.text), caption.text)
         assert self.encode is not None
         return self.encode(caption.text)
 

@@ -32,6 +32,7 @@ from anima_train.training.evaluate import EvalSet
 from anima_train.training.memory import Attempt, memory_errors
 from anima_train.training.model import DTYPES, ModelFiles, find_model_files
 from anima_train.training.processes import check_same_data
+from anima_train.training.repair import Repair
 from anima_train.training.setup import data_text, first_files, scan_all
 from anima_train.training.texts import LiveTexts, has_live_texts, live_encoder, text_device
 from anima_train.training.trackers import tracker_names
@@ -57,6 +58,7 @@ class Prepared:
     train: CachedData
     evals: list[EvalSet]
     warnings: list[str]  # about images and captions
+    repair: Repair
 
 
 def prepare_data(
@@ -135,6 +137,7 @@ def prepare_data(
         )
     accelerator.wait_for_everyone()  # soon: no process comes here before all entries are there
     print(f"cache: {done.num_latents:,} latents, {done.num_masks:,} masks and {done.num_texts:,} texts added")
+    repair = Repair(files, bool(text_id.adapter), dtype)
     bad_fractions = {dataset.name: dataset.settings.max_bad_fraction for dataset in (loaded.train, *loaded.evals)}
     data = {
         name: CachedData(
@@ -143,11 +146,12 @@ def prepare_data(
             text_id,
             config.seed,
             config.model.cache_text_embeddings,
+            remake=repair,
         )
         for name, found in scans.items()
     }
     evals = [EvalSet(dataset.name, data[dataset.name], config.eval_batch_sizes()) for dataset in loaded.evals]
-    return Prepared(files, data["train"], evals, warnings)
+    return Prepared(files, data["train"], evals, warnings, repair)
 
 
 def caches_of(loaded: LoadedConfig) -> list[Cache]:

@@ -327,6 +327,8 @@ def train(
         pending = outputs.make((name for name in ("evaluation", "preview") if is_due[name]), Moment(step, seen))
         wish = stopping.after_step(accelerator)
         if is_main:
+            for warning in data.repair.take():
+                run.warn(step, warning)
             if (is_due["save"] or wish.saves) and step < timetable.num_steps:
                 outputs.save_weights(step)
             if is_due["training state"] or wish.saves:
