@@ -1,6 +1,7 @@
 """Damaged cache entries are made again while the run that reads them goes on."""
 
 import threading
+from collections import deque
 
 import torch
 from tqdm import tqdm
@@ -34,7 +35,7 @@ class Repair:
         self.with_adapter = with_adapter
         self.dtype = dtype
         self.lock = threading.Lock()
-        self.warnings: list[str] = []  # of this process, that nobody has taken yet
+        self.warnings: deque[str] = deque()  # of this process, that nobody has taken yet
 
     def __call__(self, cache: Cache, kind: Kind, key: str, source: View | str, reason: str) -> None:
         """Make an entry again that is damaged; `reason` says how.
@@ -82,6 +83,5 @@ class Repair:
         self.warnings.append(warning)
 
     def take(self) -> list[str]:
-        """The warnings since the last call."""
-        taken, self.warnings = self.warnings, []
-        return taken
+        """The warnings since the last call; none is lost that another thread adds meanwhile."""
+        return [self.warnings.popleft() for _ in range(len(self.warnings))]

@@ -84,6 +84,7 @@ def test_full_fine_tune_learns_latents_and_sampling_gives_them_back(pretrained, 
         assert error(sample(model, context, seed), latents) < 0.1
 
 
+@pytest.mark.slow
 def test_lora_on_that_model_learns_other_latents(pretrained, error):
     latents, context = target_latents(7)
     model = MiniTrainDIT(SHAPE)

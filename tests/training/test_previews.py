@@ -30,7 +30,7 @@ def pixels(path):
         return np.asarray(image).astype(int)
 
 
-@pytest.mark.parametrize("adapter_lr", [0, 1e-3])
+@pytest.mark.parametrize("adapter_lr", [pytest.param(0, marks=pytest.mark.slow), 1e-3])
 def test_training_is_bitwise_the_same_with_previews(trainer, adapter_lr):
     keys = {"adapter": {"dropout": 0.3}, "model": {"llm_adapter_lr": adapter_lr}, "uncond_fraction": 0.2}
     plain = trainer("plain", **keys)
@@ -87,6 +87,7 @@ def test_trackers_get_the_pictures(trainer):
     assert [image.step for image in events.Images("preview/0")] == [0, 2, 4]
 
 
+@pytest.mark.slow
 def test_wandb_gets_the_pictures_offline(trainer, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")

@@ -181,6 +181,7 @@ def test_the_average_is_what_is_saved_and_goes_on_bitwise(trainer, monkeypatch):
     assert same(whole, trainer("run", **STATES, **ema))
 
 
+@pytest.mark.slow
 def test_evaluations_go_on_with_the_same_base(trainer, pictures, monkeypatch):
     keys = {
         "eval_datasets": [{"name": "held", "config": {"resolutions": [64], "directory": [{"path": str(pictures)}]}}],
@@ -251,9 +252,8 @@ PHASES = {
 }
 
 
-@pytest.mark.parametrize(
-    "phase", [phase if phase == "evaluation" else pytest.param(phase, marks=pytest.mark.slow) for phase in PHASES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", PHASES)
 def test_a_signal_in_any_phase_saves_and_what_was_left_is_made_later(trainer, pictures, phase):
     keys = {
         **RANDOM,
