@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("full size")  # one process: the file is made once, and its memory taken once
 REPO = Path(__file__).parents[2]
 GIB = 2**30
 
