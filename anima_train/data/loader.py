@@ -3,7 +3,7 @@
 import concurrent.futures
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,7 @@ READ_AHEAD = 4  # items
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Source = TypeVar("Source", View, str)
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,24 @@ class TextIdentity:
 
 
 Encode = Callable[[str], Mapping[str, Tensor]]
-Remake = Callable[[Cache, Kind, str, View | str, str], None]  # of an entry: its key, what of, and how it is damaged
+
+
+@dataclass(frozen=True)
+class Entry(Generic[Source]):
+    """An entry that the data needs, and what it is made from: a view of a picture, or a caption."""
+
+    cache: Cache
+    kind: Kind
+    key: str
+    source: Source
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it is in the cache, or known to be impossible."""
+        return self.cache.is_done(self.kind, self.key)
+
+
+Remake = Callable[[Entry, str], None]  # an entry, and how it is damaged
 
 
 @dataclass(frozen=True)
@@ -91,22 +109,22 @@ class CachedData:
     encode: Encode | None = None  # for captions that are not in the cache
     remake: Remake | None = None  # for entries that are damaged
 
-    def read(self, cache: Cache, kind: Kind, key: str, source: View | str) -> dict[str, Tensor]:
-        """An entry of the cache; a damaged one is made again, where that is possible.
+    def read(self, entry: Entry) -> dict[str, Tensor]:
+        """An entry's tensors; a damaged one is made again, where that is possible.
 
         Raises:
             DataError: it is damaged, and stays so.
         """
-        if self.remake is not None:
-            try:
-                return cache.load(kind, key)
-            except DamagedEntry as error:
-                self.remake(cache, kind, key, source, str(error))
-        return cache.read(kind, key)
+        try:
+            return entry.cache.load(entry.kind, entry.key)
+        except DamagedEntry as error:
+            if self.remake is not None:
+                self.remake(entry, str(error))
+        return entry.cache.read(entry.kind, entry.key)
 
     def latents(self, view: View) -> Float[Tensor, "16 1 H W"]:
         """The latents of a view, float32."""
-        return self.read(view.sample.cache, "latent", view.latent_key(self.vae_identity), view)["latents"]
+        return self.read(Entry(view.sample.cache, "latent", view.latent_key(self.vae_identity), view))["latents"]
 
     def masks(self, views: Sequence[View]) -> Float[Tensor, "B 1 1 H W"] | None:
         """The views' masks; ones where only some have one, None where none has."""
@@ -119,7 +137,7 @@ class CachedData:
         sample = view.sample
         if not sample.has_mask:
             return torch.ones(1, 1, sample.size.height // 8, sample.size.width // 8)
-        return self.read(sample.cache, "mask", view.mask_key(), view)["mask"][:, None]
+        return self.read(Entry(sample.cache, "mask", view.mask_key(), view))["mask"][:, None]
 
     def text(self, captions: Sequence[tuple[Cache, Caption]]) -> Tensor | TextStates:
         """The captions' conditions, padded to a batch."""
@@ -131,7 +149,7 @@ class CachedData:
     def text_entry(self, cache: Cache, caption: Caption) -> Mapping[str, Tensor]:
         """A caption's conditions, from the cache or encoded now; which of both does not depend on what is cached."""
         if caption.is_fixed and self.caches_texts:
-            return self.read(cache, "text", self.text_identity.key(caption.text), caption.text)
+            return self.read(Entry(cache, "text", self.text_identity.key(caption.text), caption.text))
         assert self.encode is not None
         return self.encode(caption.text)
 

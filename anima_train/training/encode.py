@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -22,12 +21,12 @@ from tqdm import tqdm
 
 from anima_train.core.errors import SpaceError, count
 from anima_train.core.files import BLOCK, Need, on_disk, require_space, sha256_file
-from anima_train.data.cache import Cache, Claims, DamagedEntry, Kind
+from anima_train.data.cache import Cache, Claims, DamagedEntry
 from anima_train.data.images import (
     BadImage,
     Unreadable,
 )
-from anima_train.data.loader import TextIdentity, read_ahead
+from anima_train.data.loader import Entry, Source, TextIdentity, read_ahead
 from anima_train.data.samples import Sample, View
 from anima_train.data.stored import Stored
 from anima_train.data.workers import MaskWork, PixelWork, Workers, num_workers
@@ -54,7 +53,6 @@ CACHE_REMEDY = "free some space, or set cache_dir and output_dir to folders of l
 NUM_CLAIMS = 32  # files that may lie in a cache while it is filled, beside its entries
 
 Say = Callable[[str], None]
-Source = TypeVar("Source", View, str)
 
 
 @dataclass(frozen=True)
@@ -69,21 +67,6 @@ class Share:
         """All items; each process begins at another one."""
         start = len(items) * self.rank // self.world_size
         return [*items[start:], *items[:start]]
-
-
-@dataclass(frozen=True)
-class Entry(Generic[Source]):
-    """An entry that the data needs, and what it is made from: a view of a picture, or a caption."""
-
-    cache: Cache
-    kind: Kind
-    key: str
-    source: Source
-
-    @property
-    def is_done(self) -> bool:
-        """Whether it is in the cache, or known to be impossible."""
-        return self.cache.is_done(self.kind, self.key)
 
 
 @dataclass(frozen=True)

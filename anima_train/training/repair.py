@@ -7,11 +7,12 @@ import torch
 from tqdm import tqdm
 
 from anima_train.core.errors import DataError, SpaceError, printable
-from anima_train.data.cache import Cache, Claims, Kind
+from anima_train.data.cache import Claims
+from anima_train.data.loader import Entry
 from anima_train.data.samples import View
 from anima_train.data.workers import Workers
 from anima_train.model.text import load_tokenizers
-from anima_train.training.encode import Entry, encode_latents, encode_masks, encode_texts, is_damaged
+from anima_train.training.encode import encode_latents, encode_masks, encode_texts, is_damaged
 from anima_train.training.model import ModelFiles
 from anima_train.training.texts import ConditionEncoder
 
@@ -37,15 +38,15 @@ class Repair:
         self.lock = threading.Lock()
         self.warnings: deque[str] = deque()  # of this process, that nobody has taken yet
 
-    def __call__(self, cache: Cache, kind: Kind, key: str, source: View | str, reason: str) -> None:
+    def __call__(self, entry: Entry, reason: str) -> None:
         """Make an entry again that is damaged; `reason` says how.
 
         Raises:
             DataError: its image is gone, or is another one.
             SpaceError: the cache cannot be written.
         """
-        entry: Entry = Entry(cache, kind, key, source)
-        name = source if isinstance(source, str) else source.sample.id
+        cache, key = entry.cache, entry.key
+        name = entry.source.sample.id if isinstance(entry.source, View) else entry.source
         with self.lock, Claims() as claims:
             for _ in range(ATTEMPTS):
                 if not is_damaged(entry):
@@ -53,7 +54,7 @@ class Repair:
                 try:
                     if claims.take(cache, key):
                         if is_damaged(entry):  # still: another process may have made it just now
-                            cache.remove(kind, key)
+                            cache.remove(entry.kind, key)
                         claims.release(cache, key)
                     num_made = self.make(entry, claims)  # or waits for the process that makes it
                 except (SpaceError, OSError) as error:

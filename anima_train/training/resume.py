@@ -77,8 +77,7 @@ def find_origin(loaded: LoadedConfig, resume: bool, path: Path | None, warn: Cal
             raise ConfigError(f"{folder}: there is no run to resume; set run_name to that of the run")
         return Origin(loaded.run_name)
     changes = compare(run.config(), now)
-    saved = newest_state(run.checkpoints, warn)
-    if run.is_finished and saved is None:
+    if run.is_finished and not saved_states(run.checkpoints):
         raise ConfigError(
             f"{run.path}: already holds a run that is finished and has no training state to train it further from; "
             "set another run_name, or remove it (save states with checkpoint_every_n_steps or its like)"
@@ -96,7 +95,7 @@ def find_origin(loaded: LoadedConfig, resume: bool, path: Path | None, warn: Cal
                     "go on with it and these settings with --resume, or set another run_name",
                 ]
             )
-    return go_on(run, saved, changes)
+    return go_on(run, newest_state(run.checkpoints, warn), changes)
 
 
 def from_path(loaded: LoadedConfig, path: Path, warn: Callable[[str], None]) -> Origin:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ def optimizer_state(settings: AnyOptimizer, trained: Mapping[str, Tensor], rates
     """
     parameters = {name: nn.Parameter(unfilled(tensor)) for name, tensor in trained.items()}
     optimizer = settings.build(optimizer_groups(parameters.items(), rates, settings.weight_decay))
-    first: dict[Any, nn.Parameter] = {}
+    first: dict[tuple[int, torch.Size, torch.dtype], nn.Parameter] = {}
     first_of: dict[nn.Parameter, nn.Parameter] = {}
     for number, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:
