@@ -19,6 +19,7 @@ from anima_train.training.train import run_training
 from anima_train.training.writer import MAX_WAITING
 
 NUM_KILLS = 200
+BEHIND = 1 + MAX_WAITING + 1  # states not there yet: that of the last step, those that wait, and the one being written
 # A server that has imported everything forks the processes, as imports would be most of the time.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload([__name__, "anima_train.training.train"])
@@ -50,7 +51,8 @@ def test_two_hundred_kills_lose_nothing_that_was_saved(trainer):
             time.sleep(moments.uniform(0, 1))
         else:
             deadline = time.monotonic() + 60
-            while num_lines(run / "metrics.jsonl") <= newest and time.monotonic() < deadline:
+            ahead = moments.choice([0, BEHIND, BEHIND])  # at its first step, or when a state more must be there
+            while num_lines(run / "metrics.jsonl") <= newest + ahead and time.monotonic() < deadline:
                 time.sleep(0.002)
             time.sleep(moments.uniform(0, 0.2))
             killed_while_stepping += 1
@@ -61,11 +63,11 @@ def test_two_hundred_kills_lose_nothing_that_was_saved(trainer):
         found = newest_state(run / "checkpoints", pytest.fail)  # a warning would be of a state that is damaged
         step = 0 if found is None else found.facts.step
         assert step >= newest
-        assert step >= logged - 1 - (MAX_WAITING + 1)  # the last step's, those that wait, and the one being written
+        assert step >= logged - BEHIND
         assert len(saved_states(run / "checkpoints")) <= 3
         newest = step
     assert killed_while_stepping > NUM_KILLS / 2
-    assert newest > NUM_KILLS / 10, newest  # the run came on
+    assert newest > killed_while_stepping / 2  # the run came on
 
     # The state, and what was logged on the way to it, is that of a run that was never killed.
     process = PROCESSES.Process(target=work, args=(config,))
