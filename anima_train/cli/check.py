@@ -7,12 +7,13 @@ import typer
 
 from anima_train.cli.train import ConfigPath, Overrides
 from anima_train.config.load import load_config
+from anima_train.core.device import choose_device, describe_device
 from anima_train.core.errors import ConfigError
 from anima_train.core.files import write_text
 from anima_train.tools.dataset_report import MAX_THUMBNAILS
 from anima_train.tools.report_html import render
 from anima_train.training.measure import extremes, measure
-from anima_train.training.model import find_model_files
+from anima_train.training.model import DTYPES, find_model_files
 from anima_train.training.setup import dataset_report, make_plan, report, scan_all, summary
 from anima_train.training.texts import has_live_texts
 
@@ -45,6 +46,7 @@ def check(
     files = find_model_files(loaded)
     files.check_headers()
     scans = scan_all(loaded, write=True)
+    print(describe_device(choose_device(), DTYPES[loaded.config.model.dtype]))
     print(report(loaded, files, scans, num_processes=1))
     measured = []
     if measure_steps is not None:  # before any picture is decoded: the CPU's peak is that of the process

@@ -1,21 +1,23 @@
 """`anima sample`."""
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from anima_train.cli.train import ConfigPath, Overrides
 from anima_train.config.load import load_model_part
 from anima_train.config.prompt_files import HINTS, make_requests, read_lines, read_requests
+from anima_train.core.device import choose_device, describe_device
 from anima_train.core.errors import ConfigError
 from anima_train.core.settings import quoted
 from anima_train.sampling.generate import SAMPLER_NAMES, SCHEDULE_NAMES, Request
 from anima_train.sampling.grids import Cell, Sheet, make_gallery, make_grid, parse_lora, save_sheet
 from anima_train.tools.grid_html import write_page
+from anima_train.training.model import DTYPES
 from anima_train.training.sample import sample as draw
 
 FLAGS = {key: f"--{key}" for key in ("seed", "steps", "cfg", "shift", "sampler", "schedule")} | {
@@ -99,7 +101,8 @@ def sample(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out: {out} cannot be a folder ({error.strerror}); choose another place") from error
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = choose_device()
+    print(describe_device(device, DTYPES[loaded.config.model.dtype]), file=sys.stderr)
     pictures = {}
     for place, path in draw(loaded, cells, out, device):
         print(path, flush=True)

@@ -298,7 +298,7 @@ def read_config(path: Path, key: str) -> Qwen3Config:
         raise ModelFileError(f'{key}: {path}: model_type is {json.dumps(found)}, expected "qwen3"')
     try:
         return Qwen3Config(**{key: fields[key] for key in CONFIG_KEYS if key in fields})
-    except (StrictDataclassError, ValueError, TypeError, LookupError) as error:
+    except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise ModelFileError(
             f"{key}: {path} does not describe a Qwen3 model ({' '.join(str(error).split())})"
         ) from error

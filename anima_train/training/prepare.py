@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
 from anima_train.config.config import Config
 from anima_train.config.load import LoadedConfig
+from anima_train.core.device import choose_device, describe_device
 from anima_train.core.errors import DataError, count, listed, printable
 from anima_train.data.cache import SCHEMA, Cache
 from anima_train.data.loader import CachedData
@@ -39,15 +39,17 @@ from anima_train.training.trackers import tracker_names
 
 
 def make_accelerator(config: Config, run_path: Path) -> Accelerator:
-    """Device, processes and autocast."""
-    return Accelerator(
-        cpu=not torch.accelerator.is_available(),
+    """Return what decides about device, processes and autocast; the device is printed."""
+    accelerator = Accelerator(
+        cpu=choose_device().type == "cpu",
         mixed_precision="bf16" if config.model.dtype == "bfloat16" else "no",
         log_with=tracker_names(config.monitoring) or None,
         project_dir=str(run_path),
         # One process may encode for hours while the others wait.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))],
     )
+    accelerator.print(describe_device(accelerator.device, DTYPES[config.model.dtype]))
+    return accelerator
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def sample(config, tmp_path, monkeypatch):
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
         assert result.exit_code == 0, result.output
-        return [tmp_path / line for line in result.output.splitlines()]
+        return [tmp_path / line for line in result.stdout.splitlines()]
 
     return run
 
@@ -306,7 +306,7 @@ def test_without_prompts_those_of_the_config_are_drawn_with_its_settings_or_thos
     command = ["sample", str(with_prompts), "--out", "own"]
     invoke = CliRunner().invoke
     paths = [
-        [tmp_path / line for line in invoke(application(COMMANDS, "anima"), arguments).output.splitlines()]
+        [tmp_path / line for line in invoke(application(COMMANDS, "anima"), arguments).stdout.splitlines()]
         for arguments in (command, [*command, "--seed", "9"])
     ]
     assert [len(each) for each in paths] == [2, 2]

@@ -1,0 +1,49 @@
+"""The device that everything computes on, decided in one place, and described in one line."""
+
+import os
+
+import psutil
+import torch
+from torch.nn.attention import SDPBackend
+
+from anima_train.core.errors import count, readable
+
+HEAD_DIM = 128  # of Anima's attention, which decides the kernel
+SLOW = "; a model of 2 billion parameters is slow here, a GPU is what it needs"
+
+
+def choose_device() -> torch.device:
+    """Return the accelerator that is there, else the CPU.
+
+    A build of torch for an accelerator names that one whether it is there or not, so it is asked for one that is.
+    `ACCELERATE_USE_CPU`, which `accelerate launch --cpu` sets, is honoured.
+    """
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on", "y", "t"):
+        return torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def describe_device(device: torch.device, dtype: torch.dtype) -> str:
+    """Return a line with the device's name, memory, dtype and attention kernel; of a CPU, that it is slow."""
+    facts = [readable(memory_bytes(device)), str(dtype).removeprefix("torch."), f"attention: {attention(device, dtype)}"]
+    if device.type == "cpu":
+        return f"device: CPU with {count(os.cpu_count() or 1, 'core')}, {', '.join(facts)}{SLOW}"
+    module = torch.get_device_module(device)
+    name = module.get_device_name(device) if hasattr(module, "get_device_name") else device.type
+    return f"device: {name} ({device}), {', '.join(facts)}"
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Return the memory that the device has in all."""
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().total)
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    return torch.accelerator.get_memory_info(device)[1]
+
+
+def attention(device: torch.device, dtype: torch.dtype) -> str:
+    """Return the name of the kernel that torch chooses for `scaled_dot_product_attention` here: "flash", "math", ..."""
+    query = torch.zeros(1, 1, 64, HEAD_DIM, device=device, dtype=dtype)
+    chosen = SDPBackend(torch._fused_sdp_choice(query, query, query))
+    return chosen.name.lower().removesuffix("_attention")
