@@ -395,7 +395,7 @@ def test_what_is_damaged_or_empty_is_explained(tmp_path: Path, datasets_cache: P
     (tmp_path / "bad.parquet").write_bytes(b"not parquet" * 100)
     (problem,) = failure(tmp_path / "bad.parquet")
     assert problem.startswith("Parquet magic bytes not found")
-    assert problem.endswith("; repair the file, or download it again")
+    assert problem.endswith("; repair its files, or download them again")
     whole = parquet(tmp_path / "cut.parquet", text=TEXTS).read_bytes()
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "x.parquet").write_bytes(whole[:-100])
@@ -509,10 +509,21 @@ def test_a_folder_that_names_data_elsewhere_is_refused_before_anything_is_fetche
     assert sockets == []
 
 
-def test_a_folder_that_looks_into_another_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "keys",
+    [
+        "data_dir: ../other",
+        "data_files: http://127.0.0.1:9/x.parquet",
+        "data_files: ['*.parquet', http://127.0.0.1:9/x.parquet]",
+        "data_files: [{split: train, path: ['*.parquet', http://127.0.0.1:9/x.parquet]}]",
+        "data_files: '*.parquet'\n- config_name: other\n  data_files: http://127.0.0.1:9/x.parquet",
+    ],
+)
+def test_data_elsewhere_is_found_wherever_a_card_can_name_it(tmp_path: Path, sockets: list[str], keys: str) -> None:
     folder = a_folder_of_parquets(tmp_path)
-    (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_dir: ../other\n---\n")
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  {keys}\n---\n")
     assert "names data outside" in failure(folder)[0]
+    assert sockets == []
 
 
 def test_a_folder_that_names_its_own_data_is_read(tmp_path: Path, sockets: list[str]) -> None:
@@ -538,19 +549,20 @@ def test_a_zip_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         archive.writestr("a.png", bytes(1 << 20))
     monkeypatch.setattr(tables, "MAX_BYTES", (1 << 20) - 1)
     with pytest.raises(Unreadable, match="1,048,576 bytes is more than the limit"):
-        tables.ZipMember(tmp_path / "x.zip", "a.png").read()
+        tables.NamedImage(tmp_path / "x.zip", "a.png").read()
 
 
-def hub_handler(repository: dict[str, bytes], requests: list[str]) -> type[BaseHTTPRequestHandler]:
-    """A Hub with one dataset, owner/name, of one commit."""
+def hub_handler(repositories: dict[str, dict[str, bytes]], requests: list[str]) -> type[BaseHTTPRequestHandler]:
+    """A Hub with datasets of one commit each."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             path = unquote(urlparse(self.path).path)
             requests.append(path)
             file = path.rpartition("/")[2]
-            if "owner/name" not in path or "/nope/" in path:
-                self.answer(404, **{"X-Error-Code": "RevisionNotFound" if "/nope/" in path else "RepoNotFound"})
+            repository = next((files for name, files in repositories.items() if name in path), None)
+            if repository is None or "/nope/" in path:
+                self.answer(404, **{"X-Error-Code": "RepoNotFound" if repository is None else "RevisionNotFound"})
             elif "/resolve/" in path and file in repository:
                 etag = git_hash(repository[file])
                 self.answer(200, repository[file], **{"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
@@ -586,40 +598,48 @@ def git_hash(content: bytes) -> str:
     return hashlib.sha1(b"blob " + str(len(content)).encode() + b"\0" + content).hexdigest()
 
 
-ON_A_HUB = """
+LOAD = """
 import sys, urllib.request; from pathlib import Path
 from anima_train.core.errors import DataError
 from anima_train.data.rules import DatasetSettings
 from anima_train.data.tables import table_files
-def load(name, offline, **keys):
+def load(name, offline=False, **keys):
     rules = DatasetSettings.model_validate({"directory": [{"hf_dataset": name, **keys}]})
     try:
         files = table_files(rules.directory[0], Path(name), offline)
         print(files.images, files.given, [files.stored[name].stamp for name in files.images])
     except DataError as error:
         print(error)
-load("owner/name", False)
-load("owner/name", False, hf_revision="nope")
-load("owner/gone", False)
-urllib.request.urlopen(f"{sys.argv[1]}/owner/name/offline").close()
-load("owner/name", True)
 """
 
 
-def test_a_dataset_of_the_hub_is_downloaded_once(tmp_path: Path) -> None:
-    """Against a Hub on this machine, in a process of its own, because the address is read when datasets is imported."""
+def on_a_hub(
+    folder: Path, repositories: dict[str, dict[str, bytes]], code: str
+) -> tuple[subprocess.CompletedProcess, list[str]]:
+    """What code prints and requests of a Hub on this machine: in a process of its own, as the address is read once."""
     requests: list[str] = []
-    handler = hub_handler({"train.parquet": a_parquet(tmp_path).read_bytes()}, requests)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), hub_handler(repositories, requests)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
         environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         result = subprocess.run(
-            [sys.executable, "-c", ON_A_HUB, address],
+            [sys.executable, "-c", LOAD + code, address],
             capture_output=True, text=True, check=True, cwd=REPO,
-            env={**environment, "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": address},
+            env={**environment, "HF_HOME": str(folder / "hf"), "HF_ENDPOINT": address},
         )  # fmt: skip
         server.shutdown()
+    return result, requests
+
+
+def test_a_dataset_of_the_hub_is_downloaded_once(tmp_path: Path) -> None:
+    code = (
+        'load("owner/name")\n'
+        'load("owner/name", hf_revision="nope")\n'
+        'load("owner/gone")\n'
+        'urllib.request.urlopen(f"{sys.argv[1]}/owner/name/offline").close()\n'
+        'load("owner/name", True)\n'
+    )
+    result, requests = on_a_hub(tmp_path, {"owner/name": {"train.parquet": a_parquet(tmp_path).read_bytes()}}, code)
     online, revision, gone, offline = result.stdout.splitlines()
     assert online.startswith(f"{NAMES} {dict(zip(NAMES, [(text,) for text in TEXTS], strict=True))} ")
     assert offline == online
@@ -630,6 +650,25 @@ def test_a_dataset_of_the_hub_is_downloaded_once(tmp_path: Path) -> None:
         revision == f"hf_dataset owner/name: Revision 'nope' doesn't exist for dataset 'owner/name' on the Hub{advice}"
     )
     assert gone == f"hf_dataset owner/gone: Dataset 'owner/gone' doesn't exist on the Hub or cannot be accessed{advice}"
+
+
+def test_a_dataset_of_the_hub_that_is_refused_is_not_downloaded(tmp_path: Path) -> None:
+    """Read as something else than images, or from another dataset."""
+    card = CARD.format("hf://datasets/owner/name/train.parquet").encode()
+    repositories = {
+        "owner/name": {"train.parquet": a_parquet(tmp_path).read_bytes()},
+        "owner/tars": {"train.tar": b"x" * 1024},
+        "owner/tables": {"train.csv": b"image,text\na,b\n"},
+        "owner/thief": {"README.md": card, "own.parquet": b"x"},
+    }
+    code = 'for name in ("tars", "tables", "thief"): load(f"owner/{name}")'
+    result, requests = on_a_hub(tmp_path, repositories, code)
+    tars, tables, thief = result.stdout.splitlines()
+    assert tars.startswith("hf_dataset owner/tars: datasets would read it as webdataset; expected images in folders")
+    assert tables.startswith("hf_dataset owner/tables: datasets would read it as csv; expected images in folders")
+    assert re.match("hf_dataset owner/thief: (Data files don't belong to|names data outside of itself)", thief)
+    assert any("/resolve/" in path and path.endswith("/README.md") for path in requests)  # it would be noticed
+    assert [path for path in requests if "/resolve/" in path and path.endswith((".parquet", ".tar", ".csv"))] == []
 
 
 # Stamps: a second start reads no image
