@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 from anima_train.config.config import Config
 from anima_train.core.errors import printable
 from anima_train.core.settings import Location, Settings, is_settings, key_path, members_of, type_name
-from anima_train.data.rules import DirectorySettings, Rules
+from anima_train.data.settings import DatasetSettings, DirectoryOptions
 from anima_train.optim.groups import COMPONENTS, Component
 
 # Every key of `Config` is in one of these, by itself or with all of its table (`name.*`); what is more exact counts.
@@ -80,7 +80,7 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
     A key that one of them lacks, as in one that an older version wrote, counts as its default. How a dataset's keys are
     spread over its tables makes no difference.
     """
-    before, now = effective(before), effective(now)
+    before, now = fill_defaults(before, Config), fill_defaults(now, Config)
     for table, key, other in FOLLOWS:
         if key in before[table] or key in now[table]:
             for side in (before[table], now[table]):
@@ -135,48 +135,36 @@ def key_names(table: type[Settings], prefix: str = "") -> Iterator[str]:
             yield from key_names(inner, f"{prefix}{key}.")
 
 
-def effective(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a resolved configuration with the defaults it lacks, and a dataset's keys where they hold."""
-    filled = with_defaults(data, Config)
-    shared = DirectorySettings.model_fields
-    dataset = {key: value for key, value in filled["dataset"].items() if key not in shared}
-    dataset["directory"] = [
-        {**rule_defaults(), **{key: filled["dataset"][key] for key in shared if key in filled["dataset"]}, **directory}
-        for directory in dataset["directory"]
-    ]
-    return filled | {"dataset": dataset}
+def fill_defaults(data: Mapping[str, Any], table: type[Settings]) -> dict[str, Any]:
+    """Return a copy of a table with the defaults of the keys it lacks, and so for the tables in it.
 
-
-def rule_defaults() -> dict[str, Any]:
-    """What holds for a directory where nobody says anything."""
-    defaults = {name: getattr(Rules, name) for name in DirectorySettings.model_fields}
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in defaults.items()
-        if value is not None
-    }
-
-
-def with_defaults(data: Mapping[str, Any], table: type[Settings]) -> dict[str, Any]:
-    """A table with the defaults of the keys it lacks, and so for the tables in it."""
-    filled = dict(data)
+    A dataset's options are moved into its directories, where they hold.
+    """
+    filled = spread_options(data) if table is DatasetSettings else dict(data)
     for key, setting in table.model_fields.items():
         if key not in filled and not setting.is_required():
             default = setting.get_default(call_default_factory=True)
             filled[key] = default.model_dump(exclude_none=True) if isinstance(default, Settings) else default
         value = filled.get(key)
         if isinstance(value, dict):
-            filled[key] = filled_table(value, setting)
+            filled[key] = fill_table(value, setting)
         elif isinstance(value, list):
-            filled[key] = [filled_table(item, setting) if isinstance(item, dict) else item for item in value]
+            filled[key] = [fill_table(item, setting) if isinstance(item, dict) else item for item in value]
     return {key: value for key, value in filled.items() if value is not None}
 
 
-def filled_table(data: Mapping[str, Any], setting: FieldInfo) -> dict[str, Any]:
+def spread_options(dataset: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of a dataset's table with its options in each directory that does not set them itself."""
+    shared = {key: value for key, value in dataset.items() if key in DirectoryOptions.model_fields}
+    rest = {key: value for key, value in dataset.items() if key not in shared}
+    return rest | {"directory": [shared | directory for directory in dataset["directory"]]}
+
+
+def fill_table(data: Mapping[str, Any], setting: FieldInfo) -> dict[str, Any]:
     """A table that is the value of a key, or in its list, with its defaults; one of no known type as it is."""
     choices = list(tables_of(setting))
     chosen = choices if len(choices) == 1 else [choice for choice in choices if type_name(choice) == data.get("type")]
-    return with_defaults(data, chosen[0]) if chosen else dict(data)
+    return fill_defaults(data, chosen[0]) if chosen else dict(data)
 
 
 def tables_of(setting: FieldInfo) -> Iterator[type[Settings]]:
@@ -214,11 +202,9 @@ def frozen_or_thawed(before: Mapping[str, Any], now: Mapping[str, Any]) -> Itera
     components: Iterable[Component] = COMPONENTS if now["adapter"]["type"] == "full" else COMPONENTS[:-1]
     for component in components:
         key = f"{component}_lr"
-        own_before, own_now = before["model"].get(key), now["model"].get(key)
-        rate_before = before["optimizer"]["lr"] if own_before is None else own_before
-        rate_now = now["optimizer"]["lr"] if own_now is None else own_now
+        rate_before, rate_now = (side["model"].get(key, side["optimizer"]["lr"]) for side in (before, now))
         if (rate_before == 0) != (rate_now == 0):
-            yield "optimizer.lr" if own_before == own_now else f"model.{key}"
+            yield "optimizer.lr" if before["model"].get(key) == now["model"].get(key) else f"model.{key}"
 
 
 def shown(location: Location, value: object) -> str:

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, fie
 from anima_train.adapters.full import Full
 from anima_train.adapters.lora import Lora
 from anima_train.core.settings import Settings, quoted, value_text
-from anima_train.data.rules import DatasetSettings
+from anima_train.data.settings import DatasetSettings
 from anima_train.objective.losses import Loss
 from anima_train.objective.timesteps import Timesteps
 from anima_train.optim.ema import Ema

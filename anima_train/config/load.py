@@ -19,7 +19,7 @@ from anima_train.config.read import Table, apply_override, read_toml
 from anima_train.core.errors import ConfigError
 from anima_train.core.settings import Settings, quoted, validation_problems
 from anima_train.data.cache import CACHE_FOLDER, Cache
-from anima_train.data.rules import DatasetSettings, Directory
+from anima_train.data.settings import DatasetSettings, Directory
 from anima_train.model.hub import is_reference, parse_reference
 
 AnySettings = TypeVar("AnySettings", bound=Settings)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from anima_train.config.config import EVAL_INTERVALS, STATE_INTERVALS, Config
-from anima_train.data.rules import DatasetSettings
+from anima_train.data.settings import DatasetSettings
 
 
 def without_effect(config: Config) -> Iterator[tuple[str, str]]:
@@ -35,6 +35,6 @@ def datasets_of(config: Config) -> Iterator[DatasetSettings]:
 def has_masks(dataset: DatasetSettings) -> bool:
     """Whether any of its images may have a mask."""
     return any(
-        directory.mask_path or directory.mask_column or dataset.rules(index).alpha_as_mask
+        directory.mask_path or directory.mask_column or dataset.options(index).alpha_as_mask
         for index, directory in enumerate(dataset.directory)
     )

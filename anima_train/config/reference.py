@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from anima_train.config.config import Config
 from anima_train.core.files import write_text
 from anima_train.core.settings import Settings, is_settings, members_of, type_name
-from anima_train.data.rules import DatasetSettings
+from anima_train.data.settings import DatasetSettings
 
 WIDTH = 118
 HOW_TO_READ = """\
