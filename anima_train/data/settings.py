@@ -39,15 +39,15 @@ class DirectoryOptions(Settings):
     """The sizes themselves, [width, height] in pixels (a third number, frames, must be 1); replaces resolutions and
     all aspect-ratio keys. Each image goes to the one whose aspect ratio is nearest; of equals, to the first."""
     num_repeats: float = Field(default=1.0, ge=0.001)
-    """How often each image is seen per epoch. A fraction takes turns: 0.5 shows half of the images in each epoch,
+    """Times each image is seen per epoch. A fraction takes turns: 0.5 shows half of the images in each epoch,
     all of them in two."""
     weight: float | None = Field(default=None, gt=0)
     """Share of the samples seen, relative to the weights of the other directories: with 3 and 1, three quarters and
     one quarter of each epoch, whatever the number of images. The length of an epoch stays that of num_repeats. Set for
     all directories or for none. Absent: num_repeats alone decides."""
     role: Literal["train", "regularization"] = "train"
-    """What the images are for. "regularization": images of what the model should not forget. They get no trigger_word,
-    and their loss is logged apart, as loss/regularization; weight sets their share."""
+    """The purpose of the images. "regularization": images of what the model should not forget. They get no
+    trigger_word, and their loss is logged apart, as loss/regularization; weight sets their share."""
     subsample_ratio: float = Field(default=1.0, gt=0, le=1)
     """Use only this share of the images, the same ones in every epoch."""
     no_upscale: bool = False
@@ -77,7 +77,7 @@ class DirectoryOptions(Settings):
     them, and all are encoded before training. 0 leaves captions as they are, or to shuffle_tags. Natural-language
     captions are not shuffled."""
     cache_shuffle_delimiter: str = Field(default=", ", min_length=1)
-    """What separates tags, wherever tags are told apart."""
+    """The text between tags, wherever tags are told apart."""
     shuffle_tags: bool = False
     """Shuffle the tags anew for every showing. Such captions are encoded ahead of use while the model trains, which
     keeps the text encoder in memory; cache_shuffle_num does it with a fixed number of variants and without that."""
@@ -111,7 +111,7 @@ class DirectoryOptions(Settings):
     skip_empty_caption: bool = False
     """Set aside images whose caption is empty or missing."""
     missing_caption: Literal["empty", "error"] = "empty"
-    """What to do with an image without a caption (of the kind that caption_mode asks for): "empty" trains it with the
+    """The treatment of an image without a caption (of the kind that caption_mode asks for): "empty" trains it with the
     empty one (after caption_prefix) and counts it; "error" stops."""
     min_image_side: int = Field(default=64, ge=1)
     """Images whose shorter side has fewer pixels are set aside."""
