@@ -242,6 +242,7 @@ def test_all_wrong_settings_are_named_at_once():
         ({"replace_underscores": True, "cache_shuffle_delimiter": ";"}, {}, []),
         ({"min_ar": 0.6}, {"ar_buckets": [1.0]}, []),  # may be meant for other directories
         ({"cache_shuffle_delimiter": ", ", "enable_ar_bucket": True}, {"size_buckets": [[64, 64]]}, []),  # the defaults
+        ({"size_buckets": [[64, 64]], "resolutions": [1024], "protected_tags": []}, {}, []),  # lists at their defaults
         ({"resolutions": [512], "min_ar": 0.6, "cache_shuffle_num": 2, "cache_shuffle_delimiter": ";"}, {}, []),
     ],
 )
