@@ -67,7 +67,7 @@ start = time.perf_counter()
 from pathlib import Path
 from anima_train.data.cache import Cache
 from anima_train.data.plan import Plan
-from anima_train.data.rules import DatasetSettings
+from anima_train.data.settings import DatasetSettings
 from anima_train.data.scan import scan
 imported = time.perf_counter()
 folder = Path(sys.argv[1])

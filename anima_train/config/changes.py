@@ -1,4 +1,4 @@
-"""What may change in a configuration when its run is resumed."""
+"""The changes of a configuration that a resumed run allows, and those that it refuses."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 from anima_train.config.config import Config
 from anima_train.core.errors import printable
 from anima_train.core.settings import Location, Settings, is_settings, key_path, members_of, type_name
-from anima_train.data.rules import DirectorySettings, Rules
+from anima_train.data.settings import DatasetSettings, DirectoryOptions
 from anima_train.optim.groups import COMPONENTS, Component
 
 # Every key of `Config` is in one of these, by itself or with all of its table (`name.*`); what is more exact counts.
@@ -26,7 +26,7 @@ MAY_CHANGE = frozenset(
         *("dataset.directory.image_column", "dataset.directory.caption_column", "dataset.directory.natural_column"),
         "dataset.directory.mask_column",
         # How long, and how fast: read anew for every step, and nothing of the state depends on it. A learning rate that
-        # becomes 0, or was 0, is another matter, see `frozen_or_thawed`.
+        # becomes 0, or was 0, is another matter, see `find_frozen_or_thawed`.
         *("epochs", "max_steps", "lr_scheduler.*", "warmup_steps", "force_constant_lr", "gradient_clipping"),
         *("optimizer.lr", "optimizer.weight_decay", "optimizer.eps", "ema.decay"),
         *(f"model.{component}_lr" for component in COMPONENTS if component != "base"),
@@ -68,29 +68,29 @@ UNKNOWN = "not a key of this version"
 
 @dataclass
 class Changes:
-    """A line for each key that is different, such as `optimizer.lr: 0.001 -> 0.0005`."""
+    """The keys that are different: a line for each, such as `optimizer.lr: 0.001 -> 0.0005`."""
 
     allowed: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)  # with the reason
 
 
 def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
-    """What is different between two resolved configurations, as `config_toml` writes them, parsed.
+    """Compare two resolved configurations, as `config_toml` writes them, parsed.
 
     A key that one of them lacks, as in one that an older version wrote, counts as its default. How a dataset's keys are
     spread over its tables makes no difference.
     """
-    before, now = effective(before), effective(now)
+    before, now = fill_defaults(before, Config), fill_defaults(now, Config)
     for table, key, other in FOLLOWS:
         if key in before[table] or key in now[table]:
             for side in (before[table], now[table]):
                 if other in side:
                     side.setdefault(key, side[other])
     changes, known = Changes(), set(key_names(Config))
-    frozen = set(frozen_or_thawed(before, now))
-    for location, old, new in differences(before, now):
+    frozen = set(find_frozen_or_thawed(before, now))
+    for location, old, new in find_differences(before, now):
         name = ".".join(part for part in location if isinstance(part, str))
-        line = f"{key_path(location)}: {shown(location, old)} -> {shown(location, new)}"
+        line = f"{key_path(location)}: {show_value(location, old)} -> {show_value(location, new)}"
         if name not in known:
             changes.allowed.append(f"{line} ({UNKNOWN})")
         elif reason := FROZEN if name in frozen else why_not(name):
@@ -101,7 +101,7 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
 
 
 def refusal(changes: Changes, where: str) -> list[str]:
-    """The problems of a `ConfigError`: what may not change, what may, and the remedy.
+    """Return the problems of a `ConfigError`: what may not change, what may, and the remedy.
 
     Args:
         changes: some of them refused.
@@ -115,7 +115,7 @@ def refusal(changes: Changes, where: str) -> list[str]:
 
 
 def why_not(name: str) -> str | None:
-    """Why a key, without the indices of lists, may not change; None if it may.
+    """Return why a key, named without the indices of lists, may not change; None if it may.
 
     Raises:
         KeyError: nobody has decided yet.
@@ -128,65 +128,53 @@ def why_not(name: str) -> str | None:
 
 
 def key_names(table: type[Settings], prefix: str = "") -> Iterator[str]:
-    """Every key of a settings class and of the tables in it: `seed`, `dataset.directory.path`."""
+    """Yield every key of a settings class and of the tables in it: `seed`, `dataset.directory.path`."""
     for key, setting in table.model_fields.items():
         yield prefix + key
         for inner in tables_of(setting):
             yield from key_names(inner, f"{prefix}{key}.")
 
 
-def effective(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a resolved configuration with the defaults it lacks, and a dataset's keys where they hold."""
-    filled = with_defaults(data, Config)
-    shared = DirectorySettings.model_fields
-    dataset = {key: value for key, value in filled["dataset"].items() if key not in shared}
-    dataset["directory"] = [
-        {**rule_defaults(), **{key: filled["dataset"][key] for key in shared if key in filled["dataset"]}, **directory}
-        for directory in dataset["directory"]
-    ]
-    return filled | {"dataset": dataset}
+def fill_defaults(data: Mapping[str, Any], table: type[Settings]) -> dict[str, Any]:
+    """Return a copy of a table with the defaults of the keys it lacks, and so for the tables in it.
 
-
-def rule_defaults() -> dict[str, Any]:
-    """What holds for a directory where nobody says anything."""
-    defaults = {name: getattr(Rules, name) for name in DirectorySettings.model_fields}
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in defaults.items()
-        if value is not None
-    }
-
-
-def with_defaults(data: Mapping[str, Any], table: type[Settings]) -> dict[str, Any]:
-    """A table with the defaults of the keys it lacks, and so for the tables in it."""
-    filled = dict(data)
+    A dataset's options are moved into its directories, where they hold.
+    """
+    filled = spread_options(data) if table is DatasetSettings else dict(data)
     for key, setting in table.model_fields.items():
         if key not in filled and not setting.is_required():
             default = setting.get_default(call_default_factory=True)
             filled[key] = default.model_dump(exclude_none=True) if isinstance(default, Settings) else default
         value = filled.get(key)
         if isinstance(value, dict):
-            filled[key] = filled_table(value, setting)
+            filled[key] = fill_table(value, setting)
         elif isinstance(value, list):
-            filled[key] = [filled_table(item, setting) if isinstance(item, dict) else item for item in value]
+            filled[key] = [fill_table(item, setting) if isinstance(item, dict) else item for item in value]
     return {key: value for key, value in filled.items() if value is not None}
 
 
-def filled_table(data: Mapping[str, Any], setting: FieldInfo) -> dict[str, Any]:
-    """A table that is the value of a key, or in its list, with its defaults; one of no known type as it is."""
+def spread_options(dataset: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of a dataset's table with its options in each directory that does not set them itself."""
+    shared = {key: value for key, value in dataset.items() if key in DirectoryOptions.model_fields}
+    rest = {key: value for key, value in dataset.items() if key not in shared}
+    return rest | {"directory": [shared | directory for directory in dataset["directory"]]}
+
+
+def fill_table(data: Mapping[str, Any], setting: FieldInfo) -> dict[str, Any]:
+    """Return a table that is the value of a key, or in its list, with its defaults; one of no known type as it is."""
     choices = list(tables_of(setting))
     chosen = choices if len(choices) == 1 else [choice for choice in choices if type_name(choice) == data.get("type")]
-    return with_defaults(data, chosen[0]) if chosen else dict(data)
+    return fill_defaults(data, chosen[0]) if chosen else dict(data)
 
 
 def tables_of(setting: FieldInfo) -> Iterator[type[Settings]]:
-    """The settings classes that the value of a key, or an item of its list, may have."""
+    """Yield the settings classes that the value of a key, or an item of its list, may have."""
     for member in members_of(setting.annotation):
         yield from filter(is_settings, members_of(get_args(member)[0]) if get_origin(member) is list else [member])
 
 
-def differences(before: Any, now: Any, location: Location = ()) -> Iterator[tuple[Location, Any, Any]]:
-    """(where, value before, value now) for every key that is different; None for what is absent.
+def find_differences(before: Any, now: Any, location: Location = ()) -> Iterator[tuple[Location, Any, Any]]:
+    """Yield (location, value before, value now) for every key that is different; None stands for an absent value.
 
     Of tables of another type, only the keys that both have: the others come and go with the type.
     """
@@ -194,35 +182,33 @@ def differences(before: Any, now: Any, location: Location = ()) -> Iterator[tupl
         same_type = before.get("type") == now.get("type")
         for key in dict.fromkeys((*now, *before)):
             if same_type or (key in before and key in now):
-                yield from differences(before.get(key), now.get(key), (*location, key))
+                yield from find_differences(before.get(key), now.get(key), (*location, key))
     elif is_tables(before) and is_tables(now):
         for index in range(max(len(before), len(now))):
             old, new = (tables[index] if index < len(tables) else None for tables in (before, now))
-            yield from differences(old, new, (*location, index))
+            yield from find_differences(old, new, (*location, index))
     elif before != now:
         yield location, before, now
 
 
 def is_tables(value: object) -> bool:
-    """Whether this is a list of tables."""
+    """Return True if this is a list of tables."""
     return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
-def frozen_or_thawed(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """The keys of learning rates by which a component gets updates that it did not get before, or the reverse."""
+def find_frozen_or_thawed(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the learning rates by which a component gets updates that it did not get before, or the reverse."""
     # What belongs to no component has no linear for a LoRA.
     components: Iterable[Component] = COMPONENTS if now["adapter"]["type"] == "full" else COMPONENTS[:-1]
     for component in components:
         key = f"{component}_lr"
-        own_before, own_now = before["model"].get(key), now["model"].get(key)
-        rate_before = before["optimizer"]["lr"] if own_before is None else own_before
-        rate_now = now["optimizer"]["lr"] if own_now is None else own_now
+        rate_before, rate_now = (side["model"].get(key, side["optimizer"]["lr"]) for side in (before, now))
         if (rate_before == 0) != (rate_now == 0):
-            yield "optimizer.lr" if own_before == own_now else f"model.{key}"
+            yield "optimizer.lr" if before["model"].get(key) == now["model"].get(key) else f"model.{key}"
 
 
-def shown(location: Location, value: object) -> str:
-    """A value as TOML has it; of a secret only that it is there."""
+def show_value(location: Location, value: object) -> str:
+    """Return a value as TOML has it; of a secret only that it is there."""
     if value is None:
         return "absent"
     if str(location[-1]).endswith("api_key"):

@@ -1,4 +1,4 @@
-"""Keys of other trainers: accepted with a note, refused for now, or translated in an error message."""
+"""The keys of other trainers: accepted with a note, refused for now, or translated in an error message."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -142,7 +142,7 @@ def translate(
     note: Callable[[str, str], None],
     prefix: str = "",
 ) -> dict[str, Any]:
-    """A copy of a table without the keys that other trainers have and this one does not.
+    """Return a copy of a table without the keys that other trainers have and this one does not.
 
     Args:
         data: one table; nested tables are looked into.

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, fie
 from anima_train.adapters.full import Full
 from anima_train.adapters.lora import Lora
 from anima_train.core.settings import Settings, quoted, value_text
-from anima_train.data.rules import DatasetSettings
+from anima_train.data.settings import DatasetSettings
 from anima_train.objective.losses import Loss
 from anima_train.objective.timesteps import Timesteps
 from anima_train.optim.ema import Ema
@@ -23,14 +23,14 @@ DEFAULT_KEEP_LAST = 2
 
 
 def refuse_float16(value: Any) -> Any:
-    """fp16 gets its reason, not a list of the allowed names."""
+    """Refuse fp16 with its reason, not with a list of the allowed names."""
     if value in ("float16", "fp16", "half"):
         raise ValueError(f'found "{value}", which overflows in this model and trains to NaN; use "bfloat16"')
     return value
 
 
 def plain_name(value: str) -> str:
-    """A name that makes a folder of its own and nothing else."""
+    """Require a name that makes a folder of its own and nothing else."""
     if value in ("", ".", "..") or not value.isprintable() or set(value) & set('/\\:*?"<>|'):
         raise ValueError(f'found {quoted(value)}, expected a plain name without any of / \\ : * ? " < > |')
     if len(value.encode()) > 150:  # files have it with a step number and a temporary suffix, in at most 255 bytes
@@ -39,14 +39,14 @@ def plain_name(value: str) -> str:
 
 
 def printable_name(value: str) -> str:
-    """A name that shows as it is in terminals and curves."""
+    """Require a name that shows as it is in terminals and curves."""
     if not value.isprintable():
         raise ValueError(f"found {quoted(value)}, expected a name without control characters")
     return value
 
 
 def batch_sizes(value: int | list[list[int]]) -> int | list[list[int]]:
-    """Positive numbers, and each resolution once."""
+    """Require positive numbers, and each resolution once."""
     entries = value if isinstance(value, list) else [[1, value]]
     if not entries or any(len(entry) != 2 or min(entry) < 1 for entry in entries):
         expected = "a positive integer, or a list of [resolution, number], such as [[512, 4]]"
@@ -86,16 +86,16 @@ class ModelSettings(Settings):
     """Use the random tiny stand-in model in this folder, written there first if missing: tries everything, learns
     nothing useful."""
     dtype: ComputeDtype = "bfloat16"
-    """What the forward and backward pass compute in: "bfloat16", or "float32" (slower; for comparisons)."""
+    """The type that the forward and backward pass compute in: "bfloat16", or "float32" (slower; for comparisons)."""
     transformer_dtype: ComputeDtype | None = None
-    """What the base weights are kept in. Absent: as dtype. "float32" with dtype "bfloat16" trains fp32 weights under
-    autocast."""
+    """The type that the base weights are kept in. Absent: as dtype. "float32" with dtype "bfloat16" trains fp32 weights
+    under autocast."""
     cache_text_embeddings: bool = True
     """Encode captions once, before training. false encodes each one when it is needed, ahead of use: saves disk where
     there are very many, and keeps the text encoder in memory. Captions that are drawn at random (shuffle_tags,
     tag_dropout) are encoded so anyway."""
     text_encoder_device: Literal["training", "cpu"] = "training"
-    """Where captions are encoded: "training", on the device that trains; "cpu" saves its memory (2.4 GB where captions
+    """The device that encodes captions: "training", the one that trains; "cpu" saves its memory (2.4 GB where captions
     are encoded during training)."""
     timestep_sample_method: Literal["logit_normal", "uniform"] = "logit_normal"
     """The distribution of t (0 clean, 1 noise) before the shift."""
@@ -123,7 +123,7 @@ class ModelSettings(Settings):
     @field_validator("tiny_path")
     @classmethod
     def excludes_files(cls, value: str | None, earlier: ValidationInfo) -> str | None:
-        """The tiny model has files of its own."""
+        """Refuse other files: the tiny model has its own."""
         replaced = ("transformer_path", "vae_path", "llm_path", "tokenizer_path", "t5_tokenizer_path")
         if value is not None and (others := [key for key in replaced if earlier.data.get(key) is not None]):
             raise ValueError(f"replaces {', '.join(others)}, which would have no effect; keep one")
@@ -132,7 +132,7 @@ class ModelSettings(Settings):
     @field_validator("transformer_dtype")
     @classmethod
     def holds_gradients(cls, value: str | None, earlier: ValidationInfo) -> str | None:
-        """float32 computation wants float32 weights."""
+        """Require float32 weights for float32 computation."""
         if value == "bfloat16" and earlier.data.get("dtype") == "float32":
             raise ValueError('found "bfloat16", which needs dtype = "bfloat16"; remove it')
         return value
@@ -140,7 +140,7 @@ class ModelSettings(Settings):
     @field_validator("sigmoid_scale")
     @classmethod
     def has_a_sigmoid(cls, value: float, earlier: ValidationInfo) -> float:
-        """Only one of the distributions has a sigmoid."""
+        """Refuse it without a sigmoid, which only one of the distributions has."""
         if value != 1 and earlier.data.get("timestep_sample_method") == "uniform":
             raise ValueError('has no effect with timestep_sample_method = "uniform"; remove it')
         return value
@@ -148,7 +148,7 @@ class ModelSettings(Settings):
     @field_validator("flux_shift")
     @classmethod
     def one_shift(cls, value: bool, earlier: ValidationInfo) -> bool:
-        """t is shifted once."""
+        """Refuse a second shift of t."""
         if value and earlier.data.get("shift") is not None:
             raise ValueError("excludes shift, which moves t too; keep one")
         return value
@@ -158,13 +158,13 @@ class EvalDataset(Settings):
     """A dataset the loss is measured on, never trained."""
 
     name: Annotated[str, Field(min_length=1), AfterValidator(printable_name)]
-    """What its curves are called."""
+    """The name of its curves."""
     config: str | DatasetSettings
     """A dataset TOML, or an inline table with the same keys."""
 
 
 class Monitoring(Settings):
-    """Where the numbers go beside metrics.jsonl."""
+    """The trackers that get the numbers beside metrics.jsonl."""
 
     tensorboard: bool = True
     """Write TensorBoard files into the run folder."""
@@ -179,7 +179,7 @@ class Monitoring(Settings):
 
 
 def as_request(value: Any) -> Any:
-    """A text is short for a table with nothing but that prompt."""
+    """Return a text as a table with nothing but that prompt."""
     return {"prompt": value} if isinstance(value, str) else value
 
 
@@ -197,12 +197,12 @@ class Sampling(PictureSettings):
     before_first_step: bool = True
     """Draw them with the base model, too."""
     prompts: list[Prompt] = Field(min_length=1)
-    """What to draw: texts, as in ComfyUI ("1girl, (smile:1.2)"), or tables {prompt = "...", seed = 1, ...}."""
+    """The pictures to draw: texts, as in ComfyUI ("1girl, (smile:1.2)"), or tables {prompt = "...", seed = 1, ...}."""
 
     @field_validator("prompts", mode="before")
     @classmethod
     def with_shared_keys(cls, value: Any, earlier: ValidationInfo) -> Any:
-        """Each prompt as a table, with the keys that hold for all."""
+        """Return each prompt as a table, with the keys that hold for all."""
         if not isinstance(value, list):
             return value
         shared = {key: earlier.data[key] for key in PictureSettings.model_fields if key in earlier.data}
@@ -212,7 +212,7 @@ class Sampling(PictureSettings):
     @field_validator("prompts")
     @classmethod
     def are_drawn(cls, value: list[Request], earlier: ValidationInfo) -> list[Request]:
-        """Pictures are drawn at some time."""
+        """Require a time at which the pictures are drawn."""
         if not any(earlier.data.get(key, True) for key in ("every_n_steps", "every_n_epochs", "before_first_step")):
             raise ValueError("are never drawn; set every_n_steps or every_n_epochs")
         return value
@@ -242,7 +242,7 @@ class Config(Settings):
     gradient_clipping: float = Field(default=1.0, ge=0)
     """Largest norm of the gradient; 0 does not clip."""
     lr_scheduler: ScheduleSetting = Constant()
-    """How the learning rate falls after the warmup: a name, or a table {type = "...", ...} with the schedule's own
+    """The fall of the learning rate after the warmup: a name, or a table {type = "...", ...} with the schedule's own
     keys."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the learning rate rises from nearly 0."""
@@ -282,7 +282,7 @@ class Config(Settings):
     save_every_n_minutes: float | None = Field(default=None, gt=0)
     """Save at the first step after every n minutes."""
     save_dtype: Dtype | None = None
-    """What the saved weights are converted to. Absent: as they are trained."""
+    """The type that the saved weights are converted to. Absent: as they are trained."""
     checkpoint_every_n_epochs: int | None = Field(default=None, ge=1)
     """Save the training state, to go on from with --resume, after every n epochs."""
     checkpoint_every_n_steps: int | None = Field(default=None, ge=1)
@@ -290,7 +290,7 @@ class Config(Settings):
     checkpoint_every_n_minutes: float | None = Field(default=None, gt=0)
     """Save the training state at the first step after every n minutes."""
     keep_last: int = Field(default=DEFAULT_KEEP_LAST, ge=2)
-    """How many training states are kept."""
+    """Number of training states that are kept."""
     caching_batch_size: int = Field(default=1, ge=1)
     """Images the VAE, and captions the text encoder, take at once while the cache is filled."""
     cache_dir: Folder | None = None
@@ -308,11 +308,11 @@ class Config(Settings):
     model: ModelSettings
     """The model."""
     adapter: Annotated[Lora | Full, Field(discriminator="type")] = Full()
-    """What is trained: a LoRA, or (absent) the whole model."""
+    """The thing to train: a LoRA, or (absent) the whole model."""
     optimizer: AnyOptimizer
     """The optimizer."""
     ema: Ema | None = None
-    """What is saved, evaluated and drawn is an average of the trained weights. Absent: the weights as they are."""
+    """Save, evaluate and draw an average of the trained weights. Absent: the weights as they are."""
     monitoring: Monitoring = Monitoring()
     """Trackers."""
     sampling: Sampling | None = None
@@ -324,7 +324,7 @@ class Config(Settings):
     @field_validator("max_steps")
     @classmethod
     def has_an_end(cls, value: int | None, earlier: ValidationInfo) -> int | None:
-        """A run ends after epochs or steps."""
+        """Require epochs or max_steps, after which the run ends."""
         if value is None and earlier.data.get("epochs", 1) is None:
             raise ValueError("neither epochs nor max_steps is set; set at least one")
         return value
@@ -332,7 +332,7 @@ class Config(Settings):
     @field_validator("force_constant_lr")
     @classmethod
     def excludes_schedule(cls, value: float | None, earlier: ValidationInfo) -> float | None:
-        """A constant rate has neither warmup nor schedule."""
+        """Refuse a warmup or schedule, which a constant rate does not have."""
         others = [key for key in ("lr_scheduler", "warmup_steps") if earlier.data.get(key) not in (None, 0, Constant())]
         if value is not None and others:
             raise ValueError(f"excludes {' and '.join(others)}; remove {'it' if len(others) == 1 else 'them'} or this")
@@ -341,7 +341,7 @@ class Config(Settings):
     @field_validator("smooth_l1_beta", "pseudo_huber_c")
     @classmethod
     def one_loss(cls, value: float | None, earlier: ValidationInfo) -> float | None:
-        """There is one loss."""
+        """Refuse a second loss."""
         others = [key for key in ("huber_delta", "smooth_l1_beta") if earlier.data.get(key) is not None]
         if value is not None and others:
             raise ValueError(f"chooses another loss than {' and '.join(others)}; keep one")
@@ -350,7 +350,7 @@ class Config(Settings):
     @field_validator("eval_datasets")
     @classmethod
     def own_names(cls, value: list[EvalDataset]) -> list[EvalDataset]:
-        """Every set has curves of its own."""
+        """Require a name for every set that no other curves have."""
         names = [dataset.name for dataset in value]
         if "train" in names:
             raise ValueError('found the name "train", which is that of the training set')
@@ -361,7 +361,7 @@ class Config(Settings):
     @field_validator("eval_before_first_step")
     @classmethod
     def ever_evaluates(cls, value: bool, earlier: ValidationInfo) -> bool:
-        """Evaluation sets are evaluated."""
+        """Require a time at which the evaluation sets are evaluated."""
         if not value and earlier.data.get("eval_datasets") and not any(map(earlier.data.get, EVAL_INTERVALS)):
             raise ValueError(f"found false, so eval_datasets are never evaluated; set {' or '.join(EVAL_INTERVALS)}")
         return value
@@ -369,7 +369,7 @@ class Config(Settings):
     @field_validator("keep_last")
     @classmethod
     def has_states_to_keep(cls, value: int, earlier: ValidationInfo) -> int:
-        """Only a run with training states can keep some."""
+        """Refuse it in a run that saves no training states."""
         if value != DEFAULT_KEEP_LAST and all(earlier.data.get(key, 1) is None for key in STATE_INTERVALS):
             raise ValueError(f"has no effect, as no training state is saved; set {' or '.join(STATE_INTERVALS)}")
         return value
@@ -377,7 +377,7 @@ class Config(Settings):
     @field_validator("optimizer")
     @classmethod
     def trains_something(cls, value: AnyOptimizer, earlier: ValidationInfo) -> AnyOptimizer:
-        """Something has a learning rate."""
+        """Require a learning rate above 0 for something."""
         model, adapter = earlier.data.get("model"), earlier.data.get("adapter")
         # What belongs to no component has no linear for a LoRA.
         components = COMPONENTS[:-1] if isinstance(adapter, Lora) else COMPONENTS
@@ -388,12 +388,12 @@ class Config(Settings):
     # What the rooms below take, made from the flat keys ---------------------------------------------------------------
 
     def timesteps(self) -> Timesteps:
-        """The distribution of t."""
+        """Return the distribution of t."""
         model = self.model
         return Timesteps(model.timestep_sample_method, model.sigmoid_scale, model.shift, model.flux_shift)
 
     def loss(self) -> Loss:
-        """The loss."""
+        """Return the loss."""
         weight, by_area = self.model.multiscale_loss_weight, self.normalize_masked_loss
         if self.huber_delta is not None:
             return Loss("huber", self.huber_delta, weight, by_area)
@@ -404,7 +404,7 @@ class Config(Settings):
         return Loss(multiscale_weight=weight, by_mask_area=by_area)
 
     def learning_rates(self) -> LearningRates:
-        """The base learning rate of each component."""
+        """Return the base learning rate of each component."""
         rates: dict[Component, float] = {}
         for component in COMPONENTS:
             rate = component_rate(self.model, self.optimizer, component)
@@ -412,21 +412,21 @@ class Config(Settings):
         return LearningRates(rates)
 
     def batch_sizes(self) -> int | list[tuple[int, int]]:
-        """Micro-batch sizes for training."""
-        return pairs(self.micro_batch_size_per_gpu)
+        """Return the micro-batch sizes for training."""
+        return as_pairs(self.micro_batch_size_per_gpu)
 
     def eval_batch_sizes(self) -> int | list[tuple[int, int]]:
-        """Micro-batch sizes for evaluation."""
+        """Return the micro-batch sizes for evaluation."""
         own = self.eval_micro_batch_size_per_gpu
-        return pairs(self.micro_batch_size_per_gpu if own is None else own)
+        return as_pairs(self.micro_batch_size_per_gpu if own is None else own)
 
 
 def component_rate(model: ModelSettings, optimizer: AnyOptimizer, component: Component) -> float:
-    """A component's learning rate: its own, else the optimizer's."""
+    """Return a component's learning rate: its own, else the optimizer's."""
     own = None if component == "base" else getattr(model, f"{component}_lr")
     return optimizer.lr if own is None else own
 
 
-def pairs(sizes: int | list[list[int]]) -> int | list[tuple[int, int]]:
-    """TOML's lists as pairs."""
+def as_pairs(sizes: int | list[list[int]]) -> int | list[tuple[int, int]]:
+    """Return TOML's lists as pairs."""
     return sizes if isinstance(sizes, int) else [(entry[0], entry[1]) for entry in sizes]

@@ -1,4 +1,4 @@
-"""From TOML files and --set to a `Config`: every mistake in one report."""
+"""The loading of TOML files and --set into a `Config`, with every mistake in one report."""
 
 import os
 import re
@@ -19,7 +19,7 @@ from anima_train.config.read import Table, apply_override, read_toml
 from anima_train.core.errors import ConfigError
 from anima_train.core.settings import Settings, quoted, validation_problems
 from anima_train.data.cache import CACHE_FOLDER, Cache
-from anima_train.data.rules import DatasetSettings, Directory
+from anima_train.data.settings import DatasetSettings, Directory
 from anima_train.model.hub import is_reference, parse_reference
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
@@ -43,7 +43,7 @@ class Dataset:
     folders: tuple[Path, ...]  # or files; or, for what is on the Hub, names
     masks: tuple[Path | None, ...]
     caches: tuple[Cache, ...]
-    offline: bool  # whether nothing may be looked up on the Hub
+    offline: bool  # nothing may be looked up on the Hub
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class LoadedConfig:
     base: Path  # folder of the config file: relative paths are also looked up there
 
     def model_path(self, key: str) -> str | None:
-        """A path from [model]: found, an hf:// reference, or None."""
+        """Return a path from [model]: found, an hf:// reference, or None."""
         path: str | None = getattr(self.config.model, key)
         return path
 
@@ -73,31 +73,31 @@ class ModelPart(Settings):
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """That part of a configuration, its files found."""
+    """A `ModelPart` with its files found."""
 
     config: ModelPart
 
     def model_path(self, key: str) -> str | None:
-        """A path from [model]: found, an hf:// reference, or None."""
+        """Return a path from [model]: found, an hf:// reference, or None."""
         path: str | None = getattr(self.config.model, key)
         return path
 
 
 @dataclass(frozen=True)
 class Place:
-    """A table in the user's files: how messages name it, and where its paths are looked for."""
+    """A table in the user's files: its name in messages, and the folder its paths are looked for in."""
 
     file: str
     folder: Path
     prefix: str = ""  # key path of the table, with a final dot
 
     def inside(self, key: str) -> "Place":
-        """A table in this one."""
+        """Return the place of a table in this one."""
         return Place(self.file, self.folder, f"{self.prefix}{key}.")
 
 
 class Loader:
-    """Reads a configuration and the datasets it names, collecting problems and notes on the way."""
+    """The reader of a configuration and of the datasets it names, which collects problems and notes on the way."""
 
     def __init__(self, path: Path) -> None:
         self.main = Place(path.name, path.parent)
@@ -106,52 +106,52 @@ class Loader:
         self.notes: list[str] = []
         self.named: set[str] = set()  # keys with a problem; the first one found says the most
 
-    def name(self, place: Place, key: str) -> str:
-        """A key as messages name it: with its file, or with --set."""
+    def key_name(self, place: Place, key: str) -> str:
+        """Return a key as messages name it: with its file, or with --set."""
         path = (place.prefix + key).strip(".")
         if not path:
             return place.file
         is_set = any(re.match(rf"{re.escape(made)}($|[.\[])", path) for made in self.overridden)
         return f"--set {path}" if is_set and place.file == self.main.file else f"{place.file}: {path}"
 
-    def problem(self, place: Place, key: str, text: str) -> None:
+    def add_problem(self, place: Place, key: str, text: str) -> None:
         """File what is wrong with a key; for a whole table the text has a line for each problem."""
-        name = self.name(place, key)
+        name = self.key_name(place, key)
         if name not in self.named:
             self.named.add(name)
             self.problems.extend(f"{name}: {line}" for line in text.splitlines())
 
-    def note(self, place: Place, key: str, why: str) -> None:
+    def add_note(self, place: Place, key: str, why: str) -> None:
         """File a key that changes nothing."""
-        self.notes.append(f"{self.name(place, key)}: has no effect, as {why}")
+        self.notes.append(f"{self.key_name(place, key)}: has no effect, as {why}")
 
-    def translated(self, data: Table, keys: Keys, place: Place) -> Table:
-        """A table without the keys of other trainers."""
-        return translate(data, keys, partial(self.problem, place), partial(self.note, place))
+    def translate(self, data: Table, keys: Keys, place: Place) -> Table:
+        """Return a table without the keys of other trainers."""
+        return translate(data, keys, partial(self.add_problem, place), partial(self.add_note, place))
 
-    def validated(
+    def validate(
         self, root: type[AnySettings], data: Table, place: Place, hints: Mapping[str, str]
     ) -> AnySettings | None:
-        """The settings object, or None with its problems filed."""
+        """Return the settings object, or None with its problems filed."""
         try:
             return root.model_validate(data)
         except ValidationError as error:
             for key, text in validation_problems(error, data, root, hints).items():
-                self.problem(place, key, text)
+                self.add_problem(place, key, text)
             return None
 
-    def found(self, place: Place, key: str, text: str, wanted: str) -> Path:
-        """Where a path leads; if nowhere, that is filed."""
+    def find(self, place: Place, key: str, text: str, wanted: str) -> Path:
+        """Return the place a path leads to; if it leads nowhere, that is filed."""
         if fault := path_fault(text, place.folder, wanted):
-            self.problem(place, key, fault)
+            self.add_problem(place, key, fault)
         return find_path(text, place.folder)
 
-    def dataset(self, name: str, value: object, key: str, config: Config | None) -> Dataset | None:
-        """A dataset, given as a path or as a table, with its folders found; or None with its problems filed."""
+    def load_dataset(self, name: str, value: object, key: str, config: Config | None) -> Dataset | None:
+        """Return a dataset, given as a path or a table, with its folders found; or None with its problems filed."""
         place = self.main.inside(key)
         if isinstance(value, str):
             if fault := path_fault(value, place.folder, "file"):
-                self.problem(self.main, key, fault)
+                self.add_problem(self.main, key, fault)
                 return None
             path = find_path(value, place.folder)
             place = Place(value, path.parent)
@@ -162,19 +162,19 @@ class Loader:
                 return None
         if not isinstance(value, dict):
             return None  # the wrong type is reported with the config's own
-        table = self.translated(value, DATASET, place)
+        table = self.translate(value, DATASET, place)
         if isinstance(directories := table.get("directory"), list):
             table["directory"] = [
-                self.translated(entry, DATASET, place.inside(f"directory[{index}]"))
+                self.translate(entry, DATASET, place.inside(f"directory[{index}]"))
                 if isinstance(entry, dict)
                 else entry
                 for index, entry in enumerate(directories)
             ]
-        settings = self.validated(DatasetSettings, table, place, DATASET_HINTS)
-        return None if settings is None else self.with_folders(name, settings, place, config)
+        settings = self.validate(DatasetSettings, table, place, DATASET_HINTS)
+        return None if settings is None else self.find_folders(name, settings, place, config)
 
-    def with_folders(self, name: str, settings: DatasetSettings, place: Place, config: Config | None) -> Dataset:
-        """A dataset with its folders found; those that are missing are filed."""
+    def find_folders(self, name: str, settings: DatasetSettings, place: Place, config: Config | None) -> Dataset:
+        """Return a dataset with its folders found; those that are missing are filed."""
         cache_dir = None if config is None else config.cache_dir
         output_dir = Path() if config is None else Path(config.output_dir)
         directories: list[Directory] = []
@@ -184,14 +184,14 @@ class Loader:
         for index, directory in enumerate(settings.directory):
             here = place.inside(f"directory[{index}]")
             if directory.hf_dataset is not None:
-                folder = self.table(here, directory.hf_dataset)
+                folder = self.find_table(here, directory.hf_dataset)
                 found = {"hf_dataset": str(folder)}
             elif directory.path is not None:
-                folder = self.found(here, "path", directory.path, folder_or_tar(directory.path))
+                folder = self.find(here, "path", directory.path, expected_kind(directory.path))
                 found = {"path": str(folder)}
             mask = None
             if directory.mask_path is not None:
-                mask = self.found(here, "mask_path", directory.mask_path, folder_or_tar(directory.mask_path))
+                mask = self.find(here, "mask_path", directory.mask_path, expected_kind(directory.mask_path))
             folders.append(folder)
             masks.append(mask)
             # What is on the Hub has no place of its own here.
@@ -204,15 +204,15 @@ class Loader:
         offline = config is not None and config.offline
         return Dataset(name, settings, tuple(folders), tuple(masks), tuple(caches), offline)
 
-    def table(self, place: Place, text: str) -> Path:
-        """Where a Hugging Face dataset is, or its name on the Hub; if it can be neither, that is filed."""
+    def find_table(self, place: Place, text: str) -> Path:
+        """Return the path of a Hugging Face dataset, or its name on the Hub; if it can be neither, that is filed."""
         path = find_path(text, place.folder)
         if not path.exists() and not HUB_DATASET.fullmatch(text):
-            self.problem(place, "hf_dataset", f"{quoted(text)} is neither here nor owner/name, as on the Hub")
+            self.add_problem(place, "hf_dataset", f"{quoted(text)} is neither here nor owner/name, as on the Hub")
         return path if path.exists() else Path(text)
 
-    def with_files(self, model: ModelSettings) -> ModelSettings:
-        """The model's settings with its files found; those that are missing are filed."""
+    def find_model_files(self, model: ModelSettings) -> ModelSettings:
+        """Return the model's settings with its files found; those that are missing are filed."""
         place = self.main.inside("model")
         found = {}
         for key in MODEL_PATHS:
@@ -223,20 +223,20 @@ class Loader:
                 try:
                     parse_reference(text)
                 except ConfigError as error:
-                    self.problem(place, key, str(error))
+                    self.add_problem(place, key, str(error))
             else:
-                found[key] = str(self.found(place, key, text, "file or folder"))
+                found[key] = str(self.find(place, key, text, "file or folder"))
         return model.model_copy(update=found)
 
     def check_folders(self, config: Config) -> None:
-        """Folders that are made where they are missing, but cannot be where something else is."""
+        """File the folders that would be made if they were missing, but are something else."""
         for key, text in (
             ("output_dir", config.output_dir),
             ("cache_dir", config.cache_dir),
             ("model.tiny_path", config.model.tiny_path),
         ):
             if text is not None and os.path.exists(text):
-                self.found(self.main, key, text, "folder")
+                self.find(self.main, key, text, "folder")
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
@@ -256,15 +256,15 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
             loader.overridden.append(apply_override(data, text))
         except ConfigError as error:
             loader.problems.extend(error.problems)
-    data = loader.translated(data, MAIN, loader.main)
+    data = loader.translate(data, MAIN, loader.main)
 
     # Datasets are checked on their own, so that their messages name their own file; until then the config has paths.
     entries = data.get("eval_datasets")
     entries = entries if isinstance(entries, list) else []
-    config = loader.validated(Config, without_tables(data), loader.main, MAIN_HINTS)
-    train = loader.dataset("train", data.get("dataset"), "dataset", config)
+    config = loader.validate(Config, replace_tables(data), loader.main, MAIN_HINTS)
+    train = loader.load_dataset("train", data.get("dataset"), "dataset", config)
     evals = [
-        loader.dataset(str(entry.get("name")), entry.get("config"), f"eval_datasets[{index}].config", config)
+        loader.load_dataset(str(entry.get("name")), entry.get("config"), f"eval_datasets[{index}].config", config)
         for index, entry in enumerate(entries)
         if isinstance(entry, dict)
     ]
@@ -277,7 +277,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
             )
     if config is not None:
         loader.check_folders(config)
-        config = config.model_copy(update={"model": loader.with_files(config.model)})
+        config = config.model_copy(update={"model": loader.find_model_files(config.model)})
     if loader.problems or config is None or train is None:
         raise ConfigError(loader.problems)
 
@@ -290,7 +290,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
         }
     )
     for key, why in without_effect(config):
-        loader.note(loader.main, key, why)
+        loader.add_note(loader.main, key, why)
     run_name = config.run_name or f"{path.stem}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
     return LoadedConfig(config, run_name, train, found, tuple(dict.fromkeys(loader.notes)), path.parent)
 
@@ -319,12 +319,12 @@ def load_model_part(path: Path, overrides: Sequence[str] = (), transformer: Path
     data = {key: value for key, value in data.items() if key in ModelPart.model_fields}
     if transformer is not None and isinstance(data.get("model"), dict):
         data["model"] = {key: value for key, value in data["model"].items() if key != "transformer_path"}
-    part = loader.validated(ModelPart, loader.translated(data, MAIN, loader.main), loader.main, MAIN_HINTS)
+    part = loader.validate(ModelPart, loader.translate(data, MAIN, loader.main), loader.main, MAIN_HINTS)
     if part is not None:
         tiny_path = part.model.tiny_path
         if tiny_path is not None and os.path.exists(tiny_path):
-            loader.found(loader.main, "model.tiny_path", tiny_path, "folder")
-        model = loader.with_files(part.model)
+            loader.find(loader.main, "model.tiny_path", tiny_path, "folder")
+        model = loader.find_model_files(part.model)
         if transformer is not None:
             model = model.model_copy(update={"transformer_path": str(transformer)})
         part = part.model_copy(update={"model": model})
@@ -333,13 +333,13 @@ def load_model_part(path: Path, overrides: Sequence[str] = (), transformer: Path
     return LoadedModel(part)
 
 
-def folder_or_tar(text: str) -> str:
-    """What a path to images should lead to."""
+def expected_kind(text: str) -> str:
+    """Return the kind of thing that a path to images should lead to: "file" for a .tar, else "folder"."""
     return "file" if text.lower().endswith(".tar") and not os.path.isdir(text) else "folder"
 
 
-def without_tables(data: Table) -> dict[str, Any]:
-    """A main table in which paths stand for the datasets that are tables."""
+def replace_tables(data: Table) -> dict[str, Any]:
+    """Return a main table in which paths stand for the datasets that are tables."""
     data = {key: "" if key == "dataset" and isinstance(value, dict) else value for key, value in data.items()}
     if isinstance(entries := data.get("eval_datasets"), list):
         data["eval_datasets"] = [

@@ -1,13 +1,13 @@
-"""Settings that are right but change nothing in this run: noted, not refused, as shared recipes carry them."""
+"""The settings that are right but change nothing in this run: noted, not refused, as shared recipes carry them."""
 
 from collections.abc import Iterator
 
 from anima_train.config.config import EVAL_INTERVALS, STATE_INTERVALS, Config
-from anima_train.data.rules import DatasetSettings
+from anima_train.data.settings import DatasetSettings
 
 
 def without_effect(config: Config) -> Iterator[tuple[str, str]]:
-    """(key, why it has no effect) for the keys of the main file."""
+    """Yield (key, why it has no effect) for the keys of the main file."""
     if not config.eval_datasets:
         for key in (*EVAL_INTERVALS, "eval_before_first_step", "eval_micro_batch_size_per_gpu"):
             if key in config.model_fields_set:
@@ -26,15 +26,15 @@ def without_effect(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def datasets_of(config: Config) -> Iterator[DatasetSettings]:
-    """The training set and the evaluation sets, as tables."""
+    """Yield the training set and the evaluation sets, as tables."""
     for dataset in (config.dataset, *(entry.config for entry in config.eval_datasets)):
         if not isinstance(dataset, str):
             yield dataset
 
 
 def has_masks(dataset: DatasetSettings) -> bool:
-    """Whether any of its images may have a mask."""
+    """Return True if any of its images may have a mask."""
     return any(
-        directory.mask_path or directory.mask_column or dataset.rules(index).alpha_as_mask
+        directory.mask_path or directory.mask_column or dataset.options(index).alpha_as_mask
         for index, directory in enumerate(dataset.directory)
     )

@@ -1,4 +1,4 @@
-"""Paths in a config: where they are looked for, and what to say about one that leads nowhere."""
+"""The paths in a config: the search for them, and the messages about one that leads nowhere."""
 
 import os
 import stat
@@ -10,13 +10,13 @@ CONTROL = "\t\n\r\b\f"  # what "\t", "\n", ... in double quotes turn into
 
 
 def find_path(text: str, base: Path) -> Path:
-    """A path as written if it exists from the current folder, else from `base`, the folder of its file."""
+    """Return a path as written if it exists from the current folder, else from `base`, the folder of its file."""
     path = Path(os.path.expanduser(text))  # unlike pathlib, takes an unknown ~name as it is
     return path if os.path.exists(path) or not os.path.exists(base / path) else base / path
 
 
 def path_fault(text: str, base: Path, wanted: str) -> str | None:
-    """Why a path cannot be used, or None.
+    """Return why a path cannot be used, or None.
 
     Args:
         text: the path in the config.
@@ -30,15 +30,15 @@ def path_fault(text: str, base: Path, wanted: str) -> str | None:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         hint = "; write Windows paths in single quotes: 'C:\\new\\images'" if set(text) & set(CONTROL) else ""
-        return f"{quoted(text)} does not exist{near(text, base)}{hint}"
+        return f"{quoted(text)} does not exist{suggest(text, base)}{hint}"
     except (OSError, ValueError) as error:  # not allowed, a loop of links, too long a name, a zero character
         return f"{quoted(text)} cannot be used ({getattr(error, 'strerror', error)})"
     found = "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "special file"
     return None if found in wanted else f"{quoted(text)} is a {found}, expected a {wanted}"
 
 
-def near(text: str, base: Path) -> str:
-    """`; did you mean "data/cats"?`, or the part of the path that is missing; empty where that is all of it."""
+def suggest(text: str, base: Path) -> str:
+    """Return `; did you mean "data/cats"?`, or the part of the path that is missing; "" if that is all of it."""
     path = Path(os.path.expanduser(text))
     deepest = Path()
     for folder in (Path(), base):

@@ -1,4 +1,4 @@
-"""Requests from the command line, and from files of prompts."""
+"""The requests from the command line, and from files of prompts."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,7 +33,7 @@ class PromptFile(Settings):
 
 
 def make_requests(texts: list[str], settings: Mapping[str, Any], names: Mapping[str, str]) -> list[Request]:
-    """A request for each text, with the same settings.
+    """Return a request for each text, with the same settings.
 
     Args:
         texts: the prompts.
@@ -53,7 +53,7 @@ def make_requests(texts: list[str], settings: Mapping[str, Any], names: Mapping[
 
 
 def read_requests(path: Path, settings: Mapping[str, Any]) -> list[Request]:
-    """The requests in a file of prompts: .toml with [[prompt]] tables, else text with a prompt in each line.
+    """Return the requests in a file of prompts: .toml with [[prompt]] tables, else text with a prompt in each line.
 
     Args:
         path: the file.
@@ -78,7 +78,7 @@ def read_requests(path: Path, settings: Mapping[str, Any]) -> list[Request]:
 
 
 def read_lines(path: Path, flag: str) -> list[str]:
-    """The lines of a text file that are not empty.
+    """Return the lines of a text file that are not empty.
 
     Raises:
         ConfigError: it cannot be read.

@@ -1,4 +1,4 @@
-"""TOML files and --set: text to tables."""
+"""The reading of TOML files and --set into tables."""
 
 import re
 import shlex
@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from anima_train.config.paths import near
+from anima_train.config.paths import suggest
 from anima_train.core.errors import ConfigError
 from anima_train.core.settings import quoted, value_text
 
@@ -14,7 +14,7 @@ Table = dict[str, Any]
 
 
 def read_toml(path: Path) -> Table:
-    """A TOML file, with or without a BOM.
+    """Read a TOML file, with or without a BOM.
 
     Raises:
         ConfigError: missing (with the nearest name there is), not UTF-8, or a syntax error with line and column.
@@ -22,7 +22,7 @@ def read_toml(path: Path) -> Table:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise ConfigError(f"{path}: does not exist{near(str(path), Path())}") from None
+        raise ConfigError(f"{path}: does not exist{suggest(str(path), Path())}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     try:
@@ -44,12 +44,12 @@ def read_toml(path: Path) -> Table:
 
 
 def position(text: str) -> tuple[int, int]:
-    """Line and column, each from 1, of what follows this text."""
+    """Return the line and column, each from 1, of what follows this text."""
     return text.count("\n") + 1, len(text) - text.rfind("\n")
 
 
 def apply_override(data: Table, text: str) -> str:
-    """Set one `key.path=value`, the value in TOML; returns the path of the topmost thing that it set or made.
+    """Set one `key.path=value`, the value in TOML; return the path of the topmost thing that it set or made.
 
     Raises:
         ConfigError: no `=`, a value that is no TOML, or a path through something that is no table.
@@ -78,7 +78,7 @@ def apply_override(data: Table, text: str) -> str:
 
 
 def parse_value(key: str, value: str) -> Any:
-    """The TOML value after `key=`.
+    """Return the TOML value after `key=`.
 
     Raises:
         ConfigError: no value, or several lines; with the text as it should have been written.

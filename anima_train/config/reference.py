@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from anima_train.config.config import Config
 from anima_train.core.files import write_text
 from anima_train.core.settings import Settings, is_settings, members_of, type_name
-from anima_train.data.rules import DatasetSettings
+from anima_train.data.settings import DatasetSettings
 
 WIDTH = 118
 HOW_TO_READ = """\
@@ -32,7 +32,7 @@ KINDS: dict[Any, str] = {str: "text", int: "integer", float: "number", bool: "tr
 
 
 def write_reference(folder: Path) -> list[Path]:
-    """Write the reference files into a folder; returns their paths."""
+    """Write the reference files into a folder; return their paths."""
     files = {
         "reference.toml": "\n".join([HEADER, *settings_lines(Config)]),
         "reference_dataset.toml": "\n".join([DATASET_HEADER, *settings_lines(DatasetSettings)]),
@@ -45,9 +45,9 @@ def write_reference(folder: Path) -> list[Path]:
 
 
 def settings_lines(root: type[Settings], path: str = "", above: type[Settings] = Settings) -> Iterator[str]:
-    """The keys of a settings class, then its tables; keys that the class `above` has too are only named."""
+    """Yield the keys of a settings class, then its tables; keys that the class `above` has too are only named."""
     fields = sorted(root.model_fields.items(), key=lambda item: item[0] != "type")
-    shared = [name for name, field in fields if same(field, above.model_fields.get(name))]
+    shared = [name for name, field in fields if is_same(field, above.model_fields.get(name))]
     for name, field in fields:
         if name not in shared and (not choices_of(field) or accepts_name(field)):
             yield from comment(field.description or "")
@@ -69,13 +69,13 @@ def settings_lines(root: type[Settings], path: str = "", above: type[Settings] =
             yield from settings_lines(choice, f"{path}{name}.", root)
 
 
-def same(field: FieldInfo, other: FieldInfo | None) -> bool:
-    """Whether two keys mean the same."""
+def is_same(field: FieldInfo, other: FieldInfo | None) -> bool:
+    """Return True if two keys mean the same."""
     return other is not None and field.description == other.description
 
 
 def choices_of(field: FieldInfo) -> list[type[Settings]]:
-    """The settings classes of a key that is a table or a list of tables; none where a path can stand instead."""
+    """Return the settings classes of a key that is a table or a list of tables; none if a path can stand instead."""
     members = members_of(field.annotation)
     if get_origin(members[0]) is list:
         members = members_of(get_args(members[0])[0])
@@ -83,12 +83,12 @@ def choices_of(field: FieldInfo) -> list[type[Settings]]:
 
 
 def accepts_name(field: FieldInfo) -> bool:
-    """Whether the name of a choice can stand for its table."""
+    """Return True if the name of a choice can stand for its table."""
     return any(isinstance(part, BeforeValidator) for part in field.metadata)
 
 
 def key_line(name: str, field: FieldInfo) -> str:
-    """A key with its default and the kind of its value."""
+    """Return a key with its default and the kind of its value."""
     kind = ", ".join([kind_text(field.annotation), *limits(field)])
     if field.is_required():
         return f"# {name} = (required: {kind})"
@@ -100,7 +100,7 @@ def key_line(name: str, field: FieldInfo) -> str:
 
 
 def kind_text(annotation: Any) -> str:
-    """A type in TOML's words."""
+    """Return a type in TOML's words."""
     kinds = []
     for member in members_of(annotation):
         if get_origin(member) is list:
@@ -115,7 +115,7 @@ def kind_text(annotation: Any) -> str:
 
 
 def limits(field: FieldInfo) -> Iterator[str]:
-    """The smallest and largest value of a number."""
+    """Yield the smallest and largest value of a number."""
     for part in field.metadata:
         match part:
             case annotated_types.Ge():
@@ -129,5 +129,5 @@ def limits(field: FieldInfo) -> Iterator[str]:
 
 
 def comment(text: str) -> Iterator[str]:
-    """Text as TOML comments."""
+    """Yield text as TOML comments."""
     yield from (f"# {line}" for line in textwrap.wrap(" ".join(text.split()), WIDTH))

@@ -10,7 +10,7 @@ from anima_train.core.errors import DataError
 from anima_train.data.cache import Cache
 from anima_train.data.captions import BadCaption, read_captions_json
 from anima_train.data.images import EXTENSIONS
-from anima_train.data.rules import Rules
+from anima_train.data.settings import DirectoryOptions
 from anima_train.data.stored import Stored, tar_members
 
 CAPTIONS_JSON = "captions.json"
@@ -39,14 +39,14 @@ class Files:
     is_table: bool = False  # rows of a table, not files
 
     @classmethod
-    def of(cls, folder: Path, mask_folder: Path | None, rules: Rules, cache: Cache) -> "Files":
+    def of(cls, folder: Path, mask_folder: Path | None, options: DirectoryOptions, cache: Cache) -> "Files":
         """List both folders.
 
         Raises:
             DataError: one cannot be read, or an archive or a captions.json in it.
         """
         own = [cache.folder] if mask_folder is None else [cache.folder, mask_folder]
-        found = list_folder(folder, rules, own)
+        found = list_folder(folder, options, own)
         images = [name for name in found.names if is_image(name)]
         texts = [name for name in found.names if is_caption(name)]
         stems = {stem_of(name) for name in images}
@@ -57,7 +57,7 @@ class Files:
         used = {*images, *texts, *tables}
         rest = [name for name in found.names if not (name in used or os.path.basename(name).startswith("."))]
         subfolders = [name for name in rest if os.path.isdir(folder / name)]
-        masks = Listing() if mask_folder is None else list_folder(mask_folder, rules, [cache.folder])
+        masks = Listing() if mask_folder is None else list_folder(mask_folder, options, [cache.folder])
         return cls(
             folder=folder,
             mask_folder=mask_folder,
@@ -95,14 +95,14 @@ class Listing:
     again: list[str] = field(default_factory=list)  # folders met again
 
 
-def list_folder(folder: Path, rules: Rules, without: Sequence[Path]) -> Listing:
+def list_folder(folder: Path, options: DirectoryOptions, without: Sequence[Path]) -> Listing:
     """Everything in a folder and what is to be searched of it, ordered by the bytes of the names.
 
     Each folder is searched once, under the name that is found first, so that loops of links end. Hidden ones never are.
 
     Args:
         folder: where to start; an archive, too.
-        rules: which sub-folders and archives are searched.
+        options: which sub-folders and archives are searched.
         without: folders to pass over.
 
     Raises:
@@ -128,13 +128,13 @@ def list_folder(folder: Path, rules: Rules, without: Sequence[Path]) -> Listing:
                 name = inside + entry
                 if not os.path.isdir(folder / name):
                     is_hidden = entry.startswith(".")  # as macOS leaves beside each file where it cannot hide more
-                    if rules.tars and is_archive(name) and not is_hidden and (folder / name).is_file():
+                    if options.tars and is_archive(name) and not is_hidden and (folder / name).is_file():
                         search(folder / name, f"{name}/")
                     else:
                         found.names.append(name)
                 elif (own := identity(folder / name)) in passed_over:
                     continue
-                elif entry.startswith(".") or not rules.searches(name):
+                elif entry.startswith(".") or not options.searches(name):
                     found.names.append(name)
                 elif own in seen:
                     found.again.append(name)

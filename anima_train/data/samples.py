@@ -12,7 +12,7 @@ from anima_train.data.buckets import Size
 from anima_train.data.cache import Cache, entry_key
 from anima_train.data.captions import TagVariation, plain_tag, unescaped, without_underscores
 from anima_train.data.images import Crop
-from anima_train.data.rules import Rules
+from anima_train.data.settings import DirectoryOptions
 from anima_train.data.stored import Stored
 
 
@@ -80,7 +80,7 @@ class Sample:
     size: Size
     resolution: int
     directory: int
-    rules: Rules
+    options: DirectoryOptions
     cache: Cache
     repeat_factor: Fraction = Fraction(1)  # on num_repeats, by the weight of the directory
 
@@ -92,12 +92,12 @@ class Sample:
     @property
     def repeats(self) -> Fraction:
         """How often it is seen per epoch."""
-        return exact(self.rules.num_repeats) * self.repeat_factor
+        return exact(self.options.num_repeats) * self.repeat_factor
 
     @property
     def is_regularization(self) -> bool:
         """Whether it shows what the model should not forget."""
-        return self.rules.role == "regularization"
+        return self.options.role == "regularization"
 
     # Captions. A picture has T captions of tags, each in S = max(1, cache_shuffle_num) orders, and N in natural
     # language. Its showings 0, 1, 2 ... are its variants. Of those before showing k, floor(k * share + phase) use
@@ -112,8 +112,8 @@ class Sample:
         """Share of the showings that use natural language."""
         if not self.picture.natural:
             return 0.0
-        only = self.rules.caption_mode == "nl" or not any(self.picture.tags)
-        return 1.0 if only else self.rules.nl_weight
+        only = self.options.caption_mode == "nl" or not any(self.picture.tags)
+        return 1.0 if only else self.options.nl_weight
 
     def caption(self, seed: int, showing: int) -> Caption:
         """What showing number `showing` of the sample, 0 the first, is trained with."""
@@ -126,26 +126,26 @@ class Sample:
             showing -= before
         texts = self.picture.tags
         tags, order = texts[showing % len(texts)], showing // len(texts)
-        if self.rules.draws_tags and tags:
+        if self.options.draws_tags and tags:
             return Caption(self.tags_caption(seed, tags, order), is_fixed=False)
         return Caption(self.tags_caption(seed, tags, self.variants[order % len(self.variants)]))
 
     @property
     def variants(self) -> list[int | None]:
         """The orders of its tags that are fixed; None is that of the file."""
-        return list(range(self.rules.cache_shuffle_num)) or [None]
+        return list(range(self.options.cache_shuffle_num)) or [None]
 
     def fixed_captions(self, seed: int) -> list[str]:
         """Every caption this sample can be trained with but those that are drawn for a showing."""
         texts = []
         if self.natural_share < 1:
-            tags = [text for text in self.picture.tags if not (text and self.rules.draws_tags)]
+            tags = [text for text in self.picture.tags if not (text and self.options.draws_tags)]
             texts = [self.tags_caption(seed, text, order) for order in self.variants for text in tags]
         return texts + self.natural_captions()
 
     def captions(self, seed: int) -> list[str]:
         """Every caption it can be trained with; those that are drawn for a showing as they are before that."""
-        drawn = self.rules.draws_tags and self.natural_share < 1
+        drawn = self.options.draws_tags and self.natural_share < 1
         tags = [self.tags_caption(seed, text, None) for text in self.picture.tags if text] if drawn else []
         return tags + self.fixed_captions(seed)
 
@@ -164,26 +164,27 @@ class Sample:
 
     def tags_caption(self, seed: int, tags: str, variant: int | None) -> str:
         """Tags as they are trained, in a variant; None changes neither order nor number."""
-        rules = self.rules
+        options = self.options
         variation = TagVariation(
-            rules.cache_shuffle_delimiter,
-            rules.keep_first_n_tags,
-            rules.shuffle_tags or rules.cache_shuffle_num > 0,
-            rules.tag_dropout,
-            frozenset(map(plain_tag, rules.protected_tags)),
+            options.cache_shuffle_delimiter,
+            options.keep_first_n_tags,
+            options.shuffle_tags or options.cache_shuffle_num > 0,
+            options.tag_dropout,
+            frozenset(map(plain_tag, options.protected_tags)),
         )
 
         def arranged(text: str) -> str:
-            if rules.replace_underscores:
-                text = without_underscores(text, rules.cache_shuffle_delimiter)
+            if options.replace_underscores:
+                text = without_underscores(text, options.cache_shuffle_delimiter)
             return text if variant is None or not text else variation.varied(text, seed, self.name, variant)
 
         return self.dressed(tags, arranged)
 
     def dressed(self, text: str, arranged: Callable[[str], str] = str) -> str:
         """A caption with what stands before it; `arranged` changes all of it but a trigger word it begins with."""
-        prefix, word, delimiter = self.rules.caption_prefix, self.rules.prefix_word, self.rules.cache_shuffle_delimiter
-        if self.rules.unescape_parentheses:
+        options = self.options
+        prefix, word, delimiter = options.caption_prefix, options.prefix_word, options.cache_shuffle_delimiter
+        if options.unescape_parentheses:
             text = unescaped(text)
         if not word or not text:
             return prefix + arranged(text)
@@ -194,7 +195,7 @@ class Sample:
 
     def views(self) -> "list[View]":
         """Every view of the picture that is trained; the first is the plain one."""
-        return [View(self, mirrored) for mirrored in ((False, True) if self.rules.horizontal_flip else (False,))]
+        return [View(self, mirrored) for mirrored in ((False, True) if self.options.horizontal_flip else (False,))]
 
     def view(self, seed: int, showing: int) -> "View":
         """The view that showing number `showing` is trained with: they take turns, and the first is drawn."""
@@ -209,7 +210,7 @@ class Sample:
     @property
     def masks_alpha(self) -> bool:
         """Whether the picture's alpha is part of its mask."""
-        return self.rules.alpha_as_mask and self.picture.has_alpha
+        return self.options.alpha_as_mask and self.picture.has_alpha
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +224,7 @@ class View:
     def crop(self) -> Crop:
         """What is made of the picture; the position counts only along the side that is cut."""
         size, picture = self.sample.size, self.sample.picture
-        x, y = self.sample.rules.position
+        x, y = self.sample.options.position
         if picture.width * size.height <= size.width * picture.height:
             x = 0.5
         if picture.width * size.height >= size.width * picture.height:

@@ -19,8 +19,8 @@ from anima_train.data.captions import BadCaption, read_caption, unescaped
 from anima_train.data.facts import FactsMemo
 from anima_train.data.folders import Files, by_stem, stem_of
 from anima_train.data.images import EXTENSIONS, BadImage
-from anima_train.data.rules import DatasetSettings, Directory, Rules
 from anima_train.data.samples import Picture, Sample, exact
+from anima_train.data.settings import DatasetSettings, Directory, DirectoryOptions
 from anima_train.data.tables import table_files
 
 CAPTION_FILES = {"tags": ".txt", "nl": "_nl.txt", "mixed": ".txt or _nl.txt"}  # by caption_mode
@@ -86,12 +86,12 @@ def scan(
     num_images = 0
     problems: list[str] = []
     for index, (folder, mask_folder, cache) in enumerate(zip(folders, masks, caches, strict=True)):
-        rules = dataset.rules(index)
+        options = dataset.options(index)
         if dataset.directory[index].hf_dataset is not None:
-            rules = replace(rules, kohya_folders=False)  # the folders of its files are no part of it
+            options = options.model_copy(update={"kohya_folders": False})  # the folders of its files are no part of it
         try:
-            files = files_of(dataset.directory[index], folder, mask_folder, rules, cache, offline)
-            found = scan_files(index, files, rules, cache, seed, write)
+            files = files_of(dataset.directory[index], folder, mask_folder, options, cache, offline)
+            found = scan_files(index, files, options, cache, seed, write)
         except DataError as error:
             problems.extend(error.problems)
             continue
@@ -103,7 +103,7 @@ def scan(
     if problems:
         raise DataError(problems)
     total.warnings.extend(duplicates(sample.picture for sample in total.samples))
-    weights = [dataset.rules(index).weight for index in range(len(folders))]
+    weights = [dataset.options(index).weight for index in range(len(folders))]
     return Scan(weighted(total.samples, weights), num_images, total.bad, total.skipped, total.warnings)
 
 
@@ -137,7 +137,7 @@ def duplicates(pictures: Iterable[Picture]) -> Iterator[str]:
 
 
 def files_of(
-    directory: Directory, folder: Path, mask_folder: Path | None, rules: Rules, cache: Cache, offline: bool
+    directory: Directory, folder: Path, mask_folder: Path | None, options: DirectoryOptions, cache: Cache, offline: bool
 ) -> Files:
     """The files of a directory, whatever it is.
 
@@ -146,10 +146,10 @@ def files_of(
     """
     if directory.hf_dataset is not None:
         return table_files(directory, folder, offline)
-    return Files.of(folder, mask_folder, rules, cache)
+    return Files.of(folder, mask_folder, options, cache)
 
 
-def scan_files(index: int, files: Files, rules: Rules, cache: Cache, seed: int, write: bool) -> Scan:
+def scan_files(index: int, files: Files, options: DirectoryOptions, cache: Cache, seed: int, write: bool) -> Scan:
     """Look at every image of one directory.
 
     Raises:
@@ -157,7 +157,7 @@ def scan_files(index: int, files: Files, rules: Rules, cache: Cache, seed: int, 
     """
     memo = FactsMemo(cache, "images", files.identity)
     mask_memo = FactsMemo(cache, "masks", files.mask_identity)
-    looks, bad = look_at(files, rules, memo, mask_memo)
+    looks, bad = look_at(files, options, memo, mask_memo)
     warnings = []
     try:
         if write:
@@ -167,29 +167,29 @@ def scan_files(index: int, files: Files, rules: Rules, cache: Cache, seed: int, 
         warnings.append(f"the next start will have to read the images again: {error}")
 
     uncaptioned = [look for look in looks if look.is_uncaptioned]
-    if uncaptioned and rules.missing_caption == "error":
+    if uncaptioned and options.missing_caption == "error":
         noun = count(len(uncaptioned), "image has", "images have")
-        title = f'{files.folder}: {noun} no {caption_kind(files, rules)} caption, and missing_caption is "error":'
+        title = f'{files.folder}: {noun} no {caption_kind(files, options)} caption, and missing_caption is "error":'
         raise DataError([title, *listed([str(look.picture.path) for look in uncaptioned])])
     skipped = []
     usable = []
     for look in looks:
-        if look.picture.has_caption or not rules.skip_empty_caption:
+        if look.picture.has_caption or not options.skip_empty_caption:
             usable.append(look)
         else:
             fault = "missing" if look.is_uncaptioned else "empty"
             skipped.append(f"{look.picture.path}: its caption is {fault}")
     kept = shuffled(usable, lambda look: look.file, seed, "subsample", index)
-    kept = kept[: max(1, round(len(kept) * rules.subsample_ratio))]
-    rules_of = functools.cache(rules.of_folder)  # one object for each folder
+    kept = kept[: max(1, round(len(kept) * options.subsample_ratio))]
+    options_of = functools.cache(options.of_folder)  # one object for each folder
     samples = []
     for look in sorted(kept, key=lambda look: os.fsencode(look.file)):
         top, slash, _ = look.file.partition("/")
         try:
-            samples.extend(place(look.file, look.picture, index, rules_of(top if slash else ""), cache))
+            samples.extend(place(look.file, look.picture, index, options_of(top if slash else ""), cache))
         except Unsuitable as reason:
             skipped.append(f"{look.picture.path}: {reason}")
-    warnings.extend(folder_warnings(files, looks, rules))
+    warnings.extend(folder_warnings(files, looks, options))
     return Scan(samples, len(files.images), bad, skipped, warnings)
 
 
@@ -202,7 +202,9 @@ class Look(NamedTuple):
     warnings: Sequence[str]  # of `probe`, from the header
 
 
-def look_at(files: Files, rules: Rules, memo: FactsMemo, mask_memo: FactsMemo) -> tuple[list[Look], list[str]]:
+def look_at(
+    files: Files, options: DirectoryOptions, memo: FactsMemo, mask_memo: FactsMemo
+) -> tuple[list[Look], list[str]]:
     """The images that can be used, and "path: reason" for the others."""
 
     def texts(file: str) -> tuple[str, ...]:
@@ -210,7 +212,7 @@ def look_at(files: Files, rules: Rules, memo: FactsMemo, mask_memo: FactsMemo) -
             text = read_caption(files.file(file))
         except BadCaption as error:
             raise BadCaption(f"its caption {file}: {error}") from error
-        lines = text.split("\n") if rules.captions_per_line else [text]
+        lines = text.split("\n") if options.captions_per_line else [text]
         return tuple(line for line in map(str.strip, lines) if line) or ("",)
 
     def look(name: str) -> Look:
@@ -218,9 +220,9 @@ def look_at(files: Files, rules: Rules, memo: FactsMemo, mask_memo: FactsMemo) -
         stem = stem_of(name)
         tags: tuple[str, ...] = ()
         natural: tuple[str, ...] = ()
-        if rules.caption_mode != "nl":
+        if options.caption_mode != "nl":
             tags = files.given.get(name, ()) or (texts(files.captions[stem][0]) if stem in files.captions else ())
-        if rules.caption_mode != "tags":
+        if options.caption_mode != "tags":
             in_file = texts(files.natural[stem][0]) if stem in files.natural else ()
             natural = files.given_natural.get(name, in_file)
         mask, stored_mask, mask_sha256 = None, None, ""
@@ -262,24 +264,24 @@ def look_at(files: Files, rules: Rules, memo: FactsMemo, mask_memo: FactsMemo) -
     return looks, bad
 
 
-def caption_kind(files: Files, rules: Rules) -> str:
+def caption_kind(files: Files, options: DirectoryOptions) -> str:
     """Where a directory's captions come from, as messages say it."""
-    return (CAPTION_COLUMNS if files.is_table else CAPTION_FILES)[rules.caption_mode]
+    return (CAPTION_COLUMNS if files.is_table else CAPTION_FILES)[options.caption_mode]
 
 
-def folder_warnings(files: Files, looks: Sequence[Look], rules: Rules) -> Iterator[str]:
+def folder_warnings(files: Files, looks: Sequence[Look], options: DirectoryOptions) -> Iterator[str]:
     """What the user should know of a folder, one line for each kind."""
     images = set(files.images)
     stems = by_stem(files.images)
-    bare = "caption_prefix alone" if rules.caption_prefix else "the empty one"
-    kind = caption_kind(files, rules)
+    bare = "caption_prefix alone" if options.caption_prefix else "the empty one"
+    kind = caption_kind(files, options)
     sentences = "natural_column" if files.is_table else "_nl.txt"
     # An image without any caption is counted as that, not as one without natural language.
-    mixed = [look for look in looks if rules.caption_mode == "mixed" and look.picture.has_caption]
-    is_tagged = rules.caption_mode != "nl"  # whether captions.json and {stem}.txt are used
-    before = rules.prefix_word + rules.caption_prefix
-    joined = [] if not rules.varies_tags else [look.file for look in looks if any(look.picture.tags)]
-    if any(rules.cache_shuffle_delimiter in text for look in looks for text in look.picture.tags):
+    mixed = [look for look in looks if options.caption_mode == "mixed" and look.picture.has_caption]
+    is_tagged = options.caption_mode != "nl"  # whether captions.json and {stem}.txt are used
+    before = options.prefix_word + options.caption_prefix
+    joined = [] if not options.varies_tags else [look.file for look in looks if any(look.picture.tags)]
+    if any(options.cache_shuffle_delimiter in text for look in looks for text in look.picture.tags):
         joined = []
     escaped = r"captions with \( or \), which belong in prompts; unescape_parentheses writes ( and )"
     findings: dict[str, list[str]] = {
@@ -287,12 +289,12 @@ def folder_warnings(files: Files, looks: Sequence[Look], rules: Rules) -> Iterat
         "subfolders that are searched under another name, not searched again": files.again,
         "files that are neither images nor captions, not used": files.others,
         f"images without a {kind} caption, trained with {bare}": [
-            look.file for look in looks if look.is_uncaptioned and not rules.skip_empty_caption
+            look.file for look in looks if look.is_uncaptioned and not options.skip_empty_caption
         ],
         f"images with an empty caption, trained with {bare}": [
             look.file
             for look in looks
-            if not (look.is_uncaptioned or look.picture.has_caption or rules.skip_empty_caption)
+            if not (look.is_uncaptioned or look.picture.has_caption or options.skip_empty_caption)
         ],
         f"images without a natural-language caption ({sentences}), trained with their tags alone": [
             look.file for look in mixed if not look.picture.natural
@@ -301,19 +303,19 @@ def folder_warnings(files: Files, looks: Sequence[Look], rules: Rules) -> Iterat
             look.file for look in mixed if not any(look.picture.tags)
         ],
         'natural-language captions (_nl.txt), not used, because caption_mode is "tags"': [
-            names[0] for stem, names in files.natural.items() if stem in stems and rules.caption_mode == "tags"
+            names[0] for stem, names in files.natural.items() if stem in stems and options.caption_mode == "tags"
         ],
         "images with a caption that holds text that the tokenizer reads as a special token, as </s> is": [
             look.file
             for look in looks
             if any(SPECIAL_TOKEN.search(text) for text in (before, *look.picture.tags, *look.picture.natural))
         ],
-        f"captions, none of which holds cache_shuffle_delimiter {rules.cache_shuffle_delimiter!r}, "
+        f"captions, none of which holds cache_shuffle_delimiter {options.cache_shuffle_delimiter!r}, "
         "so that each is one tag": joined,
         escaped: [
             look.file
             for look in looks
-            if not rules.unescape_parentheses
+            if not options.unescape_parentheses
             and any(unescaped(text) != text for text in (*look.picture.tags, *look.picture.natural))
         ],
         "captions without an image": [
@@ -353,34 +355,34 @@ def folder_warnings(files: Files, looks: Sequence[Look], rules: Rules) -> Iterat
 
 
 class Unsuitable(Exception):
-    """A good image that the dataset's rules leave out; the message is the reason."""
+    """A good image that the dataset's options leave out; the message is the reason."""
 
 
-def place(file: str, picture: Picture, index: int, rules: Rules, cache: Cache) -> list[Sample]:
+def place(file: str, picture: Picture, index: int, options: DirectoryOptions, cache: Cache) -> list[Sample]:
     """The picture at every resolution.
 
     Args:
         file: its path in the directory.
         picture: with its facts.
         index: of the directory.
-        rules: of its folder.
+        options: of its folder.
         cache: of the directory.
 
     Raises:
         Unsuitable: too small, or too far from every bucket's aspect ratio.
     """
-    if min(picture.width, picture.height) < rules.min_image_side:
-        raise Unsuitable(f"{picture.width}x{picture.height} is smaller than min_image_side = {rules.min_image_side}")
-    if rules.no_upscale and min(picture.width, picture.height) < SIDE_MULTIPLE:
+    if min(picture.width, picture.height) < options.min_image_side:
+        raise Unsuitable(f"{picture.width}x{picture.height} is smaller than min_image_side = {options.min_image_side}")
+    if options.no_upscale and min(picture.width, picture.height) < SIDE_MULTIPLE:
         raise Unsuitable(f"{picture.width}x{picture.height} has a side below {SIDE_MULTIPLE} pixels (no_upscale)")
     samples = []
-    for resolution, size in rules.sizes(picture.width, picture.height):
+    for resolution, size in options.sizes(picture.width, picture.height):
         kept = kept_fraction(picture.width, picture.height, size)
-        if kept < rules.min_kept:
+        if kept < options.min_kept:
             raise Unsuitable(
                 f"{picture.width}x{picture.height} is too far from every bucket: cropping to {size} would keep "
-                f"{kept:.0%} of it (min_kept = {rules.min_kept:g})"
+                f"{kept:.0%} of it (min_kept = {options.min_kept:g})"
             )
-        name = f"{index}/{printable(file)}@{size if rules.no_upscale else resolution}"
-        samples.append(Sample(name, picture, size, resolution, index, rules, cache))
+        name = f"{index}/{printable(file)}@{size if options.no_upscale else resolution}"
+        samples.append(Sample(name, picture, size, resolution, index, options, cache))
     return samples

@@ -21,7 +21,7 @@ from anima_train.data.captions import cleaned
 from anima_train.data.facts import file_stamp
 from anima_train.data.folders import Files, stem_of
 from anima_train.data.images import MAX_BYTES, BadImage, Unreadable, read_file
-from anima_train.data.rules import Directory
+from anima_train.data.settings import Directory
 from anima_train.data.stored import Stored
 
 if TYPE_CHECKING:  # slow to import, and needed by those alone who have such a dataset

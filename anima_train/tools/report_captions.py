@@ -192,14 +192,14 @@ def missing_words(samples: Iterable[Sample]) -> Iterator[Missing]:
             continue
         directories[sample.directory].setdefault(str(sample.picture.path), sample)  # once, not for every resolution
     for directory, images in sorted(directories.items()):
-        rules = next(iter(images.values())).rules
+        options = next(iter(images.values())).options
         tags = {
-            path: [pieces(caption, rules.cache_shuffle_delimiter) for caption in sample.plain_captions()]
+            path: [pieces(caption, options.cache_shuffle_delimiter) for caption in sample.plain_captions()]
             for path, sample in images.items()
         }
-        word = rules.trigger_word.strip()
+        word = options.trigger_word.strip()
         expected = word or common_first(tags.values())
-        wanted = set(pieces(expected, rules.cache_shuffle_delimiter))
+        wanted = set(pieces(expected, options.cache_shuffle_delimiter))
         lacking = [path for path, captions in tags.items() if not any(wanted.issubset(caption) for caption in captions)]
         if lacking:
             yield Missing(directory, expected, bool(word), lacking)

@@ -170,7 +170,7 @@ def with_live_texts(data: Prepared, loaded: LoadedConfig, accelerator: Accelerat
     encoder = live_encoder(loaded, data.files, accelerator.device)
     accelerator.print(f"captions are encoded during training, on {encoder.device}")
     if accelerator.is_main_process:
-        live = [each for each in samples if each.rules.draws_tags or not config.model.cache_text_embeddings]
+        live = [each for each in samples if each.options.draws_tags or not config.model.cache_text_embeddings]
         captions = sorted({caption for sample in live for caption in sample.captions(config.seed)})
         report_truncated(caption_lengths(captions, encoder.tokenizers), print)
     encode = LiveTexts(encoder)

@@ -66,7 +66,7 @@ class ConditionEncoder:
 
 def has_live_texts(config: Config, samples: Iterable[Sample]) -> bool:
     """Whether captions are encoded during training."""
-    return not config.model.cache_text_embeddings or any(sample.rules.draws_tags for sample in samples)
+    return not config.model.cache_text_embeddings or any(sample.options.draws_tags for sample in samples)
 
 
 def text_device(config: Config | ModelPart, device: torch.device) -> torch.device:

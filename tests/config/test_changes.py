@@ -175,6 +175,72 @@ def test_what_means_the_same_is_no_change(resolved, before, now):
     assert lines(compare(resolved(before), resolved(now))) == ([], [])
 
 
+# Datasets in a resolved configuration, written when their options had no defaults of their own: only what was set.
+WRITTEN_BEFORE = """
+[dataset]
+resolutions = [512]
+num_repeats = 2.0
+tag_dropout = 0.1
+protected_tags = ["solo"]
+max_bad_fraction = 0.01
+[[dataset.directory]]
+resolutions = [512, 1024]
+path = "data"
+hf_split = "train"
+image_column = "image"
+caption_column = "text"
+natural_column = ""
+mask_column = ""
+[[dataset.directory]]
+num_repeats = 1.0
+crop_position = [0.5, 0.0]
+tag_dropout = 0.0
+path = "held"
+hf_split = "train"
+image_column = "image"
+caption_column = "text"
+natural_column = ""
+mask_column = ""
+[[eval_datasets]]
+name = "held"
+[eval_datasets.config]
+num_repeats = 1.0
+max_bad_fraction = 0.01
+[[eval_datasets.config.directory]]
+caption_mode = "nl"
+path = "held"
+hf_split = "train"
+image_column = "image"
+caption_column = "text"
+natural_column = ""
+mask_column = ""
+"""
+
+
+def test_datasets_as_an_older_version_wrote_them_are_the_same(project, resolved):
+    (project.folder / "held").mkdir()
+    changes = {
+        "dataset.resolutions": [512],
+        "dataset.num_repeats": 2,
+        "dataset.protected_tags": ["solo"],
+        "dataset.tag_dropout": 0.1,
+        "dataset.directory": [
+            {"path": "data", "resolutions": [512, 1024]},
+            {"path": "held", "num_repeats": 1, "tag_dropout": 0, "crop_position": [0.5, 0]},
+        ],
+        "eval_datasets": [
+            {"name": "held", "config": {"num_repeats": 1, "directory": [{"path": "held", "caption_mode": "nl"}]}}
+        ],
+    }
+    now = resolved(changes)
+    before = now | tomllib.loads(WRITTEN_BEFORE)
+    assert lines(compare(before, now)) == ([], [])
+    assert lines(compare(now, before)) == ([], [])
+    # A default that is now written out is no difference, and a change holds where no directory has a key of its own.
+    other = compare(before, resolved(changes | {"dataset.num_repeats": 3, "dataset.min_kept": 0.25}))
+    assert lines(other) == ([], ["dataset.directory[0].num_repeats: 2.0 -> 3.0 (decides what each step sees)"])
+
+
 def test_a_key_of_the_dataset_is_shown_where_it_holds(resolved):
     before = {"dataset.directory": [{"path": "data", "num_repeats": 2}, {"path": "data"}]}
     changes = compare(resolved(before), resolved(before | {"dataset.num_repeats": 3}))

@@ -15,7 +15,7 @@ from anima_train.config.config import Config
 from anima_train.config.load import load_config
 from anima_train.core.errors import ConfigError
 from anima_train.core.settings import is_settings, members_of, type_name
-from anima_train.data.rules import DatasetSettings
+from anima_train.data.settings import DatasetSettings
 
 EXAMPLES = Path(__file__).parents[1] / "data_files" / "diffusion_pipe"
 
@@ -483,8 +483,8 @@ def test_a_diffusion_pipe_config_runs_with_only_its_paths_changed(project):
     }  # fmt: skip
     assert config.timesteps().sigmoid_scale == 1.3
     assert loaded.train.masks == (None, Path("elsewhere/data/style_masked/masks"))
-    assert [loaded.train.settings.rules(index).num_repeats for index in (0, 1)] == [2, 0.5]
-    assert [loaded.train.settings.rules(index).resolutions for index in (0, 1)] == [[512, 1024], [512]]
+    assert [loaded.train.settings.options(index).num_repeats for index in (0, 1)] == [2, 0.5]
+    assert [loaded.train.settings.options(index).resolutions for index in (0, 1)] == [[512, 1024], [512]]
 
 
 def test_a_diffusion_pipe_config_without_its_paths_has_no_other_problem(project):

@@ -10,7 +10,7 @@ import pytest
 from anima_train.config.config import Config
 from anima_train.config.reference import write_reference
 from anima_train.core.settings import tables
-from anima_train.data.rules import DatasetSettings, Directory
+from anima_train.data.settings import DatasetSettings, Directory
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = ("reference.toml", "reference_dataset.toml", "schema.json", "schema_dataset.json")

@@ -21,8 +21,8 @@ from anima_train.core.errors import DataError, SpaceError
 from anima_train.data.buckets import Size
 from anima_train.data.cache import SCHEMA, Cache, DamagedEntry, entry_key
 from anima_train.data.loader import TextIdentity
-from anima_train.data.rules import Rules
 from anima_train.data.samples import Picture, Sample, View
+from anima_train.data.settings import DirectoryOptions
 
 KEY = "ab" + "0" * 62
 KEY2 = "cd" + "0" * 62
@@ -65,7 +65,7 @@ def sample(cache: Cache, **changes: object) -> Sample:
     picture = {"path": Path("a.png"), "sha256": "image", "width": 60, "height": 40, "caption": "a cat",
                "mask": Path("m.png"), "mask_sha256": "mask"}  # fmt: skip
     picture |= {name: value for name, value in changes.items() if name in picture}
-    rest = {"size": Size(48, 32), "resolution": 40, "directory": 0, "rules": Rules(), "id": "0/a.png@40"}
+    rest = {"size": Size(48, 32), "resolution": 40, "directory": 0, "options": DirectoryOptions(), "id": "0/a.png@40"}
     rest |= {name: value for name, value in changes.items() if name in rest}
     return Sample(picture=Picture(**picture), cache=cache, **rest)
 
@@ -77,7 +77,7 @@ def test_a_latent_depends_on_image_size_and_vae_only(cache: Cache):
     assert View(sample(cache)).latent_key("other vae") != key
     for change in (
         {"path": Path("moved/b.png")}, {"caption": "a dog"}, {"mask_sha256": "other"}, {"mask": None}, {"id": "x"},
-        {"directory": 3}, {"resolution": 41}, {"rules": Rules(num_repeats=3)},
+        {"directory": 3}, {"resolution": 41}, {"options": DirectoryOptions(num_repeats=3)},
     ):  # fmt: skip
         assert View(sample(cache, **change)).latent_key("vae") == key
 

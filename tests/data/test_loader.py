@@ -22,8 +22,8 @@ from anima_train.data.buckets import Size
 from anima_train.data.cache import Cache
 from anima_train.data.loader import NUM_THREADS, READ_AHEAD, Batch, CachedData, TextIdentity, read_ahead
 from anima_train.data.plan import Draw, MicroBatch
-from anima_train.data.rules import Rules
 from anima_train.data.samples import EMPTY, Caption, Picture, Sample, View
+from anima_train.data.settings import DirectoryOptions
 from anima_train.model.dit import TextStates
 from anima_train.objective.timesteps import Timesteps
 
@@ -53,7 +53,7 @@ def make_data(folder: Path, identity: TextIdentity = OUTPUT, seed: int = 0, mask
         picture = Picture(
             Path(f"{name}.png"), f"hash of {name}", 64, 96, caption, mask, f"mask of {name}" if mask else ""
         )
-        samples.append(Sample(f"0/{name}.png@40", picture, SIZE, 40, 0, Rules(), cache))
+        samples.append(Sample(f"0/{name}.png@40", picture, SIZE, 40, 0, DirectoryOptions(), cache))
     generator = torch.Generator().manual_seed(1)
     for sample in samples:
         cache.save("latent", View(sample).latent_key(VAE), {"latents": torch.randn(16, 1, 6, 4, generator=generator)})
@@ -247,7 +247,7 @@ def test_dropping_captions_changes_neither_noise_nor_t(data: CachedData):
 def test_a_showing_picks_the_caption_variant(tmp_path: Path):
     cache = Cache(tmp_path)
     picture = Picture(Path("a.png"), "hash", 64, 96, "one, two, three, four", None, "")
-    sample = Sample("0/a.png@40", picture, SIZE, 40, 0, Rules(cache_shuffle_num=3), cache)
+    sample = Sample("0/a.png@40", picture, SIZE, 40, 0, DirectoryOptions(cache_shuffle_num=3), cache)
     cache.save("latent", View(sample).latent_key(VAE), {"latents": torch.zeros(16, 1, 6, 4)})
     for variant, caption in enumerate(sample.captions(0)):
         cache.save("text", OUTPUT.key(caption), {"context": torch.full((1, 8), variant + 1.0)})

@@ -14,8 +14,8 @@ from anima_train.core.errors import ConfigError
 from anima_train.data.buckets import Size
 from anima_train.data.cache import Cache
 from anima_train.data.plan import Draw, MicroBatch, Plan, Step, Timetable, batch_size_for
-from anima_train.data.rules import Rules
 from anima_train.data.samples import Picture, Sample
+from anima_train.data.settings import DirectoryOptions
 
 SIZES = [(64, Size(64, 64)), (64, Size(48, 96)), (64, Size(96, 48)), (128, Size(128, 128)), (128, Size(96, 176))]
 CACHE = Cache(Path("unused"))
@@ -24,8 +24,8 @@ CACHE = Cache(Path("unused"))
 def sample(name: str, place: int = 0, repeats: float = 1, directory: int = 0) -> Sample:
     resolution, size = SIZES[place]
     picture = Picture(Path(f"{name}.png"), name, 100, 100, "", None, "")
-    rules = Rules(num_repeats=repeats)
-    return Sample(f"{directory}/{name}.png@{resolution}", picture, size, resolution, directory, rules, CACHE)
+    options = DirectoryOptions(num_repeats=repeats)
+    return Sample(f"{directory}/{name}.png@{resolution}", picture, size, resolution, directory, options, CACHE)
 
 
 def samples(number: int, repeats: float = 1, directory: int = 0) -> list[Sample]:

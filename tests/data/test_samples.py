@@ -8,8 +8,8 @@ import pytest
 
 from anima_train.data.buckets import Size
 from anima_train.data.cache import Cache, entry_key
-from anima_train.data.rules import Rules
 from anima_train.data.samples import Caption, Picture, Sample, View
+from anima_train.data.settings import DirectoryOptions
 
 TAGS = "1girl, solo, long_hair, blue_eyes, smile, @artist, saber_\\(fate\\)"
 LIST = TAGS.split(", ")
@@ -17,13 +17,13 @@ LIST = TAGS.split(", ")
 
 def sample(
     captions: tuple[str, ...] = (TAGS,), natural: tuple[str, ...] = (), name: str = "a.png",
-    side: tuple[int, int] = (64, 96), alpha: bool = False, mask: str = "", **rules: object,
+    side: tuple[int, int] = (64, 96), alpha: bool = False, mask: str = "", **options: object,
 ) -> Sample:  # fmt: skip
     first, *more = captions
     picture = Picture(
         Path(name), "hash", *side, first, Path("m.png") if mask else None, mask, tuple(more), natural, has_alpha=alpha
     )
-    return Sample(f"0/{name}@40", picture, Size(32, 48), 40, 0, Rules(**rules), Cache(Path("unused")))  # type: ignore[arg-type]
+    return Sample(f"0/{name}@40", picture, Size(32, 48), 40, 0, DirectoryOptions(**options), Cache(Path("unused")))  # type: ignore[arg-type]
 
 
 def texts(drawn: Sample, number: int, seed: int = 0) -> list[str]:
@@ -59,7 +59,7 @@ def test_rates_change_neither_latents_nor_the_captions_that_are_cached():
 
 
 def test_tag_dropout_leaves_out_its_share_of_each_tag_but_not_of_those_kept_or_protected():
-    drawn = sample(tag_dropout=0.25, keep_first_n_tags=2, protected_tags=("@artist", "blue eyes", "saber (fate)"))
+    drawn = sample(tag_dropout=0.25, keep_first_n_tags=2, protected_tags=["@artist", "blue eyes", "saber (fate)"])
     number = 2000
     seen = Counter(tag for text in texts(drawn, number) for tag in text.split(", "))
     for tag in ("1girl", "solo", "@artist", "blue_eyes", "saber_\\(fate\\)"):
@@ -115,8 +115,8 @@ def test_regularization_images_get_no_trigger_word():
 
 def test_evaluation_uses_the_first_caption_as_it_is_in_the_file():
     varied = {"shuffle_tags": True, "tag_dropout": 0.5, "cache_shuffle_num": 4, "horizontal_flip": True}
-    for rules in (varied, {**varied, "cache_shuffle_num": 0}, {}):
-        assert sample(("a, b, c", "d"), **rules).evaluation_caption() == Caption("a, b, c")
+    for options in (varied, {**varied, "cache_shuffle_num": 0}, {}):
+        assert sample(("a, b, c", "d"), **options).evaluation_caption() == Caption("a, b, c")
     natural = sample(natural=("One.", "Two."), caption_mode="nl", captions=("",))
     assert natural.evaluation_caption() == Caption("One.")
 

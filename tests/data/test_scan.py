@@ -16,9 +16,9 @@ from anima_train.core.errors import MAX_LISTED, DataError, listed, printable
 from anima_train.data.buckets import Size
 from anima_train.data.cache import CACHE_FOLDER, Cache
 from anima_train.data.plan import Plan
-from anima_train.data.rules import DatasetSettings
 from anima_train.data.samples import Picture
 from anima_train.data.scan import Scan, scan
+from anima_train.data.settings import DatasetSettings
 
 SQUARES = {"resolutions": [64], "enable_ar_bucket": False}
 
@@ -84,51 +84,64 @@ def test_a_directory_overrides_the_dataset_key_by_key():
         {},
         {"resolutions": [768, 1024], "caption_prefix": ""},
     )
-    first, second = dataset.rules(0), dataset.rules(1)
+    first, second = dataset.options(0), dataset.options(1)
     assert (first.resolutions, first.num_repeats, first.caption_prefix, first.min_ar) == ([512], 2, "all, ", 0.7)
     assert (second.resolutions, second.num_repeats, second.caption_prefix, second.min_ar) == ([768, 1024], 2, "", 0.7)
 
 
 def test_false_and_zero_in_a_directory_override_too():
-    rules = settings({"skip_empty_caption": True, "cache_shuffle_num": 4}, {"skip_empty_caption": False}).rules(0)
-    assert not rules.skip_empty_caption
-    zero = settings({"cache_shuffle_num": 4, "min_kept": 0.5}, {"cache_shuffle_num": 0, "min_kept": 0}).rules(0)
+    options = settings({"skip_empty_caption": True, "cache_shuffle_num": 4}, {"skip_empty_caption": False}).options(0)
+    assert not options.skip_empty_caption
+    zero = settings({"cache_shuffle_num": 4, "min_kept": 0.5}, {"cache_shuffle_num": 0, "min_kept": 0}).options(0)
     assert (zero.cache_shuffle_num, zero.min_kept) == (0, 0)
 
 
+def test_what_is_written_of_a_dataset_are_the_keys_that_were_set_and_it_can_be_read_again():
+    """A default written into a [[directory]] would hide the key of the dataset."""
+    keys, own = {"num_repeats": 2.0, "min_kept": 0.0}, {"path": "unused", "num_repeats": 1.0, "trigger_word": ""}
+    dataset = settings(keys, own, {})
+    written = dataset.model_dump(exclude_none=True)
+    columns = {"hf_split", "image_column", "caption_column", "natural_column", "mask_column"}
+    first, second = ({key: table[key] for key in table.keys() - columns} for table in written.pop("directory"))
+    assert (written, first, second) == (keys | {"max_bad_fraction": 0.01}, own, {"path": "unused"})
+    again = DatasetSettings.model_validate(dataset.model_dump(exclude_none=True))
+    assert [again.options(index) for index in (0, 1)] == [dataset.options(index) for index in (0, 1)]
+    assert (again.options(0).num_repeats, again.options(1).num_repeats) == (1, 2)
+
+
 def test_defaults():
-    rules = settings().rules(0)
-    assert rules.sizes(100, 100) == [(1024, Size(1024, 1024))]
-    assert rules.sizes(100, 200) == [(1024, Size(720, 1456))]
-    assert len(rules.buckets[0][1]) == 9
-    assert (rules.num_repeats, rules.caption_prefix) == (1, "")
+    options = settings().options(0)
+    assert options.sizes(100, 100) == [(1024, Size(1024, 1024))]
+    assert options.sizes(100, 200) == [(1024, Size(720, 1456))]
+    assert len(options.buckets[0][1]) == 9
+    assert (options.num_repeats, options.caption_prefix) == (1, "")
 
 
 def test_every_resolution_has_the_buckets():
-    rules = settings({"resolutions": [512, 1024]}).rules(0)
-    assert rules.sizes(200, 100) == [(512, Size(720, 368)), (1024, Size(1456, 720))]
+    options = settings({"resolutions": [512, 1024]}).options(0)
+    assert options.sizes(200, 100) == [(512, Size(720, 368)), (1024, Size(1456, 720))]
 
 
 def test_a_resolution_may_be_a_size_with_its_area():
-    assert settings({"resolutions": [[1280, 720]]}).rules(0).sizes(100, 100) == [(960, Size(960, 960))]
+    assert settings({"resolutions": [[1280, 720]]}).options(0).sizes(100, 100) == [(960, Size(960, 960))]
 
 
 def test_without_buckets_everything_is_square():
-    rules = settings({"resolutions": [512], "enable_ar_bucket": False}).rules(0)
-    assert rules.sizes(300, 100) == [(512, Size(512, 512))]
+    options = settings({"resolutions": [512], "enable_ar_bucket": False}).options(0)
+    assert options.sizes(300, 100) == [(512, Size(512, 512))]
 
 
 @pytest.mark.parametrize("ratios", [[0.75, 1.0], [[3, 4], [2, 2]]])
 def test_ratios_can_be_given(ratios: list):
-    rules = settings({"resolutions": [512], "ar_buckets": ratios}).rules(0)
-    assert rules.buckets == [(512, [Size(448, 592), Size(512, 512)])]  # 443.4 x 591.2, 512 x 512
+    options = settings({"resolutions": [512], "ar_buckets": ratios}).options(0)
+    assert options.buckets == [(512, [Size(448, 592), Size(512, 512)])]  # 443.4 x 591.2, 512 x 512
 
 
 def test_sizes_can_be_given_and_each_has_the_resolution_of_its_area():
-    rules = settings({"size_buckets": [[512, 512], [1024, 512, 1], [1024, 2048]]}).rules(0)
-    assert rules.sizes(110, 100) == [(512, Size(512, 512))]
-    assert rules.sizes(200, 100) == [(724, Size(1024, 512))]
-    assert rules.sizes(100, 250) == [(1448, Size(1024, 2048))]
+    options = settings({"size_buckets": [[512, 512], [1024, 512, 1], [1024, 2048]]}).options(0)
+    assert options.sizes(110, 100) == [(512, Size(512, 512))]
+    assert options.sizes(200, 100) == [(724, Size(1024, 512))]
+    assert options.sizes(100, 250) == [(1448, Size(1024, 2048))]
 
 
 @pytest.mark.parametrize(
@@ -229,6 +242,7 @@ def test_all_wrong_settings_are_named_at_once():
         ({"replace_underscores": True, "cache_shuffle_delimiter": ";"}, {}, []),
         ({"min_ar": 0.6}, {"ar_buckets": [1.0]}, []),  # may be meant for other directories
         ({"cache_shuffle_delimiter": ", ", "enable_ar_bucket": True}, {"size_buckets": [[64, 64]]}, []),  # the defaults
+        ({"size_buckets": [[64, 64]], "resolutions": [1024], "protected_tags": []}, {}, []),  # lists at their defaults
         ({"resolutions": [512], "min_ar": 0.6, "cache_shuffle_num": 2, "cache_shuffle_delimiter": ";"}, {}, []),
     ],
 )
@@ -269,7 +283,7 @@ def test_ids_hold_no_folder_and_are_distinct_where_a_folder_is_given_twice(folde
     dataset = settings(SQUARES, {"num_repeats": 1}, {"num_repeats": 3})
     found = scan(dataset, [folder] * 2, [None] * 2, [Cache(folder / CACHE_FOLDER)] * 2, 0, True)
     assert [sample.id for sample in found.samples] == ["0/a.png@64", "1/a.png@64"]
-    assert [sample.rules.num_repeats for sample in found.samples] == [1, 3]
+    assert [sample.options.num_repeats for sample in found.samples] == [1, 3]
     assert found.warnings == []  # meant, so no duplicate
 
 
@@ -619,11 +633,11 @@ def test_kohya_folders_multiply_num_repeats(folder: Path):
         image(folder / name)
     image(folder / "10_cat" / "deep" / "g.png")
     found = look(folder, kohya_folders=True, num_repeats=0.1)
-    repeats = {sample.id: sample.rules.num_repeats for sample in found.samples}
+    repeats = {sample.id: sample.options.num_repeats for sample in found.samples}
     assert repeats == {"0/10_cat/b.png@64": 1.0, "0/3_dog/c.png@64": 0.3, "0/a.png@64": 0.1}  # 3 * 0.1 is more
     assert "not searched: 4, such as 0_none" in the_warning(found, "subfolders")
     deep = look(folder, kohya_folders=True, recursive=True)
-    assert {sample.id: sample.rules.num_repeats for sample in deep.samples} == {
+    assert {sample.id: sample.options.num_repeats for sample in deep.samples} == {
         "0/0_none/e.png@64": 1,
         "0/10_cat/b.png@64": 10,
         "0/10_cat/deep/g.png@64": 10,
@@ -637,7 +651,7 @@ def test_kohya_folders_multiply_num_repeats(folder: Path):
 
 def test_numbers_in_folder_names_mean_nothing_unless_asked_for(folder: Path):
     image(folder / "10_cat" / "b.png")
-    assert [sample.rules.num_repeats for sample in look(folder, recursive=True).samples] == [1]
+    assert [sample.options.num_repeats for sample in look(folder, recursive=True).samples] == [1]
 
 
 # captions.json and several captions
@@ -872,7 +886,7 @@ def test_every_new_key_can_be_set_per_directory(folder: Path, tmp_path: Path):
     keys = {"recursive": True, "captions_per_line": True, "trigger_word": "w", "replace_underscores": True}
     dataset = settings({**SQUARES, "kohya_folders": True}, keys, {"kohya_folders": False})
     found = scan(dataset, [folder] * 2, [None] * 2, [Cache(tmp_path / "c")] * 2, 0, True)
-    assert [(sample.id, sample.rules.num_repeats, sample.captions(0)) for sample in found.samples] == [
+    assert [(sample.id, sample.options.num_repeats, sample.captions(0)) for sample in found.samples] == [
         ("0/2_x/a.png@64", 2, ["w, big cat", "w, d"]),
         ("0/a.png@64", 1, ["w, big cat", "w, d"]),
         ("1/a.png@64", 1, ["big_cat\nd"]),

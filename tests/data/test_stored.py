@@ -16,8 +16,8 @@ from PIL import Image
 from anima_train.core.errors import DataError
 from anima_train.data.cache import Cache
 from anima_train.data.images import MAX_BYTES, Unreadable
-from anima_train.data.rules import DatasetSettings
 from anima_train.data.scan import Scan, scan
+from anima_train.data.settings import DatasetSettings
 from anima_train.data.stored import TarMember, content_of, tar_members
 
 LONG = "long_" * 40  # more than a header holds

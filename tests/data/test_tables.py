@@ -31,9 +31,9 @@ from anima_train.data import tables
 from anima_train.data.cache import Cache
 from anima_train.data.folders import Files
 from anima_train.data.images import Unreadable
-from anima_train.data.rules import DatasetSettings
 from anima_train.data.samples import Sample
 from anima_train.data.scan import Scan, scan
+from anima_train.data.settings import DatasetSettings
 from anima_train.data.stored import content_of
 from anima_train.data.tables import table_files
 
@@ -110,11 +110,11 @@ def load(place: Path, offline: bool = True, **keys: object) -> Files:
     return table_files(dataset.directory[0], place, offline)
 
 
-def look(place: Path, rules: dict | None = None, **keys: object) -> Scan:
+def look(place: Path, options: dict | None = None, **keys: object) -> Scan:
     """Scan one dataset, its cache beside it."""
     dataset = DatasetSettings.model_validate(
         {
-            "resolutions": [64], "enable_ar_bucket": False, **(rules or {}),
+            "resolutions": [64], "enable_ar_bucket": False, **(options or {}),
             "directory": [{"hf_dataset": str(place), **keys}],
         }
     )  # fmt: skip
@@ -601,12 +601,12 @@ def git_hash(content: bytes) -> str:
 LOAD = """
 import sys, urllib.request; from pathlib import Path
 from anima_train.core.errors import DataError
-from anima_train.data.rules import DatasetSettings
+from anima_train.data.settings import DatasetSettings
 from anima_train.data.tables import table_files
 def load(name, offline=False, **keys):
-    rules = DatasetSettings.model_validate({"directory": [{"hf_dataset": name, **keys}]})
+    dataset = DatasetSettings.model_validate({"directory": [{"hf_dataset": name, **keys}]})
     try:
-        files = table_files(rules.directory[0], Path(name), offline)
+        files = table_files(dataset.directory[0], Path(name), offline)
         print(files.images, files.given, [files.stored[name].stamp for name in files.images])
     except DataError as error:
         print(error)
@@ -733,12 +733,12 @@ def test_stamps_are_the_same_in_another_process(tmp_path: Path, datasets_cache: 
     places = [kind(tmp_path) for kind in (a_parquet, an_image_folder, saved_splits)]
     found = [stamps(load(place, hf_split="train[:2]")) for place in places]
     code = (
-        "import sys; from pathlib import Path; from anima_train.data.rules import DatasetSettings\n"
+        "import sys; from pathlib import Path; from anima_train.data.settings import DatasetSettings\n"
         "from anima_train.data.tables import table_files\n"
         "for place in sys.argv[1:]:\n"
         "    directory = {'hf_dataset': place, 'hf_split': 'train[:2]'}\n"
-        "    rules = DatasetSettings.model_validate({'directory': [directory]})\n"
-        "    files = table_files(rules.directory[0], Path(place), True)\n"
+        "    dataset = DatasetSettings.model_validate({'directory': [directory]})\n"
+        "    files = table_files(dataset.directory[0], Path(place), True)\n"
         "    print([files.stored[name].stamp for name in files.images])\n"
     )
     result = subprocess.run(

@@ -7,17 +7,17 @@ import pytest
 from anima_train.data.buckets import Size
 from anima_train.data.cache import Cache
 from anima_train.data.plan import Plan, Timetable
-from anima_train.data.rules import Rules
 from anima_train.data.samples import Picture, Sample
+from anima_train.data.settings import DirectoryOptions
 from anima_train.training.due import Due, what_follows
 
 
 def timetable(repeats: float = 1.0, epochs: int = 12) -> Timetable:
     """Epochs of five images, one in a step."""
-    rules = Rules(num_repeats=repeats)
+    options = DirectoryOptions(num_repeats=repeats)
     pictures = [Picture(Path(f"{number}.png"), str(number), 64, 64, "", None, "") for number in range(5)]
     samples = [
-        Sample(f"0/{picture.path}@64", picture, Size(64, 64), 64, 0, rules, Cache(Path("unused")))
+        Sample(f"0/{picture.path}@64", picture, Size(64, 64), 64, 0, options, Cache(Path("unused")))
         for picture in pictures
     ]
     return Timetable.of(Plan(samples, 0, 1, 1), epochs, None)
