@@ -43,16 +43,16 @@ from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
 
 from anima_train.adapters.lora import Lora
+from anima_train.checkpoint.async_writer import Groups, Writer, on_host
+from anima_train.checkpoint.training_state import StateFacts, save_state
 from anima_train.data.buckets import aspect_ratios, nearest, size_of
 from anima_train.data.images import Crop, cover_box
 from anima_train.data.loader import read_ahead
 from anima_train.data.workers import PixelWork, Workers
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
+from anima_train.model.tiny import write_tiny
 from anima_train.model.vae import FrameConv, SingleFrameVAE
 from anima_train.optim.groups import COMPONENTS, LearningRates
-from anima_train.tools.tiny import write_tiny
-from anima_train.training.states import StateFacts, save_state
-from anima_train.training.writer import Groups, Writer, on_host
 
 RANK = 16
 CONTEXT = 1024

@@ -12,8 +12,8 @@ import torch
 
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
-from anima_train.model.weights import write_tensors
-from anima_train.tools.tiny import write_tiny
+from anima_train.model.safetensors_io import write_tensors
+from anima_train.model.tiny import write_tiny
 
 TRANSFORMER = TransformerShape(
     num_blocks=28, width=2048, head_dim=128, in_channels=16, context_width=1024, adaln_lora_dim=256

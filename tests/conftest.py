@@ -1,20 +1,32 @@
-"""Fixtures shared by all tests."""
+"""Fixtures shared by all tests: oracles, disks, a tiny model, drawn images, and a way to train in this process."""
 
+import contextlib
 import json
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import tomli_w
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import CosmosTransformer3DModel
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_anima_lora_to_diffusers as diffusers_names
+from PIL import Image, ImageDraw
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+
+from anima_train.cli.train import train_and_report
+from anima_train.config.load import load_config
+from anima_train.model.tiny import write_tiny
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -118,3 +130,168 @@ def disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     yield mount
     for folder in mounted:
         subprocess.run(["umount", "-l", str(folder)], check=True)  # at once, whoever has a file open
+
+
+REPO = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """The folder of a tiny model."""
+    folder = tmp_path_factory.mktemp("tiny")
+    write_tiny(folder)
+    return folder
+
+
+def draw_images(folder, sizes, captions=True):
+    """One image for each size: two colours and a circle, all different, with a caption."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (width, height) in enumerate(sizes):
+        image = Image.new("RGB", (width, height), (40 * number % 256, 90, 200 - 30 * number % 200))
+        ImageDraw.Draw(image).ellipse((5, 5, width // 2 + number, height // 2), fill=(250, 30 * number % 256, 10))
+        image.save(folder / f"image{number}.png")
+        if captions:
+            (folder / f"image{number}.txt").write_text(f"red circle, number {number}, flat color\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """Six images in three buckets, cached once for all tests."""
+    sizes = [(96, 96), (96, 96), (128, 80), (128, 80), (128, 80), (80, 128)]
+    return draw_images(tmp_path_factory.mktemp("pictures"), sizes)
+
+
+def merge(base, changes):
+    """Nested tables, the second over the first; None removes."""
+    merged = dict(base)
+    for key, value in changes.items():
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+@dataclass
+class Finished:
+    """What a run left."""
+
+    path: Path
+
+    @property
+    def metrics(self):
+        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def losses(self):
+        return [line["loss"] for line in self.metrics]
+
+    @property
+    def evaluations(self):
+        return [json.loads(line) for line in (self.path / "evaluations.jsonl").read_text().splitlines()]
+
+    @property
+    def manifest(self):
+        return json.loads((self.path / "manifest.json").read_text())
+
+    @property
+    def weights(self):
+        return load_file(self.path / "weights" / f"{self.path.name}.safetensors")
+
+    def metadata(self):
+        with safe_open(self.path / "weights" / f"{self.path.name}.safetensors", "pt") as file:
+            return file.metadata()
+
+
+class Trainer:
+    """Writes a config in a folder and trains it."""
+
+    def __init__(self, folder, tiny, pictures):
+        self.folder = folder
+        self.base = {
+            "output_dir": str(folder / "runs"),
+            "max_steps": 4,
+            "dataset": {"resolutions": [96], "num_ar_buckets": 3, "directory": [{"path": str(pictures)}]},
+            "model": {"type": "anima", "tiny_path": str(tiny), "dtype": "float32", "llm_adapter_lr": 0},
+            "adapter": {"type": "lora", "rank": 4},
+            "optimizer": {"type": "adamw", "lr": 1e-3},
+            "monitoring": {"tensorboard": False},
+        }
+
+    def config(self, name="run", **changes):
+        path = self.folder / f"{name}.toml"
+        path.write_text(tomli_w.dumps(merge(self.base, {"run_name": name, **changes})))
+        return path
+
+    def __call__(self, name="run", resume=False, overrides=(), **changes):
+        return self.run(self.config(name, **changes), overrides, resume)
+
+    def run(self, config, overrides=(), resume=False):
+        """Train a config file."""
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()  # Accelerate keeps one configuration per process
+        loaded = load_config(config, overrides)
+        path = None if isinstance(resume, bool) else resume  # of a state
+        weights = train_and_report(loaded, resume=resume is True, resume_path=path)
+        return Finished(weights.parent.parent)
+
+    def processes(self, number, name="run", resume=False, **changes):
+        """The same under torchrun, with several processes on the CPU."""
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(number)]
+        command += ["--standalone", "-m", "anima_train", str(self.config(name, **changes))]
+        command += ["--resume"] if resume else []
+        result = run_command(command)
+        assert result.returncode == 0, result.stderr
+        return Finished(self.folder / "runs" / name)
+
+
+def run_command(command, timeout=300):
+    """A command's result, its output as text; one thread, so that results do not depend on the machine."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPO, env=environment,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        output, errors = process.communicate(timeout=timeout)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # whatever it started, too
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+
+@pytest.fixture
+def trainer(tmp_path, tiny, pictures):
+    """Trains the tiny model on the pictures; keys can be changed."""
+    return Trainer(tmp_path, tiny, pictures)
+
+
+@pytest.fixture(scope="session")
+def images_drawer():
+    """`draw_images`, for tests with images of their own."""
+    return draw_images
+
+
+@pytest.fixture(scope="session")
+def command():
+    """`run_command`."""
+    return run_command
+
+
+@pytest.fixture
+def small_files():
+    """While what it returns is open, no file may grow past 20 kB, as on a full disk."""
+
+    @contextlib.contextmanager
+    def limited():  # short, because pytest's own log is a file too
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    return limited

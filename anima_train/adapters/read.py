@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from anima_train.adapters.names import lora_stems
-from anima_train.core.errors import ModelFileError, count
-from anima_train.model.weights import SLOTS, TensorFile, first_five, identify, open_header, read_tensors
+from anima_train.core.errors import ModelFileError
+from anima_train.core.format import count
+from anima_train.model.file_kinds import SLOTS, identify
+from anima_train.model.safetensors_io import TensorFile, first_five, open_header, read_tensors
 
 # PEFT's own state has the name of the adapter in its keys.
 KEY = re.compile(r"(.+)\.(?:(lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)(?:\.default)?\.weight|(alpha))")

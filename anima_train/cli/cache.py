@@ -7,8 +7,9 @@ import typer
 
 from anima_train.cli.train import ConfigPath, Overrides
 from anima_train.config.load import load_config
-from anima_train.training.prepare import make_accelerator, prepare_data
-from anima_train.training.processes import Together, settled
+from anima_train.distributed.consistency import Together, settled
+from anima_train.run.accelerator import make_accelerator
+from anima_train.training.prepare import prepare_data
 
 PRUNE = (
     "First remove from this configuration's cache folders whatever this configuration does not use. Other "

@@ -5,17 +5,20 @@ from typing import Annotated
 
 import typer
 
+from anima_train.caching.text_encoding import has_live_texts
 from anima_train.cli.train import ConfigPath, Overrides
 from anima_train.config.load import load_config
-from anima_train.core.device import choose_device, describe_device
+from anima_train.config.model_files import find_model_files
+from anima_train.core.device import DTYPES, choose_device, describe_device
 from anima_train.core.errors import ConfigError
 from anima_train.core.files import write_text
-from anima_train.tools.dataset_report import MAX_THUMBNAILS
-from anima_train.tools.report_html import render
-from anima_train.training.measure import extremes, measure
-from anima_train.training.model import DTYPES, find_model_files
-from anima_train.training.setup import dataset_report, make_plan, report, scan_all, summary
-from anima_train.training.texts import has_live_texts
+from anima_train.reports.check import dataset_report, summary
+from anima_train.reports.dataset import MAX_THUMBNAILS
+from anima_train.reports.dataset_page import render
+from anima_train.training.build import make_plan
+from anima_train.training.memory_check import extremes, measure
+from anima_train.training.prepare import scan_all
+from anima_train.training.summary import report
 
 
 def check(

@@ -9,9 +9,10 @@ import typer
 
 from anima_train.cli.train import ConfigPath, Overrides
 from anima_train.config.load import load_config
+from anima_train.config.model_files import find_model_files
+from anima_train.core.device import DTYPES
 from anima_train.core.errors import ConfigError
 from anima_train.tools.convert import expect_new, to_diffusers
-from anima_train.training.model import DTYPES, find_model_files
 
 # Converting needs no images: those that the config names may be on another machine.
 WITHOUT_IMAGES = ('dataset={directory=[{path="."}]}', "eval_datasets=[]")

@@ -16,8 +16,9 @@ from anima_train.cli.sample import sample
 from anima_train.cli.streams import outlive_readers
 from anima_train.cli.tiny import tiny
 from anima_train.cli.train import train, with_resume_path
-from anima_train.core.errors import Interrupted, UserError, printable_lines
-from anima_train.training.run import rank
+from anima_train.core.errors import Interrupted, UserError
+from anima_train.core.format import printable_lines
+from anima_train.distributed.launcher import rank
 
 COMMANDS: tuple[Callable[..., None], ...] = (
     train, check, report, sample, cache, convert, tiny, download, reference,

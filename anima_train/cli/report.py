@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from anima_train.core.errors import ConfigError
-from anima_train.tools.run_html import write_run_report
+from anima_train.reports.run_page import write_run_report
 
 
 def report(

@@ -8,17 +8,19 @@ from typing import Annotated, Any
 
 import typer
 
+from anima_train.caching.text_encoding import text_device
 from anima_train.cli.train import ConfigPath, Overrides
 from anima_train.config.load import load_model_part
+from anima_train.config.model_files import find_model_files
 from anima_train.config.prompt_files import HINTS, make_requests, read_lines, read_requests
-from anima_train.core.device import choose_device, describe_device
+from anima_train.core.device import DTYPES, choose_device, describe_device
 from anima_train.core.errors import ConfigError
 from anima_train.core.settings import quoted
+from anima_train.reports.contact_sheet import save_sheet
+from anima_train.reports.grid_page import write_page
 from anima_train.sampling.generate import SAMPLER_NAMES, SCHEDULE_NAMES, Request
-from anima_train.sampling.grids import Cell, Sheet, make_gallery, make_grid, parse_lora, save_sheet
-from anima_train.tools.grid_html import write_page
-from anima_train.training.model import DTYPES
-from anima_train.training.sample import sample as draw
+from anima_train.sampling.grids import Cell, Sheet, make_gallery, make_grid, parse_lora
+from anima_train.sampling.pipeline import sample as draw
 
 FLAGS = {key: f"--{key}" for key in ("seed", "steps", "cfg", "shift", "sampler", "schedule")} | {
     "negative_prompt": "--negative",
@@ -102,9 +104,12 @@ def sample(
     except OSError as error:
         raise ConfigError(f"--out: {out} cannot be a folder ({error.strerror}); choose another place") from error
     device = choose_device()
-    print(describe_device(device, DTYPES[loaded.config.model.dtype]), file=sys.stderr)
+    dtype = DTYPES[loaded.config.model.dtype]
+    print(describe_device(device, dtype), file=sys.stderr)
+    files = find_model_files(loaded)
+    files.check_headers()
     pictures = {}
-    for place, path in draw(loaded, cells, out, device):
+    for place, path in draw(files, cells, out, device, text_device(loaded.config, device), dtype):
         print(path, flush=True)
         pictures[place] = path
     if sheet is not None:

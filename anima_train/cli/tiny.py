@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from anima_train.tools.tiny import write_tiny
+from anima_train.model.tiny import write_tiny
 
 
 def tiny(

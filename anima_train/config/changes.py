@@ -8,7 +8,7 @@ from typing import Any, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from anima_train.config.config import Config
-from anima_train.core.errors import printable
+from anima_train.core.format import printable
 from anima_train.core.settings import Location, Settings, is_settings, key_path, members_of, type_name
 from anima_train.data.settings import DatasetSettings, DirectoryOptions
 from anima_train.optim.groups import COMPONENTS, Component

@@ -13,8 +13,8 @@ from anima_train.objective.losses import Loss
 from anima_train.objective.timesteps import Timesteps
 from anima_train.optim.ema import Ema
 from anima_train.optim.groups import COMPONENTS, Component, LearningRates
+from anima_train.optim.lr_schedules import Constant, ScheduleSetting
 from anima_train.optim.optimizers import AnyOptimizer
-from anima_train.optim.schedules import Constant, ScheduleSetting
 from anima_train.sampling.generate import PictureSettings, Request
 
 EVAL_INTERVALS = ("eval_every_n_epochs", "eval_every_n_steps", "eval_every_n_examples")

@@ -1,12 +1,15 @@
 """The device that everything computes on, decided in one place, and described in one line."""
 
+import gc
 import os
 
 import psutil
 import torch
 from torch.nn.attention import SDPBackend
 
-from anima_train.core.errors import count, readable
+from anima_train.core.format import count, readable
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 HEAD_DIM = 128  # of Anima's attention, which decides the kernel
 SLOW = "; a model of 2 billion parameters is slow here, a GPU is what it needs"
@@ -25,7 +28,11 @@ def choose_device() -> torch.device:
 
 def describe_device(device: torch.device, dtype: torch.dtype) -> str:
     """Return a line with the device's name, memory, dtype and attention kernel; of a CPU, that it is slow."""
-    facts = [readable(memory_bytes(device)), str(dtype).removeprefix("torch."), f"attention: {attention(device, dtype)}"]
+    facts = [
+        readable(memory_bytes(device)),
+        str(dtype).removeprefix("torch."),
+        f"attention: {attention(device, dtype)}",
+    ]
     if device.type == "cpu":
         return f"device: CPU with {count(os.cpu_count() or 1, 'core')}, {', '.join(facts)}{SLOW}"
     module = torch.get_device_module(device)
@@ -47,3 +54,10 @@ def attention(device: torch.device, dtype: torch.dtype) -> str:
     query = torch.zeros(1, 1, 64, HEAD_DIM, device=device, dtype=dtype)
     chosen = SDPBackend(torch._fused_sdp_choice(query, query, query))
     return chosen.name.lower().removesuffix("_attention")
+
+
+def free(device: torch.device) -> None:
+    """Give memory of deleted modules back to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

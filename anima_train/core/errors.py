@@ -2,8 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 
-MAX_LISTED = 20  # files named in one message
-
 
 class UserError(Exception):
     """Something the user can put right; printed without a traceback, and the process ends with `exit_code`."""
@@ -54,33 +52,3 @@ class SpaceError(UserError):
     """The disk is full, read-only, or will not hold what the run needs."""
 
     exit_code = 6
-
-
-def count(number: int, noun: str, plural: str | None = None) -> str:
-    """`3 images`, `1 image`: the number with its noun."""
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
-
-
-def readable(num_bytes: float) -> str:
-    """1536 as 1.5 KiB."""
-    for unit in ("bytes", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} GiB"
-
-
-def listed(lines: Sequence[str], most: int = MAX_LISTED) -> list[str]:
-    """The first lines, fit to be printed, and how many more there are."""
-    more = len(lines) - most
-    return [printable(line) for line in lines[:most]] + ([f"... and {more:,} more"] if more > 0 else [])
-
-
-def printable(text: str) -> str:
-    """The text with escapes for what a terminal would obey or cannot show; names of files may hold both."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
-
-
-def printable_lines(text: str) -> str:
-    """The same for text of several lines."""
-    return "\n".join(map(printable, text.split("\n")))

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from anima_train.core.errors import SpaceError, readable
+from anima_train.core.errors import SpaceError
+from anima_train.core.format import readable
 
 HASH_CHUNK = 1 << 20  # bytes
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)

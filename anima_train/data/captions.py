@@ -9,7 +9,7 @@ from typing import Any
 
 from anima_train.core.random import shuffled, uniform
 from anima_train.data.images import Unreadable
-from anima_train.data.stored import Stored
+from anima_train.data.sources.archive import Stored
 
 CAPTIONS_JSON_FORM = 'expected {"file name": "caption" or ["several", "captions"]}'
 # Tags whose underscores are no spaces: emoticons, as ^_^, o_o or (o)_(o), and the model's own score tags.

@@ -21,6 +21,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 
+from anima_train.core.shapes import LATENT_PIXELS
+
 MAX_PIXELS = 128 * 2**20  # a header that claims more is treated as a decompression bomb and never decoded
 MAX_BYTES = 2**30  # WebP and AVIF are read whole even for their header; no picture of MAX_PIXELS is larger than this
 
@@ -215,7 +217,9 @@ def mask_to_latent(mask: Image.Image, crop: Crop) -> np.ndarray:
     a hard edge.
     """
     cropped = np.asarray(resized(mask, crop, Image.Resampling.BILINEAR), dtype=np.float32) / 255
-    return cropped.reshape(1, crop.height // 8, 8, crop.width // 8, 8).mean(axis=(2, 4))
+    return cropped.reshape(
+        1, crop.height // LATENT_PIXELS, LATENT_PIXELS, crop.width // LATENT_PIXELS, LATENT_PIXELS
+    ).mean(axis=(2, 4))
 
 
 # Files and headers

@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from anima_train.core.conditions import EncodedText, TextStates, pad_rows, pad_states
 from anima_train.core.random import stream, uniform
+from anima_train.core.shapes import LATENT_PIXELS
+from anima_train.core.text_batch import EncodedText, TextStates, pad_rows, pad_states
 from anima_train.data.cache import Cache, DamagedEntry, Kind, entry_key
 from anima_train.data.plan import Draw, MicroBatch
 from anima_train.data.samples import EMPTY, Caption, Sample, View
@@ -136,7 +137,7 @@ class CachedData:
         """A view's mask, ones without one."""
         sample = view.sample
         if not sample.has_mask:
-            return torch.ones(1, 1, sample.size.height // 8, sample.size.width // 8)
+            return torch.ones(1, 1, sample.size.height // LATENT_PIXELS, sample.size.width // LATENT_PIXELS)
         return self.read(Entry(sample.cache, "mask", view.mask_key(), view))["mask"][:, None]
 
     def text(self, captions: Sequence[tuple[Cache, Caption]]) -> Tensor | TextStates:

@@ -204,3 +204,20 @@ class Timetable:
     def epochs_done(self, step: int) -> int:
         """The number of epochs that are complete after this step, with those behind it that have no step."""
         return self.place(step + 1)[0]
+
+
+def short_by(number: int, batch_size: int) -> int:
+    """How many images the last batch of a bucket lacks."""
+    return -number % batch_size
+
+
+def times_seen(plan: Plan, timetable: Timetable, num_steps: int) -> list[int]:
+    """How often each sample is seen in the first steps of the run."""
+    epoch, steps = timetable.place(num_steps)
+    seen = [plan.shown_before(index, epoch) for index in range(len(plan.samples))]
+    if steps:  # they end inside an epoch
+        for step in plan.epoch(epoch)[:steps]:
+            for micro_batch in step.micro_batches:
+                for draw in micro_batch.draws:
+                    seen[draw.sample] += 1
+    return seen

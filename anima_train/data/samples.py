@@ -13,7 +13,7 @@ from anima_train.data.cache import Cache, entry_key
 from anima_train.data.captions import TagVariation, plain_tag, unescaped, without_underscores
 from anima_train.data.images import Crop
 from anima_train.data.settings import DirectoryOptions
-from anima_train.data.stored import Stored
+from anima_train.data.sources.archive import Stored
 
 
 @dataclass(frozen=True, slots=True)

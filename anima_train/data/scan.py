@@ -11,17 +11,18 @@ from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
-from anima_train.core.errors import DataError, SpaceError, count, listed, printable
+from anima_train.core.errors import DataError, SpaceError
+from anima_train.core.format import count, listed, printable
 from anima_train.core.random import shuffled
 from anima_train.data.buckets import SIDE_MULTIPLE, kept_fraction
 from anima_train.data.cache import Cache
 from anima_train.data.captions import BadCaption, read_caption, unescaped
-from anima_train.data.facts import FactsMemo
-from anima_train.data.folders import Files, by_stem, stem_of
+from anima_train.data.image_index import FactsMemo
 from anima_train.data.images import EXTENSIONS, BadImage
 from anima_train.data.samples import Picture, Sample, exact
 from anima_train.data.settings import DatasetSettings, Directory, DirectoryOptions
-from anima_train.data.tables import table_files
+from anima_train.data.sources.folder import Files, by_stem, stem_of
+from anima_train.data.sources.hf_dataset import table_files
 
 CAPTION_FILES = {"tags": ".txt", "nl": "_nl.txt", "mixed": ".txt or _nl.txt"}  # by caption_mode
 CAPTION_COLUMNS = {"tags": "caption_column", "nl": "natural_column", "mixed": "caption_column or natural_column"}

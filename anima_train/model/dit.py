@@ -15,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from anima_train.core.conditions import TextStates, pad_rows
+from anima_train.core.text_batch import TextStates, pad_rows
 from anima_train.model.llm_adapter import LLMAdapter, RMSNorm, rotate
-from anima_train.model.weights import Entry
+from anima_train.model.safetensors_io import Entry
 
 PATCH = 2  # latent pixels per token side
 OUT_CHANNELS = 16

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from anima_train.model.weights import Entry
+from anima_train.model.safetensors_io import Entry
 
 ROPE_THETA = 10000.0
 

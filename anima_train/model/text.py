@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
-from anima_train.core.conditions import EncodedText, length_mask
 from anima_train.core.errors import ModelFileError
 from anima_train.core.files import sha256_file
+from anima_train.core.text_batch import EncodedText, length_mask
+from anima_train.model.file_kinds import DERIVED, expect
 from anima_train.model.hub import PICKLES
-from anima_train.model.weights import DERIVED, Entry, TensorFile, expect, match_keys, open_header, read_tensors
+from anima_train.model.safetensors_io import Entry, TensorFile, match_keys, open_header, read_tensors
 
 MAX_TOKENS = 512  # of either stream; the reference trainer's limit
 T5_END = 1  # </s>

@@ -15,9 +15,10 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCaus
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from anima_train.model.weights import Entry, expect, match_keys, open_header, read_tensors
+from anima_train.core.shapes import LATENT_CHANNELS
+from anima_train.model.file_kinds import expect
+from anima_train.model.safetensors_io import Entry, match_keys, open_header, read_tensors
 
-LATENT_CHANNELS = 16
 STAGE = 4  # modules per decoder stage in the Wan file: three residual blocks and an upsampler
 
 RENAMES: tuple[tuple[str, str], ...] = (

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-LATENT_PIXELS = 8  # image pixels per latent pixel and side
+from anima_train.core.shapes import LATENT_PIXELS
+
 MULTISCALE_SIDE = 0.9 * 1024  # image pixels; smaller images have no coarse term
 
 Kind = Literal["mse", "huber", "smooth_l1", "pseudo_huber"]

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from anima_train.core.settings import Settings
-from anima_train.model.weights import match_keys
+from anima_train.model.safetensors_io import match_keys
 
 CHUNK = 2**24  # elements updated at once: a bf16 model is not converted to float32 as a whole
 

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from anima_train.core.errors import NumericError
 from anima_train.core.settings import Settings, members_of, quoted, type_name
-from anima_train.model.vae import LATENT_CHANNELS, SingleFrameVAE
+from anima_train.core.shapes import LATENT_CHANNELS, LATENT_PIXELS
+from anima_train.model.vae import SingleFrameVAE
+from anima_train.sampling.noise_schedules import TABLE_SIZE, AnySchedule, ScheduleSetting, Simple
 from anima_train.sampling.samplers import AnySampler, ErSde, SamplerSetting, Velocity, step_noise
-from anima_train.sampling.schedules import TABLE_SIZE, AnySchedule, ScheduleSetting, Simple
-
-LATENT_PIXELS = 8  # pixels per latent, on either side
 
 Transformer = Callable[[Tensor, Tensor, Tensor], Tensor]  # (latents, t (B, 1), context) -> velocity
 SAMPLER_NAMES = [type_name(member) for member in members_of(AnySampler)]

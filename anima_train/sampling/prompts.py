@@ -21,9 +21,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from anima_train.core.conditions import EncodedText, pad_rows, pad_states
 from anima_train.core.errors import ConfigError
 from anima_train.core.settings import quoted
+from anima_train.core.text_batch import EncodedText, pad_rows, pad_states
 from anima_train.model.llm_adapter import LLMAdapter
 from anima_train.model.text import T5_END, TextEncoder, Tokenizers, Tokens, token_ids
 

@@ -16,13 +16,14 @@ from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from torch import Tensor
 
 from anima_train.adapters.names import cosmos_key
-from anima_train.core.conditions import CONTEXT_ROWS
 from anima_train.core.errors import ConfigError, ModelFileError
 from anima_train.core.files import atomic_folder
+from anima_train.core.text_batch import CONTEXT_ROWS
 from anima_train.model.dit import OUT_CHANNELS, MiniTrainDIT, TransformerShape
+from anima_train.model.file_kinds import expect
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
+from anima_train.model.safetensors_io import TensorFile, match_keys, open_header, read_tensors, write_tensors
 from anima_train.model.text import Tokenizers, load_text_encoder, load_tokenizers, text_encoder_entries
-from anima_train.model.weights import TensorFile, expect, match_keys, open_header, read_tensors, write_tensors
 
 SHIFT = 3.0  # of the noise levels, as the model is sampled
 INDEX = "modular_model_index.json"

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from anima_train.core.errors import SpaceError, count, readable
+from anima_train.core.errors import SpaceError
+from anima_train.core.format import count, readable
 from anima_train.data.buckets import Size
 from anima_train.data.plan import MicroBatch
 from anima_train.data.samples import Sample

@@ -1,55 +1,38 @@
 """The data of a run, ready before its model is loaded: images looked at, everything in the cache."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from datetime import timedelta
-from pathlib import Path
 
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator
 
-from anima_train.config.config import Config
-from anima_train.config.load import LoadedConfig
-from anima_train.core.device import choose_device, describe_device
-from anima_train.core.errors import DataError, count, listed, printable
+from anima_train.caching.entries import needed_entries, text_identity, vae_identity, without_rejected
+from anima_train.caching.fill import Share, fill_cache, verify_cache
+from anima_train.caching.repair import Repair
+from anima_train.caching.text_encoding import (
+    LiveTexts,
+    caption_lengths,
+    has_live_texts,
+    live_encoder,
+    report_truncated,
+    text_device,
+)
+from anima_train.config.load import Dataset, LoadedConfig
+from anima_train.config.model_files import find_model_files
+from anima_train.core.device import DTYPES
+from anima_train.core.errors import DataError
+from anima_train.core.format import count, listed, printable
 from anima_train.data.cache import SCHEMA, Cache
 from anima_train.data.loader import CachedData
 from anima_train.data.samples import Sample
-from anima_train.data.scan import Scan
-from anima_train.tools.report_costs import cache_savings
-from anima_train.training.encode import (
-    Share,
-    caption_lengths,
-    fill_cache,
-    needed_entries,
-    report_truncated,
-    text_identity,
-    vae_identity,
-    verify_cache,
-    without_rejected,
-)
-from anima_train.training.evaluate import EvalSet
+from anima_train.data.scan import Scan, scan
+from anima_train.distributed.consistency import check_same_data
+from anima_train.evaluation.evaluate import EvalSet
+from anima_train.model.loading import ModelFiles
+from anima_train.training.build import first_files
+from anima_train.training.costs import cache_savings
 from anima_train.training.memory import Attempt, memory_errors
-from anima_train.training.model import DTYPES, ModelFiles, find_model_files
-from anima_train.training.processes import check_same_data
-from anima_train.training.repair import Repair
-from anima_train.training.setup import data_text, first_files, scan_all
-from anima_train.training.texts import LiveTexts, has_live_texts, live_encoder, text_device
-from anima_train.training.trackers import tracker_names
-
-
-def make_accelerator(config: Config, run_path: Path) -> Accelerator:
-    """Return what decides about device, processes and autocast; the device is printed."""
-    accelerator = Accelerator(
-        cpu=choose_device().type == "cpu",
-        mixed_precision="bf16" if config.model.dtype == "bfloat16" else "no",
-        log_with=tracker_names(config.monitoring) or None,
-        project_dir=str(run_path),
-        # One process may encode for hours while the others wait.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))],
-    )
-    accelerator.print(describe_device(accelerator.device, DTYPES[config.model.dtype]))
-    return accelerator
+from anima_train.training.summary import data_text
 
 
 @dataclass(frozen=True)
@@ -192,3 +175,44 @@ def usable(name: str, found: Scan, max_bad_fraction: float, vae_id: str, warn: C
     except DataError as error:
         raise DataError([f"dataset {name}: {problem}" for problem in error.problems]) from None
     return kept
+
+
+def scan_dataset(dataset: Dataset, seed: int, write: bool) -> Scan:
+    """Look at every image of a dataset; see `data.scan.scan`."""
+    return scan(dataset.settings, dataset.folders, dataset.masks, dataset.caches, seed, write, dataset.offline)
+
+
+def scan_all(loaded: LoadedConfig, write: bool) -> dict[str, Scan]:
+    """Look at every image of the training set and the evaluation sets.
+
+    Raises:
+        DataError: a set is empty, or too many of its images are bad; for all sets at once.
+    """
+    scans = {}
+    problems: list[str] = []
+    for dataset in (loaded.train, *loaded.evals):
+        try:
+            scans[dataset.name] = scan_dataset(dataset, loaded.config.seed, write)
+            scans[dataset.name].check(dataset.settings.max_bad_fraction)
+        except DataError as error:
+            problems.extend(f"dataset {dataset.name}: {problem}" for problem in error.problems)
+    if problems:
+        raise DataError(problems)
+    train = scans[loaded.train.name]
+    for dataset in loaded.evals:
+        found = scans[dataset.name]
+        scans[dataset.name] = replace(found, warnings=[*found.warnings, *overlap(train.samples, found.samples)])
+    return scans
+
+
+def overlap(train: Iterable[Sample], evaluation: Iterable[Sample]) -> list[str]:
+    """A warning if images are in the training set and in an evaluation set, whatever the files are called."""
+    trained = {sample.picture.sha256 for sample in train}
+    both = list(dict.fromkeys(sample.picture.path for sample in evaluation if sample.picture.sha256 in trained))
+    if not both:
+        return []
+    are = "is" if len(both) == 1 else "are"
+    return [
+        f"{count(len(both), 'image')} {are} in the training set too, such as {both[0]}; the loss on them shows memory, "
+        "not quality"
+    ]

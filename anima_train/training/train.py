@@ -13,46 +13,44 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from anima_train.caching.text_encoding import has_live_texts, text_device
+from anima_train.checkpoint.async_writer import Writer
+from anima_train.checkpoint.disk_space import space_warning
+from anima_train.checkpoint.resume import Origin, check_same_content, find_origin, set_aside
+from anima_train.checkpoint.training_state import load_state, saved_states, trained_parameters
 from anima_train.config.config import Config
 from anima_train.config.load import LoadedConfig
-from anima_train.core.errors import Interrupted, printable
+from anima_train.config.model_files import find_model_files
+from anima_train.core.device import DTYPES
+from anima_train.core.errors import Interrupted
 from anima_train.core.files import write_text
+from anima_train.core.format import printable
 from anima_train.core.random import derive
 from anima_train.data.loader import Batch, read_ahead
 from anima_train.data.plan import MicroBatch, Plan, Timetable
+from anima_train.distributed.collectives import from_main
+from anima_train.distributed.consistency import Together, check_same_plan, settled
+from anima_train.distributed.signals import Abandoned, Stopping
+from anima_train.evaluation.previews import Previews
+from anima_train.model.loading import ModelFiles
+from anima_train.objective.step import compute_loss
 from anima_train.optim.ema import Average
-from anima_train.optim.schedules import lr_factor
-from anima_train.tools.report_costs import savings
-from anima_train.training.due import Due, what_follows
+from anima_train.optim.lr_schedules import lr_factor
+from anima_train.run.accelerator import make_accelerator
+from anima_train.run.folder import RunFolder
+from anima_train.run.intervals import Due, what_follows
+from anima_train.run.manifest import config_toml, manifest, seen_facts
+from anima_train.run.progress import Progress
+from anima_train.run.trackers import Trackers, open_trackers
+from anima_train.training.anomalies import naming, replay, step_names
+from anima_train.training.build import group_rows, load_trained, make_plan, make_timetable, planned_writings
+from anima_train.training.costs import savings
 from anima_train.training.memory import Attempt, Shape, memory_errors, peak_bytes, start_peak
-from anima_train.training.model import DTYPES, ModelFiles, find_model_files
-from anima_train.training.numbers import naming, replay, step_names
-from anima_train.training.objective import StepSums, compute_loss
-from anima_train.training.outputs import Moment, Outputs, Trained
-from anima_train.training.prepare import make_accelerator, prepare_data, with_live_texts
-from anima_train.training.previews import Previews
-from anima_train.training.processes import Together, check_same_plan, settled
-from anima_train.training.progress import Progress
-from anima_train.training.resume import Origin, check_same_content, find_origin, from_main, set_aside
-from anima_train.training.run import RunFolder, config_toml, leave_report, manifest
-from anima_train.training.setup import (
-    group_rows,
-    groups_text,
-    load_trained,
-    make_plan,
-    make_timetable,
-    plan_text,
-    planned_writings,
-    report,
-    scan_all,
-)
-from anima_train.training.space import space_warning
-from anima_train.training.states import load_state, saved_states, trained_parameters
-from anima_train.training.stopping import Abandoned, Stopping
-from anima_train.training.texts import has_live_texts, text_device
-from anima_train.training.trackers import Trackers, open_trackers
-from anima_train.training.trial import largest_shapes, try_shape
-from anima_train.training.writer import Writer
+from anima_train.training.memory_check import largest_shapes, try_shape
+from anima_train.training.metrics import StepSums
+from anima_train.training.prepare import prepare_data, scan_all, with_live_texts
+from anima_train.training.summary import groups_text, plan_text, report
+from anima_train.training.tasks import Moment, Outputs, Trained
 
 GO_ON = "the same command, or --resume, goes on from there"
 
@@ -344,7 +342,7 @@ def train(
         writer.wait()
         run.finish()
         print(f"saved {printable(str(final))}")
-        leave_report(run, plan, timetable, timetable.num_steps)
+        write_text(run.path / "seen.json", json.dumps(seen_facts(plan, timetable, timetable.num_steps), indent=1))
     accelerator.wait_for_everyone()
     return final
 

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from anima_train.adapters.full import Full
+from anima_train.checkpoint.weights import save_weights
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
+from anima_train.model.file_kinds import ADAPTER_PREFIX, expect
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
-from anima_train.model.weights import ADAPTER_PREFIX, expect, load_into, open_header
+from anima_train.model.safetensors_io import load_into, open_header
 from anima_train.optim.groups import COMPONENTS, LearningRates, component_of
-from anima_train.training.checkpoints import save_weights
 
 
 def rates(**changed):

@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from anima_train.adapters.lora import Lora, lora_layers, target_modules
-from anima_train.model.dit import MiniTrainDIT, TextStates, TransformerShape
+from anima_train.checkpoint.weights import save_weights
+from anima_train.core.text_batch import TextStates
+from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
 from anima_train.optim.groups import COMPONENTS, LearningRates, component_of, group_table
-from anima_train.training.checkpoints import save_weights
 
 SMALL = TransformerShape(2, 48, 24, 16, 20, 8)
 SMALL_ADAPTER = LLMAdapterShape(2, 20, 10, 12, 20, 30)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from anima_train.cli.main import COMMANDS, application, main
 from anima_train.config.load import load_config
 from anima_train.core.errors import ConfigError
-from anima_train.tools.tiny import write_tiny
+from anima_train.model.tiny import write_tiny
 
 REPO = Path(__file__).parents[2]
 PICTURES = REPO / "examples" / "quickstart"
@@ -71,7 +71,7 @@ def test_check_says_why_its_page_cannot_be_written(anima, config, tmp_path):
 
 def test_check_measures_the_smallest_and_the_largest_bucket(anima, config, tmp_path):
     text = anima("check", *config, "--measure", "2")
-    seconds = [float(number) for number in re.findall(r"measured \d+x\d+, batch 2: (\S+) s a step, \S+ MiB", text)]
+    seconds = [float(number) for number in re.findall(r"measured \d+x\d+, batch 2: (\S+) s a step, \S+ [MG]iB", text)]
     assert re.findall(r"measured (\d+x\d+),", text) == ["128x128", "192x192"]
     assert all(seconds)
     total = float(re.search(r"the whole run: about (\S+) s", text)[1])

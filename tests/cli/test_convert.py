@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from anima_train.cli.main import COMMANDS, application, main
 from anima_train.core.errors import ConfigError, ModelFileError
+from anima_train.model.tiny import tiny_paths
 from anima_train.tools.convert import COMPONENTS
-from anima_train.tools.tiny import tiny_paths
 
 CONFIG = """
 output_dir = "out"

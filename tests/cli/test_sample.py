@@ -12,11 +12,12 @@ from typer.testing import CliRunner
 from anima_train.adapters.lora import target_modules
 from anima_train.cli.main import COMMANDS, application
 from anima_train.config.load import load_model_part
+from anima_train.config.model_files import find_model_files
 from anima_train.core.errors import ConfigError, ModelFileError, NumericError
+from anima_train.model.loading import load_transformer
+from anima_train.model.tiny import write_tiny
 from anima_train.sampling.grids import ChosenLora
-from anima_train.tools.tiny import write_tiny
-from anima_train.training.model import find_model_files, load_transformer
-from anima_train.training.sample import LoraSwitch, linear_shapes
+from anima_train.sampling.pipeline import LoraSwitch, linear_shapes
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,8 @@
 import pytest
 
 from anima_train.core import errors
-from anima_train.core.errors import ConfigError, Interrupted, UserError, count
+from anima_train.core.errors import ConfigError, Interrupted, UserError
+from anima_train.core.format import count
 
 
 def test_every_kind_of_error_has_its_own_exit_code():

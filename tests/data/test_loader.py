@@ -18,13 +18,13 @@ from torch import Tensor
 
 import anima_train
 from anima_train.core.errors import DataError
+from anima_train.core.text_batch import TextStates
 from anima_train.data.buckets import Size
 from anima_train.data.cache import Cache
 from anima_train.data.loader import NUM_THREADS, READ_AHEAD, Batch, CachedData, TextIdentity, read_ahead
 from anima_train.data.plan import Draw, MicroBatch
 from anima_train.data.samples import EMPTY, Caption, Picture, Sample, View
 from anima_train.data.settings import DirectoryOptions
-from anima_train.model.dit import TextStates
 from anima_train.objective.timesteps import Timesteps
 
 SIZE = Size(32, 48)

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from anima_train.core.errors import MAX_LISTED, DataError, listed, printable
+from anima_train.core.errors import DataError
+from anima_train.core.format import MAX_LISTED, listed, printable
 from anima_train.data.buckets import Size
 from anima_train.data.cache import CACHE_FOLDER, Cache
 from anima_train.data.plan import Plan

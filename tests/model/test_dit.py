@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from anima_train.core.conditions import TextStates, pad_rows
+from anima_train.core.text_batch import TextStates, pad_rows
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
-from anima_train.model.weights import Entry
+from anima_train.model.safetensors_io import Entry
 
 
 def entries(tensors):

@@ -5,7 +5,7 @@ import torch
 from diffusers import AnimaTextConditioner
 
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
-from anima_train.model.weights import Entry
+from anima_train.model.safetensors_io import Entry
 
 
 @pytest.fixture

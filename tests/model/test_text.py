@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3Model
 
-from anima_train.core.conditions import EncodedText, pad_states
 from anima_train.core.errors import ModelFileError
+from anima_train.core.text_batch import EncodedText, pad_states
 from anima_train.model.text import (
     MAX_TOKENS,
     Tokens,
@@ -24,7 +24,7 @@ from anima_train.model.text import (
     tokenize,
     tokenizer_identity,
 )
-from anima_train.tools.tiny import write_tiny
+from anima_train.model.tiny import write_tiny
 
 CPU = torch.device("cpu")
 REPOSITORY = Path(__file__).parents[2]

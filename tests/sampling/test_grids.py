@@ -6,23 +6,18 @@ import pytest
 from PIL import Image, ImageChops
 
 from anima_train.core.errors import ConfigError
+from anima_train.reports.contact_sheet import MAX_SHEET_PIXELS, draw_sheet, fitting, font_of, save_sheet, wrap
 from anima_train.sampling.generate import Request
 from anima_train.sampling.grids import (
     MAX_CELLS,
-    MAX_SHEET_PIXELS,
     Axis,
     Cell,
     ChosenLora,
     Sheet,
-    draw_sheet,
-    fitting,
-    font_of,
     make_gallery,
     make_grid,
     parse_axis,
     parse_lora,
-    save_sheet,
-    wrap,
 )
 from anima_train.sampling.pictures import Sources, save_picture
 

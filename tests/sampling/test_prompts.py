@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from anima_train.caching.text_encoding import ConditionEncoder
 from anima_train.core.errors import ConfigError
+from anima_train.model.loading import ModelFiles, load_llm_adapter
 from anima_train.model.text import load_text_encoder, load_tokenizers, tokenize
+from anima_train.model.tiny import write_tiny
 from anima_train.sampling.prompts import context_of, prompt_states, tokenize_prompt, weighted_pieces
-from anima_train.tools.tiny import write_tiny
-from anima_train.training.model import ModelFiles, load_llm_adapter
-from anima_train.training.texts import ConditionEncoder
 
 CPU = torch.device("cpu")
 REPOSITORY = Path(__file__).parents[2]

@@ -10,6 +10,7 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 from pydantic import TypeAdapter, ValidationError
 
 from anima_train.core.settings import Settings, validation_problems
+from anima_train.sampling.noise_schedules import Simple
 from anima_train.sampling.samplers import (
     Dpmpp2M,
     Dpmpp2MSde,
@@ -22,7 +23,6 @@ from anima_train.sampling.samplers import (
     flow_sigmas,
     step_noise,
 )
-from anima_train.sampling.schedules import Simple
 
 DETERMINISTIC = [Euler(), Heun(), Dpmpp2M(), EulerAncestral(eta=0), Dpmpp2MSde(eta=0)]
 STOCHASTIC = [EulerAncestral(), EulerAncestral(eta=0.5), Dpmpp2MSde(), Dpmpp2MSde(eta=0.3), ErSde()]

@@ -17,17 +17,17 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2Tokenizer, T5Tokenizer
 
 from anima_train.adapters.names import cosmos_key
-from anima_train.core.conditions import pad_states
 from anima_train.core.errors import ConfigError, ModelFileError
 from anima_train.core.files import current_umask
+from anima_train.core.text_batch import pad_states
 from anima_train.model.dit import MiniTrainDIT
+from anima_train.model.loading import ModelFiles, load_transformer
+from anima_train.model.safetensors_io import open_header
 from anima_train.model.text import MAX_TOKENS, load_text_encoder, load_tokenizers, tokenize
+from anima_train.model.tiny import CAPTIONS, SMALL, tiny_paths, write_tiny
 from anima_train.model.vae import load_vae
-from anima_train.model.weights import open_header
 from anima_train.sampling.samplers import euler, flow_sigmas
 from anima_train.tools.convert import COMPONENTS, to_diffusers
-from anima_train.tools.tiny import CAPTIONS, SMALL, tiny_paths, write_tiny
-from anima_train.training.model import ModelFiles, load_transformer
 
 CPU = torch.device("cpu")
 STEPS = 4

@@ -8,16 +8,16 @@ import torch
 
 from anima_train.adapters.full import Full
 from anima_train.adapters.lora import Lora
-from anima_train.core.conditions import pad_rows
 from anima_train.core.random import stream
+from anima_train.core.text_batch import pad_rows
 from anima_train.data.loader import Batch
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.objective.losses import Loss
+from anima_train.objective.step import compute_loss
 from anima_train.objective.timesteps import Timesteps
 from anima_train.optim.groups import COMPONENTS, LearningRates, optimizer_groups
 from anima_train.optim.optimizers import AdamW
 from anima_train.sampling.samplers import euler, flow_sigmas
-from anima_train.training.objective import compute_loss
 
 SHAPE = TransformerShape(num_blocks=2, width=96, head_dim=24, in_channels=16, context_width=32, adaln_lora_dim=32)
 TIMESTEPS = Timesteps(sigmoid_scale=1.3)

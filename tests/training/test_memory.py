@@ -14,7 +14,7 @@ from anima_train.data.buckets import Size
 from anima_train.optim.optimizers import AdamWKahan, AnyOptimizer
 from anima_train.training import train as train_module
 from anima_train.training.memory import Attempt, Shape, asked_bytes, is_out_of_memory, memory_errors
-from anima_train.training.trial import state_like
+from anima_train.training.memory_check import state_like
 
 CPU = torch.device("cpu")
 SHAPE = Shape(1024, Size(1152, 896), 4)

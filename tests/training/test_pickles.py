@@ -22,9 +22,9 @@ from anima_train.adapters.read import peft_config
 from anima_train.cli.main import COMMANDS, application
 from anima_train.core.errors import DataError, ModelFileError, UserError
 from anima_train.core.files import sha256_file
+from anima_train.model.safetensors_io import open_header, read_tensors, write_tensors
 from anima_train.model.text import load_tokenizers
-from anima_train.model.weights import open_header, read_tensors, write_tensors
-from anima_train.tools.tiny import tiny_paths
+from anima_train.model.tiny import tiny_paths
 
 
 class Canary:

@@ -8,7 +8,7 @@ import torch
 from diffusers import AnimaAutoBlocks, AnimaTextConditioner
 from safetensors.torch import load_file
 
-from anima_train.tools.tiny import SMALL
+from anima_train.model.tiny import SMALL
 
 REPO = Path(__file__).parents[2]
 

@@ -13,9 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from anima_train.core.errors import ConfigError, DataError, ModelFileError
+from anima_train.model.file_kinds import identify
 from anima_train.model.llm_adapter import LLMAdapter
-from anima_train.model.weights import identify, open_header
-from anima_train.tools.tiny import tiny_paths, write_tiny
+from anima_train.model.safetensors_io import open_header
+from anima_train.model.tiny import tiny_paths, write_tiny
 from anima_train.training import prepare as prepare_module
 from anima_train.training import train as train_module
 

@@ -1,0 +1,141 @@
+"""The cache entries that a dataset needs, and those of them that are missing."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from anima_train.core.files import sha256_file
+from anima_train.data.cache import Cache, DamagedEntry
+from anima_train.data.loader import Entry, Source, TextIdentity
+from anima_train.data.samples import Sample, View
+from anima_train.model.loading import ModelFiles
+from anima_train.model.text import (
+    text_encoder_identity,
+    tokenizer_identity,
+)
+
+
+@dataclass(frozen=True)
+class Needed:
+    """Every entry that the data needs, each once."""
+
+    latents: list[Entry[View]]
+    masks: list[Entry[View]]
+    texts: list[Entry[str]]
+
+    @property
+    def entries(self) -> list[Entry[View] | Entry[str]]:
+        """All of them."""
+        return [*self.latents, *self.masks, *self.texts]
+
+    def caches(self) -> list[Cache]:
+        """Their caches, each once."""
+        return list({entry.cache.folder: entry.cache for entry in self.entries}.values())
+
+    def by_cache(self) -> dict[Path, list[Entry[View] | Entry[str]]]:
+        """The entries of each cache."""
+        found: dict[Path, list[Entry[View] | Entry[str]]] = defaultdict(list)
+        for entry in self.entries:
+            found[entry.cache.folder].append(entry)
+        return found
+
+
+def vae_identity(files: ModelFiles) -> str:
+    """Hash of what latents depend on beside image and size."""
+    return sha256_file(files.vae)
+
+
+def text_identity(files: ModelFiles, cache_output: bool, dtype: torch.dtype) -> TextIdentity:
+    """Hashes of what conditions depend on beside the caption.
+
+    Args:
+        files: the model's files.
+        cache_output: whether the adapter's output is cached, not what it reads.
+        dtype: of the cached values.
+    """
+    return TextIdentity(
+        encoder=text_encoder_identity(files.llm),
+        tokenizer=tokenizer_identity(files.tokenizer),
+        t5_tokenizer=tokenizer_identity(files.t5_tokenizer),
+        adapter=files.adapter_fingerprint() if cache_output else "",
+        dtype=str(dtype).removeprefix("torch."),
+    )
+
+
+def needed_entries(
+    train: Sequence[Sample], evals: Sequence[Sample], vae_id: str, text_id: TextIdentity, seed: int,
+    empty_caption: bool, with_texts: bool,
+) -> Needed:  # fmt: skip
+    """What these samples need.
+
+    Args:
+        train: what is trained: all views, and all captions that are not drawn for a showing.
+        evals: what the loss is measured on: one view and one caption each.
+        vae_id: of the latents.
+        text_id: of the captions.
+        seed: of the run.
+        empty_caption: whether samples may be trained with the empty caption.
+        with_texts: whether captions are cached at all.
+    """
+    latents: dict[tuple[Path, str], Entry[View]] = {}
+    masks: dict[tuple[Path, str], Entry[View]] = {}
+    texts: dict[tuple[Path, str], Entry[str]] = {}
+
+    def need(sample: Sample, views: Iterable[View], captions: Iterable[str]) -> None:
+        cache = sample.cache
+        for view in views:
+            key = view.latent_key(vae_id)
+            latents.setdefault((cache.folder, key), Entry(cache, "latent", key, view))
+            if sample.has_mask:
+                key = view.mask_key()
+                masks.setdefault((cache.folder, key), Entry(cache, "mask", key, view))
+        for caption in captions if with_texts else ():
+            key = text_id.key(caption)
+            texts.setdefault((cache.folder, key), Entry(cache, "text", key, caption))
+
+    for sample in train:
+        need(sample, sample.views(), [*sample.fixed_captions(seed), *([""] if empty_caption else [])])
+    for sample in evals:
+        need(sample, sample.views()[:1], [sample.evaluation_caption().text])
+    return Needed(list(latents.values()), list(masks.values()), list(texts.values()))
+
+
+def missing(entries: Sequence[Entry[Source]]) -> list[Entry[Source]]:
+    """The entries that have to be made: not there, or shorter or longer than their headers say."""
+    have: dict[Path, set[str]] = {}
+    found = []
+    for entry in entries:
+        folder = entry.cache.folder
+        if folder not in have:
+            have[folder] = entry.cache.keys(entry.kind) | set(entry.cache.rejected())
+        if entry.key not in have[folder] or not entry.is_done:
+            found.append(entry)
+    return found
+
+
+def is_damaged(entry: Entry[View] | Entry[str]) -> bool:
+    """Whether an entry cannot be read, or is not what was written."""
+    try:
+        entry.cache.load(entry.kind, entry.key)
+    except DamagedEntry:
+        return True
+    return False
+
+
+def without_rejected(samples: Sequence[Sample], vae_id: str) -> tuple[list[Sample], list[str]]:
+    """The samples whose latents exist, and "path: reason" for the images of the others, which leave at every size."""
+    reasons: dict[Path, dict[str, str]] = {}
+    bad: dict[Path, str] = {}
+    for sample in samples:
+        folder = sample.cache.folder
+        if folder not in reasons:
+            reasons[folder] = sample.cache.rejected()
+        for view in sample.views():
+            for key in [view.latent_key(vae_id), *([view.mask_key()] if sample.has_mask else [])]:
+                if key in reasons[folder]:
+                    bad[sample.picture.path] = reasons[folder][key]
+    kept = [sample for sample in samples if sample.picture.path not in bad]
+    return kept, [f"{path}: {reason}" for path, reason in bad.items()]

@@ -1,0 +1,297 @@
+"""Training states: all that a run needs to go on, in folders that are either whole or not there.
+
+A folder `step-000123` holds `weights`, `optimizer` and, with [ema], `average` as safetensors, and `state.json`, which
+is written last: what the state is of, and the size and SHA-256 of each file. Nothing in it is ever unpickled.
+"""
+
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from anima_train.checkpoint.async_writer import Groups
+from anima_train.checkpoint.disk_space import require_room, state_bytes
+from anima_train.checkpoint.weights import check_finite
+from anima_train.core.errors import ModelFileError
+from anima_train.core.files import disk_errors, sha256_file, sync, write_text
+from anima_train.core.settings import Settings
+from anima_train.model.safetensors_io import match_keys, open_header, read_tensors, write_tensors
+from anima_train.optim.ema import Average
+
+STATE_FOLDER = re.compile(r"step-(\d+)")
+MANIFEST = "state.json"
+VERSION = 2  # of the layout; raise it when an older one cannot be read any more
+
+
+class FileFacts(Settings):
+    """One file of a state."""
+
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class StateFacts(Settings):
+    """What `state.json` says."""
+
+    version: Literal[2] = 2
+    step: int = Field(ge=0)
+    """Optimizer steps that were done."""
+    optimizer: str
+    """Class of the optimizer."""
+    pending: list[str] = Field(default=[])
+    """What was due after the step but left for the process that goes on."""
+    score: float | None = None
+    """Mean loss of the evaluation sets after the step, where it was measured."""
+    run: dict[str, Any] = Field(default={})
+    """What the run was made from, as in its manifest."""
+    config: dict[str, Any] = Field(default={})
+    """The resolved configuration."""
+    files: dict[str, FileFacts] = Field(default={})
+    """Those beside this one."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A state on disk."""
+
+    folder: Path
+    facts: StateFacts
+
+
+class DamagedState(ModelFileError):
+    """A state that is not what was written; the one before may be."""
+
+
+def state_tensors(transformer: nn.Module, optimizer: Optimizer, average: Average | None = None) -> Groups:
+    """The tensors of a state as they are in memory, nothing converted or copied."""
+    weights = trained_parameters(transformer)
+    groups: dict[str, Mapping[str, Tensor]] = {"weights": weights, "optimizer": optimizer_tensors(optimizer, weights)}
+    if average is not None:
+        groups["average"] = average.tensors
+    return groups
+
+
+def save_state(folder: Path, facts: StateFacts, groups: Groups, keep_last: int) -> Path:
+    """Write a state, then remove all but the newest `keep_last` and the best.
+
+    The folder gets its name only when everything in it is on disk. A whole state of this step that is there stays.
+
+    Raises:
+        NumericError: a weight or a moment is not finite; earlier states are intact.
+        SpaceError: the disk is full; earlier states are intact.
+    """
+    final = folder / f"step-{facts.step:06d}"
+    temporary = folder / f".{final.name}.tmp"
+    for abandoned in folder.glob(".step-*.tmp"):  # of a process that was killed
+        shutil.rmtree(abandoned)
+    for tensors in groups.values():
+        check_finite(final, tensors)
+    if final.exists() and not faults(final):
+        return final
+    require_room(final, *groups.values())
+    with disk_errors(final, state_bytes(*groups.values())):
+        try:
+            temporary.mkdir(parents=True)
+            files = {}
+            for name, tensors in groups.items():
+                path = temporary / f"{name}.safetensors"
+                write_tensors(path, tensors, {})
+                sync(path)
+                files[path.name] = FileFacts(bytes=path.stat().st_size, sha256=sha256_file(path))
+            write_text(temporary / MANIFEST, facts.model_copy(update={"files": files}).model_dump_json(indent=1))
+            sync(temporary)
+            remove(final)
+            temporary.rename(final)
+            sync(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        rotate(folder, final, keep_last)
+    return final
+
+
+def rotate(folder: Path, newest: Path, keep_last: int) -> None:
+    """Remove all states but the newest `keep_last`, the one just saved, and that of the lowest evaluation loss."""
+    states = saved_states(folder)
+    scores = {path: score for path in states if (score := score_of(path)) is not None}
+    best = min(scores, key=lambda path: scores[path], default=None)
+    for old in states[:-keep_last]:
+        if old not in (newest, best):
+            remove(old)
+
+
+def score_of(folder: Path) -> float | None:
+    """The evaluation loss of a state, if it can be read and has one."""
+    try:
+        return read_facts(folder).score
+    except ModelFileError:
+        return None
+
+
+def remove(folder: Path) -> None:
+    """Remove a state in such an order that no part of it is ever taken for a state."""
+    if folder.exists():
+        shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.old.tmp")))
+
+
+def saved_states(folder: Path) -> list[Path]:
+    """The training states in a folder, oldest first."""
+    found = [(int(match[1]), path) for path in folder.glob("step-*") if (match := STATE_FOLDER.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def newest_state(folder: Path, warn: Callable[[str], None]) -> Saved | None:
+    """The newest state in a folder that is as it was written; None if there is no state at all.
+
+    Args:
+        folder: the run's `checkpoints`.
+        warn: gets a line for each damaged state that is passed over.
+
+    Raises:
+        ModelFileError: all are damaged, or one is of another version.
+    """
+    problems: list[str] = []
+    for path in reversed(saved_states(folder)):
+        try:
+            found = check_state(path)
+        except DamagedState as error:
+            problems.extend(error.problems)
+            continue
+        for problem in problems:
+            warn(f"{problem}; going back to step {found.facts.step}")
+        return found
+    if problems:
+        raise ModelFileError([f"{problem}; there is no earlier one" for problem in problems])
+    return None
+
+
+def check_state(folder: Path) -> Saved:
+    """Read a state's manifest and compare size and hash of every file.
+
+    Raises:
+        DamagedState: something is missing or differs.
+        ModelFileError: it is of another version.
+    """
+    if problems := faults(folder):
+        raise DamagedState(f"{folder}: damaged: {'; '.join(problems)}")
+    return Saved(folder, read_facts(folder))
+
+
+def faults(folder: Path) -> list[str]:
+    """What is wrong with a state's files, one entry each."""
+    try:
+        facts = read_facts(folder)
+    except DamagedState as error:
+        return [problem.removeprefix(f"{folder}: ") for problem in error.problems]
+    problems = [] if {"weights.safetensors", "optimizer.safetensors"} <= facts.files.keys() else ["files are missing"]
+    for name, expected in facts.files.items():
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            problems.append(f"{name} is missing")
+        elif (size := path.stat().st_size) != expected.bytes:
+            problems.append(f"{name} has {size:,} bytes, {expected.bytes:,} were written")
+        elif sha256_file(path) != expected.sha256:
+            problems.append(f"{name} has other content than was written")
+    return problems
+
+
+def read_facts(folder: Path) -> StateFacts:
+    """A state's manifest.
+
+    Raises:
+        DamagedState: it is missing or cannot be read.
+        ModelFileError: it is of another version.
+    """
+    path = folder / MANIFEST
+    try:
+        text = path.read_text(encoding="utf-8")
+        version = version_of(text)
+    except (OSError, ValueError) as error:
+        raise DamagedState(f"{folder}: {MANIFEST} is missing or cannot be read") from error
+    if version != VERSION:
+        raise ModelFileError(
+            f"{folder}: a training state of version {version}, and this anima-train reads version {VERSION}; go on "
+            "with the anima-train that wrote it"
+        )
+    try:
+        return StateFacts.model_validate_json(text)
+    except ValueError as error:
+        raise DamagedState(f"{folder}: {MANIFEST} is damaged") from error
+
+
+class Versioned(Settings, extra="ignore"):
+    """The one field that every version has."""
+
+    version: int
+
+
+def version_of(text: str) -> int:
+    """The version a manifest names; ValueError if it has none."""
+    return Versioned.model_validate_json(text).version
+
+
+def load_state(saved: Saved, transformer: nn.Module, optimizer: Optimizer, average: Average | None = None) -> None:
+    """Put a checked state back. Nothing is changed unless all of it can be read.
+
+    Raises:
+        ModelFileError: it was saved by a run with other trained parameters or another optimizer.
+    """
+    folder = saved.folder
+    kind = type(optimizer).__name__
+    if saved.facts.optimizer != kind:
+        raise ModelFileError(
+            f"{folder}: saved with the optimizer {saved.facts.optimizer}, and the configuration makes {kind}; resume "
+            "with the configuration the run was started with"
+        )
+    trained = trained_parameters(transformer)
+    header = open_header(folder / "weights.safetensors")
+    match_keys(header.entries, trained, f"{folder}: saved by a run that trains other parameters")
+    if other := [name for name, entry in header.entries.items() if entry.dtype != trained[name].dtype]:
+        found, expected = header.entries[other[0]].dtype, trained[other[0]].dtype
+        raise ModelFileError(
+            f"{folder}: saved by a run that trains in another dtype: {other[0]} is {found}, expected {expected}"
+        )
+    weights = dict(read_tensors(header))
+    averages = None
+    if average is not None:
+        if "average.safetensors" not in saved.facts.files:
+            raise ModelFileError(f"{folder}: saved by a run without [ema]; remove it, or start another run")
+        averages = dict(read_tensors(open_header(folder / "average.safetensors")))
+    state: dict[int, dict[str, Tensor]] = {}
+    indices = {name: index for index, name in enumerate(names_in_order(optimizer, trained))}
+    for name, tensor in read_tensors(open_header(folder / "optimizer.safetensors")):
+        parameter, _, key = name.rpartition(".")
+        if parameter not in indices:
+            raise ModelFileError(f"{folder}: the optimizer's state is of other parameters, such as {parameter}")
+        state.setdefault(indices[parameter], {})[key] = tensor
+
+    if average is not None and averages is not None:
+        average.load(averages, f"{folder}: saved by a run that trains other parameters")
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            trained[name].copy_(tensor)
+
+
+def trained_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that get updates, by name."""
+    return {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
+
+
+def names_in_order(optimizer: Optimizer, trained: Mapping[str, nn.Parameter]) -> list[str]:
+    """The name of each of the optimizer's parameters, in the order in which its state counts them."""
+    names = {id(parameter): name for name, parameter in trained.items()}
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def optimizer_tensors(optimizer: Optimizer, trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Every state tensor as `PARAMETER.NAME`."""
+    names = names_in_order(optimizer, trained)
+    state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
+    return {f"{names[index]}.{key}": tensor for index, entry in state.items() for key, tensor in entry.items()}

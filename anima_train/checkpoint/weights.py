@@ -1,0 +1,65 @@
+"""The weights that users load elsewhere: a LoRA or a model, safetensors only."""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from anima_train import __version__
+from anima_train.config.config import Config
+from anima_train.core.errors import ModelFileError, NumericError
+from anima_train.core.files import atomic_path
+from anima_train.core.format import count
+from anima_train.model.safetensors_io import file_bytes, match_keys, open_header, read_tensors, write_tensors
+
+
+def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a LoRA or a checkpoint atomically, after reading back every key, shape and value of it.
+
+    Raises:
+        NumericError: a weight is not finite; nothing is written.
+        SpaceError: the disk is full; earlier files are intact.
+        ModelFileError: the disk does not give back what was written; earlier files are intact.
+    """
+    check_finite(path, tensors)
+    metadata = {"format": "pt", **metadata}
+    with atomic_path(path, file_bytes(tensors, metadata)) as temporary:
+        write_tensors(temporary, tensors, metadata)
+        found = open_header(temporary)
+        match_keys(found.entries, tensors, f"{path}: reads back with other keys than were written; check the disk")
+        for name, tensor in read_tensors(found):
+            if not torch.equal(tensor, tensors[name].detach().cpu()):
+                raise ModelFileError(f"{path}: {name} reads back with other values than were written; check the disk")
+
+
+def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise NumericError if any tensor that is about to be saved holds NaN or infinity."""
+    if broken := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
+        raise NumericError(
+            f"{path.name}: not saved, because {count(len(broken), 'tensor')} of {len(tensors):,} hold NaN or infinity, "
+            f"such as {broken[0]}; earlier files are intact"
+        )
+
+
+def weights_metadata(config: Config, title: str, step: int, epoch: int, num_samples: int) -> dict[str, str]:
+    """The safetensors metadata of the weights after `step` steps, in the `epoch`-th epoch."""
+    return {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.implementation": "anima-train",
+        "modelspec.title": title,
+        "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "modelspec.prediction_type": "rectified_flow",
+        "anima_train.version": __version__,
+        "ss_base_model_version": "anima",
+        "ss_output_name": title,
+        "ss_steps": str(step),
+        "ss_epoch": str(epoch),
+        "ss_seed": str(config.seed),
+        "ss_learning_rate": str(config.optimizer.lr),
+        "ss_optimizer": config.optimizer.type,
+        "ss_lr_scheduler": config.lr_scheduler.type,
+        "ss_num_train_images": str(num_samples),
+        **config.adapter.metadata(),
+    }

@@ -1,0 +1,58 @@
+"""The model's files that a configuration names or implies."""
+
+from dataclasses import astuple
+from pathlib import Path
+
+from anima_train.config.load import LoadedConfig, LoadedModel
+from anima_train.core.errors import ModelFileError, UserError
+from anima_train.model import hub
+from anima_train.model.loading import ModelFiles
+from anima_train.model.text import find_tokenizer_folder
+from anima_train.model.tiny import tiny_paths, write_tiny
+
+
+def find_model_files(loaded: LoadedConfig | LoadedModel) -> ModelFiles:
+    """Every model file the configuration names or implies; missing official ones are downloaded.
+
+    Raises:
+        ModelFileError: every file that is missing and cannot be downloaded, and every wrong one, at once.
+    """
+    config = loaded.config
+    if config.model.tiny_path is not None:
+        folder = Path(config.model.tiny_path)
+        paths = tiny_paths(folder)
+        if not all(path.exists() for path in astuple(paths)):
+            paths = write_tiny(folder)
+        adapter = loaded.model_path("llm_adapter_path")
+        other = loaded.model_path("transformer_path")  # for pictures alone: a configuration has only one of the two
+        transformer = paths.transformer if other is None else Path(other)
+        return ModelFiles(
+            transformer, paths.vae, paths.llm, paths.tokenizer, paths.t5_tokenizer,
+            None if adapter is None else hub.resolve("transformer_path", adapter, config.offline),
+        )  # fmt: skip
+
+    problems: list[str] = []
+    found: dict[str, Path] = {}
+
+    def resolve(slot: str, path: str | None) -> None:
+        try:
+            found[slot] = hub.resolve(slot, path, config.offline)
+        except UserError as error:
+            problems.extend(error.problems)
+
+    for slot in ("transformer_path", "vae_path", "llm_path"):
+        resolve(slot, loaded.model_path(slot))
+    for slot, name in (("tokenizer_path", "tokenizer"), ("t5_tokenizer_path", "t5_tokenizer")):
+        path = loaded.model_path(slot)
+        near = None if path is not None or "llm_path" not in found else find_tokenizer_folder(name, found["llm_path"])
+        resolve(slot, path if near is None else str(near))
+    if config.model.llm_adapter_path is not None:
+        resolve("llm_adapter_path", loaded.model_path("llm_adapter_path"))
+    if problems:
+        raise ModelFileError(problems)
+    files = ModelFiles(
+        found["transformer_path"], found["vae_path"], found["llm_path"], found["tokenizer_path"],
+        found["t5_tokenizer_path"], found.get("llm_adapter_path"),
+    )  # fmt: skip
+    files.check_headers()
+    return files

@@ -1,0 +1,1 @@
+"""The places that images come from: folders, archives, Hugging Face datasets."""

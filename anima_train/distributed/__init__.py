@@ -1,0 +1,1 @@
+"""Several processes: agreement, signals, collectives."""

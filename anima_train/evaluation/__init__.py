@@ -1,0 +1,1 @@
+"""Losses on evaluation sets, and previews."""

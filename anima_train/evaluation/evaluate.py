@@ -1,0 +1,153 @@
+"""Evaluation: the loss of a held-out set at fixed quantiles of t with fixed noise.
+
+Two evaluations of the same weights are equal, and two checkpoints are compared on the same noise.
+"""
+
+import itertools
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from anima_train.core.random import stream
+from anima_train.data.loader import CachedData, read_ahead
+from anima_train.data.plan import BatchSizes, batch_size_for
+from anima_train.distributed.signals import Abandoned, Stopping
+from anima_train.objective.losses import Loss
+from anima_train.objective.step import compute_loss
+from anima_train.objective.timesteps import Timesteps
+from anima_train.run.manifest import dataset_digest
+
+QUANTILES = tuple(round(0.1 * tenth, 1) for tenth in range(1, 10))  # of the distribution of t before its shift
+NOISE_SEED = 0  # not the run's: runs with different seeds are measured on the same noise
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """A dataset the loss is measured on."""
+
+    name: str
+    data: CachedData
+    batch_sizes: BatchSizes
+
+    def batches(self) -> list[tuple[int, ...]]:
+        """Sample indices, bucket by bucket; every sample once."""
+        buckets: dict[tuple, list[int]] = defaultdict(list)
+        for index, sample in enumerate(self.data.samples):
+            buckets[sample.resolution, sample.size].append(index)
+        return [
+            tuple(indices[start : start + width])
+            for (resolution, _), indices in sorted(buckets.items())
+            for width in [batch_size_for(self.batch_sizes, resolution)]
+            for start in range(0, len(indices), width)
+        ]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The losses of one set: a row per sample, a column per quantile."""
+
+    name: str
+    losses: Tensor
+
+    def metrics(self, base: "Evaluation | None") -> dict[str, float]:
+        """What is logged: the mean, the mean at each quantile, and the difference from the base model.
+
+        The difference is paired (same samples, same noise); its standard error is over samples.
+        """
+        values = {f"{self.name}/loss": float(self.losses.mean())}
+        for quantile, loss in zip(QUANTILES, self.losses.mean(dim=0), strict=True):
+            values[f"{self.name}/loss_quantile_{quantile:.2f}"] = float(loss)
+        if base is not None:
+            differences = (self.losses - base.losses).mean(dim=1)
+            values[f"{self.name}/difference_from_base"] = float(differences.mean())
+            if len(differences) > 1:
+                error = float(differences.std()) / math.sqrt(len(differences))
+                values[f"{self.name}/difference_from_base_stderr"] = error
+        return values
+
+
+@torch.no_grad()
+def evaluate(
+    transformer: nn.Module,
+    eval_set: EvalSet,
+    loss: Loss,
+    timesteps: Timesteps,
+    accelerator: Accelerator,
+    num_workers: int,
+    stopping: Stopping,
+) -> Evaluation:
+    """Measure one set. Processes share the batches.
+
+    Nothing is left to chance: dropout is off, captions and their tags are never dropped or shuffled, nothing is
+    mirrored.
+
+    Raises:
+        Abandoned: on all processes, as one of them is to stop.
+    """
+    was_training = transformer.training
+    transformer.eval()
+    samples = eval_set.data.samples
+    batches = eval_set.batches()
+    mine = batches[accelerator.process_index :: accelerator.num_processes]
+
+    def points() -> Iterator[tuple[tuple[int, ...], int]]:
+        for indices in mine:
+            for column in range(len(QUANTILES)):
+                yield indices, column
+
+    def make(point: tuple[tuple[int, ...], int]) -> tuple:
+        indices, column = point
+        chosen = [samples[index] for index in indices]
+        views = [sample.views()[0] for sample in chosen]
+        t = [timesteps.at(QUANTILES[column], sample.size.num_tokens) for sample in chosen]
+        captions = [sample.evaluation_caption() for sample in chosen]
+        noise = [stream(NOISE_SEED, "evaluation", sample.id, column) for sample in chosen]
+        return indices, column, eval_set.data.batch(views, captions, t, noise)
+
+    found: list[tuple[int, int, float]] = []
+    made = read_ahead(points(), make, num_threads=num_workers)
+    num_rounds = math.ceil(len(batches) / accelerator.num_processes) * len(QUANTILES)
+    try:
+        for _ in range(num_rounds):  # as many on every process, as all are asked in each
+            if stopping.is_asked(accelerator):
+                raise Abandoned
+            for indices, column, batch in itertools.islice(made, 1):
+                values = compute_loss(transformer, batch.to(accelerator.device), loss)
+                found.extend((index, column, float(value)) for index, value in zip(indices, values.cpu(), strict=True))
+    finally:
+        made.close()
+        transformer.train(was_training)
+    losses = torch.full((len(samples), len(QUANTILES)), torch.nan, dtype=torch.float64)
+    everyone: Sequence[tuple[int, int, float]] = gather_object(found)
+    for index, column, value in everyone:
+        losses[index, column] = value
+    return Evaluation(eval_set.name, losses)
+
+
+def base_text(results: Iterable[Evaluation], evals: Iterable[EvalSet]) -> str:
+    """The base model's evaluations as JSON."""
+    found = {
+        result.name: {"dataset_sha256": dataset_digest(eval_set.data.samples), "losses": result.losses.tolist()}
+        for result, eval_set in zip(results, evals, strict=True)
+    }
+    return json.dumps(found)
+
+
+def read_base(path: Path, evals: Iterable[EvalSet]) -> dict[str, Evaluation]:
+    """The base model's evaluations, of those sets that are what they were."""
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        eval_set.name: Evaluation(eval_set.name, torch.tensor(entry["losses"], dtype=torch.float64))
+        for eval_set in evals
+        if (entry := found.get(eval_set.name)) and entry["dataset_sha256"] == dataset_digest(eval_set.data.samples)
+    }

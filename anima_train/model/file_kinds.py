@@ -1,0 +1,164 @@
+"""Which model file is this: kinds told apart by the names and shapes in their headers."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+from anima_train.core.errors import ModelFileError
+from anima_train.core.format import count
+from anima_train.model.safetensors_io import FLOATS, Entry, TensorFile, first_five
+
+TRANSFORMER_PREFIXES = ("net.", "model.diffusion_model.", "diffusion_model.", "")
+ADAPTER_PREFIX = "llm_adapter."
+DERIVED = re.compile(r"(^|\.)pos_embedder\.|\.inv_freq$")  # buffers some files carry; recomputed here
+SLOTS = {
+    "transformer": "an Anima transformer",
+    "cosmos": "a Cosmos-Predict2 transformer (no LLM adapter)",
+    "llm_adapter": "an Anima LLM adapter",
+    "text_encoder": "a Qwen3 text encoder",
+    "vae": "the Qwen-Image VAE in Wan names",
+}
+SLOT_KEYS = {
+    "transformer": "model.transformer_path",
+    "llm_adapter": "model.llm_adapter_path",
+    "text_encoder": "model.llm_path",
+    "vae": "model.vae_path",
+}
+# Key pattern -> a key of `SLOTS`, or a description. The first pattern found in any name counts.
+SIGNS = tuple(
+    (re.compile(pattern), kind)
+    for pattern, kind in (
+        (r"(^|[._])lora[._]|\.(lokr|hada|oft|boft|glora)_", "a LoRA"),
+        (r"(^|\.)blocks\.block0\.", "a Cosmos-Predict1 transformer"),
+        (rf"^({'|'.join(map(re.escape, TRANSFORMER_PREFIXES))})x_embedder\.proj\.1\.weight$", "transformer"),
+        (r"(^|\.)x_embedder\.proj\.1\.weight$", "a transformer like Anima's, but with another prefix to its keys"),
+        (r"^conditioner\.embedders\.", "a Stable Diffusion XL checkpoint"),
+        (r"^cond_stage_model\.", "a Stable Diffusion 1 or 2 checkpoint"),
+        (r"(^|\.)input_blocks\.0\.0\.", "a Stable Diffusion U-Net"),
+        (r"(^|\.)joint_blocks\.\d+\.", "a Stable Diffusion 3 transformer"),
+        (r"(^|\.)double_blocks\.\d+\.img_attn", "a Flux transformer"),
+        (r"(^|\.)blocks\.\d+\.cross_attn\.norm_q\.weight$", "a Wan video transformer"),
+        (r"(^|\.)transformer_blocks\.\d+\.attn1?\.to_q\.", "a transformer in diffusers names, not in ComfyUI's"),
+        (r"(^|\.)blocks\.0\.norm_cross_attn\.weight$", "llm_adapter"),
+        (r"(^|\.)text_model\.(encoder|embeddings)\.", "a CLIP text encoder"),
+        (r"(^|\.)layers\.\d+\.(pre_feedforward_layernorm|post_ffw_norm)\.", "a Gemma text encoder"),
+        (r"(^|\.)layers\.\d+\.mlp\.experts\.", "a mixture-of-experts language model"),
+        (r"^(model\.)?layers\.0\.self_attn\.q_norm\.weight$", "text_encoder"),
+        (r"(^|\.)layers\.\d+\.self_attn\.q_proj\.bias$", "a Qwen2 text encoder"),
+        (r"(^|\.)layers\.\d+\.self_attn\.q_proj\.weight$", "a language model that is not Qwen3"),
+        (r"(^|\.)encoder\.block\.\d+\.layer\.0\.SelfAttention\.", "a T5 text encoder"),
+        (r"^encoder\.downsamples\.0\.residual\.0\.gamma$", "vae"),
+        (r"^encoder\.downsamples\.0\.downsamples\.", "the VAE of Wan 2.2"),
+        (r"^(first_stage_model\.|vae\.)?encoder\.down\.\d+\.block\.", "an SD or Flux VAE"),
+        (r"^(encoder|decoder)\.(mid_block|down_blocks|up_blocks)\.", "a VAE in diffusers names, not in Wan's"),
+    )
+)
+# What the dimensions of each model are read from, with the number of sides: without these no module can be built.
+DIMENSIONS: Mapping[str, Mapping[str, int]] = {
+    "transformer": {
+        "x_embedder.proj.1.weight": 2,
+        "blocks.0.self_attn.q_norm.weight": 1,
+        "blocks.0.cross_attn.k_proj.weight": 2,
+        "blocks.0.adaln_modulation_self_attn.1.weight": 2,
+    },
+    "llm_adapter": {
+        "embed.weight": 2,
+        "blocks.0.cross_attn.k_proj.weight": 2,
+        "blocks.0.cross_attn.q_norm.weight": 1,
+    },
+    "text_encoder": {
+        "embed_tokens.weight": 2,
+        "layers.0.self_attn.q_norm.weight": 1,
+        "layers.0.self_attn.q_proj.weight": 2,
+        "layers.0.self_attn.k_proj.weight": 2,
+        "layers.0.mlp.gate_proj.weight": 2,
+    },
+    "vae": {"encoder.downsamples.0.residual.0.gamma": 4},
+}
+
+
+def identify(file: TensorFile) -> str:
+    """A key of `SLOTS` for files this trainer uses, or a description such as "a LoRA"."""
+    names = file.entries
+    kind = next((kind for pattern, kind in SIGNS if any(map(pattern.search, names))), None)
+    if kind == "transformer":
+        adapter = f"{transformer_prefix(file)}{ADAPTER_PREFIX}"
+        return "transformer" if any(name.startswith(adapter) for name in names) else "cosmos"
+    if kind is None:
+        return "a file of unknown kind" + (f" (its first key is {min(names)})" if names else " (it holds no tensors)")
+    return kind
+
+
+def transformer_prefix(file: TensorFile) -> str | None:
+    """The prefix under which the file holds a `MiniTrainDIT`, or None."""
+    for prefix in TRANSFORMER_PREFIXES:
+        if f"{prefix}x_embedder.proj.1.weight" in file.entries:
+            return prefix
+    return None
+
+
+def adapter_prefix(file: TensorFile) -> str | None:
+    """The prefix under which the file holds an LLM adapter, or None."""
+    suffix = "blocks.0.norm_cross_attn.weight"
+    for name in file.entries:
+        if name.endswith(suffix):
+            return name.removesuffix(suffix)
+    return None
+
+
+def expect(file: TensorFile, slot: str, key: str, accepted: tuple[str, ...]) -> None:
+    """Check that the file given for config key `key` holds one of the accepted kinds, in a dtype to train from.
+
+    Raises:
+        ModelFileError: "slot X expects Y; this looks like Z", or what keeps the model from being built.
+    """
+    kind = identify(file)
+    if kind not in accepted:
+        remedy = f"; it belongs in {SLOT_KEYS[kind]}" if kind in SLOT_KEYS else ""
+        if kind == "cosmos" and slot == "transformer":
+            remedy = "; give the adapter as model.llm_adapter_path, or a file with the adapter inside"
+        raise ModelFileError(f"{key}: expects {SLOTS[slot]}; {file.path} looks like {SLOTS.get(kind, kind)}{remedy}")
+    kinds = Counter(entry.dtype for name, entry in file.entries.items() if not DERIVED.search(name))
+    if quantised := {dtype: number for dtype, number in kinds.items() if dtype not in FLOATS}:
+        listing = ", ".join(f"{number} {str(dtype).removeprefix('torch.')}" for dtype, number in quantised.items())
+        raise ModelFileError(
+            f"{key}: {file.path} is quantised ({listing} tensors); training needs the original in bf16 or fp32"
+        )
+    if problems := [f"{key}: {file.path}: {problem}" for problem in layout_problems(file, kind)]:
+        raise ModelFileError(problems)
+
+
+def layout_problems(file: TensorFile, kind: str) -> Iterator[str]:
+    """What is wrong with the keys of a file of this kind (of `SLOTS`), as far as it shows before a module is built."""
+    prefix = key_prefix(file, kind)
+    part = file.stripped(prefix)
+    yield from dimension_problems(part.entries, "transformer" if kind == "cosmos" else kind)
+    if kind == "transformer":
+        yield from dimension_problems(part.stripped(ADAPTER_PREFIX).entries, "llm_adapter")
+    outside = [name for name in file.entries if not name.startswith(prefix) and name != "lm_head.weight"]
+    if outside:
+        yield f"{len(outside)} keys unexpected: {first_five(outside)}"
+
+
+def key_prefix(file: TensorFile, kind: str) -> str:
+    """What the keys of a file of this kind (of `SLOTS`) begin with."""
+    if kind in ("transformer", "cosmos"):
+        return transformer_prefix(file) or ""
+    if kind == "llm_adapter":
+        return adapter_prefix(file) or ""
+    if kind == "text_encoder" and any(name.startswith("model.layers.") for name in file.entries):
+        return "model."
+    return ""
+
+
+def dimension_problems(entries: Mapping[str, Entry], kind: str) -> Iterator[str]:
+    """What keeps the dimensions of a model from being read off its tensors (keys without prefix)."""
+    for name, num_sides in DIMENSIONS[kind].items():
+        shape = entries[name].shape if name in entries else None
+        if shape is None:
+            yield f"the tensor {name} is missing"
+        elif len(shape) != num_sides or 0 in shape:
+            yield f"the tensor {name} has the shape {shape}, expected {count(num_sides, 'side')}"
+    numbers = {match[1] for name in entries if (match := re.match(r"(?:blocks|layers)\.(\d+)\.", name))}
+    if absent := [str(number) for number in range(len(numbers)) if str(number) not in numbers]:
+        yield f"{len(absent)} blocks missing among {len(numbers)}: {first_five(absent)}"

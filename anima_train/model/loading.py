@@ -1,0 +1,128 @@
+"""The model's files found, checked from their headers, and loaded."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from anima_train.core.errors import ModelFileError
+from anima_train.model.dit import MiniTrainDIT, TransformerShape
+from anima_train.model.file_kinds import ADAPTER_PREFIX, DERIVED, adapter_prefix, expect, transformer_prefix
+from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
+from anima_train.model.safetensors_io import TensorFile, fingerprint, load_into, open_header, read_tensors
+from anima_train.model.text import num_text_encoder_weights, text_encoder_width
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where everything lies, on this machine."""
+
+    transformer: Path
+    vae: Path
+    llm: Path
+    tokenizer: Path
+    t5_tokenizer: Path
+    llm_adapter: Path | None = None  # instead of the one inside the transformer file
+
+    @cached_property
+    def transformer_header(self) -> TensorFile:
+        """The transformer's tensors without prefix, adapter and derived buffers."""
+        header = self.whole_transformer_header
+        kept = {name: entry for name, entry in header.entries.items() if not name.startswith(ADAPTER_PREFIX)}
+        return TensorFile(header.path, kept, header.metadata)
+
+    @cached_property
+    def whole_transformer_header(self) -> TensorFile:
+        """The transformer file's tensors without prefix and derived buffers."""
+        file = open_header(self.transformer)
+        accepted = ("transformer",) if self.llm_adapter is None else ("transformer", "cosmos")
+        expect(file, "transformer", "model.transformer_path", accepted)
+        file = file.stripped(transformer_prefix(file) or "")
+        kept = {name: entry for name, entry in file.entries.items() if not DERIVED.search(name)}
+        return TensorFile(file.path, kept, file.metadata)
+
+    @cached_property
+    def adapter_header(self) -> TensorFile:
+        """The LLM adapter's tensors without prefix."""
+        if self.llm_adapter is None:
+            return self.whole_transformer_header.stripped(ADAPTER_PREFIX)
+        file = open_header(self.llm_adapter)
+        expect(file, "llm_adapter", "model.llm_adapter_path", ("llm_adapter", "transformer"))
+        prefix = transformer_prefix(file)
+        prefix = adapter_prefix(file) if prefix is None else prefix + ADAPTER_PREFIX
+        assert prefix is not None
+        file = file.stripped(prefix)
+        kept = {name: entry for name, entry in file.entries.items() if not DERIVED.search(name)}
+        return TensorFile(file.path, kept, file.metadata)
+
+    def check_headers(self) -> None:
+        """Look at every file's header.
+
+        Raises:
+            ModelFileError: every wrong file at once.
+        """
+        problems: list[str] = []
+        checks: list[Callable[[], object]] = [lambda: self.transformer_header, lambda: self.adapter_header]
+        checks.append(lambda: expect(open_header(self.vae), "vae", "model.vae_path", ("vae",)))
+        if not self.llm.is_dir():
+            checks.append(lambda: expect(open_header(self.llm), "text_encoder", "model.llm_path", ("text_encoder",)))
+        for check in checks:
+            try:
+                check()
+            except ModelFileError as error:
+                problems.extend(problem for problem in error.problems if problem not in problems)
+        if problems or (problems := list(self.misfits())):
+            raise ModelFileError(problems)
+
+    def misfits(self) -> Iterator[str]:
+        """Parts that are each right, and of different models."""
+        adapter = LLMAdapterShape.of(self.adapter_header.entries)
+        transformer = TransformerShape.of(self.transformer_header.entries)
+        text_width = text_encoder_width(self.llm)
+        if text_width != adapter.source_width:
+            yield (
+                f"model.llm_path: {self.llm} gives states of width {text_width:,}, and the LLM adapter reads "
+                f"{adapter.source_width:,}; Anima needs Qwen3-0.6B"
+            )
+        if adapter.target_width != transformer.context_width:
+            yield (
+                f"model.llm_adapter_path: {self.adapter_header.path} gives a context of width "
+                f"{adapter.target_width:,}, and the transformer reads {transformer.context_width:,}"
+            )
+
+    def adapter_fingerprint(self) -> str:
+        """Hash of the adapter's weights alone, wherever they lie."""
+        return fingerprint(self.adapter_header)
+
+    def num_text_weights(self, llm_adapter_lr: float) -> int:
+        """Weights of the text encoder and, where it is frozen, the LLM adapter."""
+        adapter = self.adapter_header.entries.values() if llm_adapter_lr == 0 else ()
+        return num_text_encoder_weights(self.llm) + sum(math.prod(entry.shape) for entry in adapter)
+
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """The adapter's weights under the names they have in a whole transformer."""
+        return {ADAPTER_PREFIX + name: tensor for name, tensor in read_tensors(self.adapter_header)}
+
+
+def load_llm_adapter(files: ModelFiles, dtype: torch.dtype, device: torch.device) -> LLMAdapter:
+    """The LLM adapter, frozen."""
+    header = files.adapter_header
+    with torch.device("meta"):
+        adapter = LLMAdapter(LLMAdapterShape.of(header.entries))
+    load_into(adapter, header, f"LLM adapter in {header.path}", dtype, device)
+    return adapter
+
+
+def load_transformer(files: ModelFiles, with_adapter: bool, dtype: torch.dtype, device: torch.device) -> MiniTrainDIT:
+    """The transformer, frozen, with the adapter inside where it trains."""
+    header = files.transformer_header
+    with torch.device("meta"):
+        transformer = MiniTrainDIT(TransformerShape.of(header.entries))
+    load_into(transformer, header, f"model.transformer_path {header.path}", dtype, device)
+    if with_adapter:
+        transformer.llm_adapter = load_llm_adapter(files, dtype, device)
+    return transformer

@@ -1,0 +1,1 @@
+"""Pages and sheets for people; no room but cli imports this one."""

@@ -1,0 +1,206 @@
+"""What a set's captions become: lengths in tokens, what tokenizers cannot read, tags, typos, missing trigger words."""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from anima_train.caching.text_encoding import Length
+from anima_train.data.samples import Sample
+from anima_train.data.scan import SPECIAL_TOKEN
+from anima_train.model.text import Tokenizers
+
+CHUNK = 1000  # captions tokenized at once
+AS_TRAINED = {"add_special_tokens": False, "truncation": False, "padding": False, "verbose": False}
+MAX_TAG = 40  # characters; longer pieces are sentences
+MIN_TYPO = 5  # characters; among shorter words neighbours are common: "hat" and "cat"
+TYPO_RATIO = 3  # a tag this many times as frequent may be what was meant
+MIN_CAPTIONED = 4  # images of a directory; among fewer no first tag is a habit
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """Captions as both tokenizers read them."""
+
+    lengths: Mapping[str, Length]
+    unknown: Mapping[str, str]  # caption -> the characters that T5 reads as <unk>
+
+
+def tokenized(tokenizers: Tokenizers, captions: Iterable[str]) -> Tokenized:
+    """Tokenize every caption once, many at a time."""
+    lengths: dict[str, Length] = {}
+    unknown: dict[str, str] = {}
+    different = list(dict.fromkeys(captions))
+    for start in range(0, len(different), CHUNK):
+        chunk = different[start : start + CHUNK]
+        qwen, t5 = tokenizers.qwen(chunk, **AS_TRAINED)["input_ids"], tokenizers.t5(chunk, **AS_TRAINED)["input_ids"]
+        for caption, qwen_ids, t5_ids in zip(chunk, qwen, t5, strict=True):
+            lengths[caption] = Length(len(qwen_ids), len(t5_ids) + 1)
+            if tokenizers.t5.unk_token_id in t5_ids and (letters := unread(tokenizers, caption)):
+                unknown[caption] = letters
+    return Tokenized(lengths, unknown)
+
+
+def unread(tokenizers: Tokenizers, caption: str) -> str:
+    """The characters of a caption that T5 reads as <unk>, each once."""
+    found = tokenizers.t5(caption, **AS_TRAINED, return_offsets_mapping=True)
+    places = zip(found["input_ids"], found["offset_mapping"], strict=True)
+    pieces = [caption[start:end] for token, (start, end) in places if token == tokenizers.t5.unk_token_id]
+    # <unk> as text is warned of as a special token.
+    return "".join(sorted({letter for piece in pieces if piece != "<unk>" for letter in piece.strip()}))
+
+
+@dataclass(frozen=True)
+class Typo:
+    """A tag that looks like a mistyped one."""
+
+    tag: str
+    number: int
+    meant: str
+    meant_number: int
+
+
+@dataclass(frozen=True)
+class CaptionFacts:
+    """What to know of a set's captions."""
+
+    lengths: Sequence[Length]  # one per different caption
+    truncated: Sequence[tuple[str, int]]  # (caption, tokens lost), the longest first
+    unknown: Sequence[tuple[str, int]]  # (character, captions it is in), the most frequent first
+    special: Sequence[tuple[str, str]]  # (special token, a caption that holds its text)
+    tags: Sequence[tuple[str, int]]  # (tag, images), the most frequent first
+    typos: Sequence[Typo]
+
+
+def caption_facts(captions: Iterable[Sequence[str]], known: Tokenized) -> CaptionFacts:
+    """The facts of one set.
+
+    Args:
+        captions: those of each image.
+        known: their tokens.
+    """
+    images = list(captions)
+    different = list(dict.fromkeys(caption for image in images for caption in image))
+    truncated = [(caption, known.lengths[caption].lost) for caption in different if known.lengths[caption].lost]
+    unknown = Counter(letter for caption in different for letter in known.unknown.get(caption, ""))
+    tags = Counter(tag for image in images for tag in {tag for caption in image for tag in tags_of(caption)})
+    return CaptionFacts(
+        [known.lengths[caption] for caption in different],
+        sorted(truncated, key=lambda item: -item[1]),
+        ranked(unknown),
+        [(found[0], caption) for caption in different if (found := SPECIAL_TOKEN.search(caption))],
+        ranked(tags),
+        list(typos(tags)),
+    )
+
+
+def ranked(counter: Counter[str]) -> list[tuple[str, int]]:
+    """The most frequent first, of equals in alphabetical order."""
+    return sorted(counter.items(), key=lambda item: (-item[1], item[0]))
+
+
+def tags_of(caption: str) -> Iterator[str]:
+    """What commas and line ends separate, without sentences."""
+    return (piece for piece in pieces(caption) if len(piece) <= MAX_TAG)
+
+
+def pieces(caption: str, delimiter: str = ",") -> list[str]:
+    """What the delimiter, commas and line ends separate."""
+    parts = re.split(rf"{re.escape(delimiter)}|[,\n]", caption)
+    return [stripped for part in parts if (stripped := part.strip())]
+
+
+def typos(tags: Mapping[str, int]) -> Iterator[Typo]:
+    """Tags one edit away from a tag that is `TYPO_RATIO` times as frequent or more; the most frequent such tag each.
+
+    Two texts within one edit (a letter more, less, changed, or two swapped) are equal after at most one letter is
+    taken out of each: so neighbours are looked up, and no pair of unrelated tags is ever compared.
+    """
+    neighbours: dict[str, list[str]] = defaultdict(list)
+    for tag, number in tags.items():
+        if number >= TYPO_RATIO and len(tag) >= MIN_TYPO:
+            for shorter in shortened(tag):
+                neighbours[shorter].append(tag)
+    for tag, number in sorted(tags.items()):
+        if len(tag) < MIN_TYPO:
+            continue
+        near = {other for shorter in shortened(tag) for other in neighbours.get(shorter, ())}
+        meant = [other for other in near if tags[other] >= TYPO_RATIO * number and one_edit(tag, other)]
+        if meant:
+            best = min(meant, key=lambda other: (-tags[other], other))
+            yield Typo(tag, number, best, tags[best])
+
+
+def shortened(tag: str) -> set[str]:
+    """The tag, and all that taking one letter out of it leaves."""
+    return {tag, *(tag[:place] + tag[place + 1 :] for place in range(len(tag)))}
+
+
+def one_edit(tag: str, other: str) -> bool:
+    """Whether one edit makes one tag of the other; not where digits differ, as in 1girl and 2girl."""
+    start = 0
+    while tag[start : start + 1] == other[start : start + 1] != "":
+        start += 1
+    end = 0
+    while end < min(len(tag), len(other)) - start and tag[-1 - end] == other[-1 - end]:
+        end += 1
+    left, right = tag[start : len(tag) - end], other[start : len(other) - end]
+    if any(letter.isdigit() for letter in left + right):
+        return False
+    return max(len(left), len(right)) == 1 or (len(left) == 2 and left == right[::-1])
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Images of one directory that lack its trigger word, or what looks like one."""
+
+    directory: int
+    word: str
+    is_set: bool  # trigger_word; else the first tag of most captions
+    images: Sequence[str]
+
+    @property
+    def described(self) -> str:
+        """The word and why it is expected."""
+        return (
+            f"the trigger word {self.word}"
+            if self.is_set
+            else f"{self.word}, which begins most captions of this folder"
+        )
+
+
+def missing_words(samples: Iterable[Sample]) -> Iterator[Missing]:
+    """The directories with images that lack their trigger word, in any of their captions.
+
+    Images for regularization need none.
+    """
+    directories: dict[int, dict[str, Sample]] = defaultdict(dict)
+    for sample in samples:
+        if sample.is_regularization:
+            continue
+        directories[sample.directory].setdefault(str(sample.picture.path), sample)  # once, not for every resolution
+    for directory, images in sorted(directories.items()):
+        options = next(iter(images.values())).options
+        tags = {
+            path: [pieces(caption, options.cache_shuffle_delimiter) for caption in sample.plain_captions()]
+            for path, sample in images.items()
+        }
+        word = options.trigger_word.strip()
+        expected = word or common_first(tags.values())
+        wanted = set(pieces(expected, options.cache_shuffle_delimiter))
+        lacking = [path for path, captions in tags.items() if not any(wanted.issubset(caption) for caption in captions)]
+        if lacking:
+            yield Missing(directory, expected, bool(word), lacking)
+
+
+def common_first(images: Iterable[Sequence[Sequence[str]]]) -> str:
+    """The first tag of at least half of the images that have a caption; "" if there is none, or too few images.
+
+    Args:
+        images: the tags of each caption of each.
+    """
+    captioned = [first for captions in images if (first := {tags[0] for tags in captions if tags})]
+    numbers = ranked(Counter(tag for first in captioned for tag in first if len(tag) <= MAX_TAG))
+    if len(captioned) < MIN_CAPTIONED or not numbers or 2 * numbers[0][1] < len(captioned):
+        return ""
+    return numbers[0][0]

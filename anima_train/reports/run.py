@@ -1,0 +1,326 @@
+"""Everything that a run left in its folder, collected into plain values; `run_html` draws it.
+
+Files may be missing, half written or made by hand: what cannot be used is skipped, and noted.
+"""
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from anima_train.core.errors import ConfigError
+from anima_train.core.format import count
+from anima_train.core.settings import nearest
+from anima_train.data.images import BadImage, decode
+from anima_train.reports.dataset import evenly, small_jpeg
+from anima_train.reports.places import places_in, shared_config, shared_text
+from anima_train.reports.series import Series, number
+from anima_train.training.metrics import T_BINS
+
+MIN_WINDOW = 10  # steps of the average, at least
+WINDOWS = 50  # in a run
+MAX_PREVIEWS = 200
+PREVIEW_SIDE = 320  # pixels, the longer one
+PREVIEW = re.compile(r"s([0-9]{6,18})_(.+)\.png")
+LARGEST_STEP = 2**53  # what a float holds exactly
+
+SINGLE_KEYS = ("loss", "lr", "grad_norm", "memory_bytes")
+KEY_GROUPS = ("loss/", "lr/")
+
+
+@dataclass
+class Share:
+    """The mean loss of some samples."""
+
+    total: float = 0.0
+    num_samples: int = 0
+
+    def add(self, mean: float, num_samples: int) -> None:
+        """Take more samples into account."""
+        self.total += mean * num_samples
+        self.num_samples += num_samples
+
+    @property
+    def mean(self) -> float:
+        """NaN of no samples."""
+        return self.total / self.num_samples if self.num_samples else math.nan
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One evaluation of one set; NaN where a number is missing."""
+
+    step: int
+    loss: float
+    difference: float  # from the base
+    error: float  # standard error of the difference
+    quantiles: Mapping[str, float]  # loss by quantile of t
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A picture that was generated during the run."""
+
+    step: int
+    name: str  # the same at every step for the same prompt and seed
+    jpeg: str  # base64
+
+
+@dataclass
+class Metrics:
+    """What metrics.jsonl says."""
+
+    num_lines: int
+    window: float  # steps over which curves are averaged
+    curves: dict[str, Series] = field(default_factory=dict)  # by key; "speed" in images per second
+    first_by_t: list[Share] = field(default_factory=lambda: [Share() for _ in range(T_BINS)])  # in the first quarter
+    last_by_t: list[Share] = field(default_factory=lambda: [Share() for _ in range(T_BINS)])
+    num_steps: int = 0
+    num_epochs: int = 0
+    num_examples: int = 0
+    seconds: float = 0.0  # of training, after a resume too
+
+    def add(self, key: str, step: int, value: object) -> None:
+        """Append to the curve of a key."""
+        if key not in self.curves:
+            self.curves[key] = Series(self.num_lines, 1 - 1 / self.window)
+        self.curves[key].add(step, number(value))
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """The whole report."""
+
+    name: str
+    metrics: Metrics
+    evaluations: Mapping[str, Sequence[Evaluated]]  # by the set's name
+    buckets: Sequence[tuple[str, int]]  # (bucket, samples seen)
+    seen: Sequence[tuple[str, int]]  # (sample, times seen), the least first
+    previews: Sequence[Preview]  # by name, then step
+    num_previews: int  # in the folder
+    config: str  # the resolved config as TOML, without paths
+    manifest: Mapping[str, Any]
+    warnings: Sequence[str]
+    notes: Sequence[str]  # about the folder
+
+
+def collect_run(run: Path) -> RunReport:
+    """Read a run's folder, whether the run has ended or not.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    check_is_run(run)
+    notes: list[str] = []
+    manifest = read_object(run / "manifest.json", notes)
+    metrics = read_metrics(run / "metrics.jsonl", notes)
+    planned = manifest.get("num_steps")
+    if isinstance(planned, int) and metrics.num_steps < planned:
+        notes.append(f"{metrics.num_steps:,} of {planned:,} steps are done: the run is not at its end")
+    seen = read_object(run / "seen.json", notes)
+    previews, num_previews = read_previews(run / "samples", notes)
+    config = read_text(run / "config.toml", notes)
+    warnings = read_warnings(run / "warnings.jsonl", notes)
+    # The page may be shown to others, so it names no folder of this machine.
+    places = [str(Path.home() / "x"), str(run.resolve()), *places_in(config)]
+    return RunReport(
+        run.resolve().name,
+        metrics,
+        read_evaluations(run / "evaluations.jsonl", notes),
+        sorted(counts(seen.get("buckets")).items()),
+        sorted(counts(seen.get("samples")).items(), key=lambda item: (item[1], item[0])),
+        previews,
+        num_previews,
+        shared_config(config),
+        manifest,
+        [shared_text(warning, places) for warning in warnings],
+        [shared_text(each, places) for each in notes],
+    )
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run was begun in the folder."""
+    return (folder / "metrics.jsonl").is_file() or (folder / "manifest.json").is_file()
+
+
+def check_is_run(path: Path) -> None:
+    """Raise ConfigError, with the nearest run, if the path is not the folder of a run."""
+    if is_run(path):
+        return
+    problem = "holds no run (metrics.jsonl)" if path.is_dir() else "is no folder" if path.exists() else "does not exist"
+    around = path if path.is_dir() else path.parent
+    runs = sorted(folder for folder in around.iterdir() if is_run(folder)) if around.is_dir() else []
+    meant = nearest(path.name, [folder.name for folder in runs])
+    if path.is_file() and is_run(around):
+        advice = f"did you mean {around}?"
+    elif meant is not None and not path.is_dir():
+        advice = f"did you mean {around / meant}?"
+    elif runs:
+        advice = f"expected one of {', '.join(map(str, runs))}"
+    else:
+        advice = "expected output_dir/run_name of a run that was started"
+    raise ConfigError(f"{path} {problem}; {advice}")
+
+
+# Files
+
+
+def read_text(path: Path, notes: list[str]) -> str:
+    """A file's text; "" if there is none, with a note."""
+    if not path.is_file():
+        notes.append(f"{path.name} is missing")
+        return ""
+    return path.read_text(encoding="utf-8", errors="backslashreplace")
+
+
+def read_object(path: Path, notes: list[str]) -> dict[str, Any]:
+    """A file that holds one JSON object; nothing if there is none, with a note."""
+    if not path.is_file():
+        notes.append(f"{path.name} is missing" + ("; the end of a run writes it" if path.stem == "seen" else ""))
+        return {}
+    found = parsed(path.read_bytes())
+    if found is None:
+        notes.append(f"{path.name} is damaged, and not used")
+    return found or {}
+
+
+def read_lines(path: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(step, values) for each line of a file of JSON objects; what is none is skipped, with a note."""
+    if not path.is_file():
+        return
+    first_bad = num_bad = 0
+    with open(path, "rb") as file:
+        for line_number, line in enumerate(file, 1):
+            values = parsed(line)
+            step = None if values is None else values.get("step")
+            if values is not None and isinstance(step, int) and 0 <= step <= LARGEST_STEP:
+                yield step, values
+            else:
+                first_bad = first_bad or line_number
+                num_bad += 1
+    if num_bad:
+        lines = count(num_bad, "damaged line is", "damaged lines are")
+        notes.append(
+            f"{path.name}: {lines} skipped, from line {first_bad:,} on; a process that is killed while it writes "
+            "leaves half a line"
+        )
+
+
+def parsed(line: bytes) -> dict[str, Any] | None:
+    """A JSON object; None for anything else."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def counts(table: object) -> dict[str, int]:
+    """Those entries of a JSON object that are numbers of something."""
+    if not isinstance(table, dict):
+        return {}
+    return {str(key): value for key, value in table.items() if isinstance(value, int) and 0 <= value <= LARGEST_STEP}
+
+
+def read_metrics(path: Path, notes: list[str]) -> Metrics:
+    """The curves of metrics.jsonl, read line by line.
+
+    Thinning and averaging need to know how many there are, so the lines are counted first.
+    """
+    num_lines = 0
+    if path.is_file():
+        with open(path, "rb") as file:
+            num_lines = sum(1 for _ in file)
+    metrics = Metrics(num_lines, max(MIN_WINDOW, num_lines / WINDOWS))
+    quarter = max(1, num_lines // 4)
+    before = (0.0, 0.0)  # images, seconds
+    for index, (step, values) in enumerate(read_lines(path, notes)):
+        metrics.num_steps = step
+        metrics.num_epochs = int_of(values.get("epoch")) + 1
+        metrics.num_examples = int_of(values.get("examples"))
+        for key, value in values.items():
+            if key in SINGLE_KEYS or key.startswith(KEY_GROUPS):
+                metrics.add(key, step, value)
+        now = number(values.get("examples")), number(values.get("seconds"))
+        if now[1] > before[1]:
+            metrics.add("speed", step, (now[0] - before[0]) / (now[1] - before[1]))
+            metrics.seconds += now[1] - before[1]
+        elif math.isfinite(now[1]):  # the clock of a run that was resumed begins again
+            metrics.seconds += now[1]
+        else:  # written before there was a clock
+            metrics.add("speed", step, values.get("images_per_second"))
+        before = now
+        for shares, is_inside in (
+            (metrics.first_by_t, index < quarter),
+            (metrics.last_by_t, index >= num_lines - quarter),
+        ):
+            for place, mean, num_samples in loss_by_t(values.get("loss_by_t")) if is_inside else ():
+                shares[place].add(mean, num_samples)
+    return metrics
+
+
+def int_of(value: object) -> int:
+    """A count as it was logged; 0 for anything else."""
+    return value if isinstance(value, int) and 0 <= value <= LARGEST_STEP else 0
+
+
+def loss_by_t(entries: object) -> Iterator[tuple[int, float, int]]:
+    """(bin, mean, number of samples) for each such list of a step; means that are not finite are left out."""
+    for entry in entries if isinstance(entries, list) else []:
+        if isinstance(entry, list) and len(entry) == 3:
+            place, mean, num_samples = entry[0], number(entry[1]), int_of(entry[2])
+            if isinstance(place, int) and 0 <= place < T_BINS and math.isfinite(mean):
+                yield place, mean, num_samples
+
+
+def read_evaluations(path: Path, notes: list[str]) -> dict[str, list[Evaluated]]:
+    """The evaluations of each set, in the order of their steps."""
+    found: dict[str, list[Evaluated]] = defaultdict(list)
+    for step, values in read_lines(path, notes):
+        for key in values:
+            name, slash, last = key.rpartition("/")
+            if not slash or last != "loss":
+                continue
+            start = f"{name}/loss_quantile_"
+            found[name].append(
+                Evaluated(
+                    step,
+                    number(values[key]),
+                    number(values.get(f"{name}/difference_from_base")),
+                    number(values.get(f"{name}/difference_from_base_stderr")),
+                    {each.removeprefix(start): number(values[each]) for each in values if each.startswith(start)},
+                )
+            )
+    return found
+
+
+def read_warnings(path: Path, notes: list[str]) -> list[str]:
+    """The run's warnings, each once: every start of a run finds those of its data again."""
+    lines = ((step, str(values.get("text"))) for step, values in read_lines(path, notes))
+    return list(dict.fromkeys(f"step {step:,}: {text}" if step else text for step, text in lines))
+
+
+def read_previews(folder: Path, notes: list[str]) -> tuple[list[Preview], int]:
+    """Some of the pictures in a folder, evenly chosen of its steps, the last included; and how many there are."""
+    by_step: dict[int, list[tuple[str, Path]]] = defaultdict(list)
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if (match := PREVIEW.fullmatch(path.name)) and path.is_file():
+            by_step[int(match[1])].append((match[2], path))
+    if not by_step:
+        return [], 0
+    *steps, last = sorted(by_step)
+    most = max(map(len, by_step.values()))
+    chosen = [*evenly(steps, max(1, MAX_PREVIEWS // most) - 1), last]
+    previews = []
+    for step in chosen:
+        for name, path in by_step[step][:MAX_PREVIEWS]:
+            try:
+                previews.append(Preview(step, name, small_jpeg(decode(path), PREVIEW_SIDE)))
+            except BadImage as error:
+                notes.append(f"samples/{path.name} cannot be shown: {error}")
+    previews.sort(key=lambda preview: (preview.name, preview.step))
+    return previews, sum(map(len, by_step.values()))

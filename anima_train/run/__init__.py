@@ -1,0 +1,1 @@
+"""The run's folder and manifest, trackers and progress."""

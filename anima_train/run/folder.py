@@ -1,0 +1,154 @@
+"""The run's folder: its lock, the resolved config, the manifest, the metrics."""
+
+import contextlib
+import json
+import tomllib
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from anima_train.core.errors import ConfigError, SpaceError
+from anima_train.core.files import UNWRITABLE, disk_errors, sync, write_text
+
+
+class RunFolder:
+    """OUTPUT_DIR/RUN_NAME, held by this process while it trains."""
+
+    def __init__(self, output_dir: Path, name: str) -> None:
+        self.name = name
+        self.path = output_dir / name
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.evaluations_path = self.path / "evaluations.jsonl"
+        self.warnings_path = self.path / "warnings.jsonl"
+        self.lock = FileLock(self.path / ".lock")
+
+    @property
+    def manifest_path(self) -> Path:
+        """What the run was made from."""
+        return self.path / "manifest.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Training states."""
+        return self.path / "checkpoints"
+
+    def weights_path(self, step: int | None) -> Path:
+        """The file of the weights after a step, or (None) at the end of the run."""
+        suffix = "" if step is None else f"-s{step:06d}"
+        return self.path / "weights" / f"{self.name}{suffix}.safetensors"
+
+    @property
+    def base_path(self) -> Path:
+        """The base model's evaluations, which later ones are compared with."""
+        return self.path / "base_evaluations.json"
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run made a step here."""
+        return self.metrics_path.exists()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run came to its end; where its manifest is of an earlier version, whether it has its weights."""
+        return bool(self.manifest().get("finished", self.weights_path(None).exists()))
+
+    def manifest(self) -> dict[str, Any]:
+        """What the manifest says; empty if it cannot be read."""
+        try:
+            return dict(json.loads(self.manifest_path.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return {}
+
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration that the run was last started with.
+
+        Raises:
+            ConfigError: it is missing or cannot be read.
+        """
+        path = self.path / "config.toml"
+        try:
+            return tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{path}: missing or damaged, so that it cannot be compared; go on with --resume "
+                f"{self.checkpoints}, or set another run_name"
+            ) from error
+
+    def open(self) -> None:
+        """Make the folder and take its lock.
+
+        Raises:
+            ConfigError: another process trains in it, or it cannot be written.
+            SpaceError: the disk is full or read-only.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            raise ConfigError(f"{self.path}: another process is training in this folder") from None
+        except OSError as error:
+            kind = SpaceError if error.errno in UNWRITABLE else ConfigError
+            raise kind(
+                f"output_dir: {self.path} cannot be written ({error.strerror}); free some space, or set another folder"
+            ) from error
+
+    def close(self) -> None:
+        """Give the folder back."""
+        self.lock.release()
+
+    def start_records(self, source: Path | None, num_steps: int, pending: Collection[str]) -> None:
+        """Keep of what a run has logged what is not made again.
+
+        Args:
+            source: folder of the run that is continued; None: nothing is kept.
+            num_steps: steps that are not made again.
+            pending: what was not made after the last of them.
+        """
+        for path in (self.metrics_path, self.evaluations_path, self.warnings_path):
+            first = 1 if path == self.warnings_path else 0  # those before the first step are logged at each start
+            last = num_steps - 1 if path == self.evaluations_path and "evaluation" in pending else num_steps
+            old = None if source is None else source / path.name
+            if old is not None and old.exists():
+                lines = old.read_text(encoding="utf-8", errors="replace").splitlines()
+                write_text(path, "".join(f"{line}\n" for line in lines if first <= step_of(line) <= last))
+            else:
+                path.unlink(missing_ok=True)
+        if source is None:
+            self.base_path.unlink(missing_ok=True)
+        elif source != self.path and (base := source / self.base_path.name).exists():
+            write_text(self.base_path, base.read_text(encoding="utf-8"))
+
+    def sync(self) -> None:
+        """Flush to disk what was logged."""
+        for path in (self.metrics_path, self.evaluations_path, self.warnings_path):
+            if path.exists():
+                sync(path)
+
+    def finish(self) -> None:
+        """Note that the run came to its end."""
+        write_text(self.manifest_path, json.dumps(self.manifest() | {"finished": True}, indent=1))
+
+    def warn(self, step: int, warning: str) -> None:
+        """Keep a warning that was printed; step 0 is before the first."""
+        with contextlib.suppress(SpaceError):  # it was printed; where there is room for nothing, the metrics tell
+            self.log(self.warnings_path, {"step": step, "text": warning})
+
+    def log(self, path: Path, values: Mapping[str, Any]) -> None:
+        """Append one JSON object as a line.
+
+        Raises:
+            SpaceError: the disk is full; a line that is cut off is forgotten when the run is resumed.
+        """
+        line = json.dumps(values) + "\n"
+        with disk_errors(path, len(line)), open(path, "a", encoding="utf-8") as file:
+            file.write(line)
+
+
+def step_of(line: str) -> int:
+    """The step that a logged line is of; -1 for one that a kill has cut off."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, LookupError, TypeError):
+        return -1

@@ -1,0 +1,91 @@
+"""The run's manifest: what someone needs to reproduce it."""
+
+import hashlib
+import platform
+import tomllib
+from collections import Counter
+from collections.abc import Iterable
+from importlib.metadata import version
+from typing import Any
+
+import tomli_w
+
+from anima_train import __version__
+from anima_train.config.config import Config
+from anima_train.core.files import sha256_file
+from anima_train.data.loader import CachedData
+from anima_train.data.plan import Plan, Timetable, times_seen
+from anima_train.data.samples import Sample
+from anima_train.model.hub import origin_of
+from anima_train.model.loading import ModelFiles
+from anima_train.optim.groups import GroupRow
+
+LIBRARIES = ("torch", "accelerate", "peft", "transformers", "diffusers", "safetensors", "pillow", "numpy")
+
+
+def config_toml(config: Config) -> str:
+    """The resolved configuration, every default in it, as TOML that can be run again; without secrets."""
+    return tomli_w.dumps(config.model_dump(exclude_none=True, exclude={"monitoring": {"wandb_api_key"}}))
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """The same in the types that TOML and JSON have."""
+    return tomllib.loads(config_toml(config))
+
+
+def dataset_digest(samples: Iterable[Sample]) -> str:
+    """A hash of every image, size and caption."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(repr((sample.id, sample.picture.sha256, str(sample.size), sample.captions(0))).encode())
+        if sample.has_mask:
+            digest.update(repr(sample.picture.mask_sha256).encode())
+    return digest.hexdigest()
+
+
+def manifest(
+    config: Config, run_name: str, files: ModelFiles, data: CachedData, groups: Iterable[GroupRow],
+    num_steps: int, num_processes: int,
+) -> dict[str, Any]:  # fmt: skip
+    """What someone needs to reproduce the run, or to know what a file came from."""
+    slots = {"transformer": files.transformer, "vae": files.vae, "text_encoder": files.llm}
+    if files.llm_adapter is not None:
+        slots["llm_adapter"] = files.llm_adapter
+    rows = list(groups)
+    return {
+        "run": run_name,
+        "finished": False,
+        "anima_train": __version__,
+        "python": platform.python_version(),
+        "libraries": {name: version(name) for name in LIBRARIES},
+        "model_files": {
+            slot: {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            for slot, path in slots.items()
+            if path.is_file()
+        },
+        "model_sources": {
+            slot: origin.reference for slot, path in slots.items() if (origin := origin_of(path)) is not None
+        },
+        "dataset_sha256": dataset_digest(data.samples),
+        "tokenizers": {name: getattr(data.text_identity, name) for name in ("tokenizer", "t5_tokenizer")},
+        "seed": config.seed,
+        "num_steps": num_steps,
+        "num_processes": num_processes,
+        "micro_batches_per_step": config.gradient_accumulation_steps * num_processes,
+        "groups": [
+            {"component": row.component, "lr": row.lr, "modules": row.num_modules, "parameters": row.num_parameters}
+            for row in rows
+        ],
+        "trained": [row.component for row in rows if row.num_parameters],
+        "llm_adapter_trained": any(row.component == "llm_adapter" and row.num_parameters for row in rows),
+    }
+
+
+def seen_facts(plan: Plan, timetable: Timetable, num_steps: int) -> dict[str, dict[str, int]]:
+    """How often each sample was seen in the first steps, and how many samples of each bucket (size@resolution)."""
+    times = times_seen(plan, timetable, num_steps)
+    buckets: Counter[str] = Counter()
+    for sample, number in zip(plan.samples, times, strict=True):
+        buckets[f"{sample.size}@{sample.resolution}"] += number
+    samples = {sample.id: number for sample, number in zip(plan.samples, times, strict=True)}
+    return {"samples": samples, "buckets": dict(sorted(buckets.items()))}

@@ -1,0 +1,161 @@
+"""Pictures from prompts: one part of the model after the other in memory."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from anima_train.adapters.read import Shapes, merge_loras, read_lora
+from anima_train.core.device import free
+from anima_train.core.files import sha256_file
+from anima_train.model.file_kinds import ADAPTER_PREFIX
+from anima_train.model.loading import ModelFiles, load_llm_adapter, load_transformer
+from anima_train.model.text import load_text_encoder, load_tokenizers
+from anima_train.model.vae import load_vae
+from anima_train.sampling.generate import Request, decode, generate
+from anima_train.sampling.grids import Cell, ChosenLora
+from anima_train.sampling.pictures import Sources, UsedLora, save_picture
+from anima_train.sampling.prompts import context_of, prompt_states
+
+Loras = tuple[ChosenLora, ...]
+Contexts = Mapping[tuple[Loras, str], Tensor]  # by what changes the LLM adapter, and the text
+
+
+class LoraSwitch:
+    """The LoRAs of a model, which can be exchanged without leaving a trace.
+
+    What they change is kept on the CPU and copied back: to subtract them would leave their rounding in the weights.
+
+    Args:
+        model: the transformer, or a part of it.
+        shapes: of the weights, by their full names.
+        prefix: of the model's names in the whole transformer, such as `llm_adapter.`
+        keeps: whether there will be other LoRAs, so that weights must be kept.
+    """
+
+    def __init__(self, model: nn.Module, shapes: Shapes, prefix: str = "", keeps: bool = True) -> None:
+        self.model = model
+        self.shapes = shapes
+        self.prefix = prefix
+        self.keeps = keeps
+        self.loras: Loras = ()
+        self.originals: dict[str, Tensor] = {}  # by the full names of the modules that were changed
+
+    @torch.no_grad()
+    def set(self, loras: Loras) -> None:
+        """Merge these LoRAs, and no others, into the model's weights.
+
+        Raises:
+            ModelFileError: a file cannot be read, or does not fit.
+        """
+        if loras == self.loras:
+            return
+        assert self.keeps or not self.loras
+        updates = [(read_lora(lora.path, self.shapes), lora.strength) for lora in loras]
+        names = {name for update, _ in updates for name in update}
+        for name, module in self.model.named_modules(prefix=self.prefix.removesuffix(".")):
+            if name in self.originals:
+                module.weight.copy_(self.originals[name])
+            elif self.keeps and name in names:
+                self.originals[name] = module.weight.detach().to("cpu", copy=True)
+        merge_loras(self.model, updates, self.prefix)
+        self.loras = loras
+
+
+def sample(
+    files: ModelFiles, cells: Sequence[Cell], folder: Path, device: torch.device, text_device: torch.device,
+    dtype: torch.dtype,
+) -> Iterator[tuple[int, Path]]:  # fmt: skip
+    """Draw each cell and write it into the folder; yields places in `cells` and paths.
+
+    Those with the same LoRAs are drawn together. The text encoder is freed before the transformer is loaded, which
+    stays beside the VAE until the end.
+
+    Args:
+        files: of the model.
+        cells: what is drawn.
+        folder: for the pictures.
+        device: of the transformer and the VAE.
+        text_device: of the text encoder.
+        dtype: what the transformer and the VAE compute in.
+
+    Raises:
+        ModelFileError: a file is damaged, or does not fit; before anything large is loaded.
+        ConfigError: a prompt cannot be read.
+        NumericError: a picture became NaN; those before it are written.
+        SpaceError: the disk is full.
+    """
+    shapes = linear_shapes(files)
+    paths = list(dict.fromkeys(lora.path for cell in cells for lora in cell.loras))
+    on_adapter = {path for path in paths if changes_adapter(path, shapes)}
+    digests = {path: sha256_file(path) for path in paths}
+
+    def adapter_loras(loras: Loras) -> Loras:
+        return tuple(lora for lora in loras if lora.path in on_adapter)
+
+    texts = [(adapter_loras(cell.loras), text) for cell in cells for text in texts_of([cell.request])]
+    contexts = encode_all(files, shapes, texts, text_device)
+    transformer = load_transformer(files, with_adapter=False, dtype=dtype, device=device).eval()
+    groups: dict[Loras, list[int]] = {}
+    for place, cell in enumerate(cells):
+        groups.setdefault(cell.loras, []).append(place)
+    switch = LoraSwitch(transformer, shapes, keeps=len(groups) > 1)
+    vae = load_vae(files.vae, dtype, device)
+    for loras, places in groups.items():
+        switch.set(loras)
+        used = [UsedLora(lora.path.stem, lora.strength, digests[lora.path]) for lora in loras]
+        sources = Sources(files.transformer.stem, used)
+        for place in places:
+            request = cells[place].request
+            words = adapter_loras(loras)
+            context, negative = contexts[words, request.prompt], contexts.get((words, request.negative_prompt))
+            latents = generate(transformer, request, context, negative, device, dtype)
+            yield place, save_picture(folder, decode(vae, latents), request, sources)
+
+
+def texts_of(requests: Iterable[Request]) -> list[str]:
+    """Every prompt and negative prompt that counts, once."""
+    texts = [text for r in requests for text in (r.prompt, *([r.negative_prompt] if r.is_guided else []))]
+    return list(dict.fromkeys(texts))
+
+
+def changes_adapter(path: Path, shapes: Shapes) -> bool:
+    """Whether a LoRA changes the LLM adapter; an error if it does not fit."""
+    return any(name.startswith(ADAPTER_PREFIX) for name in read_lora(path, shapes))
+
+
+def linear_shapes(files: ModelFiles) -> dict[str, tuple[int, ...]]:
+    """The shape of every weight a LoRA can change, by the full name of its module."""
+    entries = {
+        **files.transformer_header.entries,
+        **{ADAPTER_PREFIX + name: entry for name, entry in files.adapter_header.entries.items()},
+    }
+    return {
+        name.removesuffix(".weight"): entry.shape
+        for name, entry in entries.items()
+        if name.endswith(".weight") and len(entry.shape) == 2
+    }
+
+
+def encode_all(files: ModelFiles, shapes: Shapes, texts: Iterable[tuple[Loras, str]], device: torch.device) -> Contexts:
+    """The context of each text with the LoRAs on the LLM adapter, in float32 on the CPU; what it took is freed."""
+    tokenizers = load_tokenizers(files.tokenizer, files.t5_tokenizer)
+    text_encoder = load_text_encoder(files.llm, tokenizers, device)
+    groups: dict[Loras, dict[str, None]] = {}
+    for loras, text in texts:
+        groups.setdefault(loras, {})[text] = None
+    states = {
+        text: prompt_states(text, tokenizers, text_encoder)
+        for text in dict.fromkeys(text for group in groups.values() for text in group)
+    }
+    del text_encoder
+    adapter = load_llm_adapter(files, torch.float32, device).eval()
+    switch = LoraSwitch(adapter, shapes, ADAPTER_PREFIX, keeps=len(groups) > 1)
+    contexts: dict[tuple[Loras, str], Tensor] = {}
+    for loras, group in groups.items():
+        switch.set(loras)
+        contexts |= {(loras, text): context_of(states[text], adapter) for text in group}
+    del adapter, switch
+    free(device)
+    return contexts

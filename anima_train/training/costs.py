@@ -1,0 +1,221 @@
+"""What a run costs: the cache's tensors to the byte, the device's memory as an estimate or as measured, the time."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from anima_train.adapters.full import Full
+from anima_train.caching.sizes import latent_bytes, mask_bytes, text_bytes
+from anima_train.caching.text_encoding import Length
+from anima_train.config.config import Config
+from anima_train.core.format import readable
+from anima_train.data.buckets import Size
+from anima_train.data.samples import Sample, View
+from anima_train.model.dit import TransformerShape
+from anima_train.optim.optimizers import AnyOptimizer
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+# Values kept for the backward pass per image token, block and channel: 16 GiB for one image of 1024 pixels in the 28
+# blocks of width 2048 of Anima, what trainers that recompute nothing need.
+KEPT_VALUES = 36
+KEPT_VALUES_CHECKPOINTED = 1  # the block's input; one block at a time is recomputed
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the costs depend on, read off the headers."""
+
+    transformer: TransformerShape
+    num_weights: int  # in memory while training, without what an adapter adds
+    num_trained: int
+    source_width: int  # of the Qwen3 states
+    context_width: int  # of the LLM adapter's output
+    num_text_weights: int = 0  # of what encodes captions on the device during training, in float32
+
+
+@dataclass(frozen=True)
+class CacheCost:
+    """Entries of one kind in the cache."""
+
+    kind: str
+    number: int
+    num_bytes: int  # of the tensors
+
+
+def cache_costs(
+    config: Config, train: Iterable[Sample], evals: Iterable[Sample], lengths: Mapping[str, Length], model: ModelFacts
+) -> list[CacheCost]:
+    """What the whole cache holds for the samples that are trained and those that the loss is measured on.
+
+    The VAE does not matter: it is the same for all.
+    """
+    latents: dict[tuple, int] = {}
+    masks: dict[tuple, int] = {}
+    texts: dict[tuple, int] = {}
+
+    def need(sample: Sample, views: Iterable[View], captions: Iterable[str]) -> None:
+        folder = sample.cache.folder
+        for view in views:
+            latents[folder, view.latent_key("")] = latent_bytes(sample.size)
+            if sample.has_mask:
+                masks[folder, view.mask_key()] = mask_bytes(sample.size)
+        for caption in captions if config.model.cache_text_embeddings else ():
+            texts[folder, caption] = text_bytes(
+                lengths[caption],
+                config.learning_rates().by_component["llm_adapter"] == 0,
+                model.source_width,
+                model.context_width,
+                DTYPE_BYTES[config.model.dtype],
+            )
+
+    for sample in train:
+        need(sample, sample.views(), [*sample.fixed_captions(config.seed), *([""] if config.uncond_fraction else [])])
+    for sample in evals:
+        need(sample, sample.views()[:1], [sample.evaluation_caption().text])
+    kinds = {"latents": latents, "masks": masks, "captions": texts}
+    return [CacheCost(kind, len(entries), sum(entries.values())) for kind, entries in kinds.items()]
+
+
+@dataclass(frozen=True)
+class MemoryCost:
+    """Bytes on the device during a step."""
+
+    weights: int
+    trained: int  # gradients and the optimizer's state, and the weights that a LoRA adds
+    kept: int  # activations for the backward pass
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.trained + self.kept
+
+
+def memory_cost(config: Config, model: ModelFacts, size: Size, batch_size: int) -> MemoryCost:
+    """The estimate for one micro-batch of a bucket."""
+    weights_dtype = config.model.transformer_dtype or config.model.dtype
+    if isinstance(config.adapter, Full):
+        trained = gradient_and_state_bytes(config.optimizer, weights_dtype)
+    else:  # a LoRA comes on top of the weights, in a dtype of its own
+        dtype = config.adapter.dtype
+        trained = DTYPE_BYTES[dtype] + gradient_and_state_bytes(config.optimizer, dtype)
+    if config.ema is not None:
+        trained += DTYPE_BYTES["float32"]
+    shape = model.transformer
+    per_block = batch_size * size.num_tokens * shape.width * DTYPE_BYTES[config.model.dtype]
+    if config.activation_checkpointing:
+        kept = per_block * (shape.num_blocks * KEPT_VALUES_CHECKPOINTED + KEPT_VALUES)
+    else:
+        kept = per_block * shape.num_blocks * KEPT_VALUES
+    weights = model.num_weights * DTYPE_BYTES[weights_dtype] + model.num_text_weights * DTYPE_BYTES["float32"]
+    return MemoryCost(weights, model.num_trained * trained, kept)
+
+
+def gradient_and_state_bytes(optimizer: AnyOptimizer, dtype: str) -> int:
+    """Bytes per trained parameter of this dtype: the gradient, two moments, the Kahan compensation of bf16."""
+    value = DTYPE_BYTES[dtype]
+    if optimizer.type == "adamw_optimi":
+        return value + 2 * DTYPE_BYTES[optimizer.moments_dtype] + (value if dtype == "bfloat16" else 0)
+    return value + 2 * value
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a training step on micro-batches of one bucket costs, as it was found."""
+
+    size: Size
+    batch_size: int
+    seconds_per_step: float | None  # with all micro-batches of the step; None: memory ran out
+    peak_bytes: int  # held at once; where memory ran out, until then
+
+    @property
+    def described(self) -> str:
+        """The time of a step, or that there was none."""
+        if self.seconds_per_step is None:
+            return f"out of memory with {readable(self.peak_bytes)} in use"
+        return f"{self.seconds_per_step:.3g} s"
+
+
+def savings(
+    config: Config, resolution: int, batch_size: int, has_text_encoder: bool, is_evaluation: bool = False
+) -> list[str]:
+    """What makes the micro-batches of a bucket need less memory and is not done yet, that of least cost first.
+
+    Args:
+        config: of the run.
+        resolution: of the bucket.
+        batch_size: of the micro-batch.
+        has_text_encoder: whether captions are encoded on the device while it trains.
+        is_evaluation: whether the bucket is that of an evaluation set: nothing is kept for a backward pass.
+    """
+    trains_all = isinstance(config.adapter, Full)
+    has_float32_weights = config.model.dtype == "bfloat16" and config.model.transformer_dtype == "float32"
+    found = []
+    # Without any effect on what is learned.
+    if config.model.dtype == "float32":
+        found.append('model.dtype = "bfloat16" (faster, too)')
+    if has_float32_weights and not trains_all:
+        found.append("no model.transformer_dtype (the frozen weights need not be float32)")
+    if has_text_encoder:
+        found.append('model.text_encoder_device = "cpu" (captions are encoded more slowly)')
+    if batch_size > 1 and is_evaluation:
+        found.append(f"eval_micro_batch_size_per_gpu below {batch_size} at resolution {resolution}")
+    if batch_size > 1 and not is_evaluation:
+        found.append(
+            f"micro_batch_size_per_gpu below {batch_size} at resolution {resolution}, with more "
+            "gradient_accumulation_steps"
+        )
+    if not config.activation_checkpointing and not is_evaluation:
+        found.append("activation_checkpointing = true (about 40 % more work)")
+    # With an effect, from here on.
+    if trains_all and has_float32_weights:
+        found.append('no model.transformer_dtype, and optimizer.type = "adamw_optimi" (weights in bfloat16)')
+    if trains_all and config.optimizer.type == "adamw_optimi" and config.optimizer.moments_dtype == "float32":
+        found.append('optimizer.moments_dtype = "bfloat16" (some updates get too large)')
+    if config.learning_rates().by_component["llm_adapter"] != 0:
+        found.append("model.llm_adapter_lr = 0 (it is not trained)")
+    found.append(f"a resolution below {resolution}")
+    if trains_all:
+        found.append('adapter.type = "lora" (instead of the whole model)')
+    return found
+
+
+def cache_savings(config: Config) -> list[str]:
+    """What makes filling the cache need less memory and is not done yet, that of least cost first."""
+    found = []
+    if config.caching_batch_size > 1:
+        found.append(f"caching_batch_size below {config.caching_batch_size}")
+    if config.model.text_encoder_device != "cpu":
+        found.append('model.text_encoder_device = "cpu"')
+    return [*found, "lower resolutions"]
+
+
+def estimated_seconds(
+    measured: Sequence[Measured], micro_batches_per_step: int, num_steps: int, num_tokens: int
+) -> float | None:
+    """How long a run takes: a step's time is linear in its image tokens, and constant outside of what was measured.
+
+    Args:
+        measured: of one or more buckets.
+        micro_batches_per_step: in each measured step.
+        num_steps: of the run.
+        num_tokens: image tokens in all steps of the run.
+
+    Returns:
+        None where nothing was measured, or memory ran out.
+    """
+    points = sorted(
+        (each.batch_size * each.size.num_tokens * micro_batches_per_step, each.seconds_per_step)
+        for each in measured
+        if each.seconds_per_step is not None
+    )
+    if not points or len(points) < len(measured):
+        return None
+    tokens, seconds = zip(*points, strict=True)
+    # The sum of a linear function over all steps is that of their mean.
+    return num_steps * float(np.interp(num_tokens / num_steps, tokens, seconds))
+
+
+def total_bytes(costs: Iterable[CacheCost]) -> int:
+    """Bytes of all kinds."""
+    return sum(cost.num_bytes for cost in costs)

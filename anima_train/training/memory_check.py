@@ -1,0 +1,201 @@
+"""The largest micro-batch of a run, tried before its first step: what cannot fit fails in seconds, not after hours."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from anima_train.caching.text_encoding import live_encoder
+from anima_train.config.load import LoadedConfig
+from anima_train.core.device import DTYPES
+from anima_train.core.random import stream
+from anima_train.core.shapes import LATENT_CHANNELS, LATENT_PIXELS
+from anima_train.core.text_batch import CONTEXT_ROWS, EncodedText, TextStates, pad_states
+from anima_train.data.buckets import Size
+from anima_train.data.loader import Batch
+from anima_train.data.plan import Plan, batch_size_for
+from anima_train.evaluation.evaluate import EvalSet
+from anima_train.model.llm_adapter import LLMAdapterShape
+from anima_train.model.loading import ModelFiles
+from anima_train.model.text import MAX_TOKENS
+from anima_train.objective.step import compute_loss
+from anima_train.optim.optimizers import AnyOptimizer, Groups
+from anima_train.run.accelerator import make_accelerator
+from anima_train.training.build import load_trained
+from anima_train.training.costs import Measured
+from anima_train.training.memory import Shape, is_out_of_memory, peak_bytes, start_peak
+
+
+def largest_shapes(plan: Plan, num_epochs: int, evals: Iterable[EvalSet]) -> list[Shape]:
+    """The micro-batch that needs most memory in training, and that in evaluation if there is any."""
+    trained = [
+        Shape(resolution, size, number) for (resolution, size), number in plan.largest_batches(num_epochs).items()
+    ]
+    evaluated = []
+    for eval_set in evals:
+        for indices in eval_set.batches():
+            sample = eval_set.data.samples[indices[0]]
+            evaluated.append(Shape(sample.resolution, sample.size, len(indices), is_evaluation=True))
+    return [max(shapes, key=lambda shape: shape.cost) for shapes in (trained, evaluated) if shapes]
+
+
+def try_shape(
+    shape: Shape, loaded: LoadedConfig, files: ModelFiles, model: nn.Module, optimizer: Optimizer,
+    accelerator: Accelerator,
+) -> None:  # fmt: skip
+    """Run the forward pass on random values and, unless it is an evaluation's, the backward pass.
+
+    In memory is what training will hold, too: the optimizer's state, and the gradients of a step's earlier
+    micro-batches. All of it is dropped again: weights, optimizer and later steps are as if this had not been. The
+    process does this alone: none waits for another.
+    """
+    device = accelerator.device
+    start_peak(device)
+    # Without what exchanges gradients, but with autocast.
+    transformer = accelerator.unwrap_model(model, keep_fp32_wrapper=True)
+    held = [] if optimizer.state else state_like(loaded.config.optimizer, optimizer.param_groups)
+    batch = random_batch(loaded, files, shape.size, shape.batch_size).to(device)
+    loss_function = loaded.config.loss()
+    if shape.is_evaluation:
+        transformer.eval()
+        with torch.no_grad():
+            compute_loss(transformer, batch, loss_function)
+        transformer.train()
+    else:
+        if loaded.config.gradient_accumulation_steps > 1:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = torch.zeros_like(parameter)
+        accelerator.backward(compute_loss(transformer, batch, loss_function).mean())
+    optimizer.zero_grad(set_to_none=True)
+    del held  # was in memory until now
+
+
+def state_like(settings: AnyOptimizer, groups: Groups) -> list[Tensor]:
+    """Tensors that take the memory of an optimizer's state: the state of updates to copies, one parameter at a time."""
+    state: list[Tensor] = []
+    for group in groups:
+        for parameter in group["params"]:
+            copy = nn.Parameter(torch.zeros_like(parameter))
+            copy.grad = torch.zeros_like(copy)
+            optimizer = settings.build([{**group, "params": [copy]}])
+            optimizer.step()
+            state.extend(value for value in optimizer.state[copy].values() if isinstance(value, Tensor))
+    return state
+
+
+def random_batch(loaded: LoadedConfig, files: ModelFiles, size: Size, batch_size: int) -> Batch:
+    """A batch as the loader would make it from the cache, in shapes and dtypes."""
+    generator = stream(loaded.config.seed, "measure")
+    shape = (batch_size, LATENT_CHANNELS, 1, size.height // LATENT_PIXELS, size.width // LATENT_PIXELS)
+    return Batch(
+        latents=torch.randn(shape, generator=generator),
+        noise=torch.randn(shape, generator=generator),
+        t=torch.rand(batch_size, generator=generator),
+        text=random_text(loaded, files, batch_size, generator),
+        mask=None,
+        names=(str(size),) * batch_size,
+    )
+
+
+def random_text(
+    loaded: LoadedConfig, files: ModelFiles, batch_size: int, generator: torch.Generator
+) -> Tensor | TextStates:
+    """The frozen LLM adapter's output, or what a trained one reads."""
+    dtype = DTYPES[loaded.config.model.dtype]
+    shape = LLMAdapterShape.of(files.adapter_header.entries)
+    if loaded.config.learning_rates().by_component["llm_adapter"] == 0:
+        return torch.randn(batch_size, CONTEXT_ROWS, shape.target_width, generator=generator).to(dtype)
+    qwen = torch.randn(MAX_TOKENS, shape.source_width, generator=generator).to(dtype)
+    t5_ids = torch.randint(shape.vocab_size, (MAX_TOKENS,), generator=generator)
+    return pad_states([EncodedText(qwen, t5_ids)] * batch_size)
+
+
+def extremes(plan: Plan) -> list[tuple[Size, int]]:
+    """Size and micro-batch size of the buckets with the fewest and the most image tokens in a batch; one if equal."""
+    buckets = {(sample.size, batch_size_for(plan.batch_sizes, sample.resolution)) for sample in plan.samples}
+    ordered = sorted(buckets, key=lambda bucket: (bucket[0].num_tokens * bucket[1], bucket))
+    return list(dict.fromkeys((ordered[0], ordered[-1])))
+
+
+def measure(
+    loaded: LoadedConfig, files: ModelFiles, buckets: Sequence[tuple[Size, int]], num_steps: int, has_live_texts: bool
+) -> list[Measured]:
+    """Run the training steps of a run of one process, and take their time and memory; the result is thrown away.
+
+    Latents, noise and text are random, because nothing is cached yet and their values do not change the cost; captions
+    have all the tokens that are read. No file is written.
+
+    Args:
+        loaded: the configuration.
+        files: of the model.
+        buckets: size and micro-batch size of each. The CPU's peak is that of the process so far, so that the cheapest
+            bucket must come first.
+        num_steps: for each bucket. The first of several is not timed: kernels are chosen in it.
+        has_live_texts: whether captions are encoded during training: the text encoder is in memory then, but does
+            nothing here.
+    """
+    config = loaded.config
+    accelerator = make_accelerator(config, Path(config.output_dir) / loaded.run_name)
+    device = accelerator.device
+    try:
+        texts = live_encoder(loaded, files, accelerator.device) if has_live_texts else None
+        step = training_step(loaded, files, accelerator)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return [Measured(size, batch_size, None, peak_bytes(device)) for size, batch_size in buckets]
+    measured = []
+    for size, batch_size in buckets:
+        batch = random_batch(loaded, files, size, batch_size)
+        start_peak(device)
+        try:
+            seconds = [timed(step, batch, device) for _ in range(num_steps)]
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            measured.append(Measured(size, batch_size, None, peak_bytes(device)))
+        else:
+            measured.append(Measured(size, batch_size, statistics.median(seconds[1:] or seconds), peak_bytes(device)))
+    del texts  # was in memory until now
+    return measured
+
+
+def training_step(loaded: LoadedConfig, files: ModelFiles, accelerator: Accelerator) -> Callable[[Batch], None]:
+    """Load what is trained, and return a function that makes one optimizer update as the training loop does."""
+    config = loaded.config
+    num_micro_batches = config.gradient_accumulation_steps
+    loss_function = config.loss()
+    transformer, groups = load_trained(loaded, files, accelerator.device)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    model = accelerator.prepare(transformer)
+    optimizer = config.optimizer.build(groups)
+    # The optimizer's state, which all steps of a run but the first find in memory.
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+
+    def step(batch: Batch) -> None:
+        optimizer.zero_grad(set_to_none=True)  # here: a step that ran out of memory leaves gradients
+        for _ in range(num_micro_batches):
+            losses = compute_loss(model, batch.to(accelerator.device), loss_function)
+            accelerator.backward(losses.mean() / num_micro_batches)
+        accelerator.clip_grad_norm_(parameters, config.gradient_clipping or math.inf)
+        optimizer.step()
+
+    return step
+
+
+def timed(step: Callable[[Batch], None], batch: Batch, device: torch.device) -> float:
+    """Seconds until the device is done."""
+    started = time.perf_counter()
+    step(batch)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter() - started

@@ -1,0 +1,363 @@
+"""What a run will write is known before; a disk that is full, or read-only, costs nothing that was there before."""
+
+import os
+import subprocess
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from anima_train.caching import fill as encode_module
+from anima_train.checkpoint.disk_space import (
+    MANIFEST,
+    FileSizes,
+    file_sizes,
+    space_warning,
+    state_bytes,
+    unfilled,
+    writings,
+)
+from anima_train.checkpoint.training_state import StateFacts, save_state, state_tensors, trained_parameters
+from anima_train.checkpoint.weights import save_weights
+from anima_train.config.config import Config
+from anima_train.config.load import load_config
+from anima_train.config.model_files import find_model_files
+from anima_train.core.errors import SpaceError
+from anima_train.core.files import on_disk
+from anima_train.core.format import readable
+from anima_train.data.plan import Timetable
+from anima_train.optim.ema import Ema
+from anima_train.run.manifest import plain
+from anima_train.training import tasks as outputs_module
+from anima_train.training.build import load_trained, trainable_transformer
+from anima_train.training.prepare import scan_all
+from anima_train.training.summary import report
+from anima_train.training.tasks import weights_to_save
+
+KIB = 1024
+OPTIMIZERS = [
+    {"type": "adamw"},
+    {"type": "adamw_optimi"},
+    {"type": "adamw_optimi", "moments_dtype": "bfloat16"},
+]
+
+
+def content(folder):
+    """Every file below a folder, with its bytes."""
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def disk_bytes(*paths):
+    return sum(on_disk(path.stat().st_size) for path in paths)
+
+
+def fill(folder, leave=0):
+    """Take all space of a disk but so much, as another process would."""
+    with open(folder / "of-another-process", "wb", buffering=0) as file:
+        try:
+            while file.write(bytes(4 * KIB)):
+                pass
+        except OSError:
+            file.truncate(file.tell() - leave)
+
+
+def grow(folder, num_bytes):
+    subprocess.run(["mount", "-o", f"remount,size={num_bytes}", str(folder)], check=True)
+
+
+# Estimates -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "optimizer"),
+    [
+        *(({"adapter": {"type": "lora", "rank": 8, "dtype": "bfloat16"}}, optimizer) for optimizer in OPTIMIZERS),
+        ({"adapter": {"type": "lora", "rank": 8}, "save_dtype": "bfloat16"}, OPTIMIZERS[1]),
+        *(({"adapter": None, "model": {"dtype": "bfloat16"}}, optimizer) for optimizer in OPTIMIZERS[1:]),
+        ({"adapter": None, "model": {"llm_adapter_lr": 1e-4, "mod_lr": 0}, "save_dtype": "bfloat16"}, OPTIMIZERS[0]),
+    ],
+    ids=str,
+)
+def test_estimates_are_what_is_written_and_hardly_more(trainer, tmp_path, optimizer, changes):
+    loaded = load_config(trainer.config(optimizer={"lr": 1e-3, **optimizer}, **changes), ())
+    config = loaded.config
+    files = find_model_files(loaded)
+    estimate = file_sizes(config, trainable_transformer(loaded, files), files)
+
+    transformer, groups = load_trained(loaded, files, torch.device("cpu"))
+    assert file_sizes(config, transformer, files) == estimate  # the same from the real one
+    built = config.optimizer.build(groups)
+    for parameter in trained_parameters(transformer).values():
+        parameter.grad = torch.ones_like(parameter)
+    built.step()
+    facts = StateFacts(step=1, optimizer="", config=plain(config))
+    state = save_state(tmp_path / "states", facts, state_tensors(transformer, built), keep_last=2)
+    save_weights(tmp_path / "a.safetensors", weights_to_save(config, transformer, files), {"a": "b"})
+
+    real = disk_bytes(*state.iterdir()) + 4 * KIB  # and the folder
+    assert real <= estimate.state <= 1.1 * real + MANIFEST
+    real = disk_bytes(tmp_path / "a.safetensors")
+    assert real <= estimate.weights <= 1.1 * real + 4 * KIB
+
+
+def test_an_average_is_in_float32_whatever_is_trained(trainer):
+    loaded = load_config(trainer.config(adapter={"dtype": "bfloat16"}), ())
+    files = find_model_files(loaded)
+    transformer = trainable_transformer(loaded, files)
+    num_trained = sum(parameter.numel() for parameter in trained_parameters(transformer).values())
+    without = file_sizes(loaded.config, transformer, files).state
+    config = loaded.config.model_copy(update={"ema": Ema()})
+    more = file_sizes(config, transformer, files).state - without
+    assert 4 * num_trained <= more <= 4 * num_trained + 16 * KIB
+
+
+def test_tensors_without_memory_take_the_same_room(tmp_path):
+    tensors = {"a": torch.zeros(3, 1000), "b": torch.zeros(5, dtype=torch.bfloat16)}
+    save_weights(tmp_path / "a.safetensors", tensors, {})
+    file = disk_bytes(tmp_path / "a.safetensors")
+    assert state_bytes({name: unfilled(tensor) for name, tensor in tensors.items()}) == file + MANIFEST
+
+
+def planned(start=0, num_states=0, num_steps=100, **changes):
+    """What a run of 100 steps in 10 epochs of 20 images each writes: weights of 10, states of 100, previews of 1."""
+    settings = {
+        "output_dir": "out", "dataset": {"directory": [{"path": "."}]}, "max_steps": num_steps,
+        "model": {"type": "anima"}, "optimizer": {"type": "adamw", "lr": 1e-3}, **changes,
+    }  # fmt: skip
+    config = Config.model_validate(settings)
+    timetable = Timetable(range(0, 101, 10), num_steps)
+    found = writings(os.sep, config, FileSizes(10, 100, 1, 0), timetable, 20.0, start, num_states)
+    return {what: [each.step for each in found.files if each.what == what] for what in kinds(found)}
+
+
+def kinds(found):
+    return dict.fromkeys(each.what for each in found.files)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {"weights": [100]}),
+        ({"save_every_n_steps": 40}, {"weights": [40, 80, 100]}),
+        ({"save_every_n_steps": 50, "save_every_n_epochs": 4}, {"weights": [40, 50, 80, 100]}),
+        ({"save_every_n_examples": 60}, {"weights": [30, 60, 90, 100]}),  # two images in a step
+        ({"checkpoint_every_n_steps": 20}, {"training state": [20, 40, 60], "weights": [100]}),
+        ({"checkpoint_every_n_steps": 40, "keep_last": 5}, {"training state": [40, 80], "weights": [100]}),
+        ({"checkpoint_every_n_epochs": 3, "start": 35, "num_states": 2}, {"training state": [60], "weights": [100]}),
+        ({"checkpoint_every_n_minutes": 5.0}, {"training state": [1, 1, 1], "weights": [100]}),
+        (
+            {"sampling": {"every_n_steps": 50, "prompts": ["a"]}},
+            {"previews": [0, 50, 100], "weights": [100]},
+        ),
+        (
+            {"sampling": {"every_n_steps": 50, "prompts": ["a"]}, "start": 50},
+            {"previews": [100], "weights": [100]},
+        ),
+    ],
+    ids=str,
+)
+def test_every_file_that_a_run_keeps_is_counted_at_its_step(changes, expected):
+    assert planned(**changes) == expected
+
+
+def test_the_warning_names_the_step_and_what_to_change(disk):
+    folder = disk(1000 * KIB)
+    config = Config.model_validate(
+        {
+            "output_dir": str(folder), "dataset": {"directory": [{"path": "."}]}, "max_steps": 100,
+            "model": {"type": "anima"}, "optimizer": {"type": "adamw", "lr": 1e-3},
+            "save_every_n_steps": 10, "checkpoint_every_n_steps": 20, "keep_last": 3,
+        }
+    )  # fmt: skip
+    timetable = Timetable([0, 100], 100)
+    warned = writings(folder, config, FileSizes(100 * KIB, 200 * KIB, 0, 0), timetable, 1.0)
+    assert [(each.step, each.what) for each in warned.files[:3]] == [
+        (10, "weights"), (20, "weights"), (20, "training state"),
+    ]  # fmt: skip
+    assert space_warning(warned, config) == (
+        f"{folder}: the disk will be full at step 60 of 100, with its training state: 10 x weights (1000.0 KiB), 4 x "
+        "training state (800.0 KiB), numbers (0 bytes) need 1.8 MiB, 1000.0 KiB free, 800.0 KiB missing; free "
+        "some space, save weights less often (save_every_n_...), keep_last below 3, or set another output_dir"
+    )
+    fits = writings(folder, config, FileSizes(50 * KIB, 100 * KIB, 0, KIB), timetable, 1.0)  # 500 + 400 + 100
+    assert space_warning(fits, config) is None
+
+
+def test_the_report_of_what_a_run_would_do_says_how_much_it_would_write(trainer):
+    changes = {"save_every_n_steps": 2, "checkpoint_every_n_steps": 1, "max_steps": 6, "output_dir": "/"}
+    loaded = load_config(trainer.config(**changes), ())
+    files = find_model_files(loaded)
+    sizes = file_sizes(loaded.config, trainable_transformer(loaded, files), files)
+    text = str(report(loaded, files, scan_all(loaded, write=False), num_processes=1))
+    whole = readable(3 * sizes.weights + 3 * sizes.state + 6 * sizes.numbers)
+    assert f"files: 3 x weights ({readable(3 * sizes.weights)}), 3 x training state" in text
+    assert f": {whole} in all" in text
+
+
+# The cache -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("llm_adapter_lr", [0, pytest.param(1e-4, marks=pytest.mark.slow)])
+def test_what_the_cache_is_said_to_need_is_what_it_takes(trainer, tmp_path, monkeypatch, llm_adapter_lr):
+    needs = []
+    monkeypatch.setattr(encode_module, "require_space", lambda found, remedy: needs.extend(found))
+    folder = tmp_path / "cache"
+    trainer(cache_dir=str(folder), max_steps=1, model={"llm_adapter_lr": llm_adapter_lr})
+    entries = list(folder.rglob("*.safetensors"))
+    real = disk_bytes(*entries) + 4 * KIB * len({path.parent for path in entries})
+    assert [need.what for need in needs] == ["12 missing cache entries", "the first saved weights"]
+    claims = 32 * 4 * KIB
+    assert real <= needs[0].num_bytes - claims <= 1.1 * real
+
+
+def test_a_cache_that_does_not_fit_is_refused_before_an_image_is_encoded(trainer, disk, monkeypatch):
+    monkeypatch.delattr(encode_module, "load_vae")
+    folder = disk(200 * KIB)
+    message = (
+        r"no room for 12 missing cache entries in \S+/disk \([\d.]+ KiB\): [\d.]+ KiB needed, [\d.]+ KiB free, "
+        r"[\d.]+ KiB missing; free some space, or set cache_dir"
+    )
+    with pytest.raises(SpaceError, match=message):
+        trainer(cache_dir=str(folder))
+    assert not list(folder.rglob("*.safetensors"))
+
+
+def test_a_first_state_that_does_not_fit_beside_the_cache_is_refused_before_an_image_is_encoded(
+    trainer, disk, monkeypatch
+):
+    folder = disk(1000 * KIB)
+    changes = {"cache_dir": str(folder), "output_dir": str(folder / "runs")}
+    monkeypatch.delattr(encode_module, "load_vae")
+    with pytest.raises(SpaceError) as caught:
+        trainer(checkpoint_every_n_steps=2, adapter={"rank": 32}, **changes)
+    (problem,) = caught.value.problems
+    for part in ("12 missing cache entries", "the first saved weights", "one training state", "missing; "):
+        assert part in problem
+
+
+def test_what_another_process_takes_while_caching_costs_no_entry_that_is_there(trainer, disk, monkeypatch):
+    folder = disk(4096 * KIB)
+    load_vae = encode_module.load_vae
+
+    def load_and_fill(*arguments):
+        fill(folder, leave=44 * KIB)
+        return load_vae(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(encode_module, "load_vae", load_and_fill)
+        with pytest.raises(SpaceError, match=r"this file needs [\d,]+ bytes") as caught:
+            trainer(cache_dir=str(folder))
+    assert "latents that are missing need about" in str(caught.value)
+    made = content(folder / "latent")
+    assert 0 < len(made) < 6
+    assert not list(folder.rglob("*.tmp"))
+    (folder / "of-another-process").unlink()
+    before = {path: path.stat().st_mtime_ns for path in (folder / "latent").rglob("*.safetensors")}
+    trainer(cache_dir=str(folder), resume=False, max_steps=1, output_dir=str(trainer.folder / "again"))
+    assert {path: path.stat().st_mtime_ns for path in before} == before  # used as they are
+    assert len(content(folder / "latent")) == 6
+
+
+@pytest.mark.slow
+def test_a_read_only_cache_serves_what_it_has_and_names_the_bytes_of_the_rest(trainer, disk):
+    folder = disk(4096 * KIB)
+    first = trainer(cache_dir=str(folder), max_steps=1)
+    subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+    assert trainer("again", cache_dir=str(folder), max_steps=1).losses == first.losses
+    with pytest.raises(
+        SpaceError, match=r"disk: cannot be written, where [\d.]+ KiB are needed for 6 missing cache entries; "
+    ):
+        trainer("other", cache_dir=str(folder), dataset={"resolutions": [64]})
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_without_room_for_its_first_files_does_not_begin(trainer, disk):
+    folder = disk(200 * KIB)
+    with pytest.raises(SpaceError, match=r"no room for the first saved weights .* one training state in \S+disk/run "):
+        trainer(output_dir=str(folder), checkpoint_every_n_steps=1)
+    assert not list(folder.rglob("*.jsonl"))
+
+
+@pytest.mark.slow
+def test_a_run_fills_its_disk_with_the_file_it_was_warned_of(trainer, disk, capsys):
+    folder = disk(360 * KIB)
+    changes = {"output_dir": str(folder), "save_every_n_steps": 1, "max_steps": 6}
+    with pytest.raises(
+        SpaceError, match=r"run-s000004\.safetensors: could not be written .* missing; earlier"
+    ) as caught:
+        trainer(**changes)
+    assert caught.value.exit_code == 6
+    assert "the disk will be full at step 4 of 6, with its weights" in capsys.readouterr().out
+    saved = sorted(path.name for path in (folder / "run" / "weights").iterdir())
+    assert saved == [f"run-s00000{step}.safetensors" for step in (1, 2, 3)]
+    large = trainer(save_every_n_steps=1, max_steps=6)
+    for name in saved:
+        ours, other = load_file(folder / "run" / "weights" / name), load_file(large.path / "weights" / name)
+        assert ours.keys() == other.keys()
+        assert all(torch.equal(tensor, other[key]) for key, tensor in ours.items())
+
+
+def test_a_state_that_does_not_fit_leaves_all_earlier_ones_as_they_are_and_the_run_resumes(trainer, disk):
+    folder = disk(800 * KIB)
+    changes = {"output_dir": str(folder), "checkpoint_every_n_steps": 1, "max_steps": 5}
+    with pytest.raises(SpaceError, match=r"training state step-000003 in \S+ .* missing; .* go on with --resume"):
+        trainer(**changes)
+    states = folder / "run" / "checkpoints"
+    assert sorted(os.listdir(states)) == ["step-000001", "step-000002"]
+    straight = trainer("straight", checkpoint_every_n_steps=1, max_steps=5)
+    grow(folder, 2048 * KIB)
+    resumed = trainer(resume=True, **changes)
+    assert [line["step"] for line in resumed.metrics] == [1, 2, 3, 4, 5]
+    assert resumed.losses == straight.losses
+    assert all(torch.equal(tensor, resumed.weights[name]) for name, tensor in straight.weights.items())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
+@pytest.mark.parametrize("tensorboard", [False, True])
+def test_numbers_that_cannot_be_written_end_the_run_in_good_order(trainer, disk, monkeypatch, tensorboard):
+    folder = disk(4096 * KIB)
+    changes = {
+        "output_dir": str(folder), "checkpoint_every_n_steps": 5, "max_steps": 45,
+        "monitoring": {"tensorboard": tensorboard},
+    }  # fmt: skip
+    save = outputs_module.save_state
+
+    def save_and_fill(*arguments):
+        saved = save(*arguments)
+        fill(folder)
+        monkeypatch.setattr(outputs_module, "save_state", lambda *ignored: saved)
+        return saved
+
+    monkeypatch.setattr(outputs_module, "save_state", save_and_fill)
+    with pytest.raises(SpaceError, match=r"metrics\.jsonl: could not be written \(No space left on device\)"):
+        trainer(**changes)
+    monkeypatch.undo()
+    before = content(folder / "run" / "checkpoints")
+    assert {path.parts[0] for path in before} == {"step-000005"}
+    (folder / "of-another-process").unlink()
+    resumed = trainer(resume=True, **changes)
+    assert [line["step"] for line in resumed.metrics] == list(range(1, 46))
+
+
+@pytest.mark.slow
+def test_previews_without_room_are_a_warning_and_the_run_goes_on(trainer, disk, capsys):
+    folder = disk(140 * KIB)
+    sampling = {"prompts": ["red"], "width": 256, "height": 256, "steps": 1, "before_first_step": True}
+    done = trainer(output_dir=str(folder), sampling=sampling, max_steps=2)
+    output = "".join(capsys.readouterr())
+    assert "no preview" in output
+    assert "No space left on device" in output
+    assert len(done.metrics) == 2
+    assert all(tensor.isfinite().all() for tensor in done.weights.values())
+    assert os.listdir(folder / "run" / "samples") == []
+
+
+def test_a_read_only_output_folder_is_an_error_of_its_own(trainer, disk):
+    folder = disk(4096 * KIB)
+    subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+    with pytest.raises(SpaceError, match=r"output_dir: \S+/run cannot be written \(Read-only file system\)") as caught:
+        trainer(output_dir=str(folder))
+    assert caught.value.exit_code == 6

@@ -1,0 +1,265 @@
+"""Several processes: one that fails ends all at once and says why; they start from the same facts, or not at all."""
+
+import os
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from anima_train.config.load import load_config
+from anima_train.training.build import make_plan, make_timetable
+from anima_train.training.prepare import scan_all
+from anima_train.training.train import tasks
+
+LIMIT = 30.0  # seconds from the fault to the end of all processes
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
+ACCELERATE = (
+    "-m", "accelerate.commands.launch", "--multi_gpu", "--mixed_precision", "no", "--num_machines", "1",
+    "--dynamo_backend", "no", "--main_process_port", "0", "--num_processes",
+)  # fmt: skip
+
+# `anima-train`, something in it changed first, on some process or on all.
+SCRIPT = """
+import ctypes, json, os, signal, sys, time
+from pathlib import Path
+import anima_train.cli.train
+from anima_train.cli.main import train_main
+from anima_train.core.errors import ConfigError, DataError
+from anima_train.data.loader import CachedData
+from anima_train.training import outputs, prepare, train
+
+RANK, FOLDER = int(os.environ["RANK"]), Path(__file__).parent
+
+def fault(act):
+    def call(*arguments, **keys):
+        with open(FOLDER / "faults.txt", "a") as file:
+            file.write(f"{time.time()}\\n")
+        act()
+    return call
+
+def third_time(act, real):
+    left = [None] * 2
+    def call(*arguments):
+        return left.pop() or real(*arguments) if left else fault(act)()
+    return call
+
+def user():
+    raise DataError("cats/a.png: is gone")
+
+def config():
+    raise ConfigError("run.toml: seed: is wrong")
+
+def bug():
+    raise RuntimeError("a fault of ours")
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def wait():
+    ctypes.CDLL(None).sleep(600)  # no exception reaches it, as in NCCL
+
+def in_step(act):
+    train.compute_loss = third_time(act, train.compute_loss)
+
+def in_loader(act):
+    CachedData.training_batch = third_time(act, CachedData.training_batch)
+
+def before(act):
+    anima_train.cli.train.load_config = fault(act)
+
+def at(name, act):
+    (module,) = (module for module in (outputs, prepare) if hasattr(module, name))
+    setattr(module, name, fault(act))
+
+"""
+
+
+@pytest.fixture
+def launch(trainer, command, monkeypatch):
+    """Trains on several processes after a change, which is Python; returns the result."""
+    monkeypatch.setenv("PYTHONPATH", os.getcwd())
+
+    def run(change, number=2, launcher=TORCHRUN, name="run", max_steps=2000, **keys):
+        script = trainer.folder / "script.py"
+        script.write_text(f"{SCRIPT}\n{change}\ntrain_main()\n")
+        config = trainer.config(name, max_steps=max_steps, **keys)
+        return command([sys.executable, *launcher, str(number), str(script), str(config)])
+
+    return run
+
+
+def seconds_since_fault(trainer):
+    return time.time() - float((trainer.folder / "faults.txt").read_text().split()[0])
+
+
+def messages(result):
+    """The lines that speak of errors, without those of the launcher's own traceback, which comes last."""
+    ours = result.stderr.partition('Traceback (most recent call last):\n  File "<frozen runpy>"')[0]
+    starts = ("error", "stop", "Traceback", "[rank", "RuntimeError")
+    return [line for line in ours.splitlines() if line.startswith(starts)]
+
+
+def root_cause(result):
+    """What `torchrun` names as the first failure: its exit code and text."""
+    lines = result.stderr.split("Root Cause")[1].splitlines()
+    facts = dict(line.strip().split(":", 1) for line in lines if ":" in line)
+    return int(facts["exitcode  "].split()[0]), facts["traceback "].strip()
+
+
+GONE = "cats/a.png: is gone"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "faulty", "options"),
+    [
+        ("if RANK == 1: in_step(user)", 1, {}),
+        *(
+            pytest.param(*values, marks=pytest.mark.slow)
+            for values in [
+                ("if RANK == 0: in_step(user)", 0, {}),
+                ("if RANK == 2: in_step(user)", 2, {"number": 3}),
+                ("if RANK == 1: in_step(user)", 1, {"launcher": ACCELERATE}),
+                ("if RANK == 1: in_loader(user)", 1, {}),
+                ("if RANK == 0: at('scan_all', user)", 0, {}),
+                ("if RANK == 0: at('fill_cache', user)", 0, {}),
+                ("if RANK == 1: at('fill_cache', user)", 1, {}),
+                ("if RANK == 0: at('save_state', user)", 0, {"checkpoint_every_n_steps": 2}),
+                ("if RANK == 0: at('save_weights', user)", 0, {"save_every_n_steps": 2}),
+                ("in_step(wait if RANK == 0 else user)", 1, {}),
+                ("in_step(user)", 0, {}),  # on all at once
+            ]
+        ),
+    ],
+)
+def test_a_process_that_fails_ends_all_with_one_message(launch, trainer, change, faulty, options):
+    result = launch(change, **options)
+    assert seconds_since_fault(trainer) < LIMIT
+    assert messages(result) == [f"error (process {faulty}): {GONE}"], result.stderr
+    assert root_cause(result) == (3, f"error (process {faulty}): {GONE}")
+    assert result.returncode == 1  # the launcher's own
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("faulty", [0, 1])
+def test_a_fault_of_ours_has_one_traceback(launch, trainer, pictures, faulty):
+    held = {"name": "held", "config": {"resolutions": [96], "directory": [{"path": str(pictures)}]}}
+    result = launch(f"if RANK == {faulty}: at('evaluate', bug)", eval_datasets=[held], eval_before_first_step=True)
+    assert seconds_since_fault(trainer) < LIMIT
+    last = f"error (process {faulty}): RuntimeError: a fault of ours"
+    first = "Traceback (most recent call last):"
+    assert messages(result) == [first, "RuntimeError: a fault of ours", last], result.stderr
+    assert root_cause(result) == (1, last)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("faulty", [0, 1, 2])
+def test_a_process_that_is_killed_ends_all_with_one_message(launch, trainer, faulty):
+    result = launch(f"if RANK == {faulty}: in_step(kill)", number=3)
+    assert seconds_since_fault(trainer) < LIMIT
+    (line,) = messages(result)
+    assert line.startswith(f"error (process {faulty}): it ended without a message: it was killed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "name"), [([1], " (process 1)"), ([0, 1], "")])
+def test_what_is_wrong_with_a_config_is_said_once(launch, trainer, ranks, name):
+    result = launch(f"if RANK in {ranks}: before(config)")
+    assert seconds_since_fault(trainer) < LIMIT
+    assert messages(result) == [f"error{name}: run.toml: seed: is wrong"]
+    assert "exitcode  : 2 " in result.stderr
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_before_the_first_step_stops_all(launch, trainer):
+    result = launch("if RANK == 1: at('fill_cache', lambda: os.kill(os.getpid(), signal.SIGTERM))")
+    assert seconds_since_fault(trainer) < LIMIT
+    (line,) = messages(result)
+    assert line.startswith("stopped")
+    assert line.endswith(": before the first step; what is in the cache stays")
+    assert "exitcode  : 143 " in result.stderr
+
+
+# What they start from
+
+
+@pytest.mark.slow
+def test_another_dataset_on_one_process_is_refused_by_all(launch, trainer, images_drawer):
+    """The same relative path leads elsewhere, as it may on two machines."""
+    for rank in (0, 1):
+        images_drawer(trainer.folder / f"rank{rank}" / "images", [(96, 96), (96, 96)])
+    (trainer.folder / "rank1" / "images" / "image1.txt").write_text("another caption")
+    result = launch('os.chdir(FOLDER / f"rank{RANK}")', dataset={"directory": [{"path": "images"}]})
+    first, second = messages(result)
+    assert first.startswith("error (process 0): process 1 differs from process 0 in dataset train: 2 samples (sha256 ")
+    assert "a folder was changed while the run started, or it is not the same on all machines" in second
+    assert "exitcode  : 3 " in result.stderr
+    assert not (trainer.folder / "runs" / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_another_configuration_on_one_process_is_refused_by_all(launch, trainer):
+    result = launch('if RANK == 1: sys.argv += ["--set", "optimizer.lr=2e-3"]')
+    first, second = messages(result)
+    assert first == "error (process 0): process 1 differs from process 0 in optimizer.lr: 0.002 there, 0.001 here"
+    assert second.endswith("all processes must get the same configuration: copy the files to all machines")
+    assert "exitcode  : 2 " in result.stderr
+
+
+@pytest.mark.slow
+def test_only_process_0_writes_and_all_take_its_name_of_the_run_and_other_versions_are_noted(launch, trainer):
+    """Without `run_name` the clock names the run: here it is an hour later on one process."""
+    change = """
+WRITTEN = open(FOLDER / f"written{RANK}.txt", "w", buffering=1)
+
+def note(event, arguments):
+    changes = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.symlink", "os.link", "os.chmod"}
+    if event in changes or event == "open" and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR):
+        path = str(arguments[0])
+        if str(FOLDER / "runs") in path:
+            WRITTEN.write(f"{event} {path}\\n")
+
+sys.addaudithook(note)
+if RANK == 1:
+    from datetime import datetime, timedelta
+    from anima_train.config import load
+    from anima_train.training import processes
+    class Later(datetime):
+        @classmethod
+        def now(cls): return datetime.now() + timedelta(hours=1)
+    load.datetime = Later
+    processes.__version__ = "0.0.1"
+"""
+    keys = {
+        "checkpoint_every_n_steps": 2,
+        "save_every_n_steps": 2,
+        "sampling": {"prompts": ["a cat"], "steps": 1, "width": 64, "height": 64},
+    }
+    result = launch(change, max_steps=4, name="named", run_name=None, **keys)
+    assert result.returncode == 0, result.stderr
+    (run,) = (trainer.folder / "runs").iterdir()
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 4
+    assert (trainer.folder / "written1.txt").read_text() == ""
+    assert len((trainer.folder / "written0.txt").read_text().splitlines()) > 20
+    note = "process 1 differs from process 0 in anima-train: 0.0.1 there"
+    assert result.stdout.count(note) == 1
+    assert (run / "warnings.jsonl").read_text().count(note) == 1
+
+
+def test_every_process_has_the_same_steps_and_none_loses_a_micro_batch(trainer):
+    loaded = load_config(trainer.config("three", max_steps=20))
+    samples = scan_all(loaded, write=False)["train"].samples
+    plan = make_plan(loaded, samples, 3)
+    timetable = make_timetable(loaded, plan)
+    shares = [
+        list(tasks(plan, timetable, 0, SimpleNamespace(process_index=rank, num_processes=3))) for rank in range(3)
+    ]
+    meetings = [[(task.step, task.epoch, task.num_samples, task.last) for task in share] for share in shares]
+    assert meetings[0] == meetings[1] == meetings[2]
+    assert [step for step, *_, last in meetings[0] if last] == list(range(20))
+    for step in range(20):
+        counted = sum(
+            len(task.micro_batch.draws) for share in shares for task in share if task.step == step and task.counts
+        )
+        assert counted == next(task.num_samples for task in shares[0] if task.step == step)

@@ -1,0 +1,209 @@
+"""Signals and files stop a run in good order, and it goes on bitwise as if nothing had happened."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from anima_train.checkpoint.training_state import newest_state
+from anima_train.core.errors import ConfigError, Interrupted
+from anima_train.training import train as train_module
+
+REPO = Path(__file__).parents[2]
+STEPS = 60
+LONG_STEP = """
+import sys, time
+from anima_train.cli.main import train_main
+from anima_train.training import train
+
+real, number = train.compute_loss, 0
+
+def long_in_the_third_step(*arguments):
+    global number
+    number += 1
+    if number == 3:
+        print("in the third step", flush=True)
+        time.sleep(600)
+    return real(*arguments)
+
+train.compute_loss = long_in_the_third_step
+train_main()
+"""
+STATES = {"checkpoint_every_n_steps": 1, "adapter": {"dropout": 0.2}}
+
+
+def start(config, processes=1, script=None):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(REPO)}
+    launch = (
+        ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"] if processes > 1 else []
+    )
+    program = ["-m", "anima_train"] if script is None else ["-c", script]
+    return subprocess.Popen(
+        [sys.executable, *launch, *program, str(config)], cwd=REPO, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def in_a_long_step(trainer):
+    """Starts a run; returns its process, which is in the third step for minutes."""
+    processes = []
+
+    def run(script=LONG_STEP):
+        processes.append(process := start(trainer.config("run", **STATES), script=script))
+        while "in the third step" not in (line := process.stdout.readline()):
+            assert line, process.communicate()
+        wait_for((trainer.folder / "runs" / "run" / "checkpoints" / "step-000002").exists, process)  # a thread makes it
+        return process
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(condition, process, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def first_words(process):
+    """What a process says on stderr, until it says that it is stopping."""
+    said = ""
+    while "stopping" not in said:
+        said += (line := process.stderr.readline())
+        assert line, said
+    return said
+
+
+def num_lines(path):
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("SIGINT", 130),
+        pytest.param("SIGTERM", 143, marks=pytest.mark.slow),
+        pytest.param("SIGUSR1", 143, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_saves_after_the_step_and_resume_is_bitwise(trainer, name, code):
+    keys = {"max_steps": STEPS, "adapter": {"dropout": 0.2}}
+    whole = trainer("whole", **keys)
+    process = start(trainer.config("stopped", **keys))
+    run = trainer.folder / "runs" / "stopped"
+    wait_for(lambda: num_lines(run / "metrics.jsonl") >= 3, process)
+    process.send_signal(getattr(signal, name))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    done = num_lines(run / "metrics.jsonl")
+    assert "stopping after this step; Ctrl-C stops at once" in errors
+    assert f"stopped: after step {done}; the same command" in errors
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{done:06d}"]
+    assert (run / "weights" / f"stopped-s{done:06d}.safetensors").exists()
+    resumed = trainer("stopped", resume=True, **keys)
+    assert resumed.losses == whole.losses
+    assert all(torch.equal(tensor, resumed.weights[key]) for key, tensor in whole.weights.items())
+
+
+def interrupt_twice(process):
+    """Press Ctrl-C twice; returns what the process says after the second time, which must be its end."""
+    process.send_signal(signal.SIGINT)
+    assert "stopping after this step; Ctrl-C stops at once" in first_words(process)
+    process.send_signal(signal.SIGINT)
+    return process.communicate(timeout=30)[1]
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_stops_at_once_and_the_saved_states_are_whole(trainer, in_a_long_step):
+    process = in_a_long_step()
+    errors = interrupt_twice(process)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    run = trainer.folder / "runs" / "run"
+    assert newest_state(run / "checkpoints", pytest.fail).facts.step == 2
+    assert trainer("run", **STATES).losses == trainer("whole", **STATES).losses
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_waits_for_no_tracker(in_a_long_step):
+    stalled = LONG_STEP.replace("train_main()", "train.open_trackers = lambda *_: time.sleep(600)\ntrain_main()")
+    process = in_a_long_step(stalled)
+    interrupt_twice(process)
+    assert process.returncode == 130
+
+
+@pytest.mark.slow
+def test_a_run_in_which_a_process_trains_is_refused_until_that_is_killed(trainer, in_a_long_step):
+    process = in_a_long_step()
+    metrics = trainer.folder / "runs" / "run" / "metrics.jsonl"
+    before = metrics.read_text()
+    for resume in (False, True):
+        with pytest.raises(ConfigError, match="run: another process is training in this folder"):
+            trainer("run", resume=resume, **STATES)
+    assert metrics.read_text() == before
+    process.kill()
+    process.wait()
+    assert len(trainer("run", **STATES).losses) == 4
+
+
+def test_the_file_save_saves_and_goes_on_and_save_quit_stops(trainer, monkeypatch):
+    keys = {"max_steps": 6}
+    whole = trainer("whole", **keys)
+    folder = trainer.folder / "runs" / "asked"
+    real = train_module.compute_loss
+    number = 0
+
+    def asking(*arguments):
+        nonlocal number
+        number += 1
+        if number in (2, 4):
+            (folder / ("save" if number == 2 else "save_quit")).write_text("")
+        return real(*arguments)
+
+    monkeypatch.setattr(train_module, "compute_loss", asking)
+    with pytest.raises(Interrupted, match="after step 4") as stopped:
+        trainer("asked", **keys)
+    assert stopped.value.exit_code == 0
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
+    assert not (folder / "save").exists()
+    assert not (folder / "save_quit").exists()
+    assert trainer("asked", resume=True, **keys).losses == whole.losses
+
+
+@pytest.mark.slow
+def test_a_signal_on_one_rank_saves_the_same_step_on_all(trainer):
+    process = start(trainer.config("two", max_steps=2000), processes=2)
+    run = trainer.folder / "runs" / "two"
+    wait_for(lambda: num_lines(run / "metrics.jsonl") >= 3, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    done = num_lines(run / "metrics.jsonl")
+    assert f"stopped: after step {done}" in errors
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{done:06d}"]
+
+
+@pytest.mark.slow
+def test_before_the_first_step_a_signal_stops_at_once_and_the_cache_stays(trainer, images_drawer, tmp_path):
+    images = images_drawer(tmp_path / "many", [(96, 96)] * 40)
+    config = trainer.config("early", dataset={"directory": [{"path": str(images)}]})
+    process = start(config)
+    latents = images / ".anima_cache" / "latent"
+    wait_for(lambda: len(list(latents.glob("??/*.safetensors"))) >= 3, process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors
+    assert "stopped: before the first step; what is in the cache stays" in errors
+    assert list((images / ".anima_cache" / "claims").iterdir()) == []
+    assert len(trainer("early", dataset={"directory": [{"path": str(images)}]}).losses) == 4

@@ -1,0 +1,65 @@
+"""What is looked at before a run."""
+
+import shutil
+from collections import Counter
+
+import pytest
+import torch
+
+from anima_train.config.load import load_config
+from anima_train.config.model_files import find_model_files
+from anima_train.training.build import group_rows, load_trained, trainable_transformer
+from anima_train.training.prepare import scan_all
+
+
+@pytest.fixture
+def scanned(trainer):
+    """Scans of a run that is evaluated on the images of these folders, each at two resolutions."""
+
+    def run(folders):
+        sets = [
+            {"name": name, "config": {"resolutions": [96, 128], "directory": [{"path": str(path)}]}}
+            for name, path in folders.items()
+        ]
+        return scan_all(load_config(trainer.config(eval_datasets=sets), []), write=False)
+
+    return run
+
+
+def test_images_in_training_and_evaluation_are_counted_whatever_their_name(scanned, trainer, pictures, images_drawer):
+    other = images_drawer(trainer.folder / "held_out", [(100, 100), (90, 90)])
+    shutil.copy(pictures / "image0.png", other / "a copy.png")
+    shutil.copy(pictures / "image3.png", other / "another.png")
+    scans = scanned({"held_out": other})
+    [warning] = [line for line in scans["held_out"].warnings if "training set" in line]
+    assert warning == (
+        f"2 images are in the training set too, such as {other}/a copy.png; the loss on them shows memory, not quality"
+    )
+    assert not any("training set" in line for line in scans["train"].warnings)
+
+
+def test_only_the_set_that_overlaps_is_warned_of(scanned, trainer, pictures, images_drawer):
+    apart = images_drawer(trainer.folder / "apart", [(100, 100)])
+    one = trainer.folder / "one"
+    one.mkdir()
+    shutil.copy(pictures / "image1.png", one)
+    scans = scanned({"apart": apart, "one": one, "same": pictures})
+    overlaps = {name: [line for line in found.warnings if "training set" in line] for name, found in scans.items()}
+    assert overlaps["apart"] == overlaps["train"] == []
+    assert overlaps["one"][0].startswith("1 image is in the training set too, such as ")
+    assert overlaps["same"][0].startswith("6 images are in the training set too, such as ")
+
+
+@pytest.mark.parametrize("adapter", [{"rank": 2}, None])
+@pytest.mark.parametrize("adapter_lr", [0, 1e-5])
+def test_what_is_loaded_is_what_the_table_announced(trainer, adapter, adapter_lr):
+    loaded = load_config(trainer.config(adapter=adapter, model={"llm_adapter_lr": adapter_lr, "mlp_lr": 0}), [])
+    files = find_model_files(loaded)
+    transformer, groups = load_trained(loaded, files, torch.device("cpu"))
+    rates = loaded.config.learning_rates()
+    announced = group_rows(trainable_transformer(loaded, files), rates)
+    assert group_rows(transformer, rates) == announced
+    numbers = Counter()
+    for group in groups:
+        numbers[group["component"]] += sum(weight.numel() for weight in group["params"])
+    assert numbers == Counter({row.component: row.num_parameters for row in announced if row.num_parameters})
