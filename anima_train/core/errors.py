@@ -70,6 +70,14 @@ def readable(num_bytes: float) -> str:
     return f"{num_bytes:.1f} GiB"
 
 
+def readable_time(seconds: float) -> str:
+    """Return 3700 as 1 h 2 min."""
+    if seconds < 60:
+        return f"{seconds:.2g} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"
+
+
 def listed(lines: Sequence[str], most: int = MAX_LISTED) -> list[str]:
     """The first lines, fit to be printed, and how many more there are."""
     more = len(lines) - most

@@ -1,4 +1,4 @@
-"""What a set's captions become: lengths in tokens, what tokenizers cannot read, tags, typos, missing trigger words."""
+"""Statistics of a set's captions: lengths in tokens, unreadable characters, tags, typos, missing trigger words."""
 
 import re
 from collections import Counter, defaultdict
@@ -19,7 +19,7 @@ MIN_CAPTIONED = 4  # images of a directory; among fewer no first tag is a habit
 
 @dataclass(frozen=True)
 class Length:
-    """Tokens of a caption, those past `MAX_TOKENS` included."""
+    """The tokens of a caption, those past `MAX_TOKENS` included."""
 
     qwen: int
     t5: int  # with the final </s>
@@ -32,7 +32,7 @@ class Length:
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Captions as both tokenizers read them."""
+    """The captions as both tokenizers read them."""
 
     lengths: Mapping[str, Length]
     unknown: Mapping[str, str]  # caption -> the characters that T5 reads as <unk>
@@ -54,7 +54,7 @@ def tokenized(tokenizers: Tokenizers, captions: Iterable[str]) -> Tokenized:
 
 
 def unread(tokenizers: Tokenizers, caption: str) -> str:
-    """The characters of a caption that T5 reads as <unk>, each once."""
+    """Return the characters of a caption that T5 reads as <unk>, each once."""
     found = tokenizers.t5(caption, **AS_TRAINED, return_offsets_mapping=True)
     places = zip(found["input_ids"], found["offset_mapping"], strict=True)
     pieces = [caption[start:end] for token, (start, end) in places if token == tokenizers.t5.unk_token_id]
@@ -73,8 +73,8 @@ class Typo:
 
 
 @dataclass(frozen=True)
-class CaptionFacts:
-    """What to know of a set's captions."""
+class CaptionStats:
+    """The statistics of a set's captions."""
 
     lengths: Sequence[Length]  # one per different caption
     truncated: Sequence[tuple[str, int]]  # (caption, tokens lost), the longest first
@@ -84,8 +84,8 @@ class CaptionFacts:
     typos: Sequence[Typo]
 
 
-def caption_facts(captions: Iterable[Sequence[str]], known: Tokenized) -> CaptionFacts:
-    """The facts of one set.
+def caption_stats(captions: Iterable[Sequence[str]], known: Tokenized) -> CaptionStats:
+    """Return the statistics of one set.
 
     Args:
         captions: those of each image.
@@ -96,7 +96,7 @@ def caption_facts(captions: Iterable[Sequence[str]], known: Tokenized) -> Captio
     truncated = [(caption, known.lengths[caption].lost) for caption in different if known.lengths[caption].lost]
     unknown = Counter(letter for caption in different for letter in known.unknown.get(caption, ""))
     tags = Counter(tag for image in images for tag in {tag for caption in image for tag in tags_of(caption)})
-    return CaptionFacts(
+    return CaptionStats(
         [known.lengths[caption] for caption in different],
         sorted(truncated, key=lambda item: -item[1]),
         ranked(unknown),
@@ -107,23 +107,23 @@ def caption_facts(captions: Iterable[Sequence[str]], known: Tokenized) -> Captio
 
 
 def ranked(counter: Counter[str]) -> list[tuple[str, int]]:
-    """The most frequent first, of equals in alphabetical order."""
+    """Return (text, number), the most frequent first, of equals in alphabetical order."""
     return sorted(counter.items(), key=lambda item: (-item[1], item[0]))
 
 
 def tags_of(caption: str) -> Iterator[str]:
-    """What commas and line ends separate, without sentences."""
+    """Yield the tags of a caption: pieces between commas and line ends, without sentences."""
     return (piece for piece in pieces(caption) if len(piece) <= MAX_TAG)
 
 
 def pieces(caption: str, delimiter: str = ",") -> list[str]:
-    """What the delimiter, commas and line ends separate."""
+    """Return the pieces between the delimiter, commas and line ends."""
     parts = re.split(rf"{re.escape(delimiter)}|[,\n]", caption)
     return [stripped for part in parts if (stripped := part.strip())]
 
 
 def typos(tags: Mapping[str, int]) -> Iterator[Typo]:
-    """Tags one edit away from a tag that is `TYPO_RATIO` times as frequent or more; the most frequent such tag each.
+    """Yield tags one edit away from a tag at least `TYPO_RATIO` times as frequent, with the most frequent such tag.
 
     Two texts within one edit (a letter more, less, changed, or two swapped) are equal after at most one letter is
     taken out of each: so neighbours are looked up, and no pair of unrelated tags is ever compared.
@@ -144,12 +144,12 @@ def typos(tags: Mapping[str, int]) -> Iterator[Typo]:
 
 
 def shortened(tag: str) -> set[str]:
-    """The tag, and all that taking one letter out of it leaves."""
+    """Return the tag, and the tag without each of its letters."""
     return {tag, *(tag[:place] + tag[place + 1 :] for place in range(len(tag)))}
 
 
 def one_edit(tag: str, other: str) -> bool:
-    """Whether one edit makes one tag of the other; not where digits differ, as in 1girl and 2girl."""
+    """Return True if one edit makes one tag of the other; not where digits differ, as in 1girl and 2girl."""
     start = 0
     while tag[start : start + 1] == other[start : start + 1] != "":
         start += 1
@@ -164,7 +164,7 @@ def one_edit(tag: str, other: str) -> bool:
 
 @dataclass(frozen=True)
 class Missing:
-    """Images of one directory that lack its trigger word, or what looks like one."""
+    """The images of one directory that lack its trigger word, or what looks like one."""
 
     directory: int
     word: str
@@ -173,7 +173,7 @@ class Missing:
 
     @property
     def described(self) -> str:
-        """The word and why it is expected."""
+        """The word, and the reason to expect it."""
         return (
             f"the trigger word {self.word}"
             if self.is_set
@@ -182,7 +182,7 @@ class Missing:
 
 
 def missing_words(samples: Iterable[Sample]) -> Iterator[Missing]:
-    """The directories with images that lack their trigger word, in any of their captions.
+    """Yield the directories with images that lack their trigger word, in any of their captions.
 
     Images for regularization need none.
     """
@@ -206,7 +206,7 @@ def missing_words(samples: Iterable[Sample]) -> Iterator[Missing]:
 
 
 def common_first(images: Iterable[Sequence[Sequence[str]]]) -> str:
-    """The first tag of at least half of the images that have a caption; "" if there is none, or too few images.
+    """Return the first tag of at least half of the images that have a caption; "" if there is none, or too few images.
 
     Args:
         images: the tags of each caption of each.

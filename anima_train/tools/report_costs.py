@@ -25,8 +25,8 @@ KEPT_VALUES_CHECKPOINTED = 1  # the block's input; one block at a time is recomp
 
 
 @dataclass(frozen=True)
-class ModelFacts:
-    """What the costs depend on, read off the headers."""
+class ModelStats:
+    """The sizes that costs depend on, read off the headers."""
 
     transformer: TransformerShape
     num_weights: int  # in memory while training, without what an adapter adds
@@ -46,7 +46,7 @@ class CacheCost:
 
 
 def cache_costs(
-    config: Config, train: Iterable[Sample], evals: Iterable[Sample], lengths: Mapping[str, Length], model: ModelFacts
+    config: Config, train: Iterable[Sample], evals: Iterable[Sample], lengths: Mapping[str, Length], model: ModelStats
 ) -> list[CacheCost]:
     """What the whole cache holds for the samples that are trained and those that the loss is measured on.
 
@@ -120,7 +120,7 @@ class MemoryCost:
         return self.weights + self.trained + self.kept
 
 
-def memory_cost(config: Config, model: ModelFacts, size: Size, batch_size: int) -> MemoryCost:
+def memory_cost(config: Config, model: ModelStats, size: Size, batch_size: int) -> MemoryCost:
     """The estimate for one micro-batch of a bucket."""
     weights_dtype = config.model.transformer_dtype or config.model.dtype
     if isinstance(config.adapter, Full):
@@ -243,14 +243,6 @@ def estimated_seconds(
     tokens, seconds = zip(*points, strict=True)
     # The sum of a linear function over all steps is that of their mean.
     return num_steps * float(np.interp(num_tokens / num_steps, tokens, seconds))
-
-
-def readable_time(seconds: float) -> str:
-    """3700 as 1 h 2 min."""
-    if seconds < 60:
-        return f"{seconds:.2g} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"
 
 
 def total_bytes(costs: Iterable[CacheCost]) -> int:

@@ -7,8 +7,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from anima_train.core.errors import printable_lines, readable
-from anima_train.tools.report_costs import readable_time
+from anima_train.core.errors import printable_lines, readable, readable_time
 
 LINE_EVERY = 30.0  # seconds between lines in a log
 FAST, SLOW = 0.9, 0.99  # decay per step of the two averages whose distance is the loss's trend

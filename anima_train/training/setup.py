@@ -21,7 +21,7 @@ from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
 from anima_train.model.text import load_tokenizers
 from anima_train.optim.groups import GroupRow, LearningRates, group_table, optimizer_groups
 from anima_train.tools.dataset_report import DatasetReport, SetReport, collect, short_by
-from anima_train.tools.report_costs import Measured, ModelFacts, total_bytes
+from anima_train.tools.report_costs import Measured, ModelStats, total_bytes
 from anima_train.tools.report_html import duration_text, lr_text
 from anima_train.training.model import DTYPES, ModelFiles, load_transformer
 from anima_train.training.space import Writings, file_sizes, first_needs, space_warning, writings
@@ -235,7 +235,7 @@ def dataset_report(
     num_all = sum(parameter.numel() for parameter in transformer.parameters())
     adapter = LLMAdapterShape.of(files.adapter_header.entries)
     is_live = config.model.text_encoder_device == "training" and has_live_texts(config, plan.samples)
-    model = ModelFacts(
+    model = ModelStats(
         TransformerShape.of(files.transformer_header.entries),
         num_weights=num_all if isinstance(config.adapter, Full) else num_all - num_trained,
         num_trained=num_trained,
