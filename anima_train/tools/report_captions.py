@@ -7,10 +7,8 @@ from dataclasses import dataclass
 
 from anima_train.data.samples import Sample
 from anima_train.data.scan import SPECIAL_TOKEN
-from anima_train.model.text import MAX_TOKENS, Tokenizers
+from anima_train.model.text import AS_TRAINED, TokenCounts, Tokenizers, count_tokens
 
-CHUNK = 1000  # captions tokenized at once
-AS_TRAINED = {"add_special_tokens": False, "truncation": False, "padding": False, "verbose": False}
 MAX_TAG = 40  # characters; longer pieces are sentences
 MIN_TYPO = 5  # characters; among shorter words neighbours are common: "hat" and "cat"
 TYPO_RATIO = 3  # a tag this many times as frequent may be what was meant
@@ -18,38 +16,17 @@ MIN_CAPTIONED = 4  # images of a directory; among fewer no first tag is a habit
 
 
 @dataclass(frozen=True)
-class Length:
-    """The tokens of a caption, those past `MAX_TOKENS` included."""
-
-    qwen: int
-    t5: int  # with the final </s>
-
-    @property
-    def lost(self) -> int:
-        """Tokens cut off, of the stream that loses more."""
-        return max(0, self.qwen - MAX_TOKENS, self.t5 - MAX_TOKENS)
-
-
-@dataclass(frozen=True)
 class Tokenized:
     """The captions as both tokenizers read them."""
 
-    lengths: Mapping[str, Length]
+    lengths: Mapping[str, TokenCounts]
     unknown: Mapping[str, str]  # caption -> the characters that T5 reads as <unk>
 
 
 def tokenized(tokenizers: Tokenizers, captions: Iterable[str]) -> Tokenized:
-    """Tokenize every caption once, many at a time."""
-    lengths: dict[str, Length] = {}
-    unknown: dict[str, str] = {}
-    different = list(dict.fromkeys(captions))
-    for start in range(0, len(different), CHUNK):
-        chunk = different[start : start + CHUNK]
-        qwen, t5 = tokenizers.qwen(chunk, **AS_TRAINED)["input_ids"], tokenizers.t5(chunk, **AS_TRAINED)["input_ids"]
-        for caption, qwen_ids, t5_ids in zip(chunk, qwen, t5, strict=True):
-            lengths[caption] = Length(len(qwen_ids), len(t5_ids) + 1)
-            if tokenizers.t5.unk_token_id in t5_ids and (letters := unread(tokenizers, caption)):
-                unknown[caption] = letters
+    """Tokenize every caption once, and again those that T5 cannot read."""
+    lengths = count_tokens(tokenizers, captions)
+    unknown = {caption: unread(tokenizers, caption) for caption, counts in lengths.items() if counts.has_unknown}
     return Tokenized(lengths, unknown)
 
 
@@ -76,7 +53,7 @@ class Typo:
 class CaptionStats:
     """The statistics of a set's captions."""
 
-    lengths: Sequence[Length]  # one per different caption
+    lengths: Sequence[TokenCounts]  # one per different caption
     truncated: Sequence[tuple[str, int]]  # (caption, tokens lost), the longest first
     unknown: Sequence[tuple[str, int]]  # (character, captions it is in), the most frequent first
     special: Sequence[tuple[str, str]]  # (special token, a caption that holds its text)

@@ -11,10 +11,9 @@ from anima_train.core.errors import readable
 from anima_train.data.buckets import Size
 from anima_train.data.samples import Sample, View
 from anima_train.model.dit import TransformerShape
-from anima_train.model.text import MAX_TOKENS
+from anima_train.model.text import MAX_TOKENS, TokenCounts
 from anima_train.model.vae import LATENT_CHANNELS
 from anima_train.optim.optimizers import AnyOptimizer
-from anima_train.tools.report_captions import Length
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 PIXELS_PER_LATENT = 8  # along a side
@@ -46,7 +45,11 @@ class CacheCost:
 
 
 def cache_costs(
-    config: Config, train: Iterable[Sample], evals: Iterable[Sample], lengths: Mapping[str, Length], model: ModelStats
+    config: Config,
+    train: Iterable[Sample],
+    evals: Iterable[Sample],
+    lengths: Mapping[str, TokenCounts],
+    model: ModelStats,
 ) -> list[CacheCost]:
     """What the whole cache holds for the samples that are trained and those that the loss is measured on.
 
@@ -89,7 +92,7 @@ def mask_bytes(size: Size) -> int:
     return (size.width // PIXELS_PER_LATENT) * (size.height // PIXELS_PER_LATENT) * DTYPE_BYTES["float32"]
 
 
-def text_bytes(length: Length, with_adapter: bool, source_width: int, context_width: int, value_bytes: int) -> int:
+def text_bytes(length: TokenCounts, with_adapter: bool, source_width: int, context_width: int, value_bytes: int) -> int:
     """Bytes of a caption's tensors.
 
     Args:

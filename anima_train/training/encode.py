@@ -33,14 +33,13 @@ from anima_train.data.workers import MaskWork, PixelWork, Workers, num_workers
 from anima_train.model.llm_adapter import LLMAdapterShape
 from anima_train.model.text import (
     MAX_TOKENS,
-    Tokenizers,
+    TokenCounts,
+    count_tokens,
     load_tokenizers,
     text_encoder_identity,
-    tokenize,
     tokenizer_identity,
 )
 from anima_train.model.vae import load_vae, to_pixels
-from anima_train.tools.report_captions import Length
 from anima_train.tools.report_costs import latent_bytes, mask_bytes, text_bytes
 from anima_train.training.model import ModelFiles
 from anima_train.training.texts import ConditionEncoder
@@ -361,15 +360,6 @@ def encode_texts(
     return num_encoded
 
 
-def caption_lengths(captions: Iterable[str], tokenizers: Tokenizers) -> dict[str, Length]:
-    """How long captions are, in tokens."""
-    lengths = {}
-    for caption in captions:
-        tokens = tokenize(tokenizers, caption)
-        lengths[caption] = Length(len(tokens.qwen_ids) + tokens.qwen_lost, len(tokens.t5_ids) + tokens.t5_lost)
-    return lengths
-
-
 def view_bytes(entry: Entry) -> int:
     """Bytes of a latent's or mask's tensor; 0 for a caption."""
     if not isinstance(entry.source, View):
@@ -430,7 +420,7 @@ def fill_cache(
     tokenizers = load_tokenizers(files.tokenizer, files.t5_tokenizer) if texts else None
     lengths = {}
     if tokenizers is not None and share.rank == 0:
-        lengths = caption_lengths([entry.source for entry in texts], tokenizers)
+        lengths = count_tokens(tokenizers, (entry.source for entry in texts))
     latents = sorted(missing(needed.latents), key=lambda entry: entry.source.sample.size)  # batches have one size
     masks = missing(needed.masks)
     if share.rank == 0:  # right after the looks: the other processes begin to write
@@ -462,7 +452,7 @@ def fill_cache(
     return Encoded(num_latents, num_masks, num_texts)
 
 
-def report_truncated(lengths: Mapping[str, Length], say: Say) -> None:
+def report_truncated(lengths: Mapping[str, TokenCounts], say: Say) -> None:
     """Warn about captions that are longer than the model reads."""
     lost = {caption: length.lost for caption, length in lengths.items() if length.lost}
     if lost:

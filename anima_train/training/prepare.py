@@ -16,10 +16,10 @@ from anima_train.data.cache import SCHEMA, Cache
 from anima_train.data.loader import CachedData
 from anima_train.data.samples import Sample
 from anima_train.data.scan import Scan
+from anima_train.model.text import count_tokens
 from anima_train.tools.report_costs import cache_savings
 from anima_train.training.encode import (
     Share,
-    caption_lengths,
     fill_cache,
     needed_entries,
     report_truncated,
@@ -170,7 +170,7 @@ def with_live_texts(data: Prepared, loaded: LoadedConfig, accelerator: Accelerat
     if accelerator.is_main_process:
         live = [each for each in samples if each.rules.draws_tags or not config.model.cache_text_embeddings]
         captions = sorted({caption for sample in live for caption in sample.captions(config.seed)})
-        report_truncated(caption_lengths(captions, encoder.tokenizers), print)
+        report_truncated(count_tokens(encoder.tokenizers, captions), print)
     encode = LiveTexts(encoder)
     evals = [replace(eval_set, data=replace(eval_set.data, encode=encode)) for eval_set in data.evals]
     return replace(data, train=replace(data.train, encode=encode), evals=evals)
