@@ -27,7 +27,7 @@ from anima_train.caching.sizes import (
     text_bytes,
     view_bytes,
 )
-from anima_train.caching.text_encoding import ConditionEncoder, Say, caption_lengths, report_truncated
+from anima_train.caching.text_encoding import ConditionEncoder, Say, report_truncated
 from anima_train.core.device import free
 from anima_train.core.errors import SpaceError
 from anima_train.core.files import Need, require_space
@@ -43,6 +43,7 @@ from anima_train.data.workers import MaskWork, PixelWork, Workers, num_workers
 from anima_train.model.llm_adapter import LLMAdapterShape
 from anima_train.model.loading import ModelFiles
 from anima_train.model.text import (
+    count_tokens,
     load_tokenizers,
 )
 from anima_train.model.vae import load_vae, to_pixels
@@ -289,7 +290,7 @@ def fill_cache(
     tokenizers = load_tokenizers(files.tokenizer, files.t5_tokenizer) if texts else None
     lengths = {}
     if tokenizers is not None and share.rank == 0:
-        lengths = caption_lengths([entry.source for entry in texts], tokenizers)
+        lengths = count_tokens(tokenizers, (entry.source for entry in texts))
     latents = sorted(missing(needed.latents), key=lambda entry: entry.source.sample.size)  # batches have one size
     masks = missing(needed.masks)
     if share.rank == 0:  # right after the looks: the other processes begin to write

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from anima_train.caching.text_encoding import Length
 from anima_train.core.files import BLOCK, Need, on_disk
 from anima_train.core.format import count
 from anima_train.core.shapes import LATENT_CHANNELS, LATENT_PIXELS
@@ -15,6 +14,7 @@ from anima_train.data.loader import Entry
 from anima_train.data.samples import View
 from anima_train.model.text import (
     MAX_TOKENS,
+    TokenCounts,
 )
 
 ENTRY_HEADER = 256  # bytes of an entry beside its tensors, at most
@@ -31,7 +31,7 @@ def mask_bytes(size: Size) -> int:
     return (size.width // LATENT_PIXELS) * (size.height // LATENT_PIXELS) * torch.float32.itemsize
 
 
-def text_bytes(length: Length, with_adapter: bool, source_width: int, context_width: int, value_bytes: int) -> int:
+def text_bytes(length: TokenCounts, with_adapter: bool, source_width: int, context_width: int, value_bytes: int) -> int:
     """Bytes of a caption's tensors.
 
     Args:

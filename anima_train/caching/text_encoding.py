@@ -4,7 +4,6 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +15,14 @@ from anima_train.core.errors import ModelFileError
 from anima_train.core.text_batch import pad_states
 from anima_train.data.samples import Sample
 from anima_train.model.loading import ModelFiles, load_llm_adapter
-from anima_train.model.text import MAX_TOKENS, Tokenizers, load_text_encoder, load_tokenizers, tokenize
+from anima_train.model.text import (
+    MAX_TOKENS,
+    TokenCounts,
+    Tokenizers,
+    load_text_encoder,
+    load_tokenizers,
+    tokenize,
+)
 
 Say = Callable[[str], None]
 
@@ -115,29 +121,7 @@ class LiveTexts:
             return self.encoder.encode([caption])[0]
 
 
-@dataclass(frozen=True)
-class Length:
-    """Tokens of a caption, those past `MAX_TOKENS` included."""
-
-    qwen: int
-    t5: int  # with the final </s>
-
-    @property
-    def lost(self) -> int:
-        """Tokens cut off, of the stream that loses more."""
-        return max(0, self.qwen - MAX_TOKENS, self.t5 - MAX_TOKENS)
-
-
-def caption_lengths(captions: Iterable[str], tokenizers: Tokenizers) -> dict[str, Length]:
-    """How long captions are, in tokens."""
-    lengths = {}
-    for caption in captions:
-        tokens = tokenize(tokenizers, caption)
-        lengths[caption] = Length(len(tokens.qwen_ids) + tokens.qwen_lost, len(tokens.t5_ids) + tokens.t5_lost)
-    return lengths
-
-
-def report_truncated(lengths: Mapping[str, Length], say: Say) -> None:
+def report_truncated(lengths: Mapping[str, TokenCounts], say: Say) -> None:
     """Warn about captions that are longer than the model reads."""
     lost = {caption: length.lost for caption, length in lengths.items() if length.lost}
     if lost:

@@ -26,6 +26,9 @@ from anima_train.model.safetensors_io import Entry, TensorFile, match_keys, open
 MAX_TOKENS = 512  # of either stream; the reference trainer's limit
 T5_END = 1  # </s>
 T5_PAD = 0
+# `verbose` would have transformers log that a caption is long.
+AS_TRAINED = {"add_special_tokens": False, "truncation": False, "padding": False, "verbose": False}
+CHUNK = 1000  # captions counted at once
 QWEN_PAD_TOKEN = "<|endoftext|>"
 ROPE_THETA = 1e6
 RMS_EPS = 1e-6
@@ -157,11 +160,35 @@ def tokenize(tokenizers: Tokenizers, caption: str) -> Tokens:
 
 
 def token_ids(tokenizer: PreTrainedTokenizerFast, caption: str) -> list[int]:
-    """The caption's own tokens, all of them; `verbose` would have transformers log that there are many."""
-    ids: list[int] = tokenizer(caption, add_special_tokens=False, truncation=False, padding=False, verbose=False)[
-        "input_ids"
-    ]
+    """Return the caption's own tokens, all of them."""
+    ids: list[int] = tokenizer(caption, **AS_TRAINED)["input_ids"]
     return ids
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """The numbers of a caption's tokens, those past `MAX_TOKENS` included."""
+
+    qwen: int
+    t5: int  # with the final </s>
+    has_unknown: bool = False  # T5 reads a part of the caption as <unk>
+
+    @property
+    def lost(self) -> int:
+        """The tokens cut off, of the stream that loses more."""
+        return max(0, self.qwen - MAX_TOKENS, self.t5 - MAX_TOKENS)
+
+
+def count_tokens(tokenizers: Tokenizers, captions: Iterable[str]) -> dict[str, TokenCounts]:
+    """Count the tokens of every caption once, those of many captions at a time."""
+    counts = {}
+    different = list(dict.fromkeys(captions))
+    for start in range(0, len(different), CHUNK):
+        chunk = different[start : start + CHUNK]
+        qwen, t5 = (each(chunk, **AS_TRAINED)["input_ids"] for each in (tokenizers.qwen, tokenizers.t5))
+        for caption, qwen_ids, t5_ids in zip(chunk, qwen, t5, strict=True):
+            counts[caption] = TokenCounts(len(qwen_ids), len(t5_ids) + 1, tokenizers.t5.unk_token_id in t5_ids)
+    return counts
 
 
 class TextEncoder:

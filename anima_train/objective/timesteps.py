@@ -10,6 +10,8 @@ from typing import Literal
 
 Method = Literal["logit_normal", "uniform"]
 
+T_BINS = 10  # equal ranges of t from 0 to 1, in which losses are logged
+
 FLUX_TOKENS = (256, 4096)  # image tokens at which flux_shift's mu is ...
 FLUX_MU = (0.5, 1.15)  # ... this; linear in between and beyond
 

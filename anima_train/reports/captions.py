@@ -1,17 +1,14 @@
-"""What a set's captions become: lengths in tokens, what tokenizers cannot read, tags, typos, missing trigger words."""
+"""Statistics of a set's captions: lengths in tokens, unreadable characters, tags, typos, missing trigger words."""
 
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from anima_train.caching.text_encoding import Length
 from anima_train.data.samples import Sample
 from anima_train.data.scan import SPECIAL_TOKEN
-from anima_train.model.text import Tokenizers
+from anima_train.model.text import AS_TRAINED, TokenCounts, Tokenizers, count_tokens
 
-CHUNK = 1000  # captions tokenized at once
-AS_TRAINED = {"add_special_tokens": False, "truncation": False, "padding": False, "verbose": False}
 MAX_TAG = 40  # characters; longer pieces are sentences
 MIN_TYPO = 5  # characters; among shorter words neighbours are common: "hat" and "cat"
 TYPO_RATIO = 3  # a tag this many times as frequent may be what was meant
@@ -20,29 +17,21 @@ MIN_CAPTIONED = 4  # images of a directory; among fewer no first tag is a habit
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Captions as both tokenizers read them."""
+    """The captions as both tokenizers read them."""
 
-    lengths: Mapping[str, Length]
+    lengths: Mapping[str, TokenCounts]
     unknown: Mapping[str, str]  # caption -> the characters that T5 reads as <unk>
 
 
 def tokenized(tokenizers: Tokenizers, captions: Iterable[str]) -> Tokenized:
-    """Tokenize every caption once, many at a time."""
-    lengths: dict[str, Length] = {}
-    unknown: dict[str, str] = {}
-    different = list(dict.fromkeys(captions))
-    for start in range(0, len(different), CHUNK):
-        chunk = different[start : start + CHUNK]
-        qwen, t5 = tokenizers.qwen(chunk, **AS_TRAINED)["input_ids"], tokenizers.t5(chunk, **AS_TRAINED)["input_ids"]
-        for caption, qwen_ids, t5_ids in zip(chunk, qwen, t5, strict=True):
-            lengths[caption] = Length(len(qwen_ids), len(t5_ids) + 1)
-            if tokenizers.t5.unk_token_id in t5_ids and (letters := unread(tokenizers, caption)):
-                unknown[caption] = letters
+    """Tokenize every caption once, and again those that T5 cannot read."""
+    lengths = count_tokens(tokenizers, captions)
+    unknown = {caption: unread(tokenizers, caption) for caption, counts in lengths.items() if counts.has_unknown}
     return Tokenized(lengths, unknown)
 
 
 def unread(tokenizers: Tokenizers, caption: str) -> str:
-    """The characters of a caption that T5 reads as <unk>, each once."""
+    """Return the characters of a caption that T5 reads as <unk>, each once."""
     found = tokenizers.t5(caption, **AS_TRAINED, return_offsets_mapping=True)
     places = zip(found["input_ids"], found["offset_mapping"], strict=True)
     pieces = [caption[start:end] for token, (start, end) in places if token == tokenizers.t5.unk_token_id]
@@ -61,10 +50,10 @@ class Typo:
 
 
 @dataclass(frozen=True)
-class CaptionFacts:
-    """What to know of a set's captions."""
+class CaptionStats:
+    """The statistics of a set's captions."""
 
-    lengths: Sequence[Length]  # one per different caption
+    lengths: Sequence[TokenCounts]  # one per different caption
     truncated: Sequence[tuple[str, int]]  # (caption, tokens lost), the longest first
     unknown: Sequence[tuple[str, int]]  # (character, captions it is in), the most frequent first
     special: Sequence[tuple[str, str]]  # (special token, a caption that holds its text)
@@ -72,8 +61,8 @@ class CaptionFacts:
     typos: Sequence[Typo]
 
 
-def caption_facts(captions: Iterable[Sequence[str]], known: Tokenized) -> CaptionFacts:
-    """The facts of one set.
+def caption_stats(captions: Iterable[Sequence[str]], known: Tokenized) -> CaptionStats:
+    """Return the statistics of one set.
 
     Args:
         captions: those of each image.
@@ -84,7 +73,7 @@ def caption_facts(captions: Iterable[Sequence[str]], known: Tokenized) -> Captio
     truncated = [(caption, known.lengths[caption].lost) for caption in different if known.lengths[caption].lost]
     unknown = Counter(letter for caption in different for letter in known.unknown.get(caption, ""))
     tags = Counter(tag for image in images for tag in {tag for caption in image for tag in tags_of(caption)})
-    return CaptionFacts(
+    return CaptionStats(
         [known.lengths[caption] for caption in different],
         sorted(truncated, key=lambda item: -item[1]),
         ranked(unknown),
@@ -95,23 +84,23 @@ def caption_facts(captions: Iterable[Sequence[str]], known: Tokenized) -> Captio
 
 
 def ranked(counter: Counter[str]) -> list[tuple[str, int]]:
-    """The most frequent first, of equals in alphabetical order."""
+    """Return (text, number), the most frequent first, of equals in alphabetical order."""
     return sorted(counter.items(), key=lambda item: (-item[1], item[0]))
 
 
 def tags_of(caption: str) -> Iterator[str]:
-    """What commas and line ends separate, without sentences."""
+    """Yield the tags of a caption: pieces between commas and line ends, without sentences."""
     return (piece for piece in pieces(caption) if len(piece) <= MAX_TAG)
 
 
 def pieces(caption: str, delimiter: str = ",") -> list[str]:
-    """What the delimiter, commas and line ends separate."""
+    """Return the pieces between the delimiter, commas and line ends."""
     parts = re.split(rf"{re.escape(delimiter)}|[,\n]", caption)
     return [stripped for part in parts if (stripped := part.strip())]
 
 
 def typos(tags: Mapping[str, int]) -> Iterator[Typo]:
-    """Tags one edit away from a tag that is `TYPO_RATIO` times as frequent or more; the most frequent such tag each.
+    """Yield tags one edit away from a tag at least `TYPO_RATIO` times as frequent, with the most frequent such tag.
 
     Two texts within one edit (a letter more, less, changed, or two swapped) are equal after at most one letter is
     taken out of each: so neighbours are looked up, and no pair of unrelated tags is ever compared.
@@ -132,12 +121,12 @@ def typos(tags: Mapping[str, int]) -> Iterator[Typo]:
 
 
 def shortened(tag: str) -> set[str]:
-    """The tag, and all that taking one letter out of it leaves."""
+    """Return the tag, and the tag without each of its letters."""
     return {tag, *(tag[:place] + tag[place + 1 :] for place in range(len(tag)))}
 
 
 def one_edit(tag: str, other: str) -> bool:
-    """Whether one edit makes one tag of the other; not where digits differ, as in 1girl and 2girl."""
+    """Return True if one edit makes one tag of the other; not where digits differ, as in 1girl and 2girl."""
     start = 0
     while tag[start : start + 1] == other[start : start + 1] != "":
         start += 1
@@ -152,7 +141,7 @@ def one_edit(tag: str, other: str) -> bool:
 
 @dataclass(frozen=True)
 class Missing:
-    """Images of one directory that lack its trigger word, or what looks like one."""
+    """The images of one directory that lack its trigger word, or what looks like one."""
 
     directory: int
     word: str
@@ -161,7 +150,7 @@ class Missing:
 
     @property
     def described(self) -> str:
-        """The word and why it is expected."""
+        """The word, and the reason to expect it."""
         return (
             f"the trigger word {self.word}"
             if self.is_set
@@ -170,7 +159,7 @@ class Missing:
 
 
 def missing_words(samples: Iterable[Sample]) -> Iterator[Missing]:
-    """The directories with images that lack their trigger word, in any of their captions.
+    """Yield the directories with images that lack their trigger word, in any of their captions.
 
     Images for regularization need none.
     """
@@ -194,7 +183,7 @@ def missing_words(samples: Iterable[Sample]) -> Iterator[Missing]:
 
 
 def common_first(images: Iterable[Sequence[Sequence[str]]]) -> str:
-    """The first tag of at least half of the images that have a caption; "" if there is none, or too few images.
+    """Return the first tag of at least half of the images that have a caption; "" if there is none, or too few images.
 
     Args:
         images: the tags of each caption of each.

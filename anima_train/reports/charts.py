@@ -1,41 +1,26 @@
-"""Curves over steps as SVG inside a page."""
+"""Curves over steps as SVG inside a page; all text in what is marked as markup goes through `text`."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from markupsafe import Markup
+
 from anima_train.reports.html import text
 from anima_train.reports.series import Series
 
 WIDTH, HEIGHT = 640, 180
-NUM_COLOURS = 8
+NUM_COLOURS = 8  # in charts.css
 NUM_TICKS = 5
 LOG_RATIO = 50  # of the highest value and the median: with more, a linear axis shows nothing but the highest
 
 Place = tuple[float, float]
 
-STYLE = """
-:root { --c0: #4b7bec; --c1: #d9622b; --c2: #2a9d6f; --c3: #a04fc0; --c4: #a8860b; --c5: #cf3f5c; --c6: #1f98ab;
-  --c7: #77777f }
-svg.chart { display: block; width: 100%; max-width: 860px; height: auto; touch-action: pan-y }
-.chart text { fill: var(--faint); font-size: 11px } .chart path { fill: none; stroke: var(--line) }
-.chart polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round }
-.chart polygon { fill-opacity: .22; stroke-opacity: .45; stroke-width: 1; stroke-linejoin: round }
-.chart .mark { stroke: var(--c5); stroke-width: 2 } .chart .cursor { stroke: var(--faint); stroke-dasharray: 3 3 }
-.legend { margin: .2rem 0; font-size: 13px } .legend span { margin-right: 1.2rem; white-space: nowrap }
-.legend i { display: inline-block; width: .8rem; height: .8rem; border-radius: 2px; margin-right: .35rem;
-  vertical-align: -1px }
-""" + "\n".join(
-    f".chart .c{place} {{ stroke: var(--c{place}) }} .chart polygon.c{place}, .chart circle.c{place} "
-    f"{{ fill: var(--c{place}) }} .legend .c{place} {{ background: var(--c{place}) }}"
-    for place in range(NUM_COLOURS)
-)
-
 
 @dataclass(frozen=True)
 class Line:
-    """One curve; what is not finite is a gap."""
+    """A curve; values that are not finite are gaps."""
 
     name: str
     points: Sequence[tuple[int, float]]  # (step, value), by step
@@ -44,7 +29,7 @@ class Line:
 
 
 def line_of(name: str, series: Series) -> Line:
-    """A series as its average, with its extremes as the band and marks where a value is not finite."""
+    """Return a series as its average, with its extremes as the band and marks where a value is not finite."""
     points = series.points
     return Line(
         name,
@@ -56,7 +41,7 @@ def line_of(name: str, series: Series) -> Line:
 
 @dataclass(frozen=True)
 class Axis:
-    """From values to places."""
+    """The mapping from values to places on the page."""
 
     low: float
     high: float
@@ -64,13 +49,13 @@ class Axis:
     is_log: bool = False
 
     def place(self, value: float) -> float:
-        """Where the value is, from 0 to `length`."""
+        """Return the place of a value, from 0 to `length`."""
         if self.is_log:
             return math.log(value / self.low) / math.log(self.high / self.low) * self.length
         return (value - self.low) / (self.high - self.low) * self.length
 
     def ticks(self) -> list[float]:
-        """Round values on the axis."""
+        """Return round values on the axis."""
         powers = [10.0**n for n in range(math.floor(math.log10(self.low)), 40)] if self.is_log else []
         found = [power for power in powers if self.low <= power <= self.high]
         if len(found) > 1:
@@ -82,7 +67,7 @@ class Axis:
 
 
 def value_axis(values: Iterable[float], from_zero: bool) -> Axis:
-    """The axis for these values; logarithmic where a few are far above all others."""
+    """Return the axis for these values; logarithmic where a few are far above all others."""
     found = sorted(filter(math.isfinite, values)) or [0.0]
     low, high = found[0], found[-1]
     if from_zero:
@@ -95,18 +80,18 @@ def value_axis(values: Iterable[float], from_zero: bool) -> Axis:
     return Axis(low, high, HEIGHT)
 
 
-def chart(label: str, lines: Sequence[Line], from_zero: bool = False) -> str:
-    """The curves with axes and, for several, a legend; a sentence where there is nothing to draw.
+def chart(label: str, lines: Sequence[Line], from_zero: bool = False) -> Markup:
+    """Return the curves with axes and, for several, a legend; a sentence where there is nothing to draw.
 
     Args:
-        label: what is drawn, for those who do not see it.
+        label: for those who do not see the curves.
         lines: the curves.
-        from_zero: whether zero is on the axis.
+        from_zero: zero is on the axis.
     """
     steps = [step for line in lines for step, *_ in (*line.points, *line.band)]
     values = [v for line in lines for v in (*(v for _, v in line.points), *(v for _, *pair in line.band for v in pair))]
     if not any(map(math.isfinite, values)):
-        return f'<p class="note">{text(label)}: no finite number was logged.</p>'
+        return Markup(f'<p class="note">{text(label)}: no finite number was logged.</p>')
     first, last = min(steps), max(steps)
     x_axis = Axis(first, max(last, first + 1), WIDTH)
     y_axis = value_axis(values, from_zero)
@@ -120,7 +105,7 @@ def chart(label: str, lines: Sequence[Line], from_zero: bool = False) -> str:
         for tick in x_axis.ticks()
         if tick == int(tick)
     ]
-    return (
+    return Markup(
         f'<div class="graph">{legend(lines) if len(lines) > 1 else ""}'
         f'<svg class="chart" role="img" aria-label="{text(label)}" viewBox="-60 -8 {WIDTH + 80} {HEIGHT + 30}" '
         f'data-left="{x_axis.low:.0f}" data-right="{x_axis.high:.0f}" data-low="{y_axis.low!r}" '
@@ -134,7 +119,7 @@ LOG_NOTE = '<p class="note">The axis is logarithmic.</p>'
 
 
 def legend(lines: Sequence[Line]) -> str:
-    """Which colour is which."""
+    """Return the name of each colour."""
     items = (
         f'<span><i class="c{place % NUM_COLOURS}"></i>{text(line.name)}</span>' for place, line in enumerate(lines)
     )
@@ -142,7 +127,7 @@ def legend(lines: Sequence[Line]) -> str:
 
 
 def curve(line: Line, colour: int, x_axis: Axis, y_axis: Axis) -> str:
-    """A curve over its band, and the marks below it."""
+    """Return a curve over its band, and the marks below it."""
 
     def at(step: int, value: float) -> str:
         return f"{x_axis.place(step):.2f},{HEIGHT - y_axis.place(value):.2f}"
@@ -162,13 +147,13 @@ def curve(line: Line, colour: int, x_axis: Axis, y_axis: Axis) -> str:
 
 
 def dot(place: str, colour: int) -> str:
-    """A point that no line leads to."""
+    """Return a point that no line leads to."""
     x, y = place.split(",")
     return f'<circle class="c{colour}" cx="{x}" cy="{y}" r="2.5"/>'
 
 
 def stretches(points: Sequence[tuple]) -> Iterator[list[tuple]]:
-    """The points between gaps; a gap is a point with a number that is not finite."""
+    """Yield the points between gaps; a gap is a point with a number that is not finite."""
     for is_finite, stretch in groupby(points, lambda point: all(map(math.isfinite, point))):
         if is_finite:
             yield list(stretch)

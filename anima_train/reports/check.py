@@ -13,7 +13,7 @@ from anima_train.model.loading import ModelFiles
 from anima_train.model.text import load_tokenizers
 from anima_train.reports.dataset import DatasetReport, SetReport, collect
 from anima_train.training.build import group_rows, make_plan, make_timetable, trainable_transformer
-from anima_train.training.costs import Measured, ModelFacts, total_bytes
+from anima_train.training.costs import Measured, ModelStats, total_bytes
 from anima_train.training.summary import Report
 
 
@@ -36,7 +36,7 @@ def dataset_report(
     num_all = sum(parameter.numel() for parameter in transformer.parameters())
     adapter = LLMAdapterShape.of(files.adapter_header.entries)
     is_live = config.model.text_encoder_device == "training" and has_live_texts(config, plan.samples)
-    model = ModelFacts(
+    model = ModelStats(
         TransformerShape.of(files.transformer_header.entries),
         num_weights=num_all if isinstance(config.adapter, Full) else num_all - num_trained,
         num_trained=num_trained,

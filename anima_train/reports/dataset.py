@@ -1,16 +1,11 @@
-"""Everything a person wants to see of a dataset before the run, collected into plain values; `report_html` draws it."""
+"""The report of a dataset before the run, collected into plain values; `report_html` draws it."""
 
-import base64
 import concurrent.futures
-import io
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
-
-from PIL import Image
 
 from anima_train.config.config import Config
 from anima_train.data.buckets import Size
@@ -22,13 +17,15 @@ from anima_train.data.sources.archive import content_of
 from anima_train.model.text import Tokenizers
 from anima_train.optim.groups import GroupRow
 from anima_train.optim.lr_schedules import lr_factor
-from anima_train.reports.captions import CaptionFacts, Missing, caption_facts, missing_words, tokenized
+from anima_train.reports.captions import CaptionStats, Missing, caption_stats, missing_words, tokenized
+from anima_train.reports.html import small_jpeg
 from anima_train.reports.places import places_of, shared_text
+from anima_train.reports.series import evenly, evenly_to_last
 from anima_train.training.costs import (
     CacheCost,
     Measured,
     MemoryCost,
-    ModelFacts,
+    ModelStats,
     cache_costs,
     estimated_seconds,
     memory_cost,
@@ -39,8 +36,6 @@ MAX_THUMBNAILS = 160
 THUMBNAIL_SIDE = 160  # pixels, the longer one
 CURVE_POINTS = 200
 NUM_THREADS = 4  # each holds a whole decoded image, of up to 400 MB
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -58,7 +53,7 @@ class Thumbnail:
 
 @dataclass(frozen=True)
 class Bucket:
-    """One size."""
+    """The images of one size, and their costs."""
 
     resolution: int
     size: Size
@@ -73,10 +68,10 @@ class Bucket:
 
 @dataclass(frozen=True)
 class SetReport:
-    """One dataset."""
+    """The report of one dataset."""
 
     name: str
-    num_images: int  # seen, those set aside included
+    num_images: int  # seen, those skipped included
     num_used: int
     bad: Sequence[str]  # "path: reason"
     damaged: Sequence[str]  # the same, of those pictures that were drawn
@@ -84,7 +79,7 @@ class SetReport:
     warnings: Sequence[str]
     duplicates: Sequence[Sequence[str]]  # files with the same bytes
     buckets: Sequence[Bucket]
-    captions: CaptionFacts
+    captions: CaptionStats
     missing: Sequence[Missing]  # only of the training set
 
 
@@ -106,10 +101,10 @@ class DatasetReport:
 
 def collect(
     title: str, config: Config, notes: Sequence[str], scans: Mapping[str, Scan], plan: Plan, timetable: Timetable,
-    groups: Sequence[GroupRow], tokenizers: Tokenizers, model: ModelFacts, max_thumbnails: int,
+    groups: Sequence[GroupRow], tokenizers: Tokenizers, model: ModelStats, max_thumbnails: int,
     measured: Sequence[Measured],
 ) -> DatasetReport:  # fmt: skip
-    """Look at captions, sizes and some of the pictures.
+    """Return the report, for which captions are tokenized and some of the pictures decoded.
 
     Args:
         title: of the report.
@@ -118,7 +113,7 @@ def collect(
         scans: by the dataset's name; "train" is trained.
         plan: of the run.
         timetable: of the run.
-        groups: what is trained.
+        groups: the trained components.
         tokenizers: of the model.
         model: for the costs.
         max_thumbnails: pictures in the whole report; 0 decodes no image.
@@ -165,15 +160,14 @@ def collect(
                 list(map(shared, found.warnings)),
                 [list(map(shared, group)) for group in duplicates(found.samples)],
                 buckets,
-                caption_facts(texts_of.values(), known),
+                caption_stats(texts_of.values(), known),
                 [
                     replace(each, images=list(map(shared, each.images)))
                     for each in (missing_words(found.samples) if is_trained else ())
                 ],
             )
         )
-    num_points = min(CURVE_POINTS, timetable.num_steps)
-    steps = [*evenly(range(timetable.num_steps), num_points - 1), timetable.num_steps - 1]
+    steps = evenly_to_last(range(timetable.num_steps), CURVE_POINTS)
     curve = [(step, lr_factor(config.lr_scheduler, step, timetable.num_steps, config.warmup_steps)) for step in steps]
     evals = [sample for name, found in scans.items() if name != "train" for sample in found.samples]
     seen = times_seen(plan, timetable, timetable.num_steps)
@@ -187,22 +181,15 @@ def collect(
 
 
 def by_bucket(samples: Iterable[Sample]) -> dict[tuple[int, Size], list[Sample]]:
-    """The samples by resolution and size, in that order."""
+    """Return the samples by resolution and size, in that order."""
     buckets: dict[tuple[int, Size], list[Sample]] = defaultdict(list)
     for sample in samples:
         buckets[sample.resolution, sample.size].append(sample)
     return dict(sorted(buckets.items()))
 
 
-def evenly(items: Sequence[Item], number: int) -> list[Item]:
-    """That many of the items, or all, spread evenly, the first included."""
-    if number >= len(items):
-        return list(items)
-    return [items[index * len(items) // number] for index in range(number)]
-
-
 def duplicates(samples: Iterable[Sample]) -> list[list[str]]:
-    """Groups of files that hold the same bytes."""
+    """Return groups of files that hold the same bytes."""
     paths: dict[str, set[str]] = defaultdict(set)
     for sample in samples:
         paths[sample.picture.sha256].add(str(sample.picture.path))
@@ -212,7 +199,7 @@ def duplicates(samples: Iterable[Sample]) -> list[list[str]]:
 def thumbnails(
     seed: int, samples: Sequence[Sample], number: int
 ) -> tuple[dict[tuple[int, Size], list[Thumbnail]], list[str]]:
-    """Some of the pictures of each bucket, at most `number` in all, and "path: reason" for those that are damaged."""
+    """Return some of the pictures of each bucket, at most `number` in all, and "path: reason" for damaged ones."""
     buckets = by_bucket(samples)
     chosen = evenly(list(buckets), number)
     share = number // max(1, len(chosen))
@@ -233,7 +220,7 @@ def thumbnails(
 
 
 def thumbnail(sample: Sample, seed: int) -> Thumbnail:
-    """The picture of a sample, small.
+    """Return the picture of a sample, small.
 
     Raises:
         BadImage: its pixels are damaged.
@@ -248,13 +235,3 @@ def thumbnail(sample: Sample, seed: int) -> Thumbnail:
         sample.size.width / (box[2] - box[0]),
         small_jpeg(image, THUMBNAIL_SIDE),
     )
-
-
-def small_jpeg(image: Image.Image, side: int) -> str:
-    """The image as a JPEG in base64, its longer side at most `side` pixels."""
-    width, height = image.size
-    factor = min(1.0, side / max(width, height))
-    small = image.resize((max(1, round(width * factor)), max(1, round(height * factor))), Image.Resampling.BOX)
-    file = io.BytesIO()
-    small.save(file, "JPEG", quality=70)
-    return base64.b64encode(file.getvalue()).decode("ascii")

@@ -1,4 +1,4 @@
-"""Where things lie on this machine, left out of pages that may be shown to others."""
+"""Paths of this machine, left out of pages that may be shown to others."""
 
 import re
 import tomllib
@@ -14,7 +14,7 @@ FOLDERS = re.compile(r"(?<![\w.:/\\])(~[\w.-]*|[A-Za-z]:)?([/\\][^/\\\s\"'<>|]+)
 
 
 def shared_config(text: str) -> str:
-    """A config with names instead of paths; what is no TOML, with the folders left out that can be recognised."""
+    """Return a config with names instead of paths; text that is no TOML loses the folders that can be recognised."""
     try:
         table = tomllib.loads(text)
     except ValueError:
@@ -23,7 +23,7 @@ def shared_config(text: str) -> str:
 
 
 def without_places(value: Any, key: str = "") -> Any:
-    """A value of a config, or all values in a table or list of one, each path as its last part."""
+    """Return a value of a config, or all values in a table or list of one, each path as its last part."""
     if isinstance(value, dict):
         return {name: without_places(each, name) for name, each in value.items()}
     if isinstance(value, list):
@@ -32,7 +32,7 @@ def without_places(value: Any, key: str = "") -> Any:
 
 
 def is_place(key: str, value: str) -> bool:
-    """Whether the value of this key is a path on this machine."""
+    """Return True if the value of this key is a path on this machine."""
     if key == "hf_dataset":
         return HUB_NAME.fullmatch(value) is None
     is_path = key in ("path", "dataset", "config") or key.endswith(("_path", "_dir"))
@@ -40,12 +40,12 @@ def is_place(key: str, value: str) -> bool:
 
 
 def last_part(path: str) -> str:
-    """A path's last part, whichever system it is written for."""
+    """Return a path's last part, whichever system it is written for."""
     return PureWindowsPath(path).name
 
 
 def places_in(text: str) -> list[str]:
-    """Every path that a config names; none if it is no TOML."""
+    """Return every path that a config names; none if it is no TOML."""
     try:
         return list(places_of(tomllib.loads(text)))
     except ValueError:
@@ -53,7 +53,7 @@ def places_in(text: str) -> list[str]:
 
 
 def places_of(value: Any, key: str = "") -> Iterator[str]:
-    """Every path in a table or list of a config."""
+    """Yield every path in a table or list of a config."""
     if isinstance(value, dict):
         for name, each in value.items():
             yield from places_of(each, name)
@@ -65,7 +65,7 @@ def places_of(value: Any, key: str = "") -> Iterator[str]:
 
 
 def shared_text(text: str, places: Iterable[str]) -> str:
-    """A message without folders: those of these places, which may hold spaces, and any that begin at the root."""
+    """Return a message without the folders of these places, which may hold spaces, and any that begin at the root."""
     longest_first = sorted({place.rstrip("/\\") for place in places if is_in_folder(place)}, key=len, reverse=True)
     for place in longest_first:
         text = text.replace(place, last_part(place))
@@ -75,10 +75,10 @@ def shared_text(text: str, places: Iterable[str]) -> str:
 
 
 def is_absolute(path: str) -> bool:
-    """Whether a path begins at a root, whichever system it is written for."""
+    """Return True if a path begins at a root, whichever system it is written for."""
     return path.startswith(("/", "~")) or PureWindowsPath(path).is_absolute()
 
 
 def is_in_folder(path: str) -> bool:
-    """Whether a path names a folder above it, other than the root."""
+    """Return True if a path names a folder above it, other than the root."""
     return bool(last_part(path.rstrip("/\\").removesuffix(last_part(path))))

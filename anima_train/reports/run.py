@@ -1,4 +1,4 @@
-"""Everything that a run left in its folder, collected into plain values; `run_html` draws it.
+"""The report of a run from the files in its folder, collected into plain values; `run_html` draws it.
 
 Files may be missing, half written or made by hand: what cannot be used is skipped, and noted.
 """
@@ -16,10 +16,10 @@ from anima_train.core.errors import ConfigError
 from anima_train.core.format import count
 from anima_train.core.settings import nearest
 from anima_train.data.images import BadImage, decode
-from anima_train.reports.dataset import evenly, small_jpeg
+from anima_train.objective.timesteps import T_BINS
+from anima_train.reports.html import small_jpeg
 from anima_train.reports.places import places_in, shared_config, shared_text
-from anima_train.reports.series import Series, number
-from anima_train.training.metrics import T_BINS
+from anima_train.reports.series import Series, evenly_to_last, number
 
 MIN_WINDOW = 10  # steps of the average, at least
 WINDOWS = 50  # in a run
@@ -46,13 +46,13 @@ class Share:
 
     @property
     def mean(self) -> float:
-        """NaN of no samples."""
+        """The mean; NaN of no samples."""
         return self.total / self.num_samples if self.num_samples else math.nan
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One evaluation of one set; NaN where a number is missing."""
+    """The evaluation of one set at one step; NaN where a number is missing."""
 
     step: int
     loss: float
@@ -72,7 +72,7 @@ class Preview:
 
 @dataclass
 class Metrics:
-    """What metrics.jsonl says."""
+    """The content of metrics.jsonl, as curves and sums."""
 
     num_lines: int
     window: float  # steps over which curves are averaged
@@ -109,10 +109,10 @@ class RunReport:
 
 
 def collect_run(run: Path) -> RunReport:
-    """Read a run's folder, whether the run has ended or not.
+    """Return the report of a run's folder; the run need not have ended.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: the folder holds no run.
     """
     check_is_run(run)
     notes: list[str] = []
@@ -143,7 +143,7 @@ def collect_run(run: Path) -> RunReport:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run was begun in the folder."""
+    """Return True if a run was begun in the folder."""
     return (folder / "metrics.jsonl").is_file() or (folder / "manifest.json").is_file()
 
 
@@ -170,7 +170,7 @@ def check_is_run(path: Path) -> None:
 
 
 def read_text(path: Path, notes: list[str]) -> str:
-    """A file's text; "" if there is none, with a note."""
+    """Return a file's text; "" if there is none, with a note."""
     if not path.is_file():
         notes.append(f"{path.name} is missing")
         return ""
@@ -178,7 +178,7 @@ def read_text(path: Path, notes: list[str]) -> str:
 
 
 def read_object(path: Path, notes: list[str]) -> dict[str, Any]:
-    """A file that holds one JSON object; nothing if there is none, with a note."""
+    """Return the JSON object in a file; an empty one if there is none, with a note."""
     if not path.is_file():
         notes.append(f"{path.name} is missing" + ("; the end of a run writes it" if path.stem == "seen" else ""))
         return {}
@@ -189,7 +189,7 @@ def read_object(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def read_lines(path: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(step, values) for each line of a file of JSON objects; what is none is skipped, with a note."""
+    """Yield (step, values) for each line of a file of JSON objects; what is none is skipped, with a note."""
     if not path.is_file():
         return
     first_bad = num_bad = 0
@@ -211,7 +211,7 @@ def read_lines(path: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, An
 
 
 def parsed(line: bytes) -> dict[str, Any] | None:
-    """A JSON object; None for anything else."""
+    """Return a JSON object; None for anything else."""
     try:
         values = json.loads(line)
     except (ValueError, RecursionError):
@@ -220,14 +220,14 @@ def parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def counts(table: object) -> dict[str, int]:
-    """Those entries of a JSON object that are numbers of something."""
+    """Return those entries of a JSON object that are counts."""
     if not isinstance(table, dict):
         return {}
     return {str(key): value for key, value in table.items() if isinstance(value, int) and 0 <= value <= LARGEST_STEP}
 
 
 def read_metrics(path: Path, notes: list[str]) -> Metrics:
-    """The curves of metrics.jsonl, read line by line.
+    """Return the curves of metrics.jsonl, read line by line.
 
     Thinning and averaging need to know how many there are, so the lines are counted first.
     """
@@ -264,12 +264,12 @@ def read_metrics(path: Path, notes: list[str]) -> Metrics:
 
 
 def int_of(value: object) -> int:
-    """A count as it was logged; 0 for anything else."""
+    """Return a count as it was logged; 0 for anything else."""
     return value if isinstance(value, int) and 0 <= value <= LARGEST_STEP else 0
 
 
 def loss_by_t(entries: object) -> Iterator[tuple[int, float, int]]:
-    """(bin, mean, number of samples) for each such list of a step; means that are not finite are left out."""
+    """Yield (bin, mean, number of samples) for each such list of a step; means that are not finite are left out."""
     for entry in entries if isinstance(entries, list) else []:
         if isinstance(entry, list) and len(entry) == 3:
             place, mean, num_samples = entry[0], number(entry[1]), int_of(entry[2])
@@ -278,7 +278,7 @@ def loss_by_t(entries: object) -> Iterator[tuple[int, float, int]]:
 
 
 def read_evaluations(path: Path, notes: list[str]) -> dict[str, list[Evaluated]]:
-    """The evaluations of each set, in the order of their steps."""
+    """Return the evaluations of each set, in the order of their steps."""
     found: dict[str, list[Evaluated]] = defaultdict(list)
     for step, values in read_lines(path, notes):
         for key in values:
@@ -299,22 +299,21 @@ def read_evaluations(path: Path, notes: list[str]) -> dict[str, list[Evaluated]]
 
 
 def read_warnings(path: Path, notes: list[str]) -> list[str]:
-    """The run's warnings, each once: every start of a run finds those of its data again."""
+    """Return the run's warnings, each once: every start of a run finds those of its data again."""
     lines = ((step, str(values.get("text"))) for step, values in read_lines(path, notes))
     return list(dict.fromkeys(f"step {step:,}: {text}" if step else text for step, text in lines))
 
 
 def read_previews(folder: Path, notes: list[str]) -> tuple[list[Preview], int]:
-    """Some of the pictures in a folder, evenly chosen of its steps, the last included; and how many there are."""
+    """Return pictures in a folder, of evenly chosen steps, the last included; and the number of all pictures."""
     by_step: dict[int, list[tuple[str, Path]]] = defaultdict(list)
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if (match := PREVIEW.fullmatch(path.name)) and path.is_file():
             by_step[int(match[1])].append((match[2], path))
     if not by_step:
         return [], 0
-    *steps, last = sorted(by_step)
     most = max(map(len, by_step.values()))
-    chosen = [*evenly(steps, max(1, MAX_PREVIEWS // most) - 1), last]
+    chosen = evenly_to_last(sorted(by_step), max(1, MAX_PREVIEWS // most))
     previews = []
     for step in chosen:
         for name, path in by_step[step][:MAX_PREVIEWS]:

@@ -1,21 +1,37 @@
 """Numbers of every step, smoothed and thinned as they are read: a run of a million steps takes no more memory."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+Item = TypeVar("Item")
 
 MAX_POINTS = 1000  # of a curve
 LARGEST = 3.5e38  # of float32: what is beyond is taken for infinite
 
 
+def evenly(items: Sequence[Item], number: int) -> list[Item]:
+    """Return at most that many of the items, spread evenly, the first included."""
+    if number >= len(items):
+        return list(items)
+    return [items[index * len(items) // number] for index in range(number)]
+
+
+def evenly_to_last(items: Sequence[Item], number: int) -> list[Item]:
+    """Return at most that many of the items, spread evenly, the last included."""
+    return [*evenly(items[:-1], number - 1), *items[-1:]]
+
+
 def number(value: object) -> float:
-    """A number as it was logged; NaN for anything else, and for what float32 does not hold."""
+    """Return a number as it was logged; NaN for anything else, and for what float32 does not hold."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= LARGEST:
         return math.nan
     return float(value)
 
 
 class Average:
-    """An exponential moving average of finite numbers, bias-corrected.
+    """The exponential moving average of finite numbers, bias-corrected.
 
     After n numbers it is sum(decay^(n-i) x_i) / sum(decay^(n-i)): what weighs is what was seen, not a start at zero.
     """
@@ -38,17 +54,17 @@ class Average:
 
 @dataclass(slots=True)
 class Point:
-    """Neighbouring values as one point of a curve; NaN where none of them is finite."""
+    """A point of a curve that stands for neighbouring values; NaN where none of them is finite."""
 
     step: int  # of the last of them
     low: float = math.nan
     high: float = math.nan
     smooth: float = math.nan  # the average after the last of them
-    has_gap: bool = False  # whether any is not finite
+    has_gap: bool = False  # one of them is not finite
 
 
 class Series:
-    """Values over steps: their extremes and their average, at most `MAX_POINTS` points for the values announced."""
+    """A curve over steps: extremes and average of its values, at most `MAX_POINTS` points for the values announced."""
 
     def __init__(self, num_values: int, decay: float) -> None:
         self.points: list[Point] = []
@@ -58,6 +74,11 @@ class Series:
         self.last = math.nan
         self.num_gaps = 0  # values that are not finite
         self.first_gap = 0  # step of the first of them
+
+    @property
+    def highest(self) -> float:
+        """The highest finite value; NaN if there is none."""
+        return max((point.high for point in self.points if math.isfinite(point.high)), default=math.nan)
 
     def add(self, step: int, value: float) -> None:
         """Append a value."""

@@ -7,12 +7,12 @@ import numpy as np
 
 from anima_train.adapters.full import Full
 from anima_train.caching.sizes import latent_bytes, mask_bytes, text_bytes
-from anima_train.caching.text_encoding import Length
 from anima_train.config.config import Config
 from anima_train.core.format import readable
 from anima_train.data.buckets import Size
 from anima_train.data.samples import Sample, View
 from anima_train.model.dit import TransformerShape
+from anima_train.model.text import TokenCounts
 from anima_train.optim.optimizers import AnyOptimizer
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -23,7 +23,7 @@ KEPT_VALUES_CHECKPOINTED = 1  # the block's input; one block at a time is recomp
 
 
 @dataclass(frozen=True)
-class ModelFacts:
+class ModelStats:
     """What the costs depend on, read off the headers."""
 
     transformer: TransformerShape
@@ -44,7 +44,11 @@ class CacheCost:
 
 
 def cache_costs(
-    config: Config, train: Iterable[Sample], evals: Iterable[Sample], lengths: Mapping[str, Length], model: ModelFacts
+    config: Config,
+    train: Iterable[Sample],
+    evals: Iterable[Sample],
+    lengths: Mapping[str, TokenCounts],
+    model: ModelStats,
 ) -> list[CacheCost]:
     """What the whole cache holds for the samples that are trained and those that the loss is measured on.
 
@@ -91,7 +95,7 @@ class MemoryCost:
         return self.weights + self.trained + self.kept
 
 
-def memory_cost(config: Config, model: ModelFacts, size: Size, batch_size: int) -> MemoryCost:
+def memory_cost(config: Config, model: ModelStats, size: Size, batch_size: int) -> MemoryCost:
     """The estimate for one micro-batch of a bucket."""
     weights_dtype = config.model.transformer_dtype or config.model.dtype
     if isinstance(config.adapter, Full):

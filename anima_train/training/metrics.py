@@ -8,8 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from anima_train.data.loader import Batch
-
-T_BINS = 10  # equal ranges of t from 0 to 1
+from anima_train.objective.timesteps import T_BINS
 
 ROLES = ("train", "regularization")
 

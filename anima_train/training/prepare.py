@@ -11,7 +11,6 @@ from anima_train.caching.fill import Share, fill_cache, verify_cache
 from anima_train.caching.repair import Repair
 from anima_train.caching.text_encoding import (
     LiveTexts,
-    caption_lengths,
     has_live_texts,
     live_encoder,
     report_truncated,
@@ -29,6 +28,7 @@ from anima_train.data.scan import Scan, scan
 from anima_train.distributed.consistency import check_same_data
 from anima_train.evaluation.evaluate import EvalSet
 from anima_train.model.loading import ModelFiles
+from anima_train.model.text import count_tokens
 from anima_train.training.build import first_files
 from anima_train.training.costs import cache_savings
 from anima_train.training.memory import Attempt, memory_errors
@@ -155,7 +155,7 @@ def with_live_texts(data: Prepared, loaded: LoadedConfig, accelerator: Accelerat
     if accelerator.is_main_process:
         live = [each for each in samples if each.options.draws_tags or not config.model.cache_text_embeddings]
         captions = sorted({caption for sample in live for caption in sample.captions(config.seed)})
-        report_truncated(caption_lengths(captions, encoder.tokenizers), print)
+        report_truncated(count_tokens(encoder.tokenizers, captions), print)
     encode = LiveTexts(encoder)
     evals = [replace(eval_set, data=replace(eval_set.data, encode=encode)) for eval_set in data.evals]
     return replace(data, train=replace(data.train, encode=encode), evals=evals)

@@ -225,7 +225,7 @@ def test_each_cell_of_a_grid_equals_the_picture_drawn_alone(sample, loras, tmp_p
     assert len({pixels(path) for path in pictures}) == 4
     assert (png.name, html.name) == ("grid.png", "grid.html")
     page = html.read_text()
-    rows = re.findall(r"<tr>(.*?)</tr>", page)
+    rows = re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)
     assert re.findall(r'<th scope="col">(.*?)</th>', rows[0]) == ["lora_strength: 0.37", "lora_strength: -1"]
     assert [re.findall(r'<th scope="row">(.*?)</th>', row) for row in rows[1:]] == [["cfg: 1"], ["cfg: 3.5"]]
     assert [re.findall(r'title="0000(\d)_0.png"', row) for row in rows[1:]] == [["1", "3"], ["2", "4"]]

@@ -4,7 +4,7 @@ import pytest
 
 from anima_train.core import errors
 from anima_train.core.errors import ConfigError, Interrupted, UserError
-from anima_train.core.format import count
+from anima_train.core.format import count, readable_time
 
 
 def test_every_kind_of_error_has_its_own_exit_code():
@@ -38,3 +38,8 @@ def test_numbers_agree_with_their_nouns(number, text):
 
 def test_an_irregular_plural_can_be_given():
     assert [count(number, "entry", "entries") for number in (1, 2)] == ["1 entry", "2 entries"]
+
+
+def test_durations_are_readable():
+    times = {0.25: "0.25 s", 59: "59 s", 61: "1 min", 3570: "1 h 0 min", 3700: "1 h 2 min", 360_000: "100 h 0 min"}
+    assert {seconds: readable_time(seconds) for seconds in times} == times

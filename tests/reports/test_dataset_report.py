@@ -10,6 +10,7 @@ import shutil
 import string
 import time
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -23,7 +24,6 @@ from typer.testing import CliRunner
 from anima_train.cli.main import COMMANDS, application
 from anima_train.config.load import load_config
 from anima_train.config.model_files import find_model_files
-from anima_train.core.format import readable_time
 from anima_train.data.buckets import Size, aspect_ratios, nearest, size_of
 from anima_train.data.images import Crop, cover_box
 from anima_train.model.dit import TransformerShape
@@ -31,13 +31,13 @@ from anima_train.model.text import load_tokenizers, tokenize
 from anima_train.model.tiny import tiny_paths
 from anima_train.optim.optimizers import AdamW, AdamWKahan
 from anima_train.reports.captions import one_edit, tokenized, typos
+from anima_train.reports.charts import HEIGHT, WIDTH
 from anima_train.reports.check import dataset_report, summary
-from anima_train.reports.dataset_page import curve, histogram, render
-from anima_train.reports.html import MAX_LINES, bulleted, table
+from anima_train.reports.dataset_page import histogram, render
 from anima_train.training.build import make_plan, make_timetable
 from anima_train.training.costs import (
     Measured,
-    ModelFacts,
+    ModelStats,
     estimated_seconds,
     gradient_and_state_bytes,
     memory_cost,
@@ -237,6 +237,15 @@ def test_exposures_are_those_of_the_planned_steps(checked, page):
     assert {int(times): int(number) for times, number in rows} == Counter(seen.values())
 
 
+def test_learning_rate_is_drawn_over_all_steps(checked):
+    report = report_of(checked / "run.toml", [])
+    page = Page(render(replace(report, curve=[(0, 0.0), (5, 1.0), (10, 0.5)])))
+    assert page.all("polyline")[0]["points"] == f"0.00,{HEIGHT}.00 {WIDTH / 2:.2f},0.00 {WIDTH}.00,{HEIGHT / 2:.2f}"
+    first, last = Page(render(report)).all("polyline")[0]["points"].split()[:: len(report.curve) - 1]
+    assert (first, last) == ("0.00,0.00", f"{WIDTH}.00,0.00")  # constant
+    assert [step for step, _ in report.curve] == list(range(7))
+
+
 def test_same_input_gives_the_same_bytes(checked, html, tmp_path):
     anima("check", checked / "run.toml", "--html", tmp_path / "again.html")
     assert (tmp_path / "again.html").read_text() == html
@@ -278,7 +287,7 @@ def test_optimizer_bytes_are_those_of_the_optimizer(moments, dtype):
 
 def test_memory_of_the_real_model_is_what_was_measured_elsewhere(checked):
     shape = TransformerShape(28, 2048, 128, 16, 1024, 256)
-    facts = ModelFacts(shape, num_weights=1_956_000_000, num_trained=69_300_000, source_width=1024, context_width=1024)
+    facts = ModelStats(shape, num_weights=1_956_000_000, num_trained=69_300_000, source_width=1024, context_width=1024)
     loaded = load_config(checked / "run.toml", [])
     cost = memory_cost(loaded.config, facts, Size(1024, 1024), 1)
     assert cost.weights / 2**30 == pytest.approx(3.64, abs=0.01)
@@ -296,7 +305,7 @@ def test_a_lora_costs_the_bytes_of_its_own_dtype(checked, dtype, optimizer, num_
     """Weight, gradient and two moments, and for Kahan what rounding took: 4 * 4, or 2 + 2 + 2 * 4 + 2."""
     changes = [f"adapter.dtype='{dtype}'", f"optimizer.type='{optimizer}'"]
     config = load_config(checked / "run.toml", changes).config
-    facts = ModelFacts(TransformerShape(2, 64, 16, 16, 64, 16), 1000, num_trained=10, source_width=8, context_width=8)
+    facts = ModelStats(TransformerShape(2, 64, 16, 16, 64, 16), 1000, num_trained=10, source_width=8, context_width=8)
     assert memory_cost(config, facts, Size(64, 64), 1).trained == 10 * num_bytes
 
 
@@ -400,19 +409,6 @@ def test_histogram_counts_every_length_once():
     assert sum(number for _, number in rows) == len(lengths)
 
 
-def test_curve_runs_from_corner_to_corner():
-    assert 'points="0.0,160.0 320.0,0.0 640.0,80.0"' in curve([(0, 0.0), (5, 1.0), (10, 0.5)])
-
-
-def test_names_in_lists_and_tables_are_escaped_and_long_lists_cut():
-    shown = bulleted("<b>", ["<i>\x1b\u202e"] * (MAX_LINES + 5))
-    assert "<b>" not in shown
-    assert r"&lt;i&gt;\x1b\u202e" in shown
-    assert shown.count("<li>") == MAX_LINES
-    assert "and 5 more" in shown
-    assert "<td>&lt;&amp;</td>" in table(["x"], [["<&"]])
-
-
 # Measured costs
 
 
@@ -509,11 +505,6 @@ def test_savings_name_only_what_would_help_that_of_least_cost_first(checked):
     assert keys(*whole) == [key for key in everything if "moments" not in key]
     kept = keys(*whole, 'model.transformer_dtype="float32"', batch_size=1)
     assert kept[1] == "no model.transformer_dtype, and optimizer.type"
-
-
-def test_durations_are_readable():
-    times = {0.25: "0.25 s", 59: "59 s", 61: "1 min", 3570: "1 h 0 min", 3700: "1 h 2 min", 360_000: "100 h 0 min"}
-    assert {seconds: readable_time(seconds) for seconds in times} == times
 
 
 # Trigger words

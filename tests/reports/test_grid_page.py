@@ -8,10 +8,12 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
+from jinja2 import ChoiceLoader, DictLoader
 from PIL import Image
 
 from anima_train.reports import grid_page as grid_html
 from anima_train.reports.grid_page import render_page, write_page
+from anima_train.reports.html import TEMPLATES
 from anima_train.sampling.generate import Request
 from anima_train.sampling.grids import Axis, Cell, Sheet
 
@@ -120,7 +122,8 @@ document.body.append(out);
 
 def filtered(sheet, words, folder, monkeypatch):
     """[labels of pictures, heads, note] as the browser shows them for each content of the field."""
-    monkeypatch.setattr(grid_html, "SCRIPT", grid_html.SCRIPT + REPORT % words)
+    script = TEMPLATES.loader.get_source(TEMPLATES, "grid.js")[0] + REPORT % words
+    monkeypatch.setattr(TEMPLATES, "loader", ChoiceLoader([DictLoader({"grid.js": script}), TEMPLATES.loader]))
     file = folder / "opened.html"
     file.write_text(page(sheet))
     switches = (

@@ -11,14 +11,14 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
+from jinja2 import ChoiceLoader, DictLoader
 from PIL import Image
 from typer.testing import CliRunner
 
 from anima_train.cli.main import COMMANDS, application
 from anima_train.core.errors import ConfigError
-from anima_train.reports import run_page as run_html
 from anima_train.reports.charts import HEIGHT, WIDTH, Axis, Line, chart, line_of, value_axis
-from anima_train.reports.html import document
+from anima_train.reports.html import TEMPLATES
 from anima_train.reports.run import MAX_PREVIEWS, MIN_WINDOW, PREVIEW_SIDE, collect_run
 from anima_train.reports.run_page import histogram, render_run, write_run_report
 from anima_train.reports.series import MAX_POINTS, Average, Series, number
@@ -500,11 +500,17 @@ def opened(html, folder):
     return result.stdout, [line for line in result.stderr.splitlines() if "CONSOLE" in line]
 
 
+def document(body, script):
+    """A page with this body and this script as its own."""
+    source = (
+        f'{{% extends "base.html" %}}{{% set script %}}{script}{{% endset %}}{{% block body %}}{body}{{% endblock %}}'
+    )
+    return TEMPLATES.from_string(source).render(title="x")
+
+
 @in_browser
 def test_a_script_that_throws_would_be_seen(tmp_path):
-    dom, complaints = opened(
-        document("x", [], script="document.title = 'ran'; throw new Error('on purpose')"), tmp_path
-    )
+    dom, complaints = opened(document("", "document.title = 'ran'; throw new Error('on purpose')"), tmp_path)
     assert "<title>ran</title>" in dom
     assert len(complaints) == 1
     assert "on purpose" in complaints[0]
@@ -512,14 +518,15 @@ def test_a_script_that_throws_would_be_seen(tmp_path):
 
 @in_browser
 def test_no_script_but_ours_runs(tmp_path):
-    dom, complaints = opened(document("x", ["<script>document.title = 'ran'</script>"], script="'ours'"), tmp_path)
+    dom, complaints = opened(document("<script>document.title = 'ran'</script>", "'ours'"), tmp_path)
     assert "<title>x</title>" in dom
     assert "Content Security Policy" in complaints[0]
 
 
 @in_browser
 def test_cursor_and_slider_work_without_complaint(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_html, "SCRIPT", run_html.SCRIPT + MOVE_AND_SLIDE)
+    script = TEMPLATES.loader.get_source(TEMPLATES, "run.js")[0] + MOVE_AND_SLIDE
+    monkeypatch.setattr(TEMPLATES, "loader", ChoiceLoader([DictLoader({"run.js": script}), TEMPLATES.loader]))
     norms = [0.1, 0.2, 0.2, 0.4, 0.4, 0.4, 40.0]
     jsonl(run / "metrics.jsonl", [metric(step, grad_norm=norm) for step, norm in enumerate(norms, 1)])
     average = Average(1 - 1 / MIN_WINDOW)
