@@ -1,5 +1,6 @@
 """Where a run begins: anew, or after the step of a state that was saved."""
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from anima_train.core.errors import ConfigError, ModelFileError
 from anima_train.run.folder import RunFolder
 from anima_train.run.manifest import plain
 
+logger = logging.getLogger(__name__)
+
 TIMED = re.compile(r"(.+)-\d{8}-\d{6}")  # a run's name that was made from the config's and the time
 
 
@@ -28,7 +31,9 @@ class Origin:
     notes: Sequence[str] = ()
 
 
-def find_origin(loaded: LoadedConfig, resume: bool, path: Path | None, warn: Callable[[str], None]) -> Origin:
+def find_origin(
+    loaded: LoadedConfig, resume: bool, path: Path | None, warn: Callable[[str], None] = logger.warning
+) -> Origin:
     """Decide whether a run goes on from a state, and from which.
 
     Without `resume` and `path` it goes on where the same command was stopped: an unfinished run, nothing changed.

@@ -1,5 +1,6 @@
 """`anima check`."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -8,17 +9,18 @@ import typer
 from anima_train.caching.text_encoding import has_live_texts
 from anima_train.cli.train import ConfigPath, Overrides
 from anima_train.config.load import load_config
-from anima_train.config.model_files import find_model_files
-from anima_train.core.device import DTYPES, choose_device, describe_device
+from anima_train.config.model_files import build_model_spec
+from anima_train.core.device import choose_device, describe_device
 from anima_train.core.errors import ConfigError
 from anima_train.core.files import write_text
+from anima_train.core.format import printable
 from anima_train.reports.check import dataset_report, summary
 from anima_train.reports.dataset import MAX_THUMBNAILS
 from anima_train.reports.dataset_page import render
-from anima_train.training.build import make_plan
+from anima_train.training.build import plan_run
+from anima_train.training.dry_run import describe_run
 from anima_train.training.memory_check import extremes, measure
 from anima_train.training.prepare import scan_all
-from anima_train.training.summary import report
 
 
 def check(
@@ -46,18 +48,18 @@ def check(
     if html is not None and no_html:
         raise ConfigError("--html and --no-html exclude each other; give one of them")
     loaded = load_config(config, overrides or [])
-    files = find_model_files(loaded)
-    files.check_headers()
+    device = choose_device()
+    spec = build_model_spec(loaded, device)
     scans = scan_all(loaded, write=True)
-    print(describe_device(choose_device(), DTYPES[loaded.config.model.dtype]))
-    print(report(loaded, files, scans, num_processes=1))
+    show([describe_device(device, spec.dtype), *describe_run(loaded, spec, scans, num_processes=1)])
     measured = []
     if measure_steps is not None:  # before any picture is decoded: the CPU's peak is that of the process
-        buckets = extremes(make_plan(loaded, scans["train"].samples, num_processes=1))
+        plan, _ = plan_run(loaded.config, scans["train"].samples, num_processes=1)
+        buckets = extremes(plan)
         is_live = has_live_texts(loaded.config, scans["train"].samples)
-        measured = measure(loaded, files, buckets, measure_steps, is_live)
-    found = dataset_report(f"Check of {config.name}", loaded, files, scans, 0 if no_html else MAX_THUMBNAILS, measured)
-    print(summary(found))
+        measured = measure(loaded, spec.files, buckets, measure_steps, is_live)
+    found = dataset_report(f"Check of {config.name}", loaded, spec, scans, 0 if no_html else MAX_THUMBNAILS, measured)
+    show(summary(found))
     if not no_html:
         page = html or Path(loaded.config.output_dir) / f"check_{config.stem}.html"
         try:
@@ -67,3 +69,8 @@ def check(
                 f"{page} cannot be written ({error.strerror}); choose another place with --html"
             ) from error
         print(f"page with pictures: {page}")
+
+
+def show(lines: Iterable[str]) -> None:
+    """Print lines, made fit for a terminal."""
+    print("\n".join(map(printable, lines)))

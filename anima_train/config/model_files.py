@@ -3,10 +3,13 @@
 from dataclasses import astuple
 from pathlib import Path
 
+import torch
+
 from anima_train.config.load import LoadedConfig, LoadedModel
+from anima_train.core.device import DTYPES
 from anima_train.core.errors import ModelFileError, UserError
 from anima_train.model import hub
-from anima_train.model.loading import ModelFiles
+from anima_train.model.loading import ModelFiles, ModelSpec
 from anima_train.model.text import find_tokenizer_folder
 from anima_train.model.tiny import tiny_paths, write_tiny
 
@@ -56,3 +59,23 @@ def find_model_files(loaded: LoadedConfig | LoadedModel) -> ModelFiles:
     )  # fmt: skip
     files.check_headers()
     return files
+
+
+def build_model_spec(loaded: LoadedConfig | LoadedModel, device: torch.device) -> ModelSpec:
+    """Find the model's files, check their headers, and say how the configuration uses them.
+
+    Raises:
+        ModelFileError: every file that is missing or wrong, at once.
+    """
+    files = find_model_files(loaded)
+    files.check_headers()
+    model = loaded.config.model
+    trains = isinstance(loaded, LoadedConfig) and loaded.config.learning_rates().by_component["llm_adapter"] != 0
+    return ModelSpec(
+        files,
+        dtype=DTYPES[model.dtype],
+        weights_dtype=DTYPES[model.transformer_dtype or model.dtype],
+        trains_llm_adapter=trains,
+        device=device,
+        text_device=device if model.text_encoder_device == "training" else torch.device("cpu"),
+    )

@@ -108,6 +108,18 @@ class ModelFiles:
         return {ADAPTER_PREFIX + name: tensor for name, tensor in read_tensors(self.adapter_header)}
 
 
+@dataclass(frozen=True)
+class ModelSpec:
+    """The model of a run: its files, and how they are used."""
+
+    files: ModelFiles
+    dtype: torch.dtype  # of the computation
+    weights_dtype: torch.dtype  # of the base weights
+    trains_llm_adapter: bool
+    device: torch.device
+    text_device: torch.device  # of the text encoder
+
+
 def load_llm_adapter(files: ModelFiles, dtype: torch.dtype, device: torch.device) -> LLMAdapter:
     """The LLM adapter, frozen."""
     header = files.adapter_header

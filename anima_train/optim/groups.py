@@ -101,3 +101,10 @@ def group_table(
         for component in COMPONENTS
         if component in existing
     ]
+
+
+def group_rows(transformer: nn.Module, rates: LearningRates) -> list[GroupRow]:
+    """Return the table of what is trained, a frozen LLM adapter that is not in memory included."""
+    parameters = list(transformer.named_parameters())
+    trained = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
+    return group_table(trained, [*(name for name, _ in parameters), "llm_adapter."], rates)

@@ -9,16 +9,16 @@ from anima_train.core.format import count, duration_text, printable, readable
 from anima_train.data.scan import Scan
 from anima_train.model.dit import TransformerShape
 from anima_train.model.llm_adapter import LLMAdapterShape
-from anima_train.model.loading import ModelFiles
+from anima_train.model.loading import ModelSpec
 from anima_train.model.text import load_tokenizers
+from anima_train.optim.groups import group_rows
 from anima_train.reports.dataset import DatasetReport, SetReport, collect
-from anima_train.training.build import group_rows, make_plan, make_timetable, trainable_transformer
+from anima_train.training.build import plan_run, trainable_transformer
 from anima_train.training.costs import Measured, ModelStats, total_bytes
-from anima_train.training.summary import Report
 
 
 def dataset_report(
-    title: str, loaded: LoadedConfig, files: ModelFiles, scans: dict[str, Scan], max_thumbnails: int,
+    title: str, loaded: LoadedConfig, spec: ModelSpec, scans: dict[str, Scan], max_thumbnails: int,
     measured: Sequence[Measured] = (),
 ) -> DatasetReport:  # fmt: skip
     """All of that and more, for a page with pictures; at most `max_thumbnails` of them.
@@ -28,9 +28,9 @@ def dataset_report(
     Raises:
         ModelFileError: a tokenizer cannot be loaded.
     """
-    config = loaded.config
-    plan = make_plan(loaded, scans["train"].samples, num_processes=1)
-    transformer = trainable_transformer(loaded, files)
+    config, files = loaded.config, spec.files
+    plan, schedule = plan_run(config, scans["train"].samples, num_processes=1)
+    transformer = trainable_transformer(config, spec)
     groups = group_rows(transformer, config.learning_rates())
     num_trained = sum(row.num_parameters for row in groups)
     num_all = sum(parameter.numel() for parameter in transformer.parameters())
@@ -45,12 +45,12 @@ def dataset_report(
         num_text_weights=files.num_text_weights(config.learning_rates().by_component["llm_adapter"]) if is_live else 0,
     )
     return collect(
-        title, config, loaded.notes, scans, plan, make_timetable(loaded, plan), groups,
+        title, config, loaded.notes, scans, plan, schedule, groups,
         load_tokenizers(files.tokenizer, files.t5_tokenizer), model, max_thumbnails, measured,
     )  # fmt: skip
 
 
-def summary(found: DatasetReport) -> Report:
+def summary(found: DatasetReport) -> list[str]:
     """What the page knows and `report` does not, in a few lines."""
     lines = []
     for item in found.sets:
@@ -63,7 +63,7 @@ def summary(found: DatasetReport) -> Report:
     kinds = ", ".join(f"{cost.number:,} {cost.kind}" for cost in found.cache if cost.number)
     lines.append(f"cache: {kinds}, {readable(total_bytes(found.cache))} in all")
     lines.extend(costs_text(found))
-    return Report(lines)
+    return lines
 
 
 def missing_text(found: SetReport) -> list[str]:

@@ -1,6 +1,7 @@
 """TensorBoard and W&B, fed by a thread of their own; metrics.jsonl, which the loop writes itself, is the truth."""
 
 import contextlib
+import logging
 import os
 import queue
 import threading
@@ -16,6 +17,8 @@ from accelerate.tracking import GeneralTracker
 from anima_train.config.config import Monitoring
 from anima_train.core.errors import ConfigError
 from anima_train.core.format import count
+
+logger = logging.getLogger(__name__)
 
 MAX_WAITING = 10_000  # records; what a stalled tracker does not take is dropped, with a count
 PATIENCE = 60.0  # seconds that the end of a run waits for a tracker
@@ -108,7 +111,11 @@ class Trackers:
         warn: gets a line for each failure.
     """
 
-    def __init__(self, opens: Callable[[], list[GeneralTracker]], warn: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        opens: Callable[[], list[GeneralTracker]],
+        warn: Callable[[str], None] = lambda line: logger.warning("%s", line.removeprefix("warning: ")),
+    ) -> None:
         self.opens = opens
         self.warn = warn
         self.waiting: queue.Queue[Record | None] = queue.Queue(MAX_WAITING)

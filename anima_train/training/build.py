@@ -1,4 +1,4 @@
-"""Everything before the first step that needs no training: the scan, the plan, the groups, and reports of them."""
+"""The plan, the model and the files of a run, made from its configuration."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,53 +7,47 @@ from typing import Any
 import torch
 
 from anima_train.checkpoint.disk_space import Writings, file_sizes, first_needs, writings
+from anima_train.config.config import Config
 from anima_train.config.load import LoadedConfig
-from anima_train.core.device import DTYPES
 from anima_train.core.errors import ConfigError
 from anima_train.core.files import Need
 from anima_train.data.plan import Plan, Timetable
 from anima_train.data.samples import Sample
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
-from anima_train.model.loading import ModelFiles, load_transformer
-from anima_train.optim.groups import GroupRow, LearningRates, group_table, optimizer_groups
+from anima_train.model.loading import ModelFiles, ModelSpec, load_transformer
+from anima_train.optim.groups import optimizer_groups
 
 
-def make_plan(loaded: LoadedConfig, samples: Sequence[Sample], num_processes: int) -> Plan:
-    """The plan of the run's batches."""
-    config = loaded.config
-    return Plan(samples, config.seed, config.batch_sizes(), config.gradient_accumulation_steps * num_processes)
+def plan_run(config: Config, samples: Sequence[Sample], num_processes: int) -> tuple[Plan, Timetable]:
+    """Return the plan of the run's batches, and its schedule of epochs.
+
+    Raises:
+        ConfigError: the run would have no step.
+    """
+    plan = Plan(samples, config.seed, config.batch_sizes(), config.gradient_accumulation_steps * num_processes)
+    return plan, Timetable.of(plan, config.epochs, config.max_steps)
 
 
-def make_timetable(loaded: LoadedConfig, plan: Plan) -> Timetable:
-    """The timetable of the run."""
-    return Timetable.of(plan, loaded.config.epochs, loaded.config.max_steps)
-
-
-def trainable_transformer(loaded: LoadedConfig, files: ModelFiles) -> MiniTrainDIT:
-    """The transformer with what is trained attached, on the meta device: names, shapes and dtypes, no memory."""
-    rates = loaded.config.learning_rates()
+def trainable_transformer(config: Config, spec: ModelSpec) -> MiniTrainDIT:
+    """Return the transformer with what is trained attached, on the meta device: names, shapes, dtypes, no memory."""
     with torch.device("meta"):
-        transformer = MiniTrainDIT(TransformerShape.of(files.transformer_header.entries))
-        if rates.by_component["llm_adapter"] != 0:
-            transformer.llm_adapter = LLMAdapter(LLMAdapterShape.of(files.adapter_header.entries))
-    transformer.to(DTYPES[loaded.config.model.transformer_dtype or loaded.config.model.dtype])
-    loaded.config.adapter.attach(transformer, rates, loaded.config.seed)
+        transformer = MiniTrainDIT(TransformerShape.of(spec.files.transformer_header.entries))
+        if spec.trains_llm_adapter:
+            transformer.llm_adapter = LLMAdapter(LLMAdapterShape.of(spec.files.adapter_header.entries))
+    transformer.to(spec.weights_dtype)
+    config.adapter.attach(transformer, config.learning_rates(), config.seed)
     return transformer
 
 
-def load_trained(
-    loaded: LoadedConfig, files: ModelFiles, device: torch.device
-) -> tuple[MiniTrainDIT, list[dict[str, Any]]]:
-    """The transformer on a device with what is trained attached, ready for steps, and its parameter groups.
+def load_trained(config: Config, spec: ModelSpec) -> tuple[MiniTrainDIT, list[dict[str, Any]]]:
+    """Return the transformer on its device with what is trained attached, ready for steps, and its parameter groups.
 
     Raises:
         ConfigError: nothing is trained.
     """
-    config = loaded.config
     rates = config.learning_rates()
-    weights_dtype = DTYPES[config.model.transformer_dtype or config.model.dtype]
-    transformer = load_transformer(files, rates.by_component["llm_adapter"] != 0, weights_dtype, device)
+    transformer = load_transformer(spec.files, spec.trains_llm_adapter, spec.weights_dtype, spec.device)
     config.adapter.attach(transformer, rates, config.seed)
     transformer.checkpoint_blocks = config.activation_checkpointing
     transformer.train()
@@ -63,29 +57,22 @@ def load_trained(
     return transformer, groups
 
 
-def group_rows(transformer: MiniTrainDIT, rates: LearningRates) -> list[GroupRow]:
-    """The table of what is trained, a frozen LLM adapter that is not in memory included."""
-    parameters = list(transformer.named_parameters())
-    trained = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
-    return group_table(trained, [*(name for name, _ in parameters), "llm_adapter."], rates)
-
-
-def first_files(loaded: LoadedConfig, files: ModelFiles) -> list[Need]:
-    """What a run has to have room for before it begins, at the least."""
-    sizes = file_sizes(loaded.config, trainable_transformer(loaded, files), files)
-    return first_needs(run_path(loaded), loaded.config, sizes)
+def first_files(loaded: LoadedConfig, spec: ModelSpec) -> list[Need]:
+    """Return what a run has to have room for before it begins, at the least."""
+    sizes = file_sizes(loaded.config, trainable_transformer(loaded.config, spec), spec.files)
+    return first_needs(Path(loaded.config.output_dir) / loaded.run_name, loaded.config, sizes)
 
 
 def planned_writings(
-    loaded: LoadedConfig, files: ModelFiles, plan: Plan, timetable: Timetable, transformer: MiniTrainDIT,
+    loaded: LoadedConfig, files: ModelFiles, plan: Plan, schedule: Timetable, transformer: MiniTrainDIT,
     start: int = 0, num_states: int = 0,
 ) -> Writings:  # fmt: skip
     """What a run will write after its first `start` steps, of which `num_states` training states are there."""
     images_per_epoch = float(sum(sample.repeats for sample in plan.samples))
     sizes = file_sizes(loaded.config, transformer, files)
-    return writings(run_path(loaded), loaded.config, sizes, timetable, images_per_epoch, start, num_states)
+    return writings(run_path(loaded), loaded.config, sizes, schedule, images_per_epoch, start, num_states)
 
 
 def run_path(loaded: LoadedConfig) -> Path:
-    """The run's folder."""
+    """Return the run's folder."""
     return Path(loaded.config.output_dir) / loaded.run_name

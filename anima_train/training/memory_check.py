@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from anima_train.caching.text_encoding import live_encoder
 from anima_train.config.load import LoadedConfig
+from anima_train.config.model_files import build_model_spec
 from anima_train.core.device import DTYPES
 from anima_train.core.random import stream
 from anima_train.core.shapes import LATENT_CHANNELS, LATENT_PIXELS
@@ -172,7 +173,7 @@ def training_step(loaded: LoadedConfig, files: ModelFiles, accelerator: Accelera
     config = loaded.config
     num_micro_batches = config.gradient_accumulation_steps
     loss_function = config.loss()
-    transformer, groups = load_trained(loaded, files, accelerator.device)
+    transformer, groups = load_trained(config, build_model_spec(loaded, accelerator.device))
     parameters = [parameter for group in groups for parameter in group["params"]]
     model = accelerator.prepare(transformer)
     optimizer = config.optimizer.build(groups)

@@ -1,6 +1,10 @@
-"""One step's loss: training and evaluation call the same function; a step's sums are those of all its micro-batches."""
+"""The numbers of a step: summed over micro-batches and processes, and told to terminal, trackers and metrics.jsonl."""
 
+import logging
+import time
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -9,6 +13,14 @@ from torch import Tensor
 
 from anima_train.data.loader import Batch
 from anima_train.objective.timesteps import T_BINS
+from anima_train.run.progress import Progress
+from anima_train.run.trackers import Trackers, open_trackers
+from anima_train.training.anomalies import SpikeDetector
+from anima_train.training.context import RunContext
+from anima_train.training.memory import peak_bytes, start_peak
+from anima_train.training.setup import TrainState
+
+logger = logging.getLogger(__name__)
 
 ROLES = ("train", "regularization")
 
@@ -58,3 +70,79 @@ class StepSums:
         by_role = {role: total / number for role, (total, number) in zip(ROLES, roles, strict=True) if number}
         by_t = [(place, total / number, int(number)) for place, (total, number) in enumerate(ranges) if number]
         return StepLosses(loss, by_role, by_t)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step found."""
+
+    epoch: int
+    losses: StepLosses
+    grad_norm: float  # before clipping
+    lr_factor: float  # on the base rates
+    problem: str | None  # the reason why its update was skipped
+
+
+class StepLogger:
+    """Tells the numbers of every step; the main process does.
+
+    Args:
+        run: the run.
+        state: that is trained.
+        progress: what the terminal shows.
+        trackers: TensorBoard and W&B.
+    """
+
+    def __init__(self, run: RunContext, state: TrainState, progress: Progress, trackers: Trackers) -> None:
+        self.run = run
+        self.state = state
+        self.progress = progress
+        self.trackers = trackers
+        self.spikes = SpikeDetector()
+        self.started = time.monotonic()
+        self.seen_before = state.samples_seen
+
+    @classmethod
+    def open(cls, run: RunContext, state: TrainState, num_steps: int) -> "StepLogger":
+        """Return a logger, whose trackers and progress bar are closed with the run."""
+        config = run.config
+        progress = Progress(run.folder.name, num_steps, state.step, run.is_main)
+        opens = partial(open_trackers, run.accelerator, config.monitoring, run.folder.name, config.offline)
+        trackers = run.stack.enter_context(Trackers(opens))  # closed where the run fails, too
+        run.stack.callback(progress.close)
+        return cls(run, state, progress, trackers)
+
+    def start(self) -> None:
+        """Begin to measure speed and memory."""
+        self.started, self.seen_before = time.monotonic(), self.state.samples_seen
+        start_peak(self.run.device)
+
+    def x(self) -> int:
+        """Return the place of now on the curves' axis."""
+        return self.state.samples_seen if self.run.config.x_axis_examples else self.state.step
+
+    def step(self, result: StepResult, next_event: str) -> None:
+        """Log a step."""
+        if not self.run.is_main:
+            return
+        state, losses = self.state, result.losses
+        seconds = time.monotonic() - self.started
+        speed = (state.samples_seen - self.seen_before) / seconds
+        values: dict[str, Any] = {
+            "step": state.step,
+            "epoch": result.epoch,
+            "examples": state.samples_seen,
+            "loss": losses.loss,
+            "lr": self.run.config.optimizer.lr * result.lr_factor,
+            **{f"lr/{group['component']}": group["lr"] for group in state.optimizer.param_groups},
+            **{f"loss/{role}": mean for role, mean in losses.by_role.items()},
+            "grad_norm": result.grad_norm,
+            "images_per_second": speed,
+            "seconds": seconds,
+            "memory_bytes": peak_bytes(self.run.device),
+        }
+        self.run.folder.log(self.run.folder.metrics_path, values | {"loss_by_t": losses.by_t})
+        self.trackers.log({key: value for key, value in values.items() if key not in ("step", "examples")}, self.x())
+        if spike := self.spikes.after(state.step, losses.loss, result.grad_norm):
+            logger.warning("%s", spike, extra={"step": state.step})
+        self.progress.update(state.step, losses.loss, speed, values["memory_bytes"], next_event)

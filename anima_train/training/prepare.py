@@ -17,7 +17,7 @@ from anima_train.caching.text_encoding import (
     text_device,
 )
 from anima_train.config.load import Dataset, LoadedConfig
-from anima_train.config.model_files import find_model_files
+from anima_train.config.model_files import build_model_spec
 from anima_train.core.device import DTYPES
 from anima_train.core.errors import DataError
 from anima_train.core.format import count, listed, printable
@@ -27,7 +27,7 @@ from anima_train.data.samples import Sample
 from anima_train.data.scan import Scan, scan
 from anima_train.distributed.consistency import check_same_data
 from anima_train.evaluation.evaluate import EvalSet
-from anima_train.model.loading import ModelFiles
+from anima_train.model.loading import ModelSpec
 from anima_train.model.text import count_tokens
 from anima_train.training.build import first_files
 from anima_train.training.costs import cache_savings
@@ -39,7 +39,7 @@ from anima_train.training.summary import data_text
 class Prepared:
     """The data of a run: everything in the cache."""
 
-    files: ModelFiles
+    spec: ModelSpec
     train: CachedData
     evals: list[EvalSet]
     warnings: list[str]  # about images and captions
@@ -60,8 +60,8 @@ def prepare_data(
     """
     config = loaded.config
     with accelerator.main_process_first():  # one process downloads and reads the images, the others find it done
-        files = find_model_files(loaded)
-        files.check_headers()
+        spec = build_model_spec(loaded, accelerator.device)
+        files = spec.files
         scans = scan_all(loaded, write=accelerator.is_main_process)
         if accelerator.is_main_process:
             for cache in caches_of(loaded):
@@ -118,7 +118,7 @@ def prepare_data(
             config.caching_batch_size,
             accelerator.is_main_process,
             accelerator.print,
-            first_files(loaded, files) if trains and accelerator.is_main_process else [],
+            first_files(loaded, spec) if trains and accelerator.is_main_process else [],
         )
     accelerator.wait_for_everyone()  # soon: no process comes here before all entries are there
     print(f"cache: {done.num_latents:,} latents, {done.num_masks:,} masks and {done.num_texts:,} texts added")
@@ -136,7 +136,7 @@ def prepare_data(
         for name, found in scans.items()
     }
     evals = [EvalSet(dataset.name, data[dataset.name], config.eval_batch_sizes()) for dataset in loaded.evals]
-    return Prepared(files, data["train"], evals, warnings, repair)
+    return Prepared(spec, data["train"], evals, warnings, repair)
 
 
 def caches_of(loaded: LoadedConfig) -> list[Cache]:
@@ -150,7 +150,7 @@ def with_live_texts(data: Prepared, loaded: LoadedConfig, accelerator: Accelerat
     config, samples = loaded.config, data.train.samples
     if not has_live_texts(config, samples):
         return data
-    encoder = live_encoder(loaded, data.files, accelerator.device)
+    encoder = live_encoder(loaded, data.spec.files, accelerator.device)
     accelerator.print(f"captions are encoded during training, on {encoder.device}")
     if accelerator.is_main_process:
         live = [each for each in samples if each.options.draws_tags or not config.model.cache_text_embeddings]

@@ -1,14 +1,14 @@
-"""What a run leaves while it trains, beside its numbers: evaluations, previews, weights and training states."""
+"""What a run does between steps: evaluations, previews, saved weights and training states."""
 
-import contextlib
+import json
+import logging
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from anima_train.adapters.full import Full
 from anima_train.checkpoint.async_writer import Groups, Writer
@@ -20,180 +20,253 @@ from anima_train.core.errors import Interrupted
 from anima_train.core.files import write_text
 from anima_train.core.format import count
 from anima_train.data.plan import Plan, Timetable
-from anima_train.distributed.signals import Abandoned, Stopping
-from anima_train.evaluation.evaluate import EvalSet, base_text, evaluate, read_base
+from anima_train.distributed.signals import Abandoned
+from anima_train.evaluation.evaluate import base_text, evaluate, read_base
 from anima_train.evaluation.previews import Previews
 from anima_train.model.dit import MiniTrainDIT
-from anima_train.model.loading import ModelFiles
-from anima_train.optim.ema import Average
-from anima_train.run.folder import RunFolder
-from anima_train.run.manifest import plain
-from anima_train.run.progress import Progress
-from anima_train.run.trackers import Trackers
+from anima_train.model.loading import ModelSpec
+from anima_train.run.intervals import Due, what_follows
+from anima_train.run.manifest import plain, seen_facts
+from anima_train.training.anomalies import naming, step_names
+from anima_train.training.context import RunContext
+from anima_train.training.metrics import StepLogger
+from anima_train.training.prefetch import RankStep
+from anima_train.training.prepare import Prepared
+from anima_train.training.setup import TrainState
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
-class Moment:
-    """A time between two steps."""
-
-    step: int  # how many were made
-    seen: int  # images in them
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A transformer in training."""
-
-    transformer: MiniTrainDIT
-    model: nn.Module  # the same, as the device and the processes need it
-    optimizer: Optimizer
-    average: Average | None
-
-    def averaged(self) -> contextlib.AbstractContextManager[None]:
-        """While entered, the weights are those that are looked at and saved: with [ema], their average."""
-        return contextlib.nullcontext() if self.average is None else self.average.in_place()
+RESUME_HINT = "resume with the same command or --resume"
 
 
 @dataclass
-class Outputs:
-    """Makes what is due after a step."""
+class PeriodicTasks:
+    """Does what is due between steps: all processes evaluate, the main one draws and writes."""
 
-    config: Config
-    run: RunFolder
-    accelerator: Accelerator
-    stopping: Stopping
-    writer: Writer
-    progress: Progress
-    trackers: Trackers
-    trained: Trained
-    files: ModelFiles
+    context: RunContext
+    state: TrainState
+    data: Prepared
     plan: Plan
-    timetable: Timetable
-    evals: Sequence[EvalSet]
+    schedule: Timetable
     previews: Previews | None
-    facts: Mapping[str, Any]  # what the run is made from
+    manifest: Mapping[str, Any]
+    log: StepLogger
+    writer: Writer
+    intervals: dict[str, Due]
     scores: dict[int, float] = field(default_factory=dict)  # mean evaluation loss after a step
 
-    def make(self, names: Iterable[str], moment: Moment) -> list[str]:
-        """Make what is due; returns the names of what is left to the process that goes on, as this one is to stop."""
-        makers: dict[str, Callable[[Moment], None]] = {"evaluation": self.evaluate, "preview": self.preview}
+    @classmethod
+    def open(
+        cls, run: RunContext, state: TrainState, data: Prepared, plan: Plan, schedule: Timetable,
+        previews: Previews | None, manifest: Mapping[str, Any], log: StepLogger,
+    ) -> "PeriodicTasks":  # fmt: skip
+        """Return the tasks of a run, whose writer is closed with the run."""
+        writer = run.stack.enter_context(Writer())
+        due = all_intervals(run.config, time.monotonic())
+        return cls(run, state, data, plan, schedule, previews, manifest, log, writer, due)
+
+    def before_first_step(self) -> list[str]:
+        """Return the names of what is to be done before the first step, or was left by a process that had to stop."""
+        if (saved := self.context.resume_point.saved) is not None:
+            return saved.facts.pending
+        config = self.context.config
+        draws = config.sampling is not None and config.sampling.before_first_step
+        return [name for name, due in (("evaluation", config.eval_before_first_step), ("preview", draws)) if due]
+
+    def next_event(self) -> str:
+        """Return the event that is due next, as "evaluation at 200"; "" where the end comes first."""
+        return what_follows(self.intervals, self.state.step, self.schedule)
+
+    def run_due(self, step: RankStep) -> None:
+        """Do what is due after a step, and what signals and files ask for.
+
+        Raises:
+            Interrupted: the run is to stop, and its state is saved.
+        """
+        context, state = self.context, self.state
+        self.writer.check()
+        seen_before = state.samples_seen - step.planned.num_samples
+        place = (state.step, step.epoch, self.schedule.epochs_done(step.index), seen_before, state.samples_seen)
+        due = {name: interval.after(*place) for name, interval in self.intervals.items()}
+        pending = self.run(name for name in ("evaluation", "preview") if due[name])
+        request = context.signals.after_step(context.accelerator)
+        is_last = state.step == self.schedule.num_steps
+        if context.is_main:
+            if (due["save"] or request.saves) and not is_last:
+                self.save_weights(state.step)
+            if due["training state"] or request.saves:
+                self.save_state(state.step, pending)
+        if request.exit_code is not None and (pending or not is_last):
+            self.wait_for_writes()
+            raise Interrupted(f"after step {state.step}; {RESUME_HINT}", request.exit_code)
+
+    def run(self, names: Iterable[str]) -> list[str]:
+        """Evaluate or draw; returns the names of what is left to the process that goes on, as this one is to stop."""
+        makers: dict[str, Callable[[], None]] = {"evaluation": self.evaluate, "preview": self.preview}
         left = []
         for name in names:
-            if self.stopping.is_asked(self.accelerator):
+            if self.context.signals.is_asked(self.context.accelerator):
                 left.append(name)
                 continue
+            self.context.memory.doing = "an evaluation" if name == "evaluation" else "a preview"
             try:
-                makers[name](moment)
+                makers[name]()
             except Abandoned:
                 left.append(name)
         return left
 
-    def evaluate(self, moment: Moment) -> None:
+    def evaluate(self) -> None:
         """Measure and log the loss of every evaluation set.
 
         Raises:
             Abandoned: the run is to stop; nothing is logged.
         """
-        config = self.config
-        with self.trained.averaged():
+        context, config, state = self.context, self.context.config, self.state
+        with state.averaged():
             results = [
                 evaluate(
-                    self.trained.model, eval_set, config.loss(), config.timesteps(), self.accelerator,
-                    config.num_workers, self.stopping,
+                    state.model, eval_set, config.loss(), config.timesteps(), context.accelerator, config.num_workers,
+                    context.signals,
                 )
-                for eval_set in self.evals
+                for eval_set in self.data.evals
             ]  # fmt: skip
-        if not self.accelerator.is_main_process:
+        if not context.is_main or not results:
             return
-        if moment.step == 0:
-            write_text(self.run.base_path, base_text(results, self.evals))
-        base = read_base(self.run.base_path, self.evals)
+        folder = context.folder
+        if state.step == 0:
+            write_text(folder.base_path, base_text(results, self.data.evals))
+        base = read_base(folder.base_path, self.data.evals)
         for result in results:
             values = result.metrics(base.get(result.name))
-            self.run.log(self.run.evaluations_path, {"step": moment.step, "examples": moment.seen, **values})
-            self.progress.say(f"step {moment.step}: {result.name}/loss {values[f'{result.name}/loss']:.5f}")
-            self.trackers.log(values, self.x(moment))
-        if results:
-            self.scores = {moment.step: sum(float(result.losses.mean()) for result in results) / len(results)}
+            folder.log(folder.evaluations_path, {"step": state.step, "examples": state.samples_seen, **values})
+            logger.info("step %d: %s/loss %.5f", state.step, result.name, values[f"{result.name}/loss"])
+            self.log.trackers.log(values, self.log.x())
+        self.scores = {state.step: sum(float(result.losses.mean()) for result in results) / len(results)}
 
-    def preview(self, moment: Moment) -> None:
+    def preview(self) -> None:
         """Draw the previews, if this process does; a failure is a warning.
 
         Raises:
             Abandoned: the run is to stop.
         """
-        previews, trained = self.previews, self.trained
+        previews, state, signals = self.previews, self.state, self.context.signals
         if previews is None:
             return
-        model = self.accelerator.unwrap_model(trained.model, keep_fp32_wrapper=True)
+        model = self.context.accelerator.unwrap_model(state.model, keep_fp32_wrapper=True)
 
         def forward(latents: Tensor, t: Tensor, context: Tensor) -> Tensor:
-            self.stopping.leave_if_asked()
+            signals.leave_if_asked()
             velocity: Tensor = model(latents, t, context)
             return velocity
 
         try:
-            with trained.averaged():
-                paths = previews.draw(moment.step, trained.transformer, forward)
+            with state.averaged():
+                paths = previews.draw(state.step, state.transformer, forward)
             pictures = previews.pictures(paths)
         except (Abandoned, Interrupted):
             raise
         except Exception as error:  # noqa: BLE001  # whatever it is, the training goes on
-            self.progress.say(f"warning: step {moment.step}: no preview ({error})")
-            self.run.warn(moment.step, f"no preview ({error})")
+            logger.warning("no preview (%s)", error, extra={"step": state.step})
             return
-        self.progress.say(f"step {moment.step}: {count(len(paths), 'preview')} in {previews.folder}")
-        self.trackers.show(pictures, self.x(moment))
-
-    def x(self, moment: Moment) -> int:
-        """Where a moment is on the curves' axis."""
-        return moment.seen if self.config.x_axis_examples else moment.step
+        logger.info("step %d: %s in %s", state.step, count(len(paths), "preview"), previews.folder)
+        self.log.trackers.show(pictures, self.log.x())
 
     def save_weights(self, step: int | None) -> Path:
-        """Have the LoRA or the model written; None: after the last step. Returns where it will be."""
-        path = self.run.weights_path(step)
-        done = self.timetable.num_steps if step is None else step
-        epoch = self.timetable.place(max(0, done - 1))[0] + 1
-        metadata = weights_metadata(self.config, self.run.name, done, epoch, len(self.plan.samples))
+        """Have the LoRA or the model written; None: after the last step. Returns its path."""
+        path = self.context.folder.weights_path(step)
+        done = self.schedule.num_steps if step is None else step
+        epoch = self.schedule.place(max(0, done - 1))[0] + 1
+        config = self.context.config
+        metadata = weights_metadata(config, self.context.folder.name, done, epoch, len(self.plan.samples))
 
         def write(groups: Groups) -> None:
             save_weights(path, groups["weights"], metadata)
-            if self.config.adapter.is_without_effect(groups["weights"]):
-                warning = f"{path.name} changes nothing: every lora_B in it is zero; is the learning rate too low?"
-                self.progress.say(f"warning: {warning}")
-                self.run.warn(done, warning)
+            if config.adapter.is_without_effect(groups["weights"]):
+                text = "%s changes nothing: every lora_B in it is zero; is the learning rate too low?"
+                logger.warning(text, path.name, extra={"step": done})
             if step is not None:
-                self.progress.say(f"step {step}: saved {path}")
+                logger.info("step %d: saved %s", step, path)
 
-        with self.trained.averaged():
-            tensors = weights_to_save(self.config, self.trained.transformer, self.files)
+        with self.state.averaged():
+            tensors = weights_to_save(config, self.state.transformer, self.data.spec)
             self.writer.write({"weights": tensors}, write)
         return path
 
     def save_state(self, step: int, pending: Sequence[str] = ()) -> None:
         """Have the training state after a step written."""
-        trained = self.trained
+        state, folder = self.state, self.context.folder
+        keep_last = self.context.config.keep_last
         facts = StateFacts(
             step=step,
-            optimizer=type(trained.optimizer).__name__,
+            optimizer=type(state.optimizer).__name__,
             pending=list(pending),
             score=self.scores.get(step),
-            run=dict(self.facts),
-            config=plain(self.config),
+            run=dict(self.manifest),
+            config=plain(self.context.config),
         )
 
         def write(groups: Groups) -> None:
-            self.run.sync()  # what was logged before the state
-            save_state(self.run.checkpoints, facts, groups, self.config.keep_last)
+            folder.sync()  # what was logged before the state
+            save_state(folder.checkpoints, facts, groups, keep_last)
 
-        self.writer.write(state_tensors(trained.transformer, trained.optimizer, trained.average), write)
+        self.writer.write(state_tensors(state.transformer, state.optimizer, state.ema), write)
+
+    def skip(self, problem: str, step: RankStep) -> None:
+        """Tell about an update that was skipped, with the images of the step.
+
+        Raises:
+            NumericError: too many in a row were; the state before them is saved.
+        """
+        skipped = self.state.skipped
+        warning = naming(problem, step_names(step.planned, self.plan.samples))
+        logger.warning("%s", warning, extra={"step": self.state.step})
+        if skipped.is_over:
+            if self.context.is_main:
+                self.save_state(self.state.step - skipped.in_a_row)  # nothing has changed since
+            self.wait_for_writes()
+        skipped.check()
+
+    def finish(self) -> Path:
+        """Save the weights after the last step, and note that the run has come to its end; returns their path."""
+        folder = self.context.folder
+        if self.context.is_main:
+            self.save_weights(None)
+            self.writer.wait()
+            seen = seen_facts(self.plan, self.schedule, self.schedule.num_steps)
+            write_text(folder.path / "seen.json", json.dumps(seen, indent=1))
+            folder.finish()
+            logger.info("saved %s", folder.weights_path(None))
+        self.context.accelerator.wait_for_everyone()
+        return folder.weights_path(None)
+
+    def wait_for_writes(self) -> None:
+        """Wait until all is written: a process that leaves while another one saves would end that, too."""
+        self.writer.wait()
+        self.context.accelerator.wait_for_everyone()
 
 
-def weights_to_save(config: Config, transformer: MiniTrainDIT, files: ModelFiles) -> dict[str, Tensor]:
-    """The LoRA, or the whole model; a frozen LLM adapter that is not in memory comes from its file."""
+def all_intervals(config: Config, now: float) -> dict[str, Due]:
+    """Return when each task is due, by its name."""
+    sampling = config.sampling
+    return {
+        "evaluation": Due(config.eval_every_n_epochs, config.eval_every_n_steps, config.eval_every_n_examples),
+        "preview": Due() if sampling is None else Due(sampling.every_n_epochs, sampling.every_n_steps),
+        "save": Due(
+            config.save_every_n_epochs, config.save_every_n_steps, config.save_every_n_examples,
+            config.save_every_n_minutes, now,
+        ),
+        "training state": Due(
+            config.checkpoint_every_n_epochs, config.checkpoint_every_n_steps, None,
+            config.checkpoint_every_n_minutes, now,
+        ),
+    }  # fmt: skip
+
+
+def weights_to_save(config: Config, transformer: MiniTrainDIT, spec: ModelSpec) -> dict[str, Tensor]:
+    """Return the LoRA, or the whole model; a frozen LLM adapter that is not in memory comes from its file."""
     tensors = config.adapter.tensors(transformer)
-    if isinstance(config.adapter, Full) and config.learning_rates().by_component["llm_adapter"] == 0:
-        tensors |= config.adapter.outside(files.adapter_tensors())
+    if isinstance(config.adapter, Full) and not spec.trains_llm_adapter:
+        tensors |= config.adapter.outside(spec.files.adapter_tensors())
     if config.save_dtype is None:
         return tensors
     return {name: tensor.to(DTYPES[config.save_dtype]) for name, tensor in tensors.items()}

@@ -1,0 +1,92 @@
+"""A run before anything of it is loaded: its processes, its folder, and the place where it begins."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from anima_train.checkpoint.resume import Origin, find_origin
+from anima_train.config.config import Config
+from anima_train.config.load import LoadedConfig
+from anima_train.distributed.collectives import from_main
+from anima_train.distributed.consistency import Together, settled
+from anima_train.distributed.signals import Stopping
+from anima_train.run.accelerator import make_accelerator
+from anima_train.run.folder import RunFolder
+from anima_train.run.log import WarningsHandler, logged_to, terminal
+from anima_train.training.memory import Attempt
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What the parts of a run share; nothing in it changes with the steps.
+
+    What has to be closed at the run's end, in the reverse order, goes on `stack`.
+    """
+
+    loaded: LoadedConfig
+    accelerator: Accelerator
+    folder: RunFolder
+    resume_point: Origin
+    signals: Stopping
+    warnings: WarningsHandler
+    stack: contextlib.ExitStack
+    memory: Attempt
+
+    @cached_property
+    def config(self) -> Config:
+        """The configuration."""
+        return self.loaded.config
+
+    @property
+    def is_main(self) -> bool:
+        """True on the process that writes files."""
+        return bool(self.accelerator.is_main_process)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that trains."""
+        return self.accelerator.device
+
+
+@contextlib.contextmanager
+def run_context(loaded: LoadedConfig, resume: bool, resume_path: Path | None) -> Iterator[RunContext]:
+    """Have the processes agree, decide where the run begins, take its folder, and listen to signals.
+
+    Args:
+        loaded: the configuration.
+        resume: go on with this run.
+        resume_path: the state, or the run, to go on from.
+
+    Raises:
+        ConfigError: processes differ, there is nothing to resume, or the folder is in use.
+    """
+    config = loaded.config
+    accelerator = make_accelerator(config, Path(config.output_dir) / loaded.run_name)
+    warnings = WarningsHandler()
+    handlers = logged_to(terminal(accelerator.is_main_process), *([warnings] if accelerator.is_main_process else []))
+    with contextlib.ExitStack() as stack, Together(accelerator), handlers:
+        # `end_training` would also close the trackers: their thread does, or warns where they cannot be opened.
+        stack.callback(accelerator.state.destroy_process_group)
+        loaded = settled(loaded, accelerator)
+        for note in loaded.notes:
+            logger.info("note: %s", note)
+        point = from_main(accelerator, partial(find_origin, loaded, resume, resume_path))
+        for note in point.notes:
+            logger.info("%s", note)
+        loaded = replace(loaded, run_name=point.run_name)
+        folder = RunFolder(Path(config.output_dir), loaded.run_name)
+        places = accelerator.project_configuration  # made before the name was known
+        places.project_dir = places.logging_dir = str(folder.path)
+        if accelerator.is_main_process:
+            folder.open()
+            stack.callback(folder.close)
+        signals = stack.enter_context(Stopping(folder.path))
+        yield RunContext(loaded, accelerator, folder, point, signals, warnings, stack, Attempt("loading the model"))

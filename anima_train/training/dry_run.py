@@ -1,0 +1,29 @@
+"""What a run would do, told without doing it."""
+
+from collections.abc import Mapping
+
+from anima_train.checkpoint.disk_space import space_warning
+from anima_train.config.load import LoadedConfig
+from anima_train.core.format import readable
+from anima_train.data.scan import Scan
+from anima_train.model.loading import ModelSpec
+from anima_train.optim.groups import group_rows
+from anima_train.training.build import plan_run, planned_writings, trainable_transformer
+from anima_train.training.summary import data_text, groups_text, plan_text
+
+
+def describe_run(loaded: LoadedConfig, spec: ModelSpec, scans: Mapping[str, Scan], num_processes: int) -> list[str]:
+    """Return lines about the data, the plan, what is trained, and the files that the run would write."""
+    config = loaded.config
+    lines = [f"note: {note}" for note in loaded.notes]
+    for name, found in scans.items():
+        lines.extend(data_text(name, found))
+    plan, schedule = plan_run(config, scans["train"].samples, num_processes)
+    lines.extend(plan_text(plan, schedule, config.epochs, config.ema))
+    transformer = trainable_transformer(config, spec)
+    lines.extend(groups_text(group_rows(transformer, config.learning_rates())))
+    planned = planned_writings(loaded, spec.files, plan, schedule, transformer)
+    lines.append(f"files: {planned.described()}: {readable(planned.num_bytes)} in all")
+    if warning := space_warning(planned, config):
+        lines.append(f"warning: {warning}")
+    return lines

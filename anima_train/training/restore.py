@@ -1,0 +1,68 @@
+"""The beginning of a run's records: its manifest, and the state that it goes on from, if there is one."""
+
+import json
+import logging
+from typing import Any
+
+from anima_train.checkpoint.disk_space import space_warning
+from anima_train.checkpoint.resume import check_same_content, set_aside
+from anima_train.checkpoint.training_state import load_state, saved_states
+from anima_train.core.files import write_text
+from anima_train.data.plan import Plan, Timetable
+from anima_train.distributed.collectives import from_main
+from anima_train.optim.groups import group_rows
+from anima_train.run.manifest import config_toml, manifest
+from anima_train.training.anomalies import replay
+from anima_train.training.build import planned_writings
+from anima_train.training.context import RunContext
+from anima_train.training.prepare import Prepared
+from anima_train.training.setup import TrainState
+
+logger = logging.getLogger(__name__)
+
+
+def restore(run: RunContext, state: TrainState, data: Prepared, plan: Plan, schedule: Timetable) -> dict[str, Any]:
+    """Load the state that the run goes on from, and put the run's records in order; returns its manifest.
+
+    Raises:
+        ModelFileError: the state is of other files, images or parameters than those of this run.
+    """
+    config, saved = run.config, run.resume_point.saved
+    rows = group_rows(state.transformer, config.learning_rates())
+    spec = data.spec
+
+    def checked() -> dict[str, Any]:
+        facts = manifest(
+            config, run.folder.name, spec.files, data.train, rows, schedule.num_steps, run.accelerator.num_processes
+        )
+        if saved is not None:
+            check_same_content(saved, facts)
+        return facts
+
+    facts = from_main(run.accelerator, checked)
+    if saved is not None:
+        load_state(saved, state.transformer, state.optimizer, state.ema)
+        state.step = saved.facts.step
+    state.samples_seen = plan.samples_before(schedule, state.step)
+    if run.is_main:
+        for path in set_aside(run.folder.checkpoints, state.step):
+            logger.info("note: %s is of a step that is made again; it is not read any more", path)
+        start_records(run, data, facts)
+        num_states = len(saved_states(run.folder.checkpoints))
+        planned = planned_writings(run.loaded, spec.files, plan, schedule, state.transformer, state.step, num_states)
+        if warning := space_warning(planned, config):
+            logger.warning("%s", warning)
+    state.skipped = from_main(run.accelerator, lambda: replay(run.folder.metrics_path, state.step)[0])
+    return facts
+
+
+def start_records(run: RunContext, data: Prepared, facts: dict[str, Any]) -> None:
+    """Keep what was logged of steps that are not made again, and write the configuration, the manifest and warnings."""
+    point, folder = run.resume_point, run.folder
+    step, pending = (0, []) if point.saved is None else (point.saved.facts.step, point.saved.facts.pending)
+    folder.start_records(point.source, step, pending)
+    write_text(folder.path / "config.toml", config_toml(run.config))
+    write_text(folder.manifest_path, json.dumps(facts, indent=1))
+    for warning in (*run.loaded.notes, *data.warnings):  # on the terminal they are already, in other words
+        run.warnings.keep(0, warning)
+    run.warnings.open(folder)

@@ -1,0 +1,112 @@
+"""A run before its first step: its plan, its model in training, its previews, and whether the memory holds it."""
+
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import nn
+from torch.optim import Optimizer
+
+from anima_train.caching.text_encoding import has_live_texts
+from anima_train.checkpoint.training_state import trained_parameters
+from anima_train.data.plan import Plan, Timetable
+from anima_train.distributed.consistency import check_same_plan
+from anima_train.evaluation.previews import Previews
+from anima_train.model.dit import MiniTrainDIT
+from anima_train.model.loading import ModelSpec
+from anima_train.optim.ema import Average
+from anima_train.optim.groups import group_rows
+from anima_train.optim.lr_schedules import lr_factor
+from anima_train.training.anomalies import SkippedUpdates
+from anima_train.training.build import load_trained, plan_run
+from anima_train.training.context import RunContext
+from anima_train.training.costs import savings
+from anima_train.training.memory import Shape, memory_errors
+from anima_train.training.memory_check import largest_shapes
+from anima_train.training.prepare import Prepared
+from anima_train.training.summary import groups_text, plan_text
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainState:
+    """A transformer in training, and how far it is."""
+
+    transformer: MiniTrainDIT
+    model: nn.Module  # the same, as the device and the processes need it
+    optimizer: Optimizer
+    ema: Average | None
+    lr_factor: Callable[[int], float]  # on every group's base rate, of a step, 0 the first
+    step: int = 0  # optimizer steps that are done
+    samples_seen: int = 0  # in them
+    skipped: SkippedUpdates = field(default_factory=SkippedUpdates)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that get updates, in the optimizer's order."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which the weights are those to look at and to save: with [ema], their average."""
+        return contextlib.nullcontext() if self.ema is None else self.ema.in_place()
+
+
+def build_plan(run: RunContext, data: Prepared) -> tuple[Plan, Timetable]:
+    """Plan the run's batches, the same ones on all processes, and tell about them.
+
+    Raises:
+        DataError: the processes are about to train on different things.
+    """
+    plan, schedule = plan_run(run.config, data.train.samples, run.accelerator.num_processes)
+    check_same_plan(data.train, plan, schedule.num_steps, run.accelerator)
+    for line in plan_text(plan, schedule, run.config.epochs, run.config.ema):
+        logger.info("%s", line)
+    return plan, schedule
+
+
+def watch_memory(run: RunContext, data: Prepared, plan: Plan, schedule: Timetable) -> list[Shape]:
+    """From here on, report memory that runs out with what to change; returns the largest micro-batches to come."""
+    config = run.config
+    shapes = largest_shapes(plan, len(schedule.first_steps) - 1, data.evals)
+    encodes_here = has_live_texts(config, data.train.samples) and data.spec.text_device.type != "cpu"
+
+    def suggestions(tried: Shape | None) -> list[str]:
+        shape = tried or shapes[0]
+        return savings(config, shape.resolution, shape.batch_size, encodes_here, shape.is_evaluation)
+
+    run.stack.enter_context(memory_errors(run.device, run.memory, suggestions))
+    return shapes
+
+
+def encode_previews(run: RunContext, spec: ModelSpec) -> Previews | None:
+    """Return the run's previews, their prompts encoded; None on processes that draw none."""
+    sampling = run.config.sampling
+    if sampling is None or not run.is_main:
+        return None
+    return Previews.of(
+        sampling.prompts, spec.files, run.folder.path / "samples", run.folder.name, spec.trains_llm_adapter,
+        spec.device, spec.text_device, spec.dtype,
+    )  # fmt: skip
+
+
+def build_model(run: RunContext, spec: ModelSpec, num_steps: int) -> TrainState:
+    """Load the transformer with what is trained attached, and make its optimizer, average and schedule.
+
+    Raises:
+        ConfigError: nothing is trained.
+    """
+    config = run.config
+    transformer, groups = load_trained(config, spec)
+    for line in groups_text(group_rows(transformer, config.learning_rates())):
+        logger.info("%s", line)
+    model = run.accelerator.prepare(transformer)
+    ema = None if config.ema is None else Average(trained_parameters(transformer), config.ema)
+
+    def factor(step: int) -> float:
+        if config.force_constant_lr is not None:
+            return 1.0
+        return lr_factor(config.lr_scheduler, step, num_steps, config.warmup_steps)
+
+    return TrainState(transformer, model, config.optimizer.build(groups), ema, factor)
