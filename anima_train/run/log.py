@@ -15,7 +15,7 @@ PACKAGE = logging.getLogger("anima_train")
 
 
 class TerminalHandler(logging.Handler):
-    """Writes each record as lines of its own: `text`, `step 3: text`, or `warning: step 3: text`.
+    """Writes each record as lines of its own: `text`, `step 3: text`, or `warning: step 3: text`, by its level.
 
     Args:
         level: the lowest that is shown.
@@ -31,7 +31,7 @@ class TerminalHandler(logging.Handler):
         step = getattr(record, "step", 0)
         text = f"step {step:,}: {record.getMessage()}" if step else record.getMessage()
         if record.levelno >= logging.WARNING:
-            text = f"warning: {text}"
+            text = f"{record.levelname.lower()}: {text}"
         tqdm.write(printable_lines(text), file=self.stream or sys.stdout)
 
 

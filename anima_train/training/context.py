@@ -72,7 +72,7 @@ def run_context(loaded: LoadedConfig, resume: bool, resume_path: Path | None) ->
     accelerator = make_accelerator(config, Path(config.output_dir) / loaded.run_name)
     warnings = WarningsHandler()
     handlers = logged_to(terminal(accelerator.is_main_process), *([warnings] if accelerator.is_main_process else []))
-    with contextlib.ExitStack() as stack, Together(accelerator), handlers:
+    with handlers, contextlib.ExitStack() as stack, Together(accelerator):  # hears of a failure before the stack
         # `end_training` would also close the trackers: their thread does, or warns where they cannot be opened.
         stack.callback(accelerator.state.destroy_process_group)
         loaded = settled(loaded, accelerator)
