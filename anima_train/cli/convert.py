@@ -15,7 +15,7 @@ WITHOUT_IMAGES = ('dataset={directory=[{path="."}]}', "eval_datasets=[]")
 
 
 class Layout(StrEnum):
-    """What a model can be converted to."""
+    """The layouts a model can be converted to."""
 
     diffusers = "diffusers"
 

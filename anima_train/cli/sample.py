@@ -8,6 +8,11 @@ import typer
 from anima_train.cli.options import ConfigPath, Overrides
 from anima_train.sampling.names import SAMPLER_NAMES, SCHEDULE_NAMES
 
+GRID = (
+    "An axis of a grid, x or y: a setting such as cfg, or prompt, lora (files, folders, none), lora_strength; "
+    "may be repeated."
+)
+
 
 def sample(
     config: ConfigPath,
@@ -38,12 +43,7 @@ def sample(
     ] = None,
     grid: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="x=KEY:V1,V2,...",
-            help="An axis of a grid, x or y: a setting such as cfg, or prompt, lora (files, folders, none), "
-            "lora_strength; may be repeated.",
-            show_default=False,
-        ),
+        typer.Option(metavar="x=KEY:V1,V2,...", help=GRID, show_default=False),
     ] = None,
     gallery: Annotated[
         Path | None,

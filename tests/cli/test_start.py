@@ -105,9 +105,10 @@ def test_anima_train_knows_every_command(command, monkeypatch, capsys):
 
 def test_python_m_anima_train_is_anima_train(command, monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", str(REPO))
-    result = command([sys.executable, "-m", "anima_train", "reference", str(tmp_path)])
-    assert result.returncode == 0, result.stderr
-    assert str(tmp_path / "reference.toml") in result.stdout
+    result = command([sys.executable, "-m", "anima_train", "report", str(tmp_path)])
+    assert result.returncode == 2
+    assert "holds no run" in result.stderr
+    assert "--dry-run" in command([sys.executable, "-m", "anima_train", "--help"]).stdout
 
 
 def test_the_first_word_is_a_command_or_else_a_config(tmp_path, monkeypatch):
