@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -51,6 +49,9 @@ class Lora(Settings):
         A is Kaiming-uniform (a = sqrt 5) from a stream of its own per module, B zero: the model starts as the base.
         With every component of the blocks frozen nothing is added.
         """
+        # Here and below, not at the head: PEFT imports transformers and more, and a configuration is read without it.
+        from peft import LoraConfig, inject_adapter_in_model
+
         transformer.requires_grad_(False)
         targets = [name for name in target_modules(transformer) if not rates.frozen(name)]
         if not targets:
@@ -111,6 +112,8 @@ def target_modules(transformer: nn.Module) -> list[str]:
 
 def lora_layers(transformer: nn.Module) -> Iterator[tuple[str, Any]]:
     """(full name, PEFT layer) of every module that carries a LoRA."""
+    from peft.tuners.lora import LoraLayer
+
     for name, module in transformer.named_modules():
         if isinstance(module, LoraLayer):
             yield name, module

@@ -5,11 +5,7 @@ from typing import Annotated
 
 import typer
 
-from anima_train.cli.train import ConfigPath, Overrides
-from anima_train.config.load import load_config
-from anima_train.distributed.consistency import Together, settled
-from anima_train.run.accelerator import make_accelerator
-from anima_train.training.prepare import prepare_data
+from anima_train.cli.options import ConfigPath, Overrides
 
 PRUNE = (
     "First remove from this configuration's cache folders whatever this configuration does not use. Other "
@@ -25,8 +21,16 @@ def cache(
     verify: Annotated[bool, typer.Option("--verify", help=VERIFY)] = False,
 ) -> None:
     """Fill the cache of latents and text without training. Several of these may fill one cache together."""
+    from anima_train.config.load import load_config
+
     loaded = load_config(config, overrides or [])
+
+    from anima_train.distributed.consistency import Together, settled
+    from anima_train.run.accelerator import make_accelerator
+    from anima_train.run.log import logged_to, terminal
+    from anima_train.training.prepare import prepare_data
+
     accelerator = make_accelerator(loaded.config, Path(loaded.config.output_dir) / loaded.run_name)
-    with Together(accelerator):
+    with logged_to(terminal(accelerator.is_main_process)), Together(accelerator):
         prepare_data(settled(loaded, accelerator), accelerator, prune, verify)
     accelerator.end_training()

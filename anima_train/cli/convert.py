@@ -7,19 +7,15 @@ from typing import Annotated
 
 import typer
 
-from anima_train.cli.train import ConfigPath, Overrides
-from anima_train.config.load import load_config
-from anima_train.config.model_files import find_model_files
-from anima_train.core.device import DTYPES
+from anima_train.cli.options import ConfigPath, Overrides
 from anima_train.core.errors import ConfigError
-from anima_train.tools.convert import expect_new, to_diffusers
 
 # Converting needs no images: those that the config names may be on another machine.
 WITHOUT_IMAGES = ('dataset={directory=[{path="."}]}', "eval_datasets=[]")
 
 
 class Layout(StrEnum):
-    """What a model can be converted to."""
+    """The layouts a model can be converted to."""
 
     diffusers = "diffusers"
 
@@ -47,8 +43,16 @@ def convert(
     overrides: Overrides = None,
 ) -> None:
     """Write a config's model in the layout of another library."""
+    from anima_train.config.load import load_config
+
+    loaded = load_config(config, [*(overrides or []), *WITHOUT_IMAGES])
+
+    from anima_train.config.model_files import find_model_files
+    from anima_train.core.device import DTYPES
+    from anima_train.tools.convert import expect_new, to_diffusers
+
     expect_new(folder)  # before anything is downloaded
-    files = find_model_files(load_config(config, [*(overrides or []), *WITHOUT_IMAGES]))
+    files = find_model_files(loaded)
     if checkpoint is not None:
         files = replace(files, transformer=checkpoint, llm_adapter=None)
     files.check_headers()

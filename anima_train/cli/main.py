@@ -1,8 +1,14 @@
-"""`anima-train` and `anima`: prints user errors without a traceback, and ends with their exit code."""
+"""`anima-train` and `anima`: prints user errors without a traceback, and ends with their exit code.
+
+The modules of the commands hold what `--help` shows and import their work inside the function: help, a version and a
+slip of the pen need not wait for torch, nor a refused configuration for transformers, diffusers and peft.
+"""
 
 import sys
 import time
 from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
 
 import typer
 
@@ -10,6 +16,7 @@ from anima_train.cli.cache import cache
 from anima_train.cli.check import check
 from anima_train.cli.convert import convert
 from anima_train.cli.download import download
+from anima_train.cli.options import Version
 from anima_train.cli.reference import reference
 from anima_train.cli.report import report
 from anima_train.cli.sample import sample
@@ -23,26 +30,52 @@ from anima_train.distributed.launcher import rank
 COMMANDS: tuple[Callable[..., None], ...] = (
     train, check, report, sample, cache, convert, tiny, download, reference,
 )  # fmt: skip
+NAMES = [command.__name__ for command in COMMANDS]
+OTHERS = f"`anima-train COMMAND` is the same as `anima COMMAND`: {', '.join(NAMES)}."
 
 HEAD_START = 15.0  # seconds that process 0 has to say what is wrong
 
 
-def application(commands: tuple[Callable[..., None], ...], text: str) -> typer.Typer:
-    """A typer application with these commands; a single one needs no name on the command line."""
-    app = typer.Typer(help=text, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+def application(commands: tuple[Callable[..., None], ...], text: str, more: str | None = None) -> typer.Typer:
+    """Return a typer application with these commands; a single one needs no name on the command line.
+
+    Args:
+        commands: their names are those of the functions.
+        text: what the help begins with where there are several.
+        more: what the help of each command ends with.
+    """
+    names = {"help_option_names": ["--help", "-h"]}
+    app = typer.Typer(
+        help=text, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, context_settings=names,
+        rich_markup_mode=None,  # rich would take longer than everything else that `--help` needs
+    )  # fmt: skip
     for command in commands:
-        app.command()(command)
+        app.command(context_settings=names, epilog=more)(command)
+    if len(commands) > 1:
+        app.callback()(takes_version)
     return app
 
 
+def takes_version(version: Version = False) -> None:
+    """Take the option --version before a command."""
+
+
 def main() -> None:
-    """The `anima` command."""
+    """Run the `anima` command."""
     run(application(COMMANDS, "Tools for training the Anima text-to-image model."))
 
 
 def train_main() -> None:
-    """The `anima-train` command."""
-    run(application((train,), "Train a LoRA, or the whole Anima model, from a TOML file."))
+    """Run the `anima-train` command: with the name of a command first as `anima` does, else the training."""
+    if is_command(*sys.argv[1:2]):
+        main()
+    else:
+        run(application((train,), "Train a LoRA, or the whole Anima model, from a TOML file.", OTHERS))
+
+
+def is_command(word: str = "") -> bool:
+    """Return True if a word is the name of a command, or looks like a slip in one and is no file."""
+    return word in NAMES or (word.isalpha() and bool(get_close_matches(word, NAMES)) and not Path(word).exists())
 
 
 def run(app: typer.Typer) -> None:

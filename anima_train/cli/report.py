@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from anima_train.core.errors import ConfigError
-from anima_train.reports.run_page import write_run_report
 
 
 def report(
@@ -17,6 +16,8 @@ def report(
     ] = None,
 ) -> None:
     """Show a run as a page: losses, evaluations, costs, previews, data; whether it has ended or not."""
+    from anima_train.reports.run_page import write_run_report
+
     try:
         print(f"page: {write_run_report(run, html)}")
     except OSError as error:  # no permission, or a file where a folder should be

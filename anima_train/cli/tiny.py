@@ -5,8 +5,6 @@ from typing import Annotated
 
 import typer
 
-from anima_train.model.tiny import write_tiny
-
 
 def tiny(
     folder: Annotated[Path, typer.Argument(help="Where to write it.", show_default=False)],
@@ -14,6 +12,8 @@ def tiny(
     comfy: Annotated[bool, typer.Option("--comfy", help="The smallest shapes unmodified ComfyUI accepts.")] = False,
 ) -> None:
     """Write a random tiny model in the official file layout, to try everything on."""
+    from anima_train.model.tiny import write_tiny
+
     paths = write_tiny(folder, seed, comfy)
     for path in (paths.transformer, paths.vae, paths.llm, paths.tokenizer, paths.t5_tokenizer):
         print(path)

@@ -2,23 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from anima_train.config.load import LoadedConfig, load_config
+from anima_train.cli.options import ConfigPath, Overrides, Version
 from anima_train.core.format import printable
 from anima_train.distributed.launcher import rank
-from anima_train.reports.run_page import write_run_report
-from anima_train.training.train import run_training
+
+if TYPE_CHECKING:
+    from anima_train.config.load import LoadedConfig
 
 RESUME = "--resume"
-
-ConfigPath = Annotated[Path, typer.Argument(help="The TOML file.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one key; the value is TOML.", show_default=False),
-]
 
 
 def train(
@@ -29,15 +24,20 @@ def train(
         bool, typer.Option("--resume", help="Go on with this run, or from a PATH: a training state, or another run.")
     ] = False,
     resume_path: Annotated[Path | None, typer.Option("--resume-path", hidden=True)] = None,
+    version: Version = False,
 ) -> None:
-    """Train a LoRA, or the whole model."""
+    """Train a LoRA, or the whole Anima model, from a TOML file."""
+    from anima_train.config.load import load_config
+
     train_and_report(load_config(config, overrides or []), dry_run, resume, resume_path)
 
 
 def train_and_report(
-    loaded: LoadedConfig, dry_run: bool = False, resume: bool = False, resume_path: Path | None = None
+    loaded: "LoadedConfig", dry_run: bool = False, resume: bool = False, resume_path: Path | None = None
 ) -> Path | None:
-    """Run the training, then write its page; returns as `run_training` does."""
+    """Run the training, then write its page; return as `run_training` does."""
+    from anima_train.training.train import run_training
+
     final = run_training(loaded, dry_run, resume, resume_path)
     if final is not None and rank() == 0:
         leave_report(final.parent.parent)
@@ -45,7 +45,7 @@ def train_and_report(
 
 
 def with_resume_path(arguments: Sequence[str]) -> list[str]:
-    """Command-line arguments in which `--resume PATH`, where the path may be absent, is an option that typer knows.
+    """Return command-line arguments in which `--resume PATH`, whose path may be absent, is an option typer knows.
 
     A configuration's file is not such a path.
     """
@@ -62,6 +62,8 @@ def with_resume_path(arguments: Sequence[str]) -> list[str]:
 
 def leave_report(run: Path) -> None:
     """Write the page of a run that has ended; the run does not fail where that does."""
+    from anima_train.reports.run_page import write_run_report
+
     try:
         print(f"report {printable(str(write_run_report(run)))}")
     except Exception as error:  # noqa: BLE001 whatever it is: the weights are saved, and `anima report` can be tried again

@@ -1,6 +1,7 @@
 """From a prompt's context and a seed to latents, and from latents to a picture; equal to ComfyUI up to rounding."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -10,15 +11,15 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from anima_train.core.errors import NumericError
-from anima_train.core.settings import Settings, members_of, quoted, type_name
+from anima_train.core.settings import Settings, quoted
 from anima_train.core.shapes import LATENT_CHANNELS, LATENT_PIXELS
-from anima_train.model.vae import SingleFrameVAE
-from anima_train.sampling.noise_schedules import TABLE_SIZE, AnySchedule, ScheduleSetting, Simple
-from anima_train.sampling.samplers import AnySampler, ErSde, SamplerSetting, Velocity, step_noise
+from anima_train.sampling.noise_schedules import TABLE_SIZE, ScheduleSetting, Simple
+from anima_train.sampling.samplers import ErSde, SamplerSetting, Velocity, step_noise
+
+if TYPE_CHECKING:
+    from anima_train.model.vae import SingleFrameVAE  # imports diffusers; the settings here are read without it
 
 Transformer = Callable[[Tensor, Tensor, Tensor], Tensor]  # (latents, t (B, 1), context) -> velocity
-SAMPLER_NAMES = [type_name(member) for member in members_of(AnySampler)]
-SCHEDULE_NAMES = [type_name(member) for member in members_of(AnySchedule)]
 
 
 class PictureSettings(Settings):
@@ -134,7 +135,7 @@ def generate(
 
 
 @torch.no_grad()
-def decode(vae: SingleFrameVAE, latents: Float[Tensor, "1 16 1 H W"]) -> Image.Image:
+def decode(vae: "SingleFrameVAE", latents: Float[Tensor, "1 16 1 H W"]) -> Image.Image:
     """The picture of these latents; values are cut to 8 bits, not rounded, as in ComfyUI."""
     pixels = vae.decode(latents)[0].permute(1, 2, 0)  # (h, w, 3) in [-1, 1]
     values = ((pixels + 1) / 2).clamp(0, 1).cpu().numpy() * 255.0

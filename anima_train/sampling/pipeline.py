@@ -10,7 +10,7 @@ from anima_train.adapters.read import Shapes, merge_loras, read_lora
 from anima_train.core.device import free
 from anima_train.core.files import sha256_file
 from anima_train.model.file_kinds import ADAPTER_PREFIX
-from anima_train.model.loading import ModelFiles, load_llm_adapter, load_transformer
+from anima_train.model.loading import ModelFiles, ModelSpec, load_llm_adapter, load_transformer
 from anima_train.model.text import load_text_encoder, load_tokenizers
 from anima_train.model.vae import load_vae
 from anima_train.sampling.generate import Request, decode, generate
@@ -63,22 +63,11 @@ class LoraSwitch:
         self.loras = loras
 
 
-def sample(
-    files: ModelFiles, cells: Sequence[Cell], folder: Path, device: torch.device, text_device: torch.device,
-    dtype: torch.dtype,
-) -> Iterator[tuple[int, Path]]:  # fmt: skip
+def sample(spec: ModelSpec, cells: Sequence[Cell], folder: Path) -> Iterator[tuple[int, Path]]:
     """Draw each cell and write it into the folder; yields places in `cells` and paths.
 
     Those with the same LoRAs are drawn together. The text encoder is freed before the transformer is loaded, which
     stays beside the VAE until the end.
-
-    Args:
-        files: of the model.
-        cells: what is drawn.
-        folder: for the pictures.
-        device: of the transformer and the VAE.
-        text_device: of the text encoder.
-        dtype: what the transformer and the VAE compute in.
 
     Raises:
         ModelFileError: a file is damaged, or does not fit; before anything large is loaded.
@@ -86,6 +75,7 @@ def sample(
         NumericError: a picture became NaN; those before it are written.
         SpaceError: the disk is full.
     """
+    files, device, dtype = spec.files, spec.device, spec.dtype
     shapes = linear_shapes(files)
     paths = list(dict.fromkeys(lora.path for cell in cells for lora in cell.loras))
     on_adapter = {path for path in paths if changes_adapter(path, shapes)}
@@ -95,7 +85,7 @@ def sample(
         return tuple(lora for lora in loras if lora.path in on_adapter)
 
     texts = [(adapter_loras(cell.loras), text) for cell in cells for text in texts_of([cell.request])]
-    contexts = encode_all(files, shapes, texts, text_device)
+    contexts = encode_all(files, shapes, texts, spec.text_device)
     transformer = load_transformer(files, with_adapter=False, dtype=dtype, device=device).eval()
     groups: dict[Loras, list[int]] = {}
     for place, cell in enumerate(cells):

@@ -23,7 +23,7 @@ ACCELERATE = (
 SCRIPT = """
 import ctypes, json, os, signal, sys, time
 from pathlib import Path
-import anima_train.cli.train
+import anima_train.config.load
 from anima_train.cli.main import train_main
 from anima_train.core.errors import ConfigError, DataError
 from anima_train.data.loader import CachedData
@@ -66,7 +66,7 @@ def in_loader(act):
     CachedData.training_batch = third_time(act, CachedData.training_batch)
 
 def before(act):
-    anima_train.cli.train.load_config = fault(act)
+    anima_train.config.load.load_config = fault(act)
 
 def at(name, act):
     (module,) = (module for module in (outputs, prepare) if hasattr(module, name))

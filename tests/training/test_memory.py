@@ -22,6 +22,7 @@ SHAPE = Shape(1024, Size(1152, 896), 4)
 # Imports all, then lets the process take this many MiB more: what the system refuses is a real failure.
 LIMITED = """
 import re, resource, sys
+import anima_train.reports.run_page, anima_train.training.train, peft
 from anima_train.cli.main import train_main
 size = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (size + int(sys.argv.pop()) * 2**20,) * 2)

@@ -1,0 +1,129 @@
+"""The work of `anima sample`: what the flags ask for, and the pictures, with the sheet and the page of a grid."""
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from anima_train.config.config import Sampling
+from anima_train.config.load import LoadedModel
+from anima_train.config.prompt_files import HINTS, make_requests, read_lines, read_requests
+from anima_train.core.device import choose_device, describe_device
+from anima_train.core.errors import ConfigError
+from anima_train.core.settings import quoted
+from anima_train.reports.contact_sheet import save_sheet
+from anima_train.reports.grid_page import write_page
+from anima_train.sampling.generate import Request
+from anima_train.sampling.grids import Cell, ChosenLora, Sheet, make_gallery, make_grid
+
+Values = Mapping[str, Any]  # of keys of `Request`
+
+FLAGS = {key: f"--{key}" for key in ("seed", "steps", "cfg", "shift", "sampler", "schedule")} | {
+    "negative_prompt": "--negative",
+    "width": "--size",
+    "height": "--size",
+}
+
+
+def given_settings(size: str | None, **others: object) -> dict[str, Any]:
+    """Return the settings of pictures that were given, from the values of all flags."""
+    width, height = parse_size(size)
+    values = {"width": width, "height": height, **others}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def parse_size(text: str | None) -> tuple[int | None, int | None]:
+    """Return width and height from `832x1216`."""
+    if text is None:
+        return None, None
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    if match is None:
+        raise ConfigError(f"--size: found {quoted(text)}, expected WIDTHxHEIGHT in pixels, such as 832x1216")
+    return int(match[1]), int(match[2])
+
+
+def choose_requests(texts: list[str], file: Path | None, settings: Values, sampling: Sampling | None) -> list[Request]:
+    """Return the requests of the flags; where they give no prompt, those of the configuration.
+
+    Args:
+        texts: the prompts of --prompt.
+        file: of --prompts.
+        settings: that flags give; they win over those of the configuration, not over those of the file.
+        sampling: from the configuration.
+
+    Raises:
+        ConfigError: a setting or the file is wrong.
+    """
+    requests = make_requests(texts, settings, FLAGS)
+    if file is not None:
+        requests += read_requests(file, settings)
+    if not requests and sampling is not None:
+        wanted = make_requests([""], settings, FLAGS)[0]
+        update = {key: getattr(wanted, key) for key in settings}
+        requests = [request.model_copy(update=update) for request in sampling.prompts]
+    return requests
+
+
+def choose_sheet(
+    grid: list[str], gallery: Path | None, requests: Sequence[Request], settings: Values, loras: Sequence[ChosenLora]
+) -> Sheet | None:
+    """Return the grid or the gallery that flags ask for, or None where each request is one picture.
+
+    Args:
+        grid: the axes of --grid.
+        gallery: the file of --gallery.
+        requests: with a prompt.
+        settings: that flags give.
+        loras: of all pictures.
+
+    Raises:
+        ConfigError: what is asked for does not go together, or there is nothing to draw.
+    """
+    if gallery is not None:
+        if grid:
+            raise ConfigError("--gallery: cannot be drawn together with --grid; give one of them")
+        return make_gallery(read_lines(gallery, "--gallery"), requests, loras)
+    if not grid:
+        if not requests:
+            raise ConfigError(
+                "there is nothing to draw; give --prompt TEXT or --prompts FILE, or a config with [sampling]"
+            )
+        return None
+    sheet = make_grid(grid, requests, make_requests([""], settings, FLAGS)[0], loras, HINTS)
+    for axis in (sheet.x, sheet.y):
+        if axis is not None and axis.key in settings and FLAGS[axis.key] != "--size":
+            raise ConfigError(f"{FLAGS[axis.key]}: has no effect with {axis.flag}; leave one of them out")
+    return sheet
+
+
+def draw(loaded: LoadedModel, cells: Sequence[Cell], out: Path) -> list[Path]:
+    """Draw each cell into the folder, print each path when it is written, and return them in the order of the cells.
+
+    Raises:
+        ConfigError: the folder cannot be made.
+        UserError: as `anima_train.sampling.pipeline.sample`.
+    """
+    # Not above: they import transformers and diffusers, and a wrong flag is told sooner without them.
+    from anima_train.config.model_files import build_model_spec
+    from anima_train.sampling.pipeline import sample
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out: {out} cannot be a folder ({error.strerror}); choose another place") from error
+    device = choose_device()
+    spec = build_model_spec(loaded, device)
+    print(describe_device(device, spec.dtype), file=sys.stderr)
+    pictures = {}
+    for place, path in sample(spec, cells, out):
+        print(path, flush=True)
+        pictures[place] = path
+    return [pictures[place] for place in range(len(cells))]
+
+
+def save_all(sheet: Sheet, pictures: Sequence[Path], out: Path) -> None:
+    """Write one picture of all pictures, and the page, and print their paths."""
+    save_sheet(out / "grid.png", sheet, pictures)
+    write_page(out / "grid.html", sheet, pictures)
+    print(out / "grid.png", out / "grid.html", sep="\n", flush=True)
