@@ -10,7 +10,7 @@ from anima_train.checkpoint.disk_space import Writings, file_sizes, first_needs,
 from anima_train.config.load import LoadedConfig
 from anima_train.core.device import DTYPES
 from anima_train.core.errors import ConfigError
-from anima_train.core.files import Need
+from anima_train.core.files import DiskRequirement
 from anima_train.data.plan import Plan, Timetable
 from anima_train.data.samples import Sample
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
@@ -36,7 +36,7 @@ def trainable_transformer(loaded: LoadedConfig, files: ModelFiles) -> MiniTrainD
     with torch.device("meta"):
         transformer = MiniTrainDIT(TransformerShape.of(files.transformer_header.entries))
         if rates.by_component["llm_adapter"] != 0:
-            transformer.llm_adapter = LLMAdapter(LLMAdapterShape.of(files.adapter_header.entries))
+            transformer.llm_adapter = LLMAdapter(LLMAdapterShape.of(files.llm_adapter_header.entries))
     transformer.to(DTYPES[loaded.config.model.transformer_dtype or loaded.config.model.dtype])
     loaded.config.adapter.attach(transformer, rates, loaded.config.seed)
     return transformer
@@ -70,7 +70,7 @@ def group_rows(transformer: MiniTrainDIT, rates: LearningRates) -> list[GroupRow
     return group_table(trained, [*(name for name, _ in parameters), "llm_adapter."], rates)
 
 
-def first_files(loaded: LoadedConfig, files: ModelFiles) -> list[Need]:
+def first_files(loaded: LoadedConfig, files: ModelFiles) -> list[DiskRequirement]:
     """What a run has to have room for before it begins, at the least."""
     sizes = file_sizes(loaded.config, trainable_transformer(loaded, files), files)
     return first_needs(run_path(loaded), loaded.config, sizes)

@@ -8,7 +8,7 @@ import numpy as np
 from anima_train.adapters.full import Full
 from anima_train.caching.sizes import latent_bytes, mask_bytes, text_bytes
 from anima_train.config.config import Config
-from anima_train.core.format import readable
+from anima_train.core.format import format_bytes
 from anima_train.data.buckets import Size
 from anima_train.data.samples import Sample, View
 from anima_train.model.dit import TransformerShape
@@ -136,7 +136,7 @@ class Measured:
     def described(self) -> str:
         """The time of a step, or that there was none."""
         if self.seconds_per_step is None:
-            return f"out of memory with {readable(self.peak_bytes)} in use"
+            return f"out of memory with {format_bytes(self.peak_bytes)} in use"
         return f"{self.seconds_per_step:.3g} s"
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from anima_train.checkpoint.disk_space import space_warning
 from anima_train.config.config import Config
 from anima_train.config.load import LoadedConfig
-from anima_train.core.format import count, listed, printable, readable
+from anima_train.core.format import count, format_bytes, listed, printable
 from anima_train.data.plan import Plan, Timetable, batch_size_for, short_by
 from anima_train.data.scan import Scan
 from anima_train.model.loading import ModelFiles
@@ -89,7 +89,7 @@ def report(loaded: LoadedConfig, files: ModelFiles, scans: dict[str, Scan], num_
     transformer = trainable_transformer(loaded, files)
     lines.extend(groups_text(group_rows(transformer, rates)))
     planned = planned_writings(loaded, files, plan, timetable, transformer)
-    lines.append(f"files: {planned.described()}: {readable(planned.num_bytes)} in all")
+    lines.append(f"files: {planned.described()}: {format_bytes(planned.num_bytes)} in all")
     if warning := space_warning(planned, loaded.config):
         lines.append(f"warning: {warning}")
     return Report(lines)

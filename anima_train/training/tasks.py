@@ -193,7 +193,7 @@ def weights_to_save(config: Config, transformer: MiniTrainDIT, files: ModelFiles
     """The LoRA, or the whole model; a frozen LLM adapter that is not in memory comes from its file."""
     tensors = config.adapter.tensors(transformer)
     if isinstance(config.adapter, Full) and config.learning_rates().by_component["llm_adapter"] == 0:
-        tensors |= config.adapter.outside(files.adapter_tensors())
+        tensors |= config.adapter.outside(files.llm_adapter_tensors())
     if config.save_dtype is None:
         return tensors
     return {name: tensor.to(DTYPES[config.save_dtype]) for name, tensor in tensors.items()}
