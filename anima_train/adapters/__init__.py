@@ -1,1 +1,1 @@
-"""What is trained on top of (or instead of) the base weights, and the names it has in files."""
+"""The weights that are trained on top of (or instead of) the base weights, and their names in files."""

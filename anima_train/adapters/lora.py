@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from anima_train.adapters.names import lora_key
+from anima_train.core.device import DTYPES
 from anima_train.core.random import stream
 from anima_train.core.settings import Settings
 from anima_train.model.dit import Block, MiniTrainDIT
@@ -17,7 +18,6 @@ from anima_train.model.llm_adapter import TransformerBlock
 from anima_train.optim.groups import LearningRates
 
 NAME = "default"  # PEFT's name of the one adapter
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Lora(Settings):
@@ -35,13 +35,8 @@ class Lora(Settings):
 
     @property
     def scale(self) -> float:
-        """alpha / rank."""
+        """The factor on the update, alpha / rank."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
-
-    @property
-    def compute_dtypes(self) -> set[torch.dtype]:
-        """Dtypes of added parameters."""
-        return {DTYPES[self.dtype]}
 
     def attach(self, transformer: MiniTrainDIT, rates: LearningRates, seed: int) -> None:
         """Add A and B to every targeted linear of a component that is not frozen; only they train.
@@ -53,7 +48,7 @@ class Lora(Settings):
         from peft import LoraConfig, inject_adapter_in_model
 
         transformer.requires_grad_(False)
-        targets = [name for name in target_modules(transformer) if not rates.frozen(name)]
+        targets = [name for name in target_modules(transformer) if not rates.is_frozen(name)]
         if not targets:
             return
         # PEFT matches a list of names by suffix, and `blocks.0.self_attn.q_proj` is a suffix of the LLM adapter's
@@ -77,7 +72,7 @@ class Lora(Settings):
             b.weight = nn.Parameter(torch.zeros(b.weight.shape, device=device, dtype=DTYPES[self.dtype]))
 
     def tensors(self, transformer: MiniTrainDIT) -> dict[str, Tensor]:
-        """A and B under their file keys, alpha / rank folded into B so that the scale is 1 everywhere."""
+        """Return A and B under their file keys, alpha / rank folded into B so that the scale is 1 everywhere."""
         tensors = {}
         for name, layer in lora_layers(transformer):
             tensors[lora_key(name, "lora_A")] = layer.lora_A[NAME].weight.detach()
@@ -85,11 +80,11 @@ class Lora(Settings):
         return tensors
 
     def is_without_effect(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether a file with these tensors would change nothing: every up-projection is zero, as before training."""
+        """Return True if a file with these tensors changes nothing: every up-projection is zero, as before training."""
         return not any(bool(tensor.any()) for name, tensor in tensors.items() if "lora_B" in name)
 
     def metadata(self) -> dict[str, str]:
-        """What file managers read."""
+        """Return the metadata that file managers read."""
         return {
             "modelspec.architecture": "anima-2b/lora",
             "ss_network_module": "networks.lora_anima",
@@ -100,7 +95,7 @@ class Lora(Settings):
 
 
 def target_modules(transformer: nn.Module) -> list[str]:
-    """Full names of every linear inside a `Block` or `TransformerBlock`, in the model's order."""
+    """Return the full names of all linears inside a `Block` or `TransformerBlock`, in the model's order."""
     return [
         f"{block_name}.{name}"
         for block_name, block in transformer.named_modules()
@@ -111,7 +106,7 @@ def target_modules(transformer: nn.Module) -> list[str]:
 
 
 def lora_layers(transformer: nn.Module) -> Iterator[tuple[str, Any]]:
-    """(full name, PEFT layer) of every module that carries a LoRA."""
+    """Yield (full name, PEFT layer) of every module that carries a LoRA."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in transformer.named_modules():

@@ -1,12 +1,13 @@
-"""Key names in the files users load elsewhere; with `model/weights.py` the only place that knows a prefix."""
+"""The key names in files that users load elsewhere; beside `model/file_kinds.py` the only place that knows a prefix."""
 
 import re
 
+from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX
+
 LORA_PREFIX = "diffusion_model."  # loads in ComfyUI and in diffusers
 CHECKPOINT_PREFIX = "net."
-ADAPTER = "llm_adapter."
 
-# Parts of a transformer's keys -> what diffusers' `CosmosTransformer3DModel` calls them.
+# Parts of a transformer's keys -> the same in diffusers' `CosmosTransformer3DModel`.
 COSMOS_RENAMES: tuple[tuple[str, str], ...] = (
     (r"^x_embedder\.proj\.1\.", "patch_embed.proj."),
     (r"^t_embedder\.1\.", "time_embed.t_embedder."),
@@ -28,31 +29,31 @@ COSMOS_RENAMES: tuple[tuple[str, str], ...] = (
 
 
 def lora_key(module: str, part: str) -> str:
-    """The key of `lora_A` or `lora_B` of a module, by its full name in the transformer."""
+    """Return the key of `lora_A` or `lora_B` of a module, by its full name in the transformer."""
     return f"{LORA_PREFIX}{module}.{part}.weight"
 
 
 def checkpoint_key(parameter: str) -> str:
-    """The key of a parameter in a full checkpoint."""
+    """Return the key of a parameter in a full checkpoint."""
     return CHECKPOINT_PREFIX + parameter
 
 
 def cosmos_key(key: str) -> str:
-    """The name in diffusers' `CosmosTransformer3DModel` of a transformer's key (without prefix)."""
+    """Return the name in diffusers' `CosmosTransformer3DModel` of a transformer's key (without prefix)."""
     for pattern, replacement in COSMOS_RENAMES:
         key = re.sub(pattern, replacement, key)
     return key
 
 
 def diffusers_name(module: str) -> str:
-    """What diffusers calls a module, with the name of the pipeline's component in front."""
-    if module.startswith(ADAPTER):
-        return "text_conditioner." + module.removeprefix(ADAPTER)
+    """Return diffusers' name of a module, with the name of the pipeline's component in front."""
+    if module.startswith(LLM_ADAPTER_PREFIX):
+        return "text_conditioner." + module.removeprefix(LLM_ADAPTER_PREFIX)
     return "transformer." + cosmos_key(f"{module}.").removesuffix(".")
 
 
 def lora_stems(module: str) -> tuple[str, ...]:
-    """What LoRA files call a module, by its full name in the transformer."""
+    """Return the names that LoRA files have for a module, by its full name in the transformer."""
     return (
         LORA_PREFIX + module,  # ours, and ComfyUI's
         "lora_unet_" + module.replace(".", "_"),  # kohya

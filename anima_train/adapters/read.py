@@ -27,7 +27,7 @@ PEFT_CONFIG = "adapter_config.json"
 
 @dataclass(frozen=True)
 class Update:
-    """What a LoRA adds to one weight: `scale * up @ down`."""
+    """The addition of a LoRA to one weight: `scale * up @ down`."""
 
     down: Tensor  # (rank, in)
     up: Tensor  # (out, rank)
@@ -65,7 +65,7 @@ def read_lora(path: Path, shapes: Shapes) -> dict[str, Update]:
 
 
 def keys_by_module(file: TensorFile, shapes: Shapes) -> Keys:
-    """The keys of each module the LoRA changes, all of them with tensors that fit.
+    """Return the keys of each module that the LoRA changes, all of them with tensors that fit.
 
     Raises:
         ModelFileError: how many do not fit, and the first five of each kind.
@@ -89,9 +89,8 @@ def keys_by_module(file: TensorFile, shapes: Shapes) -> Keys:
         if {"down", "up"} <= parts.keys() and not fits(file, parts, shapes[module])
         for key in parts.values()
     ]
-    matrices = {
-        key: entry for key, entry in file.entries.items() if not key.endswith(".alpha")
-    }  # that may be an integer
+    # Not alpha, which may be an integer.
+    matrices = {key: entry for key, entry in file.entries.items() if not key.endswith(".alpha")}
     quantised = [key for key, entry in matrices.items() if not entry.dtype.is_floating_point]
     problems = [
         f"{file.path}: {count(len(keys), 'key')} {what}: {first_five(keys)}"
@@ -110,14 +109,14 @@ def keys_by_module(file: TensorFile, shapes: Shapes) -> Keys:
 
 
 def fits(file: TensorFile, parts: Mapping[str, str], shape: tuple[int, ...]) -> bool:
-    """Whether up times down has the shape of the weight, and alpha is one number."""
+    """Return True if up times down has the shape of the weight, and alpha is one number."""
     down, up = file.entries[parts["down"]].shape, file.entries[parts["up"]].shape
     has_number = "alpha" not in parts or math.prod(file.entries[parts["alpha"]].shape) == 1
     return has_number and len(down) == len(up) == 2 and down[0] == up[1] > 0 and (up[0], down[1]) == shape
 
 
 def peft_config(file: TensorFile) -> dict[str, Any]:
-    """PEFT's settings, which hold alpha where the tensors do not: in diffusers' metadata, or beside PEFT's own file.
+    """Return PEFT's settings, which hold alpha where the tensors do not: of diffusers' metadata, or PEFT's own file.
 
     Raises:
         ModelFileError: they cannot be read, or ask for something else than a plain LoRA.
@@ -140,7 +139,7 @@ def peft_config(file: TensorFile) -> dict[str, Any]:
 
 
 def peft_scale(config: Mapping[str, Any], key: str, rank: int) -> float:
-    """What up times down is multiplied by, by PEFT's settings; 1 without them."""
+    """Return the factor on up times down by PEFT's settings; 1 without them."""
     component = key.partition(".")[0]  # diffusers has settings for each
     settings = {name: config.get(f"{component}.{name}", config.get(name)) for name in ("lora_alpha", "use_rslora")}
     alpha = settings["lora_alpha"]

@@ -60,7 +60,7 @@ def text_identity(files: ModelFiles, cache_output: bool, dtype: torch.dtype) -> 
         encoder=text_encoder_identity(files.llm),
         tokenizer=tokenizer_identity(files.tokenizer),
         t5_tokenizer=tokenizer_identity(files.t5_tokenizer),
-        adapter=files.adapter_fingerprint() if cache_output else "",
+        adapter=files.llm_adapter_fingerprint() if cache_output else "",
         dtype=str(dtype).removeprefix("torch."),
     )
 

@@ -28,9 +28,9 @@ from anima_train.caching.sizes import (
     view_bytes,
 )
 from anima_train.caching.text_encoding import ConditionEncoder, Say, report_truncated
-from anima_train.core.device import free
+from anima_train.core.device import release_memory
 from anima_train.core.errors import SpaceError
-from anima_train.core.files import Need, require_space
+from anima_train.core.files import DiskRequirement, require_space
 from anima_train.data.cache import Claims
 from anima_train.data.images import (
     BadImage,
@@ -206,7 +206,7 @@ def encode_latents(
     share_out(missing, make, claims, say)
     bar.close()
     load.cache_clear()
-    free(device)
+    release_memory(device)
     return num_encoded
 
 
@@ -258,14 +258,14 @@ def encode_texts(
     share_out(missing, make, claims, say)
     bar.close()
     load.cache_clear()
-    free(device)
+    release_memory(device)
     return num_encoded
 
 
 def fill_cache(
     needed: Needed, files: ModelFiles, with_adapter: bool, share: Share, device: torch.device,
     text_device: torch.device, dtype: torch.dtype, batch_size: int, progress: bool, say: Say,
-    also: Sequence[Need] = (),
+    also: Sequence[DiskRequirement] = (),
 ) -> Encoded:  # fmt: skip
     """Make every missing entry, together with all other processes that do so; returns when none is missing.
 
@@ -294,7 +294,7 @@ def fill_cache(
     latents = sorted(missing(needed.latents), key=lambda entry: entry.source.sample.size)  # batches have one size
     masks = missing(needed.masks)
     if share.rank == 0:  # right after the looks: the other processes begin to write
-        shape = LLMAdapterShape.of(files.adapter_header.entries)
+        shape = LLMAdapterShape.of(files.llm_adapter_header.entries)
         widths = (shape.source_width, shape.target_width)
         sizes = [(entry, view_bytes(entry)) for entry in (*latents, *masks)]
         text_sizes = [

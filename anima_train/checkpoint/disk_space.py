@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from anima_train.adapters.full import Full
 from anima_train.config.config import Config
 from anima_train.core.device import DTYPES
-from anima_train.core.files import BLOCK, Need, free_bytes, on_disk, require_space
-from anima_train.core.format import readable
+from anima_train.core.files import BLOCK, DiskRequirement, free_bytes, on_disk, require_space
+from anima_train.core.format import format_bytes
 from anima_train.data.plan import Timetable
 from anima_train.model.dit import MiniTrainDIT
-from anima_train.model.file_kinds import ADAPTER_PREFIX
+from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX
 from anima_train.model.loading import ModelFiles
 from anima_train.model.safetensors_io import file_bytes
 from anima_train.optim.groups import LearningRates, optimizer_groups
@@ -76,9 +76,9 @@ def saved_weights(config: Config, transformer: MiniTrainDIT, files: ModelFiles) 
     """The names, shapes and dtypes of the weights that users load elsewhere."""
     tensors = config.adapter.tensors(transformer)
     if isinstance(config.adapter, Full) and config.learning_rates().by_component["llm_adapter"] == 0:
-        entries = files.adapter_header.entries
+        entries = files.llm_adapter_header.entries
         shapes = {name: torch.empty(each.shape, dtype=each.dtype, device="meta") for name, each in entries.items()}
-        tensors |= config.adapter.outside({ADAPTER_PREFIX + name: tensor for name, tensor in shapes.items()})
+        tensors |= config.adapter.outside({LLM_ADAPTER_PREFIX + name: tensor for name, tensor in shapes.items()})
     dtype = None if config.save_dtype is None else DTYPES[config.save_dtype]
     return {name: unfilled(tensor, dtype) for name, tensor in tensors.items()}
 
@@ -126,7 +126,7 @@ def require_room(path: Path, *files: Mapping[str, Tensor]) -> None:
         SpaceError: the bytes needed, free and missing; nothing is written.
     """
     require_space(
-        [Need(path.parent, state_bytes(*files), f"the training state {path.name}")],
+        [DiskRequirement(path.parent, state_bytes(*files), f"the training state {path.name}")],
         "free some space, then go on with --resume; earlier files are intact",
     )
 
@@ -138,11 +138,11 @@ def saves_states(config: Config) -> bool:
     )
 
 
-def first_needs(folder: Path, config: Config, sizes: FileSizes) -> list[Need]:
+def first_needs(folder: Path, config: Config, sizes: FileSizes) -> list[DiskRequirement]:
     """Without room for these there is no use in beginning a run."""
-    needs = [Need(folder, sizes.weights, "the first saved weights")]
+    needs = [DiskRequirement(folder, sizes.weights, "the first saved weights")]
     if saves_states(config):
-        needs.append(Need(folder, sizes.state, "one training state"))
+        needs.append(DiskRequirement(folder, sizes.state, "one training state"))
     return needs
 
 
@@ -184,8 +184,8 @@ class Writings:
         parts = []
         for what in get_args(What):
             if sizes := [each.num_bytes for each in self.files if each.what == what]:
-                parts.append(f"{len(sizes):,} x {what} ({readable(sum(sizes))})")
-        return f"{', '.join(parts)}, numbers ({readable(self.numbers * (self.num_steps - self.start))})"
+                parts.append(f"{len(sizes):,} x {what} ({format_bytes(sum(sizes))})")
+        return f"{', '.join(parts)}, numbers ({format_bytes(self.numbers * (self.num_steps - self.start))})"
 
 
 def writings(
@@ -249,7 +249,7 @@ def space_warning(planned: Writings, config: Config) -> str | None:
         changes.append("draw previews less often")
     return (
         f"{planned.folder}: the disk will be full at step {last.step:,} of {planned.num_steps:,}, with its "
-        f"{last.what}: {planned.described()} need {readable(planned.num_bytes)}, {readable(free)} free, "
-        f"{readable(planned.num_bytes - free)} missing; "
+        f"{last.what}: {planned.described()} need {format_bytes(planned.num_bytes)}, {format_bytes(free)} free, "
+        f"{format_bytes(planned.num_bytes - free)} missing; "
         f"{', '.join([*changes, 'or set another output_dir'])}"
     )

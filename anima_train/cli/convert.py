@@ -59,8 +59,8 @@ def convert(
     precision = None if dtype is None else DTYPES[dtype.value]
     try:
         to_diffusers(
-            files.transformer_header, files.adapter_header, files.vae, files.llm, files.tokenizer, files.t5_tokenizer,
-            folder, precision,
+            files.transformer_header, files.llm_adapter_header, files.vae, files.llm, files.tokenizer,
+            files.t5_tokenizer, folder, precision,
         )  # fmt: skip
     except OSError as error:  # a file where its folder should be, or a name that is none
         raise ConfigError(f"{folder} cannot be written ({error.strerror or error}); choose another place") from error

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, fie
 
 from anima_train.adapters.full import Full
 from anima_train.adapters.lora import Lora
-from anima_train.core.settings import Settings, quoted, value_text
+from anima_train.core.settings import Settings, describe_value, quoted
 from anima_train.data.settings import DatasetSettings
 from anima_train.objective.losses import Loss
 from anima_train.objective.timesteps import Timesteps
@@ -50,10 +50,10 @@ def batch_sizes(value: int | list[list[int]]) -> int | list[list[int]]:
     entries = value if isinstance(value, list) else [[1, value]]
     if not entries or any(len(entry) != 2 or min(entry) < 1 for entry in entries):
         expected = "a positive integer, or a list of [resolution, number], such as [[512, 4]]"
-        raise ValueError(f"found {value_text(value)}, expected {expected}")
+        raise ValueError(f"found {describe_value(value)}, expected {expected}")
     resolutions = [entry[0] for entry in entries]
     if len(set(resolutions)) < len(resolutions):
-        raise ValueError(f"found {value_text(value)}, expected each resolution once")
+        raise ValueError(f"found {describe_value(value)}, expected each resolution once")
     return value
 
 

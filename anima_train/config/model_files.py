@@ -1,6 +1,6 @@
 """The model's files that a configuration names or implies."""
 
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from anima_train.model.tiny import tiny_paths, write_tiny
 
 
 def find_model_files(loaded: LoadedConfig | LoadedModel) -> ModelFiles:
-    """Every model file the configuration names or implies; missing official ones are downloaded.
+    """Return every model file the configuration names or implies; missing official ones are downloaded.
 
     Raises:
         ModelFileError: every file that is missing and cannot be downloaded, and every wrong one, at once.
@@ -23,16 +23,16 @@ def find_model_files(loaded: LoadedConfig | LoadedModel) -> ModelFiles:
     config = loaded.config
     if config.model.tiny_path is not None:
         folder = Path(config.model.tiny_path)
-        paths = tiny_paths(folder)
-        if not all(path.exists() for path in astuple(paths)):
-            paths = write_tiny(folder)
-        adapter = loaded.model_path("llm_adapter_path")
+        files = tiny_paths(folder)
+        if not all(path.exists() for path in astuple(files) if path is not None):
+            files = write_tiny(folder)
         other = loaded.model_path("transformer_path")  # for pictures alone: a configuration has only one of the two
-        transformer = paths.transformer if other is None else Path(other)
-        return ModelFiles(
-            transformer, paths.vae, paths.llm, paths.tokenizer, paths.t5_tokenizer,
-            None if adapter is None else hub.resolve("transformer_path", adapter, config.offline),
-        )  # fmt: skip
+        llm_adapter = loaded.model_path("llm_adapter_path")
+        return replace(
+            files,
+            transformer=files.transformer if other is None else Path(other),
+            llm_adapter=None if llm_adapter is None else hub.resolve("transformer_path", llm_adapter, config.offline),
+        )
 
     problems: list[str] = []
     found: dict[str, Path] = {}

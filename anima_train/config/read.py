@@ -8,7 +8,7 @@ from typing import Any
 
 from anima_train.config.paths import suggest
 from anima_train.core.errors import ConfigError
-from anima_train.core.settings import quoted, value_text
+from anima_train.core.settings import describe_value, quoted
 
 Table = dict[str, Any]
 
@@ -71,7 +71,7 @@ def apply_override(data: Table, text: str) -> str:
         if not isinstance(table[part], dict):
             inside = ".".join(parts[:depth])
             remedy = "edit the file it names" if part == "dataset" else "set it whole, or edit the file"
-            raise ConfigError(f"--set {key}: {inside} is {value_text(table[part])}, expected a table; {remedy}")
+            raise ConfigError(f"--set {key}: {inside} is {describe_value(table[part])}, expected a table; {remedy}")
         table = table[part]
     table[parts[-1]] = parsed
     return top or ".".join(parts)

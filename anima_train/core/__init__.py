@@ -1,1 +1,1 @@
-"""What every room stands on: errors, strict settings, addressed randomness, atomic files."""
+"""The foundations of every room: errors, strict settings, addressed randomness, atomic files."""

@@ -7,11 +7,11 @@ import psutil
 import torch
 from torch.nn.attention import SDPBackend
 
-from anima_train.core.format import count, readable
+from anima_train.core.format import count, format_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-HEAD_DIM = 128  # of Anima's attention, which decides the kernel
+HEAD_DIM = 128  # of Anima's transformer; torch chooses the attention kernel by it
 SLOW = "; a model of 2 billion parameters is slow here, a GPU is what it needs"
 
 
@@ -29,9 +29,9 @@ def choose_device() -> torch.device:
 def describe_device(device: torch.device, dtype: torch.dtype) -> str:
     """Return a line with the device's name, memory, dtype and attention kernel; of a CPU, that it is slow."""
     facts = [
-        readable(memory_bytes(device)),
+        format_bytes(memory_bytes(device)),
         str(dtype).removeprefix("torch."),
-        f"attention: {attention(device, dtype)}",
+        f"attention: {attention_kernel(device, dtype)}",
     ]
     if device.type == "cpu":
         return f"device: CPU with {count(os.cpu_count() or 1, 'core')}, {', '.join(facts)}{SLOW}"
@@ -41,7 +41,7 @@ def describe_device(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Return the memory that the device has in all."""
+    """Return the memory that the device has in all, in bytes."""
     if device.type == "cpu":
         return int(psutil.virtual_memory().total)
     if device.type == "mps":
@@ -49,15 +49,15 @@ def memory_bytes(device: torch.device) -> int:
     return torch.accelerator.get_memory_info(device)[1]
 
 
-def attention(device: torch.device, dtype: torch.dtype) -> str:
+def attention_kernel(device: torch.device, dtype: torch.dtype) -> str:
     """Return the name of the kernel that torch chooses for `scaled_dot_product_attention` here: "flash", "math", ..."""
     query = torch.zeros(1, 1, 64, HEAD_DIM, device=device, dtype=dtype)
     chosen = SDPBackend(torch._fused_sdp_choice(query, query, query))
     return chosen.name.lower().removesuffix("_attention")
 
 
-def free(device: torch.device) -> None:
-    """Give memory of deleted modules back to the device."""
+def release_memory(device: torch.device) -> None:
+    """Return the memory of deleted modules to the device, for other users of it."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 
 class UserError(Exception):
-    """Something the user can put right; printed without a traceback, and the process ends with `exit_code`."""
+    """A problem that the user can solve; printed without a traceback, and the process ends with `exit_code`."""
 
     exit_code = 1
     label = "error"  # what the message begins with
@@ -15,7 +15,7 @@ class UserError(Exception):
 
 
 class Interrupted(UserError):
-    """Somebody asked the run to stop, and it did so in good order."""
+    """A run that stopped in good order, as somebody asked it to."""
 
     label = "stopped"
 
@@ -25,30 +25,30 @@ class Interrupted(UserError):
 
 
 class ConfigError(UserError):
-    """The configuration, or a command-line argument, is wrong."""
+    """A wrong configuration or command-line argument."""
 
     exit_code = 2
 
 
 class DataError(UserError):
-    """The images, captions or their cache cannot be used."""
+    """Images, captions or a cache of them that cannot be used."""
 
     exit_code = 3
 
 
 class ModelFileError(UserError):
-    """A model or tokenizer file is missing, damaged, or not what its slot expects."""
+    """A model or tokenizer file that is missing, damaged, or not what its slot expects."""
 
     exit_code = 4
 
 
 class NumericError(UserError):
-    """Training produced numbers that are not finite."""
+    """Numbers of training that are not finite."""
 
     exit_code = 5
 
 
 class SpaceError(UserError):
-    """The disk is full, read-only, or will not hold what the run needs."""
+    """A disk that is full, read-only, or will not hold what the run needs."""
 
     exit_code = 6

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from anima_train.core.errors import SpaceError
-from anima_train.core.format import readable
+from anima_train.core.format import format_bytes
 
 HASH_CHUNK = 1 << 20  # bytes
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
@@ -21,7 +21,7 @@ BLOCK = 4096  # bytes; what file systems round a file's size up to
 
 
 def sha256_file(path: Path) -> str:
-    """The SHA-256 of the file's bytes, as hex."""
+    """Return the SHA-256 of the file's bytes, as hex."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(HASH_CHUNK):
@@ -30,51 +30,51 @@ def sha256_file(path: Path) -> str:
 
 
 def current_umask() -> int:
-    """The process's umask (the system only tells it by setting it)."""
+    """Return the process's umask (the system only tells it by setting it)."""
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
 
 
 def on_disk(num_bytes: int) -> int:
-    """What a file of this many bytes takes of a disk."""
+    """Return the bytes that a file of this size takes of a disk."""
     return -(-num_bytes // BLOCK) * BLOCK
 
 
 def existing_folder(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
+    """Return the folder, or the nearest one above it that exists."""
     folder = folder.absolute()
     return next(place for place in (folder, *folder.parents) if os.path.isdir(place))
 
 
 def free_bytes(folder: Path) -> float:
-    """What may still be written below a folder, which need not be there; infinity where the disk does not tell."""
+    """Return the bytes free for writing in a folder, which need not exist; infinity if the disk does not tell."""
     usage = shutil.disk_usage(existing_folder(folder))
     return usage.free if usage.total else math.inf  # some disks in memory or on a network say 0 bytes in all
 
 
 @dataclass(frozen=True)
-class Need:
-    """Bytes that are about to be written in a folder, which need not be there."""
+class DiskRequirement:
+    """The bytes that are about to be written in a folder, which need not exist."""
 
     folder: Path
     num_bytes: int  # on disk
     what: str  # "the training state"
 
 
-def require_space(needs: Iterable[Need], remedy: str) -> None:
-    """Refuse to begin what a disk has no room for; what folders on the same disk need is summed.
+def require_space(needs: Iterable[DiskRequirement], remedy: str) -> None:
+    """Check that the disks have room for all of these; requirements of folders on the same disk are summed.
 
     A quota is not seen ahead: the system tells of it only when a write fails.
 
     Args:
-        needs: all that is to be written.
+        needs: everything that is to be written.
         remedy: the end of the message.
 
     Raises:
-        SpaceError: for each such disk the bytes needed, free and missing; or a folder cannot be written at all.
+        SpaceError: for each disk without room the bytes needed, free and missing; or a folder that cannot be written.
     """
-    by_disk: dict[int, list[Need]] = defaultdict(list)
+    by_disk: dict[int, list[DiskRequirement]] = defaultdict(list)
     problems = []
     for need in needs:
         if need.num_bytes == 0:
@@ -83,15 +83,15 @@ def require_space(needs: Iterable[Need], remedy: str) -> None:
         if os.access(folder, os.W_OK):
             by_disk[folder.stat().st_dev].append(need)
         else:
-            size = readable(need.num_bytes)
+            size = format_bytes(need.num_bytes)
             problems.append(f"{need.folder}: cannot be written, where {size} are needed for {need.what}; {remedy}")
     for wanted in by_disk.values():
         num_bytes, free = sum(need.num_bytes for need in wanted), free_bytes(wanted[0].folder)
         if num_bytes > free:
-            names = [f"{need.what} in {need.folder} ({readable(need.num_bytes)})" for need in wanted]
+            names = [f"{need.what} in {need.folder} ({format_bytes(need.num_bytes)})" for need in wanted]
             problems.append(
-                f"the disk has no room for {', '.join(names)}: {readable(num_bytes)} needed, {readable(free)} free, "
-                f"{readable(num_bytes - free)} missing; {remedy}"
+                f"the disk has no room for {', '.join(names)}: {format_bytes(num_bytes)} needed, "
+                f"{format_bytes(free)} free, {format_bytes(num_bytes - free)} missing; {remedy}"
             )
     if problems:
         raise SpaceError(problems)
@@ -106,7 +106,7 @@ def atomic_path(path: Path, num_bytes: int | None = None) -> Iterator[Path]:
 
     Args:
         path: of the file.
-        num_bytes: what will be written, if that is known: without room for it nothing is.
+        num_bytes: of the file, if known: nothing is written without room for all of it.
 
     Raises:
         SpaceError: the disk is full or read-only; an earlier file at `path` is untouched.
@@ -156,8 +156,8 @@ def disk_errors(path: Path, num_bytes: int | None = None) -> Iterator[None]:
     """Report a disk that is full or read-only as a `SpaceError` about `path`.
 
     Args:
-        path: what is written.
-        num_bytes: of it, if that is known.
+        path: of the file or folder that is written.
+        num_bytes: of it, if known.
     """
     try:
         yield
@@ -171,19 +171,20 @@ def disk_errors(path: Path, num_bytes: int | None = None) -> Iterator[None]:
 
 
 def shortfall(folder: Path, num_bytes: int | None) -> str:
-    """What a full disk lacks, for a message; "" where it does not tell."""
+    """Return the words of a message about what a full disk lacks; "" if the disk does not tell."""
     free = free_bytes(folder)
     if free == math.inf:
         return ""
     if num_bytes is None:
-        return f"; the disk has {readable(free)} free"
+        return f"; the disk has {format_bytes(free)} free"
+    text = f"; {format_bytes(num_bytes)} needed, {format_bytes(free)} free"
     if (missing := on_disk(num_bytes) - free) > 0:
-        return f"; {readable(num_bytes)} needed, {readable(free)} free, {readable(missing)} missing"
-    return f"; {readable(num_bytes)} needed, {readable(free)} free: there was less, or the disk can take no more files"
+        return f"{text}, {format_bytes(missing)} missing"
+    return f"{text}: there was less, or the disk can take no more files"
 
 
 def sync(path: Path) -> None:
-    """Flush a file or a folder to disk; nothing happens where folders cannot be flushed, as on Windows."""
+    """Flush a file or a folder to disk; do nothing where folders cannot be flushed, as on Windows."""
     on_windows = os.name == "nt"
     if on_windows and path.is_dir():
         return

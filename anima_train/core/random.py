@@ -16,23 +16,23 @@ Address = int | str
 
 
 def derive(seed: int, *address: Address) -> int:
-    """A 63-bit integer that depends on the seed and every part of the address (SHA-256)."""
+    """Return a 63-bit integer that depends on the seed and every part of the address (SHA-256)."""
     text = repr((seed, *address))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
 def stream(seed: int, *address: Address) -> torch.Generator:
-    """A CPU generator of its own for this address."""
+    """Return a CPU generator of its own for this address."""
     return torch.Generator().manual_seed(derive(seed, *address))
 
 
 def uniform(seed: int, *address: Address) -> float:
-    """One number in [0, 1) for this address."""
+    """Return one number in [0, 1) for this address."""
     return (derive(seed, *address) >> 10) / 2**53  # the bits a float holds: 63 of them would round up to 1
 
 
 def shuffled(items: Iterable[Item], key: Callable[[Item], Address], seed: int, *address: Address) -> list[Item]:
-    """The items in an order that depends on the seed, the address and each item's `key`, and on nothing else.
+    """Return the items in an order that depends on the seed, the address and each item's `key` alone.
 
     Sorting by a hash needs no generator, so the order is the same in every version of every library, and adding an
     item leaves the relative order of the others alone.

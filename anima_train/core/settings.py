@@ -52,19 +52,19 @@ class Settings(BaseModel):
     )
 
 
-def named(value: Any) -> Any:
-    """`"cosine"` is short for `{type = "cosine"}`; a validator of fields that choose among classes with a type."""
+def expand_name(value: Any) -> Any:
+    """Return `{type = "cosine"}` for `"cosine"`: a validator of fields that choose among classes with a type."""
     return {"type": value} if isinstance(value, str) else value
 
 
 def quoted(text: str) -> str:
-    """Text as TOML would have it, with whatever could move a terminal's cursor escaped."""
+    """Return text in quotes as TOML has it, with escapes for whatever could move a terminal's cursor."""
     shown = json.dumps(text, ensure_ascii=False)
     return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in shown)
 
 
 def key_path(location: Location) -> str:
-    """`("directory", 0, "path")` as `directory[0].path`."""
+    """Return a location as users write it: `("directory", 0, "path")` is `directory[0].path`."""
     text = ""
     for part in location:
         if isinstance(part, int):
@@ -74,8 +74,8 @@ def key_path(location: Location) -> str:
     return text
 
 
-def value_text(value: object) -> str:
-    """A value as the user wrote it, shortened, with its type: `"1e-4" (text)`."""
+def describe_value(value: object) -> str:
+    """Return a value as the user wrote it, shortened, with its type: `"1e-4" (text)`."""
     if isinstance(value, dict):
         return "a table"
     if isinstance(value, bool):
@@ -86,7 +86,7 @@ def value_text(value: object) -> str:
 
 
 def nearest(word: str, names: Iterable[str]) -> str | None:
-    """The name that `word` was most likely meant to be, whatever its case."""
+    """Return the name that `word` was most likely meant to be, in any case of letters; None if no name is close."""
     by_lower = {name.lower(): name for name in names}
     found = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.7)
     return by_lower[found[0]] if found else None
@@ -95,7 +95,7 @@ def nearest(word: str, names: Iterable[str]) -> str | None:
 def validation_problems(
     error: ValidationError, data: object, root: type[Settings], hints: Mapping[str, str]
 ) -> dict[str, str]:
-    """Key path -> what was found there and what was expected, for every mistake.
+    """Return key path -> message for every mistake: the value that was found, and what was expected.
 
     Args:
         error: what pydantic found, all of it.
@@ -106,7 +106,7 @@ def validation_problems(
     problems: dict[Location, str] = {}
     expected: dict[Location, list[str]] = {}  # a value that no member of a union takes has one entry for each
     for detail in error.errors(include_url=False):
-        spot = Spot.of(detail["loc"], root)
+        spot = ErrorPlace.of(detail["loc"], root)
         location = spot.location
         if detail["type"] == "extra_forbidden":
             problems[location] = f"unknown key{suggestion(spot, root, hints)}"
@@ -121,7 +121,7 @@ def validation_problems(
         else:
             words = expected.setdefault(location, [])
             words.append(expectation(detail))
-            found = found_text(location, value_at(data, location))
+            found = describe_found(location, value_at(data, location))
             problems[location] = f"found {found}, expected {' or '.join(dict.fromkeys(words))}"
     # A value that could be a number or a list, and is a list, is wrong only where one of its items is.
     shallow = {location[:length] for location in problems for length in range(len(location))} & set(expected)
@@ -129,30 +129,30 @@ def validation_problems(
 
 
 def expectation(detail: ErrorDetails) -> str:
-    """What pydantic wanted instead, in TOML's words."""
+    """Return what pydantic expected, in TOML's words."""
     if detail["type"] not in EXPECTED:
         return detail["msg"].removeprefix("Input should be ")
     return EXPECTED[detail["type"]].format(**detail.get("ctx", {})).replace("'", '"')
 
 
-def found_text(location: Location, value: object) -> str:
-    """A value for a message; a secret only by its type."""
+def describe_found(location: Location, value: object) -> str:
+    """Return a value for a message; of a secret only the type."""
     if str(location[-1]).endswith("api_key"):
         return KINDS.get(type(value), "something else")
-    return value_text(value)
+    return describe_value(value)
 
 
 def unknown_type(value: object, names: list[str]) -> str:
-    """The sentence for a `type` that is none of `names`."""
+    """Return the message about a `type` that is none of `names`."""
     listed = f"expected one of {', '.join(map(quoted, names))}"
     if value is None:
         return f"missing; {listed}"
     close = nearest(value, names) if isinstance(value, str) else None
-    return f"found {value_text(value)}, {listed}" + (f"; did you mean {quoted(close)}?" if close else "")
+    return f"found {describe_value(value)}, {listed}" + (f"; did you mean {quoted(close)}?" if close else "")
 
 
-def suggestion(spot: "Spot", root: type[Settings], hints: Mapping[str, str]) -> str:
-    """What the user may have meant by an unknown key."""
+def suggestion(spot: "ErrorPlace", root: type[Settings], hints: Mapping[str, str]) -> str:
+    """Return the end of the message about an unknown key: what the user may have meant; "" if nothing is close."""
     key = str(spot.location[-1])
     word = key.lower().replace("-", "_")
     if word in hints:
@@ -174,8 +174,8 @@ def suggestion(spot: "Spot", root: type[Settings], hints: Mapping[str, str]) -> 
 
 
 @dataclass(frozen=True)
-class Spot:
-    """A place in the user's data, and the types that meet there."""
+class ErrorPlace:
+    """The place of a mistake in the user's data, and the types that meet there."""
 
     location: Location  # only keys and indices that the user wrote, or should have
     table: type[Settings]  # the table its last key stands in
@@ -183,8 +183,8 @@ class Spot:
     members: list[Any]  # the types that the value may have
 
     @classmethod
-    def of(cls, location: Location, root: type[Settings]) -> "Spot":
-        """The place pydantic means: it adds the name of the member after each key whose type is a union."""
+    def of(cls, location: Location, root: type[Settings]) -> "ErrorPlace":
+        """Return the place that pydantic means: it adds the name of the member after each key of a union type."""
         real: list[int | str] = []
         table = root
         choices: list[type[Settings]] = []
@@ -192,7 +192,7 @@ class Spot:
         here = members_of(root)
         for part in location:
             if len(here) > 1:
-                tried, here = here, [member for member in here if is_called(member, part)]
+                tried, here = here, [member for member in here if is_named_like(member, part)]
                 continue
             real.append(part)
             member = here[0] if here else None
@@ -206,7 +206,7 @@ class Spot:
 
 
 def members_of(annotation: Any) -> list[Any]:
-    """The types a value may have: those in a union, else the one there is; without None and `Annotated`."""
+    """Return the types a value may have: those in a union, else the one there is; without None and `Annotated`."""
     if get_origin(annotation) is Annotated:
         return members_of(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -215,25 +215,25 @@ def members_of(annotation: Any) -> list[Any]:
 
 
 def is_settings(annotation: Any) -> TypeGuard[type[Settings]]:
-    """Whether this type is a settings class."""
+    """Return True if this type is a settings class."""
     return isinstance(annotation, type) and issubclass(annotation, Settings)
 
 
-def is_called(member: Any, name: int | str) -> bool:
-    """Whether pydantic calls this member of a union by this name."""
+def is_named_like(member: Any, name: int | str) -> bool:
+    """Return True if pydantic calls this member of a union by this name."""
     if is_settings(member):
         return name in (member.__name__, type_name(member))
     return get_origin(member) is list and str(name).startswith("list[")
 
 
 def type_name(table: type[Settings]) -> str:
-    """The value of `type` by which a settings class is chosen; empty where there is no choice."""
+    """Return the value of `type` by which a settings class is chosen; "" if there is no choice."""
     field = table.model_fields.get("type")
     return "" if field is None or field.is_required() else str(field.default)
 
 
 def tables(root: type[Settings], name: str = "", is_list: bool = False) -> Iterator[tuple[str, type[Settings]]]:
-    """(where the user writes it, class) for every table below a settings class, itself included."""
+    """Yield (place in the file, class) for every table below a settings class, itself included."""
     place = f"in [[{name}]]" if is_list else f"in [{name}]"
     yield place if name else "at the top of the file, above the first [table]", root
     for key, field in root.model_fields.items():
@@ -245,7 +245,7 @@ def tables(root: type[Settings], name: str = "", is_list: bool = False) -> Itera
 
 
 def value_at(data: object, location: Location) -> object:
-    """The value in nested tables and lists at this location, or None."""
+    """Return the value in nested tables and lists at this location, or None."""
     for part in location:
         try:
             data = data[part]  # type: ignore[index]

@@ -1,4 +1,4 @@
-"""What the text side hands to the image side: conditions as they are cached, and as batches."""
+"""The conditions that the text side hands to the image side: as they are cached, and as batches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 CONTEXT_ROWS = 512  # cross-attention sees at least this many rows; those past the caption are zeros, and count
-T5_PAD = 0
+T5_PAD = 0  # the id of <pad>
 
 
 @dataclass(frozen=True)
 class EncodedText:
-    """What the LLM adapter reads of one caption, without padding; on the CPU."""
+    """The input of the LLM adapter for one caption, without padding; on the CPU."""
 
     qwen: Float[Tensor, "S D"]  # last hidden state after the final norm, float32; S is 0 for the empty caption
     t5_ids: Int[Tensor, " L"]  # int64
@@ -23,7 +23,7 @@ class EncodedText:
 
 @dataclass(frozen=True)
 class TextStates:
-    """What the LLM adapter reads of a batch; padded on the right."""
+    """The input of the LLM adapter for a batch, padded on the right; masks are True at real rows."""
 
     qwen: Float[Tensor, "B S D"]
     qwen_mask: Bool[Tensor, "B S"]
@@ -31,7 +31,7 @@ class TextStates:
     t5_mask: Bool[Tensor, "B L"]
 
     def to(self, device: torch.device) -> "TextStates":
-        """The batch on a device."""
+        """Return the batch on a device."""
         return TextStates(
             self.qwen.to(device), self.qwen_mask.to(device), self.t5_ids.to(device), self.t5_mask.to(device)
         )
@@ -43,7 +43,7 @@ def pad_rows(context: Float[Tensor, "B L C"]) -> Float[Tensor, "B rows C"]:
 
 
 def pad_states(texts: Sequence[EncodedText]) -> TextStates:
-    """A batch as the LLM adapter reads it; padded rows are zero (Qwen3) or id 0 (T5) and masked.
+    """Return the batch of these texts; padded rows are zero (Qwen3) or `T5_PAD` (T5) and masked.
 
     A batch of empty captions only gets one masked row, because attention over no rows at all is not defined.
     """
@@ -60,6 +60,6 @@ def pad_states(texts: Sequence[EncodedText]) -> TextStates:
 
 
 def length_mask(lengths: Sequence[int], padded: Tensor) -> Bool[Tensor, "B S"]:
-    """True at the first `lengths[b]` positions of row b of a padded (B, S, ...) tensor."""
+    """Return a mask that is True at the first `lengths[b]` positions of row b of a padded (B, S, ...) tensor."""
     positions = torch.arange(padded.shape[1], device=padded.device)
     return positions < torch.tensor(lengths, device=padded.device)[:, None]

@@ -1,1 +1,1 @@
-"""Losses on evaluation sets, and previews."""
+"""The measures of a run: losses on evaluation sets, and previews."""

@@ -1,4 +1,4 @@
-"""Evaluation: the loss of a held-out set at fixed quantiles of t with fixed noise.
+"""The evaluation: the loss of a held-out set at fixed quantiles of t with fixed noise.
 
 Two evaluations of the same weights are equal, and two checkpoints are compared on the same noise.
 """
@@ -31,14 +31,14 @@ NOISE_SEED = 0  # not the run's: runs with different seeds are measured on the s
 
 @dataclass(frozen=True)
 class EvalSet:
-    """A dataset the loss is measured on."""
+    """A dataset that the loss is measured on."""
 
     name: str
     data: CachedData
     batch_sizes: BatchSizes
 
     def batches(self) -> list[tuple[int, ...]]:
-        """Sample indices, bucket by bucket; every sample once."""
+        """Return batches of sample indices, bucket by bucket; every sample once."""
         buckets: dict[tuple, list[int]] = defaultdict(list)
         for index, sample in enumerate(self.data.samples):
             buckets[sample.resolution, sample.size].append(index)
@@ -58,7 +58,7 @@ class Evaluation:
     losses: Tensor
 
     def metrics(self, base: "Evaluation | None") -> dict[str, float]:
-        """What is logged: the mean, the mean at each quantile, and the difference from the base model.
+        """Return the numbers to log: the mean, the mean at each quantile, and the difference from the base model.
 
         The difference is paired (same samples, same noise); its standard error is over samples.
         """
@@ -84,7 +84,7 @@ def evaluate(
     num_workers: int,
     stopping: Stopping,
 ) -> Evaluation:
-    """Measure one set. Processes share the batches.
+    """Measure the losses of one set, of which each process takes its share of the batches.
 
     Nothing is left to chance: dropout is off, captions and their tags are never dropped or shuffled, nothing is
     mirrored.
@@ -133,7 +133,7 @@ def evaluate(
 
 
 def base_text(results: Iterable[Evaluation], evals: Iterable[EvalSet]) -> str:
-    """The base model's evaluations as JSON."""
+    """Return the base model's evaluations as JSON."""
     found = {
         result.name: {"dataset_sha256": dataset_digest(eval_set.data.samples), "losses": result.losses.tolist()}
         for result, eval_set in zip(results, evals, strict=True)
@@ -142,7 +142,7 @@ def base_text(results: Iterable[Evaluation], evals: Iterable[EvalSet]) -> str:
 
 
 def read_base(path: Path, evals: Iterable[EvalSet]) -> dict[str, Evaluation]:
-    """The base model's evaluations, of those sets that are what they were."""
+    """Return the base model's evaluations of those sets that did not change since."""
     if not path.exists():
         return {}
     found = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Pictures drawn while training, from fixed prompts and noise, in a way that the training does not notice."""
+"""The pictures drawn while training, from fixed prompts and noise, in a way that the training does not notice."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from anima_train.core.device import free
+from anima_train.core.device import release_memory
 from anima_train.core.files import atomic_path
 from anima_train.model.dit import MiniTrainDIT
 from anima_train.model.llm_adapter import LLMAdapter
@@ -17,14 +17,14 @@ from anima_train.model.loading import ModelFiles, load_llm_adapter
 from anima_train.model.text import load_text_encoder, load_tokenizers
 from anima_train.model.vae import load_vae
 from anima_train.sampling.generate import Request, Transformer, decode, generate
-from anima_train.sampling.pictures import Sources, png_info
+from anima_train.sampling.pictures import UsedWeights, png_info
 from anima_train.sampling.pipeline import texts_of
 from anima_train.sampling.prompts import PromptStates, context_of, prompt_states
 
 
 @dataclass(frozen=True)
 class Previews:
-    """What is needed to draw the same pictures again and again.
+    """The encoded prompts from which the same pictures are drawn again and again.
 
     Prompts are encoded once and the text encoder is freed before the transformer is loaded; the VAE is loaded for each
     preview and freed again.
@@ -32,7 +32,7 @@ class Previews:
 
     requests: Sequence[Request]
     states: Mapping[str, PromptStates]
-    frozen_adapter: Mapping[str, Tensor]  # contexts where the LLM adapter is frozen; else empty
+    frozen_contexts: Mapping[str, Tensor]  # contexts where the LLM adapter is frozen; else empty
     files: ModelFiles
     folder: Path
     model_name: str
@@ -41,7 +41,7 @@ class Previews:
 
     @classmethod
     def of(
-        cls, requests: Sequence[Request], files: ModelFiles, folder: Path, name: str, trains_adapter: bool,
+        cls, requests: Sequence[Request], files: ModelFiles, folder: Path, name: str, train_llm_adapter: bool,
         device: torch.device, text_device: torch.device, dtype: torch.dtype,
     ) -> "Previews":  # fmt: skip
         """Encode the prompts.
@@ -50,11 +50,11 @@ class Previews:
             requests: the pictures.
             files: of the model.
             folder: for the pictures.
-            name: what the pictures are said to be made with.
-            trains_adapter: whether the LLM adapter changes, so that its output has to be made anew for each preview.
+            name: of the model, in the pictures' files.
+            train_llm_adapter: True if the LLM adapter changes, so that its output is made anew for each preview.
             device: of the transformer and the VAE.
             text_device: of the text encoder.
-            dtype: what the transformer and the VAE compute in.
+            dtype: of the computation of the transformer and the VAE.
 
         Raises:
             ConfigError: a prompt cannot be read.
@@ -64,21 +64,21 @@ class Previews:
         text_encoder = load_text_encoder(files.llm, tokenizers, text_device)
         states = {text: prompt_states(text, tokenizers, text_encoder) for text in texts_of(requests)}
         contexts = {}
-        if not trains_adapter:
-            adapter = load_llm_adapter(files, torch.float32, text_device).eval()
-            contexts = {text: context_of(found, adapter) for text, found in states.items()}
-            del adapter
+        if not train_llm_adapter:
+            llm_adapter = load_llm_adapter(files, torch.float32, text_device).eval()
+            contexts = {text: context_of(found, llm_adapter) for text, found in states.items()}
+            del llm_adapter
         del text_encoder
-        free(text_device)
+        release_memory(text_device)
         return cls(requests, states, contexts, files, folder, name, device, dtype)
 
     def draw(self, step: int, transformer: MiniTrainDIT, forward: Transformer) -> list[Path]:
-        """Draw every picture as the weights are now; returns the paths.
+        """Draw every picture with the weights as they are now, and return the paths.
 
         Args:
-            step: how many there were.
+            step: the number of steps so far.
             transformer: with what is trained attached.
-            forward: computes its velocity, in whatever precision the training does.
+            forward: computes its velocity, in the precision of the training.
 
         Raises:
             NumericError: a picture became NaN.
@@ -87,7 +87,7 @@ class Previews:
         was_training = transformer.training
         transformer.eval()
         try:
-            contexts = self.frozen_adapter or self.contexts_now(transformer.llm_adapter)
+            contexts = self.frozen_contexts or self.contexts_now(transformer.llm_adapter)
             latents = [self.latents(request, contexts, forward) for request in self.requests]
         finally:
             transformer.train(was_training)
@@ -96,22 +96,22 @@ class Previews:
         for number, (request, each) in enumerate(zip(self.requests, latents, strict=True)):
             path = self.folder / f"s{step:06d}_{number:02d}.png"
             with atomic_path(path) as temporary:
-                decode(vae, each).save(temporary, format="PNG", pnginfo=png_info(request, Sources(self.model_name)))
+                decode(vae, each).save(temporary, format="PNG", pnginfo=png_info(request, UsedWeights(self.model_name)))
             paths.append(path)
         del vae
-        free(self.device)
+        release_memory(self.device)
         return paths
 
     def latents(self, request: Request, contexts: Mapping[str, Tensor], forward: Transformer) -> Tensor:
-        """The latents of one picture."""
+        """Return the latents of one picture."""
         context, negative = contexts[request.prompt], contexts.get(request.negative_prompt)
         return generate(forward, request, context, negative, self.device, self.dtype)
 
     def pictures(self, paths: Sequence[Path]) -> dict[str, np.ndarray]:
-        """Drawn pictures for the trackers, (h, w, 3) uint8 by name."""
+        """Return drawn pictures for the trackers, (h, w, 3) uint8 by name."""
         return {f"preview/{number}": np.asarray(Image.open(path, formats=["PNG"])) for number, path in enumerate(paths)}
 
-    def contexts_now(self, adapter: LLMAdapter | None) -> Mapping[str, Tensor]:
-        """The contexts as the LLM adapter in training makes them."""
-        assert adapter is not None
-        return {text: context_of(found, adapter) for text, found in self.states.items()}
+    def contexts_now(self, llm_adapter: LLMAdapter | None) -> Mapping[str, Tensor]:
+        """Return the contexts as the LLM adapter in training makes them."""
+        assert llm_adapter is not None
+        return {text: context_of(found, llm_adapter) for text, found in self.states.items()}

@@ -5,7 +5,6 @@ branches on shapes, and dtypes are the caller's: the residual stream runs in the
 """
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,17 +14,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from anima_train.core.shapes import LATENT_CHANNELS
 from anima_train.core.text_batch import TextStates, pad_rows
 from anima_train.model.llm_adapter import LLMAdapter, RMSNorm, rotate
-from anima_train.model.safetensors_io import Entry
+from anima_train.model.safetensors_io import Entry, count_blocks
 
 PATCH = 2  # latent pixels per token side
-OUT_CHANNELS = 16
 
 
 @dataclass(frozen=True)
 class TransformerShape:
-    """Every dimension of a transformer, read off its tensors."""
+    """The dimensions of a transformer, read off its tensors."""
 
     num_blocks: int
     width: int
@@ -37,20 +36,19 @@ class TransformerShape:
     @classmethod
     def of(cls, entries: Mapping[str, Entry]) -> "TransformerShape":
         """Read the shape off a file's entries (keys without prefix)."""
-        numbers = {int(match[1]) for name in entries if (match := re.match(r"blocks\.(\d+)\.", name))}
         width, patch_features = entries["x_embedder.proj.1.weight"].shape
         return cls(
-            num_blocks=max(numbers) + 1,
+            num_blocks=count_blocks(entries, "blocks"),
             width=width,
             head_dim=entries["blocks.0.self_attn.q_norm.weight"].shape[0],
-            in_channels=patch_features // PATCH**2 - 1,
+            in_channels=patch_features // PATCH**2 - 1,  # the padding mask is counted in the file
             context_width=entries["blocks.0.cross_attn.k_proj.weight"].shape[1],
             adaln_lora_dim=entries["blocks.0.adaln_modulation_self_attn.1.weight"].shape[0],
         )
 
 
 def rope_angles(height: int, width: int, head_dim: int, ntk: float, device: torch.device) -> Float[Tensor, "N d"]:
-    """Rotary angles of a height x width token grid in one frame, in float32, row by row.
+    """Return the rotary angles of a height x width token grid in one frame, in float32, row by row.
 
     The head is divided among time, height and width (in this order); base 10000 is scaled by `ntk ** (d / (d - 2))`
     for the two spatial axes (NTK-aware extrapolation). One frame is at time 0, where every angle is zero.
@@ -58,17 +56,18 @@ def rope_angles(height: int, width: int, head_dim: int, ntk: float, device: torc
     axis_dim = head_dim // 6 * 2
     time_dim = head_dim - 2 * axis_dim
     theta = 10000.0 * ntk ** (axis_dim / (axis_dim - 2))
+    # In float32 whatever the model computes in: bfloat16 cannot tell neighbouring positions of a large grid apart.
     frequencies = theta ** (-torch.arange(0, axis_dim, 2, device=device, dtype=torch.float32) / axis_dim)
     rows = torch.arange(height, device=device, dtype=torch.float32)[:, None, None] * frequencies
     columns = torch.arange(width, device=device, dtype=torch.float32)[None, :, None] * frequencies
     time = torch.zeros(height, width, time_dim // 2, device=device)
     shape = (height, width, axis_dim // 2)
     half = torch.cat((time, rows.expand(shape), columns.expand(shape)), dim=-1)
-    return torch.cat((half, half), dim=-1).flatten(0, 1)  # (N, d)
+    return torch.cat((half, half), dim=-1).flatten(0, 1)  # (N, d); both halves, as `rotate` pairs them
 
 
 def timestep_sinusoid(t: Float[Tensor, "B 1"], width: int) -> Float[Tensor, "B 1 D"]:
-    """`[cos(t f), sin(t f)]` with `f_i = 10000^(-2i / width)`, in float32; t in [0, 1], not scaled."""
+    """Return `[cos(t f), sin(t f)]` with `f_i = 10000^(-2i / width)`, in float32; t in [0, 1], not scaled."""
     half = width // 2
     frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
     angles = t.float()[:, :, None] * frequencies
@@ -76,7 +75,7 @@ def timestep_sinusoid(t: Float[Tensor, "B 1"], width: int) -> Float[Tensor, "B 1
 
 
 class Attention(nn.Module):
-    """Multi-head attention with RMSNorm on q and k per head; no bias anywhere."""
+    """Multi-head attention with RMSNorm on q and k per head, self or cross; no bias anywhere."""
 
     def __init__(self, width: int, context_width: int, head_dim: int) -> None:
         super().__init__()
@@ -89,7 +88,13 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(head_dim)
 
     def forward(self, x: Tensor, context: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-        """x (B, N, D) attends to context (B, L, C); rope is (cos, sin), each (N, d), or None for cross-attention."""
+        """Let x (B, N, D) attend to context (B, L, C).
+
+        Args:
+            x: image tokens.
+            context: x itself, or the text. It is not masked: rows past the caption are zeros, and take part.
+            rope: (cos, sin), each (N, d); None for cross-attention, as text rows have no place in the image.
+        """
         q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)  # (B, heads, N, d)
         k = self.k_norm(self.k_proj(context).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
         v = self.v_proj(context).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -112,12 +117,12 @@ class MLP(nn.Module):
 
 
 def modulation(width: int, inner: int, chunks: int) -> nn.Sequential:
-    """SiLU and the two AdaLN-LoRA linears; the keys are `1` and `2`."""
+    """Return SiLU and the two AdaLN-LoRA linears; their keys in the file are `1` and `2`."""
     return nn.Sequential(nn.SiLU(), nn.Linear(width, inner, bias=False), nn.Linear(inner, chunks * width, bias=False))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without parameters, then `x * (1 + scale) + shift`."""
+    """Return `norm(x) * (1 + scale) + shift`, where the LayerNorm has no parameters."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6).to(x.dtype) * (1 + scale) + shift
 
 
@@ -135,7 +140,16 @@ class Block(nn.Module):
         self.adaln_modulation_mlp = modulation(width, shape.adaln_lora_dim, 3)
 
     def forward(self, x: Tensor, emb: Tensor, adaln_lora: Tensor, context: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x (B, N, D), emb (B, 1, D), adaln_lora (B, 1, 3D), context (B, L, C), cos and sin (N, d)."""
+        """Return the tokens after this block, (B, N, D).
+
+        Args:
+            x: tokens before it, (B, N, D).
+            emb: the timestep, (B, 1, D).
+            adaln_lora: what all blocks share of the modulation, (B, 1, 3D).
+            context: of the text, (B, L, C).
+            cos: of the rotary angles, (N, d).
+            sin: of the same.
+        """
         shift, scale, gate = (self.adaln_modulation_self_attn(emb) + adaln_lora).chunk(3, dim=-1)
         h = modulate(x, shift, scale)
         x = x + gate * self.self_attn(h, h, (cos, sin))
@@ -157,7 +171,7 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepMLP(nn.Module):
-    """Linear, SiLU, linear from the sinusoid to the modulation all blocks share."""
+    """Linear, SiLU, linear: from the sinusoid to the modulation that all blocks share."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -173,21 +187,21 @@ class FinalLayer(nn.Module):
 
     def __init__(self, shape: TransformerShape) -> None:
         super().__init__()
-        self.linear = nn.Linear(shape.width, PATCH**2 * OUT_CHANNELS, bias=False)
+        self.linear = nn.Linear(shape.width, PATCH**2 * LATENT_CHANNELS, bias=False)
         self.adaln_modulation = modulation(shape.width, shape.adaln_lora_dim, 2)
 
     def forward(self, x: Tensor, emb: Tensor, adaln_lora: Tensor) -> Tensor:
-        shared = adaln_lora[:, :, : 2 * x.shape[-1]]
+        shared = adaln_lora[:, :, : 2 * x.shape[-1]]  # there is no gate here
         shift, scale = (self.adaln_modulation(emb) + shared).chunk(2, dim=-1)
         return self.linear(modulate(x, shift, scale))
 
 
 class MiniTrainDIT(nn.Module):
-    """Anima's transformer: (noisy latents, t, text) -> velocity.
+    """The transformer of Anima: (noisy latents, t, text) -> velocity.
 
     Args:
         shape: of the transformer.
-        llm_adapter: kept inside when it trains; None when its output is cached.
+        llm_adapter: inside when it trains; None when its output is cached.
     """
 
     def __init__(self, shape: TransformerShape, llm_adapter: LLMAdapter | None = None) -> None:
@@ -205,12 +219,13 @@ class MiniTrainDIT(nn.Module):
     def forward(
         self, x: Float[Tensor, "B C 1 H W"], t: Float[Tensor, "B 1"], text: Tensor | TextStates
     ) -> Float[Tensor, "B 16 1 H W"]:
-        """The velocity `noise - x0` at x.
+        """Return the velocity `noise - x0` at x.
 
         Args:
             x: noisy latents, H and W even; 17 channels for models with a mask channel.
             t: noise level, 0 clean to 1 noise, float32.
-            text: the context (B, L, C), unmasked, its rows past the caption exact zeros; or what the adapter reads.
+            text: the context (B, L, C), unmasked, its rows past the caption exact zeros; or what the
+                LLM adapter reads.
         """
         batch, _, _, height, width = x.shape
         rows, columns = height // PATCH, width // PATCH
@@ -220,25 +235,26 @@ class MiniTrainDIT(nn.Module):
         x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, N, C m n)
         x = self.x_embedder(x)
 
-        ntk = 4.0 if self.shape.in_channels == OUT_CHANNELS else 3.0
+        # The official configurations scale the rotary base by 4, and by 3 where the model reads a mask channel.
+        ntk = 4.0 if self.shape.in_channels == LATENT_CHANNELS else 3.0
         angles = rope_angles(rows, columns, self.shape.head_dim, ntk, x.device)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         sinusoid = timestep_sinusoid(t, self.shape.width).to(x.dtype)
-        emb = self.t_embedding_norm(sinusoid)
-        adaln_lora = self.t_embedder(sinusoid)
+        emb = self.t_embedding_norm(sinusoid)  # each block has linears of its own for it
+        adaln_lora = self.t_embedder(sinusoid)  # and adds this, the same in all
         context = context.to(x.dtype)
 
         for block in self.blocks:
-            if self.checkpoint_blocks and torch.is_grad_enabled():
+            if self.checkpoint_blocks and torch.is_grad_enabled():  # without gradients nothing is kept anyway
                 x = checkpoint(block, x, emb, adaln_lora, context, cos, sin, use_reentrant=False)
             else:
                 x = block(x, emb, adaln_lora, context, cos, sin)
 
         x = self.final_layer(x, emb, adaln_lora)  # (B, N, p1 p2 16)
         # The channel is the last part here, unlike in the patches above: this is not their inverse.
-        x = x.view(batch, rows, columns, PATCH, PATCH, OUT_CHANNELS).permute(0, 5, 1, 3, 2, 4)
-        return x.reshape(batch, OUT_CHANNELS, 1, height, width)
+        x = x.view(batch, rows, columns, PATCH, PATCH, LATENT_CHANNELS).permute(0, 5, 1, 3, 2, 4)
+        return x.reshape(batch, LATENT_CHANNELS, 1, height, width)
 
     def context(self, text: TextStates) -> Float[Tensor, "B L C"]:
-        """Run the adapter inside this model and pad its output to the rows that cross-attention expects."""
+        """Run the LLM adapter inside this model; pad its output to the rows that cross-attention expects."""
         return pad_rows(self.llm_adapter(text.qwen, text.t5_ids, text.qwen_mask, text.t5_mask))

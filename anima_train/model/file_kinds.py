@@ -1,4 +1,4 @@
-"""Which model file is this: kinds told apart by the names and shapes in their headers."""
+"""The kinds of model files, told apart by the names and shapes in their headers."""
 
 import re
 from collections import Counter
@@ -9,8 +9,8 @@ from anima_train.core.format import count
 from anima_train.model.safetensors_io import FLOATS, Entry, TensorFile, first_five
 
 TRANSFORMER_PREFIXES = ("net.", "model.diffusion_model.", "diffusion_model.", "")
-ADAPTER_PREFIX = "llm_adapter."
-DERIVED = re.compile(r"(^|\.)pos_embedder\.|\.inv_freq$")  # buffers some files carry; recomputed here
+LLM_ADAPTER_PREFIX = "llm_adapter."
+BUFFERS = re.compile(r"(^|\.)pos_embedder\.|\.inv_freq$")  # in some files; computed here, never read
 SLOTS = {
     "transformer": "an Anima transformer",
     "cosmos": "a Cosmos-Predict2 transformer (no LLM adapter)",
@@ -25,7 +25,7 @@ SLOT_KEYS = {
     "vae": "model.vae_path",
 }
 # Key pattern -> a key of `SLOTS`, or a description. The first pattern found in any name counts.
-SIGNS = tuple(
+SIGNATURES = tuple(
     (re.compile(pattern), kind)
     for pattern, kind in (
         (r"(^|[._])lora[._]|\.(lokr|hada|oft|boft|glora)_", "a LoRA"),
@@ -53,7 +53,7 @@ SIGNS = tuple(
         (r"^(encoder|decoder)\.(mid_block|down_blocks|up_blocks)\.", "a VAE in diffusers names, not in Wan's"),
     )
 )
-# What the dimensions of each model are read from, with the number of sides: without these no module can be built.
+# Tensors that the dimensions of each model are read from, with the number of sides: no module is built without them.
 DIMENSIONS: Mapping[str, Mapping[str, int]] = {
     "transformer": {
         "x_embedder.proj.1.weight": 2,
@@ -78,27 +78,27 @@ DIMENSIONS: Mapping[str, Mapping[str, int]] = {
 
 
 def identify(file: TensorFile) -> str:
-    """A key of `SLOTS` for files this trainer uses, or a description such as "a LoRA"."""
+    """Return a key of `SLOTS` for files that this trainer uses, or a description such as "a LoRA"."""
     names = file.entries
-    kind = next((kind for pattern, kind in SIGNS if any(map(pattern.search, names))), None)
+    kind = next((kind for pattern, kind in SIGNATURES if any(map(pattern.search, names))), None)
     if kind == "transformer":
-        adapter = f"{transformer_prefix(file)}{ADAPTER_PREFIX}"
-        return "transformer" if any(name.startswith(adapter) for name in names) else "cosmos"
+        prefix = f"{transformer_prefix(file)}{LLM_ADAPTER_PREFIX}"
+        return "transformer" if any(name.startswith(prefix) for name in names) else "cosmos"
     if kind is None:
         return "a file of unknown kind" + (f" (its first key is {min(names)})" if names else " (it holds no tensors)")
     return kind
 
 
 def transformer_prefix(file: TensorFile) -> str | None:
-    """The prefix under which the file holds a `MiniTrainDIT`, or None."""
+    """Return the prefix under which the file holds a `MiniTrainDIT`, or None."""
     for prefix in TRANSFORMER_PREFIXES:
         if f"{prefix}x_embedder.proj.1.weight" in file.entries:
             return prefix
     return None
 
 
-def adapter_prefix(file: TensorFile) -> str | None:
-    """The prefix under which the file holds an LLM adapter, or None."""
+def llm_adapter_prefix(file: TensorFile) -> str | None:
+    """Return the prefix under which the file holds an LLM adapter, or None."""
     suffix = "blocks.0.norm_cross_attn.weight"
     for name in file.entries:
         if name.endswith(suffix):
@@ -106,7 +106,13 @@ def adapter_prefix(file: TensorFile) -> str | None:
     return None
 
 
-def expect(file: TensorFile, slot: str, key: str, accepted: tuple[str, ...]) -> None:
+def without_buffers(file: TensorFile) -> TensorFile:
+    """Return the file's header without the buffers that are computed here."""
+    entries = {name: entry for name, entry in file.entries.items() if not BUFFERS.search(name)}
+    return TensorFile(file.path, entries, file.metadata)
+
+
+def validate_kind(file: TensorFile, slot: str, key: str, accepted: tuple[str, ...]) -> None:
     """Check that the file given for config key `key` holds one of the accepted kinds, in a dtype to train from.
 
     Raises:
@@ -116,9 +122,9 @@ def expect(file: TensorFile, slot: str, key: str, accepted: tuple[str, ...]) -> 
     if kind not in accepted:
         remedy = f"; it belongs in {SLOT_KEYS[kind]}" if kind in SLOT_KEYS else ""
         if kind == "cosmos" and slot == "transformer":
-            remedy = "; give the adapter as model.llm_adapter_path, or a file with the adapter inside"
+            remedy = "; give the LLM adapter as model.llm_adapter_path, or a file with it inside"
         raise ModelFileError(f"{key}: expects {SLOTS[slot]}; {file.path} looks like {SLOTS.get(kind, kind)}{remedy}")
-    kinds = Counter(entry.dtype for name, entry in file.entries.items() if not DERIVED.search(name))
+    kinds = Counter(entry.dtype for entry in without_buffers(file).entries.values())
     if quantised := {dtype: number for dtype, number in kinds.items() if dtype not in FLOATS}:
         listing = ", ".join(f"{number} {str(dtype).removeprefix('torch.')}" for dtype, number in quantised.items())
         raise ModelFileError(
@@ -129,30 +135,30 @@ def expect(file: TensorFile, slot: str, key: str, accepted: tuple[str, ...]) -> 
 
 
 def layout_problems(file: TensorFile, kind: str) -> Iterator[str]:
-    """What is wrong with the keys of a file of this kind (of `SLOTS`), as far as it shows before a module is built."""
+    """Yield the faults in the keys of a file of this kind (of `SLOTS`) that show before a module is built."""
     prefix = key_prefix(file, kind)
     part = file.stripped(prefix)
     yield from dimension_problems(part.entries, "transformer" if kind == "cosmos" else kind)
     if kind == "transformer":
-        yield from dimension_problems(part.stripped(ADAPTER_PREFIX).entries, "llm_adapter")
+        yield from dimension_problems(part.stripped(LLM_ADAPTER_PREFIX).entries, "llm_adapter")
     outside = [name for name in file.entries if not name.startswith(prefix) and name != "lm_head.weight"]
     if outside:
         yield f"{len(outside)} keys unexpected: {first_five(outside)}"
 
 
 def key_prefix(file: TensorFile, kind: str) -> str:
-    """What the keys of a file of this kind (of `SLOTS`) begin with."""
+    """Return the prefix of the keys of a file of this kind (of `SLOTS`)."""
     if kind in ("transformer", "cosmos"):
         return transformer_prefix(file) or ""
     if kind == "llm_adapter":
-        return adapter_prefix(file) or ""
+        return llm_adapter_prefix(file) or ""
     if kind == "text_encoder" and any(name.startswith("model.layers.") for name in file.entries):
         return "model."
     return ""
 
 
 def dimension_problems(entries: Mapping[str, Entry], kind: str) -> Iterator[str]:
-    """What keeps the dimensions of a model from being read off its tensors (keys without prefix)."""
+    """Yield the reasons why the dimensions of a model cannot be read off its tensors (keys without prefix)."""
     for name, num_sides in DIMENSIONS[kind].items():
         shape = entries[name].shape if name in entries else None
         if shape is None:

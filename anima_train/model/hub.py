@@ -1,4 +1,4 @@
-"""Model files from the Hugging Face Hub, by way of huggingface_hub's cache.
+"""The model files on the Hugging Face Hub, by way of huggingface_hub's cache.
 
 A file that is in the cache for its revision is used as it is, and no connection is opened. Any other is downloaded by
 huggingface_hub, which resumes a broken transfer and compares sizes, but not hashes; so the content is compared here
@@ -51,7 +51,7 @@ class HubFile:
     repo: str  # owner/name
     path: str
     revision: str = MAIN  # branch, tag or commit
-    sha256: str | None = None  # what the user says it is, in hex
+    sha256: str | None = None  # in hex, from the reference
 
     @property
     def reference(self) -> str:
@@ -289,7 +289,7 @@ def explain(error: Exception, file: HubFile, remedy: str) -> UserError:
 
 
 def refusal(error: errors.HfHubHTTPError, file: HubFile) -> str:
-    """Return why the Hub did not give the file, and what to do about it."""
+    """Return the reason why the Hub did not give the file, and the remedy."""
     status = error.response.status_code
     if isinstance(error, errors.GatedRepoError):
         return (
@@ -310,7 +310,7 @@ def refusal(error: errors.HfHubHTTPError, file: HubFile) -> str:
 
 
 def by_hand(source: Source, slot: str) -> str:
-    """Return how to get the files without this program, and the key that then names them."""
+    """Return the steps to get the files without this program, and the key that then names them."""
     first, is_folder = source.members[0], isinstance(source, HubFolder)
     names = ", ".join(file.path for file in source.members)
     revision = "" if first.revision == MAIN else f" at revision {first.revision}"

@@ -1,9 +1,8 @@
-"""The LLM adapter: T5 token ids ask Qwen3's states, and the answer is the transformer's text context.
+"""The LLM adapter: T5 token ids attend to Qwen3's states, and give the transformer's text context.
 
 Module and parameter names are those of the official file, so its keys load as they are.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,14 +11,14 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from anima_train.model.safetensors_io import Entry
+from anima_train.model.safetensors_io import Entry, count_blocks
 
-ROPE_THETA = 10000.0
+ROPE_THETA = 10000.0  # the base of both sides' positions
 
 
 @dataclass(frozen=True)
 class LLMAdapterShape:
-    """Every dimension of an LLM adapter, read off its tensors."""
+    """The dimensions of an LLM adapter, read off its tensors."""
 
     num_blocks: int
     width: int  # of the blocks
@@ -31,15 +30,14 @@ class LLMAdapterShape:
     @classmethod
     def of(cls, entries: Mapping[str, Entry]) -> "LLMAdapterShape":
         """Read the shape off a file's entries (keys without prefix)."""
-        numbers = {int(match[1]) for name in entries if (match := re.match(r"blocks\.(\d+)\.", name))}
         vocab_size, target_width = entries["embed.weight"].shape
         width, source_width = entries["blocks.0.cross_attn.k_proj.weight"].shape
         head_dim = entries["blocks.0.cross_attn.q_norm.weight"].shape[0]
-        return cls(max(numbers) + 1, width, head_dim, source_width, target_width, vocab_size)
+        return cls(count_blocks(entries, "blocks"), width, head_dim, source_width, target_width, vocab_size)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm computed in float32, eps 1e-6."""
+    """The root-mean-square norm, computed in float32 whatever the dtype of x, eps 1e-6."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -50,13 +48,13 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, rotate-half form: x (B, heads, N, d), cos and sin (N, d)."""
+    """Apply the rotary embedding in its rotate-half form: x (B, heads, N, d), cos and sin (N, d)."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def positions(length: int, head_dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin (length, head_dim) of positions from 0, angles in float32, in the dtype of `like`."""
+    """Return cos and sin (length, head_dim) of positions from 0: angles in float32, values in the dtype of `like`."""
     frequencies = ROPE_THETA ** (-torch.arange(0, head_dim, 2, device=like.device, dtype=torch.float32) / head_dim)
     angles = torch.outer(torch.arange(length, device=like.device, dtype=torch.float32), frequencies)
     angles = torch.cat((angles, angles), dim=-1)
@@ -77,10 +75,11 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(head_dim)
 
     def forward(self, x: Tensor, source: Tensor, mask: Tensor | None) -> Tensor:
-        """x (B, L, D) attends to source (B, S, D'); mask (B, S) is true where the source may be seen."""
+        """Let x (B, L, D) attend to source (B, S, D'); mask (B, S) is true where the source may be seen."""
         q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)  # (B, heads, L, d)
         k = self.k_norm(self.k_proj(source).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
         v = self.v_proj(source).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        # In cross-attention too: each token has the place that it has in its own tokenizer's sequence.
         q = rotate(q, *positions(q.shape[2], self.head_dim, q))
         k = rotate(k, *positions(k.shape[2], self.head_dim, k))
         visible = None
@@ -117,7 +116,7 @@ class TransformerBlock(nn.Module):
 
 
 class LLMAdapter(nn.Module):
-    """Maps Qwen3 states and T5 ids to the context the transformer's cross-attention reads."""
+    """The map from Qwen3 states and T5 ids to the context that the transformer's cross-attention reads."""
 
     def __init__(self, shape: LLMAdapterShape) -> None:
         super().__init__()
@@ -136,7 +135,7 @@ class LLMAdapter(nn.Module):
         source_mask: Bool[Tensor, "B S"] | None = None,
         ids_mask: Bool[Tensor, "B L"] | None = None,
     ) -> Float[Tensor, "B L C"]:
-        """The context of each T5 token; rows at padded tokens are exact zeros.
+        """Return the context of each T5 token; rows at padded tokens are exact zeros.
 
         Args:
             source: Qwen3's last hidden states after the final norm, zero at padding.
@@ -148,4 +147,5 @@ class LLMAdapter(nn.Module):
         for block in self.blocks:
             x = block(x, source, ids_mask, source_mask)
         x = self.norm(self.out_proj(x))
+        # Cross-attention masks no row, so that padding has to be zeros.
         return x if ids_mask is None else x * ids_mask[:, :, None].to(x.dtype)

@@ -1,4 +1,4 @@
-"""The model's files found, checked from their headers, and loaded."""
+"""The model's files: checked by their headers, and loaded."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -11,7 +11,13 @@ from torch import Tensor
 
 from anima_train.core.errors import ModelFileError
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
-from anima_train.model.file_kinds import ADAPTER_PREFIX, DERIVED, adapter_prefix, expect, transformer_prefix
+from anima_train.model.file_kinds import (
+    LLM_ADAPTER_PREFIX,
+    llm_adapter_prefix,
+    transformer_prefix,
+    validate_kind,
+    without_buffers,
+)
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
 from anima_train.model.safetensors_io import TensorFile, fingerprint, load_into, open_header, read_tensors
 from anima_train.model.text import num_text_encoder_weights, text_encoder_width
@@ -19,7 +25,7 @@ from anima_train.model.text import num_text_encoder_weights, text_encoder_width
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Where everything lies, on this machine."""
+    """The paths of a model's files on this machine."""
 
     transformer: Path
     vae: Path
@@ -30,82 +36,80 @@ class ModelFiles:
 
     @cached_property
     def transformer_header(self) -> TensorFile:
-        """The transformer's tensors without prefix, adapter and derived buffers."""
+        """The transformer's tensors, without prefix, LLM adapter and buffers."""
         header = self.whole_transformer_header
-        kept = {name: entry for name, entry in header.entries.items() if not name.startswith(ADAPTER_PREFIX)}
+        kept = {name: entry for name, entry in header.entries.items() if not name.startswith(LLM_ADAPTER_PREFIX)}
         return TensorFile(header.path, kept, header.metadata)
 
     @cached_property
     def whole_transformer_header(self) -> TensorFile:
-        """The transformer file's tensors without prefix and derived buffers."""
+        """The transformer file's tensors, LLM adapter included, without prefix and buffers."""
         file = open_header(self.transformer)
         accepted = ("transformer",) if self.llm_adapter is None else ("transformer", "cosmos")
-        expect(file, "transformer", "model.transformer_path", accepted)
-        file = file.stripped(transformer_prefix(file) or "")
-        kept = {name: entry for name, entry in file.entries.items() if not DERIVED.search(name)}
-        return TensorFile(file.path, kept, file.metadata)
+        validate_kind(file, "transformer", "model.transformer_path", accepted)
+        return without_buffers(file.stripped(transformer_prefix(file) or ""))
 
     @cached_property
-    def adapter_header(self) -> TensorFile:
-        """The LLM adapter's tensors without prefix."""
+    def llm_adapter_header(self) -> TensorFile:
+        """The LLM adapter's tensors, without prefix and buffers, from the file of its own if there is one."""
         if self.llm_adapter is None:
-            return self.whole_transformer_header.stripped(ADAPTER_PREFIX)
+            return self.whole_transformer_header.stripped(LLM_ADAPTER_PREFIX)
         file = open_header(self.llm_adapter)
-        expect(file, "llm_adapter", "model.llm_adapter_path", ("llm_adapter", "transformer"))
+        validate_kind(file, "llm_adapter", "model.llm_adapter_path", ("llm_adapter", "transformer"))
         prefix = transformer_prefix(file)
-        prefix = adapter_prefix(file) if prefix is None else prefix + ADAPTER_PREFIX
+        prefix = llm_adapter_prefix(file) if prefix is None else prefix + LLM_ADAPTER_PREFIX
         assert prefix is not None
-        file = file.stripped(prefix)
-        kept = {name: entry for name, entry in file.entries.items() if not DERIVED.search(name)}
-        return TensorFile(file.path, kept, file.metadata)
+        return without_buffers(file.stripped(prefix))
 
     def check_headers(self) -> None:
-        """Look at every file's header.
+        """Check every file's header.
 
         Raises:
             ModelFileError: every wrong file at once.
         """
         problems: list[str] = []
-        checks: list[Callable[[], object]] = [lambda: self.transformer_header, lambda: self.adapter_header]
-        checks.append(lambda: expect(open_header(self.vae), "vae", "model.vae_path", ("vae",)))
+        checks: list[Callable[[], object]] = [lambda: self.transformer_header, lambda: self.llm_adapter_header]
+        checks.append(lambda: validate_kind(open_header(self.vae), "vae", "model.vae_path", ("vae",)))
         if not self.llm.is_dir():
-            checks.append(lambda: expect(open_header(self.llm), "text_encoder", "model.llm_path", ("text_encoder",)))
+            checks.append(
+                lambda: validate_kind(open_header(self.llm), "text_encoder", "model.llm_path", ("text_encoder",))
+            )
         for check in checks:
             try:
                 check()
             except ModelFileError as error:
                 problems.extend(problem for problem in error.problems if problem not in problems)
-        if problems or (problems := list(self.misfits())):
+        if problems or (problems := list(self.incompatibilities())):
             raise ModelFileError(problems)
 
-    def misfits(self) -> Iterator[str]:
-        """Parts that are each right, and of different models."""
-        adapter = LLMAdapterShape.of(self.adapter_header.entries)
+    def incompatibilities(self) -> Iterator[str]:
+        """Yield the mistakes of parts that are each right, and of different models."""
+        llm_adapter = LLMAdapterShape.of(self.llm_adapter_header.entries)
         transformer = TransformerShape.of(self.transformer_header.entries)
         text_width = text_encoder_width(self.llm)
-        if text_width != adapter.source_width:
+        if text_width != llm_adapter.source_width:
             yield (
                 f"model.llm_path: {self.llm} gives states of width {text_width:,}, and the LLM adapter reads "
-                f"{adapter.source_width:,}; Anima needs Qwen3-0.6B"
+                f"{llm_adapter.source_width:,}; Anima needs Qwen3-0.6B"
             )
-        if adapter.target_width != transformer.context_width:
+        if llm_adapter.target_width != transformer.context_width:
             yield (
-                f"model.llm_adapter_path: {self.adapter_header.path} gives a context of width "
-                f"{adapter.target_width:,}, and the transformer reads {transformer.context_width:,}"
+                f"model.llm_adapter_path: {self.llm_adapter_header.path} gives a context of width "
+                f"{llm_adapter.target_width:,}, and the transformer reads {transformer.context_width:,}"
             )
 
-    def adapter_fingerprint(self) -> str:
-        """Hash of the adapter's weights alone, wherever they lie."""
-        return fingerprint(self.adapter_header)
+    def llm_adapter_fingerprint(self) -> str:
+        """Return the hash of the LLM adapter's weights alone, whichever file they are in."""
+        return fingerprint(self.llm_adapter_header)
 
     def num_text_weights(self, llm_adapter_lr: float) -> int:
-        """Weights of the text encoder and, where it is frozen, the LLM adapter."""
-        adapter = self.adapter_header.entries.values() if llm_adapter_lr == 0 else ()
-        return num_text_encoder_weights(self.llm) + sum(math.prod(entry.shape) for entry in adapter)
+        """Return the number of weights of the text encoder and, if it is frozen, the LLM adapter."""
+        entries = self.llm_adapter_header.entries.values() if llm_adapter_lr == 0 else ()
+        return num_text_encoder_weights(self.llm) + sum(math.prod(entry.shape) for entry in entries)
 
-    def adapter_tensors(self) -> dict[str, Tensor]:
-        """The adapter's weights under the names they have in a whole transformer."""
-        return {ADAPTER_PREFIX + name: tensor for name, tensor in read_tensors(self.adapter_header)}
+    def llm_adapter_tensors(self) -> dict[str, Tensor]:
+        """Return the LLM adapter's weights under the names they have in a whole transformer."""
+        return {LLM_ADAPTER_PREFIX + name: tensor for name, tensor in read_tensors(self.llm_adapter_header)}
 
 
 @dataclass(frozen=True)
@@ -121,20 +125,22 @@ class ModelSpec:
 
 
 def load_llm_adapter(files: ModelFiles, dtype: torch.dtype, device: torch.device) -> LLMAdapter:
-    """The LLM adapter, frozen."""
-    header = files.adapter_header
+    """Load the LLM adapter, frozen."""
+    header = files.llm_adapter_header
     with torch.device("meta"):
-        adapter = LLMAdapter(LLMAdapterShape.of(header.entries))
-    load_into(adapter, header, f"LLM adapter in {header.path}", dtype, device)
-    return adapter
+        llm_adapter = LLMAdapter(LLMAdapterShape.of(header.entries))
+    load_into(llm_adapter, header, f"LLM adapter in {header.path}", dtype, device)
+    return llm_adapter
 
 
-def load_transformer(files: ModelFiles, with_adapter: bool, dtype: torch.dtype, device: torch.device) -> MiniTrainDIT:
-    """The transformer, frozen, with the adapter inside where it trains."""
+def load_transformer(
+    files: ModelFiles, train_llm_adapter: bool, dtype: torch.dtype, device: torch.device
+) -> MiniTrainDIT:
+    """Load the transformer, frozen; with the LLM adapter inside if that trains."""
     header = files.transformer_header
     with torch.device("meta"):
         transformer = MiniTrainDIT(TransformerShape.of(header.entries))
     load_into(transformer, header, f"model.transformer_path {header.path}", dtype, device)
-    if with_adapter:
+    if train_llm_adapter:
         transformer.llm_adapter = load_llm_adapter(files, dtype, device)
     return transformer

@@ -1,7 +1,4 @@
-"""Safetensors files: checked headers, what a file holds, tensors read and written without a second copy.
-
-The only place, beside `adapters/names.py`, that knows a key prefix. Nothing here ever unpickles.
-"""
+"""Safetensors files: headers checked, tensors read and written without a second copy. Nothing here ever unpickles."""
 
 import contextlib
 import hashlib
@@ -26,7 +23,7 @@ MAX_NAME_LENGTH = 500
 PICKLE = re.compile(rb"PK\x03\x04|\x80[\x01-\x05]|c[\w.]+\n[\w.]+\n|\(d")  # torch's zip; binary; text of protocol 0
 MAX_DIMS = 16
 MAX_ELEMENTS = 2**60  # more, and torch cannot count the bytes of a shape
-DTYPES = {
+DTYPES = {  # all that the format names and torch has
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -53,7 +50,7 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies in a file."""
+    """The place of one tensor in a file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -70,7 +67,7 @@ class TensorFile:
     metadata: Mapping[str, str]
 
     def stripped(self, prefix: str) -> "TensorFile":
-        """The same file with only the keys under `prefix`, and without it."""
+        """Return the file with only the keys that begin with `prefix`, which is taken away."""
         kept = {key.removeprefix(prefix): entry for key, entry in self.entries.items() if key.startswith(prefix)}
         return TensorFile(self.path, kept, self.metadata)
 
@@ -133,12 +130,12 @@ def opened(path: Path) -> Iterator[FileIO]:
 
 
 def damaged(path: Path, reason: str) -> ModelFileError:
-    """The error for a header that no writer of this format makes."""
+    """Return the error for a header that no writer of this format makes."""
     return ModelFileError(f"{path}: its safetensors header is damaged ({reason}); download it again")
 
 
 def foreign_content(start: bytes) -> str:
-    """What a file that is no safetensors file is, from its first bytes."""
+    """Return the nature of a file that is no safetensors file, from its first bytes."""
     text = start.lstrip(b"\xef\xbb\xbf \r\n\t").lower()
     if not start:
         return "the file is empty; download it again"
@@ -154,7 +151,7 @@ def foreign_content(start: bytes) -> str:
 
 
 def table_of(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object as a dict; a name that comes twice is an error, not the last one's."""
+    """Return a JSON object as a dict; raise ValueError if a name comes twice, where json would take the last."""
     table = dict(pairs)
     if len(table) < len(pairs):
         raise ValueError("a name comes twice")
@@ -162,7 +159,7 @@ def table_of(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
 
 
 def parse_entry(path: Path, name: str, fields: object, data_start: int) -> Entry:
-    """One header entry, with every type checked, and its offsets against its shape."""
+    """Return one header entry, with every type checked, and its offsets against its shape."""
     if len(name) > MAX_NAME_LENGTH or not name.isprintable():
         raise damaged(path, f"unreadable tensor name {name[:60]!a}")
     if not isinstance(fields, dict):
@@ -185,7 +182,7 @@ def parse_entry(path: Path, name: str, fields: object, data_start: int) -> Entry
 
 
 def is_counts(value: object) -> TypeGuard[list[int]]:
-    """Whether a JSON value is a list of integers of at least 0."""
+    """Return True if a JSON value is a list of integers of at least 0."""
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
@@ -220,7 +217,7 @@ def fill(stream: FileIO, tensor: Tensor, what: str) -> None:
 
 
 def byte_view(tensor: Tensor) -> memoryview:
-    """A contiguous CPU tensor's memory, writable, as bytes."""
+    """Return a contiguous CPU tensor's memory, writable, as bytes."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
@@ -236,7 +233,7 @@ def check_finite(tensor: Tensor, what: str) -> None:
 
 
 def fingerprint(file: TensorFile) -> str:
-    """SHA-256 over names, shapes, dtypes and bytes of the given tensors, whatever else the file holds."""
+    """Return the SHA-256 over names, shapes, dtypes and bytes of these tensors, whatever else the file holds."""
     digest = hashlib.sha256()
     with opened(file.path) as stream:
         for name, entry in sorted(file.entries.items()):
@@ -266,13 +263,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def file_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
-    """The size of the file that `write_tensors` makes of these; tensors on the meta device will do."""
+    """Return the size of the file that `write_tensors` makes of these; tensors on the meta device will do."""
     values = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     return len(header_bytes(tensors, metadata)[0]) + values
 
 
 def header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, list[tuple[str, Tensor]]]:
-    """What a file begins with, and the tensors in the order in which they follow."""
+    """Return the first bytes of a file, and the tensors in the order in which they follow."""
     # Wide types first, as the format's own writer does: every tensor is then aligned to its type.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
@@ -287,12 +284,14 @@ def header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
     return struct.pack("<Q", len(text)) + text, ordered
 
 
-# What a file holds ---------------------------------------------------------------------------------------------------
-
-
 def first_five(names: Sequence[str]) -> str:
-    """The first five of a list, and whether there are more."""
+    """Return the first five names, with `...` if there are more."""
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def count_blocks(names: Iterable[str], part: str) -> int:
+    """Return the number of blocks in a list of modules: one more than the highest number in keys `part.N.`"""
+    return 1 + max(int(match[1]) for name in names if (match := re.match(rf"{part}\.(\d+)\.", name)))
 
 
 def match_keys(found: Mapping[str, Entry | Tensor], wanted: Mapping[str, Tensor], what: str) -> None:

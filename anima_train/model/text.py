@@ -1,9 +1,8 @@
-"""Captions to what the model reads of them: Qwen3's hidden states and T5's token ids."""
+"""The encoding of captions: Qwen3's hidden states and T5's token ids."""
 
 import hashlib
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,21 +18,21 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qw
 from anima_train.core.errors import ModelFileError
 from anima_train.core.files import sha256_file
 from anima_train.core.text_batch import EncodedText, length_mask
-from anima_train.model.file_kinds import DERIVED, expect
+from anima_train.model.file_kinds import validate_kind, without_buffers
 from anima_train.model.hub import PICKLES
-from anima_train.model.safetensors_io import Entry, TensorFile, match_keys, open_header, read_tensors
+from anima_train.model.safetensors_io import Entry, TensorFile, count_blocks, match_keys, open_header, read_tensors
 
 MAX_TOKENS = 512  # of either stream; the reference trainer's limit
 T5_END = 1  # </s>
-T5_PAD = 0
 # `verbose` would have transformers log that a caption is long.
 AS_TRAINED = {"add_special_tokens": False, "truncation": False, "padding": False, "verbose": False}
 CHUNK = 1000  # captions counted at once
 QWEN_PAD_TOKEN = "<|endoftext|>"
-ROPE_THETA = 1e6
+ROPE_THETA = 1e6  # of every Qwen3, as is the next; a file of tensors tells neither
 RMS_EPS = 1e-6
+KEY = "model.llm_path"  # which messages name
 
-# What a config.json may say of the model. Not its other keys: attn_implementation, for one, can name code on the Hub.
+# The keys of a config.json that are read. Not its other keys: attn_implementation, for one, can name code on the Hub.
 CONFIG_KEYS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "attention_bias"),
@@ -55,7 +54,7 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Tokenizers:
-    """Qwen3's and T5's tokenizers."""
+    """The tokenizers of Qwen3 and T5."""
 
     qwen: PreTrainedTokenizerFast
     t5: PreTrainedTokenizerFast
@@ -100,14 +99,14 @@ def load_tokenizer(folder: Path, key: str, files: str) -> PreTrainedTokenizerFas
 
 
 def holds_tokenizer(folder: Path) -> bool:
-    """Whether the folder has a vocabulary in it."""
+    """Return True if the folder has a vocabulary in it."""
     return any((folder / name).is_file() for name in VOCABULARY_FILES)
 
 
 def find_tokenizer_folder(name: str, llm_path: Path) -> Path | None:
-    """The tokenizer folder that came with a text encoder, or None.
+    """Return the tokenizer folder that came with a text encoder, or None.
 
-    Looks for a sub-folder `name` that holds a tokenizer: in the text encoder's folder and the two folders above it.
+    It is a sub-folder `name` that holds a tokenizer, of the text encoder's folder or one of the two above it.
 
     Args:
         name: "tokenizer" (Qwen3) or "t5_tokenizer".
@@ -124,12 +123,12 @@ def find_tokenizer_folder(name: str, llm_path: Path) -> Path | None:
 
 
 def tokenizer_identity(folder: Path) -> str:
-    """SHA-256 over the names and bytes of the tokenizer files in the folder; other files do not count."""
+    """Return the SHA-256 over names and bytes of the tokenizer files in the folder; other files do not count."""
     return files_identity(folder / name for name in TOKENIZER_FILES)
 
 
 def files_identity(paths: Iterable[Path]) -> str:
-    """SHA-256 over names and bytes of those files that exist, in order of name."""
+    """Return the SHA-256 over names and bytes of those files that exist, in order of name."""
     digest = hashlib.sha256()
     for path in sorted(paths):
         if path.is_file():
@@ -139,23 +138,19 @@ def files_identity(paths: Iterable[Path]) -> str:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A caption as both tokenizers see it."""
+    """The token ids of a caption or prompt, from both tokenizers."""
 
     qwen_ids: list[int]  # empty for the empty caption
     t5_ids: list[int]  # ends with </s>
-    qwen_lost: int  # tokens cut off past MAX_TOKENS
-    t5_lost: int
 
 
 def tokenize(tokenizers: Tokenizers, caption: str) -> Tokens:
-    """The two token streams of a raw caption: no chat template, nothing added but T5's `</s>`."""
+    """Return both streams of a raw caption, each cut at `MAX_TOKENS`; nothing is added but T5's `</s>`."""
     qwen_ids = token_ids(tokenizers.qwen, caption)
-    t5_ids = [*token_ids(tokenizers.t5, caption), T5_END]
+    t5_ids = token_ids(tokenizers.t5, caption)
     return Tokens(
         qwen_ids=qwen_ids[:MAX_TOKENS],
-        t5_ids=t5_ids if len(t5_ids) <= MAX_TOKENS else [*t5_ids[: MAX_TOKENS - 1], T5_END],
-        qwen_lost=max(0, len(qwen_ids) - MAX_TOKENS),
-        t5_lost=max(0, len(t5_ids) - MAX_TOKENS),
+        t5_ids=[*t5_ids[: MAX_TOKENS - 1], T5_END],
     )
 
 
@@ -192,7 +187,7 @@ def count_tokens(tokenizers: Tokenizers, captions: Iterable[str]) -> dict[str, T
 
 
 class TextEncoder:
-    """Qwen3 as it is used here: token ids in, last hidden states out, in float32."""
+    """The Qwen3 model as it is used here: token ids in, last hidden states out, in float32."""
 
     def __init__(self, model: Qwen3Model, pad_id: int) -> None:
         self.model = model
@@ -210,7 +205,7 @@ class TextEncoder:
 
     @torch.no_grad()
     def states(self, sequences: Sequence[Int[Tensor, " S"]]) -> list[Float[Tensor, "S D"]]:
-        """The states of each sequence of ids, none of them empty."""
+        """Return the states of each sequence of ids, none of them empty."""
         ids = pad_sequence(list(sequences), batch_first=True, padding_value=self.pad_id)  # (B, S)
         lengths = [len(sequence) for sequence in sequences]
         mask = length_mask(lengths, ids)
@@ -232,28 +227,21 @@ def load_text_encoder(path: Path, tokenizers: Tokenizers, device: torch.device) 
     Raises:
         ModelFileError: missing or damaged file, another kind of model, or tensors missing, unexpected or misshapen.
     """
-    key = "model.llm_path"
-    files = [without_prefix(open_header(file)) for file in weight_files(path, key)]
-    merged = merge(path, files, key)
-    expect(merged, "text_encoder", key, ("text_encoder",))
-    config = read_config(path / "config.json", key) if path.is_dir() else infer_config(merged, key)
+    files = open_shards(path)
+    merged = merge(path, files)
+    validate_kind(merged, "text_encoder", KEY, ("text_encoder",))
+    config = read_config(path / "config.json") if path.is_dir() else infer_config(merged)
     if len(tokenizers.qwen) > config.vocab_size:
         raise ModelFileError(
-            f"{key}: {path} has embeddings for {config.vocab_size:,} tokens, but the tokenizer of model.tokenizer_path "
+            f"{KEY}: {path} has embeddings for {config.vocab_size:,} tokens, but the tokenizer of model.tokenizer_path "
             f"has {len(tokenizers.qwen):,}; they belong to different models"
         )
     try:
         with init_empty_weights(include_buffers=False):  # buffers are not in the file: `inv_freq` has to be computed
             model = Qwen3Model(config)
-    except (
-        LookupError,
-        ArithmeticError,
-        RuntimeError,
-        ValueError,
-        TypeError,
-    ) as error:  # of numbers that make no sense
-        raise ModelFileError(f"{key}: no Qwen3 model can be built as {path} describes it ({error})") from error
-    match_keys(merged.entries, model.state_dict(), f"{key}: {path}")
+    except (LookupError, ArithmeticError, RuntimeError, ValueError, TypeError) as error:  # numbers without sense
+        raise ModelFileError(f"{KEY}: no Qwen3 model can be built as {path} describes it ({error})") from error
+    match_keys(merged.entries, model.state_dict(), f"{KEY}: {path}")
     # Weight by weight: `.to(float32)` on a model loaded in bfloat16 would keep a rounded `inv_freq`.
     state = {
         name: tensor.to(device=device, dtype=torch.float32) for file in files for name, tensor in read_tensors(file)
@@ -263,24 +251,27 @@ def load_text_encoder(path: Path, tokenizers: Tokenizers, device: torch.device) 
 
 
 def text_encoder_width(path: Path) -> int:
-    """The width of the states that the text encoder in a file or folder gives, from the headers alone."""
+    """Return the width of the states that the text encoder in a file or folder gives, from the headers alone."""
     return text_encoder_entries(path)["embed_tokens.weight"].shape[1]
 
 
 def num_text_encoder_weights(path: Path) -> int:
-    """How many weights the text encoder in a file or folder has, from the headers alone."""
+    """Return the number of weights of the text encoder in a file or folder, from the headers alone."""
     return sum(math.prod(entry.shape) for entry in text_encoder_entries(path).values())
 
 
 def text_encoder_entries(path: Path) -> Mapping[str, Entry]:
-    """The tensors of the text encoder in a file or folder."""
-    key = "model.llm_path"
-    files = [without_prefix(open_header(file)) for file in weight_files(path, key)]
-    return merge(path, files, key).entries
+    """Return the tensors of the text encoder in a file or folder."""
+    return merge(path, open_shards(path)).entries
 
 
-def weight_files(path: Path, key: str) -> list[Path]:
-    """The safetensors file itself, or all of those in the folder."""
+def open_shards(path: Path) -> list[TensorFile]:
+    """Return the header of the file, or of each file in the folder, with keys as `Qwen3Model` names them."""
+    return [without_prefix(open_header(file)) for file in weight_files(path)]
+
+
+def weight_files(path: Path) -> list[Path]:
+    """Return the safetensors file itself, or all of those in the folder."""
     if not path.is_dir():
         return [path]
     if files := sorted(path.glob("*.safetensors")):
@@ -288,57 +279,56 @@ def weight_files(path: Path, key: str) -> list[Path]:
     pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES)
     found = f"{pickles[0]} is a pickle, which can run code when opened and is never loaded; " if pickles else ""
     raise ModelFileError(
-        f"{key}: the folder {path} holds no .safetensors file; {found}expected config.json and .safetensors files"
+        f"{KEY}: the folder {path} holds no .safetensors file; {found}expected config.json and .safetensors files"
     )
 
 
 def without_prefix(file: TensorFile) -> TensorFile:
-    """The file's entries as `Qwen3Model` names them; the output head (tied to the embedding) and buffers left out."""
+    """Return the header as `Qwen3Model` names its keys, without buffers and the output head (tied to the embedding)."""
     entries = {
         name.removeprefix("model."): entry
-        for name, entry in file.entries.items()
-        if name != "lm_head.weight" and not DERIVED.search(name)
+        for name, entry in without_buffers(file).entries.items()
+        if name != "lm_head.weight"
     }
     return TensorFile(file.path, entries, file.metadata)
 
 
-def merge(path: Path, files: Sequence[TensorFile], key: str) -> TensorFile:
-    """All shards' entries as one header, for checks; no tensor may come twice."""
+def merge(path: Path, files: Sequence[TensorFile]) -> TensorFile:
+    """Return all shards' entries as one header, for checks; no tensor may come twice."""
     entries: dict[str, Entry] = {}
     for file in files:
         if twice := sorted(entries.keys() & file.entries.keys()):
             raise ModelFileError(
-                f"{key}: {path} holds {len(twice)} tensors more than once, among them {twice[0]} in {file.path.name}; "
+                f"{KEY}: {path} holds {len(twice)} tensors more than once, among them {twice[0]} in {file.path.name}; "
                 "leave only one set of weights in the folder"
             )
         entries.update(file.entries)
     return TensorFile(path, entries, {})
 
 
-def read_config(path: Path, key: str) -> Qwen3Config:
-    """The `config.json` of a folder in transformers' layout."""
+def read_config(path: Path) -> Qwen3Config:
+    """Return the model's dimensions from the `config.json` of a folder in transformers' layout."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelFileError(f"{key}: {path} cannot be read ({error}); a folder needs it beside the weights") from error
+        raise ModelFileError(f"{KEY}: {path} cannot be read ({error}); a folder needs it beside the weights") from error
     found = fields.get("model_type") if isinstance(fields, dict) else None
     if found != "qwen3":
-        raise ModelFileError(f'{key}: {path}: model_type is {json.dumps(found)}, expected "qwen3"')
+        raise ModelFileError(f'{KEY}: {path}: model_type is {json.dumps(found)}, expected "qwen3"')
     try:
         return Qwen3Config(**{key: fields[key] for key in CONFIG_KEYS if key in fields})
     except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise ModelFileError(
-            f"{key}: {path} does not describe a Qwen3 model ({' '.join(str(error).split())})"
+            f"{KEY}: {path} does not describe a Qwen3 model ({' '.join(str(error).split())})"
         ) from error
 
 
-def infer_config(file: TensorFile, key: str) -> Qwen3Config:
-    """Qwen3's dimensions, read off its tensors; what they cannot tell is the same in every Qwen3."""
-    numbers = {int(match[1]) for name in file.entries if (match := re.match(r"layers\.(\d+)\.", name))}
+def infer_config(file: TensorFile) -> Qwen3Config:
+    """Return the dimensions of Qwen3, read off its tensors; all that they cannot tell is the same in every Qwen3."""
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in file.entries:
-            raise ModelFileError(f"{key}: {file.path}: the tensor {name} is missing; download the file again")
+            raise ModelFileError(f"{KEY}: {file.path}: the tensor {name} is missing; download the file again")
         return file.entries[name].shape
 
     vocab_size, hidden_size = shape("embed_tokens.weight")
@@ -347,7 +337,7 @@ def infer_config(file: TensorFile, key: str) -> Qwen3Config:
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=shape("layers.0.mlp.gate_proj.weight")[0],
-        num_hidden_layers=max(numbers) + 1,
+        num_hidden_layers=count_blocks(file.entries, "layers"),
         num_attention_heads=shape("layers.0.self_attn.q_proj.weight")[0] // head_dim,
         num_key_value_heads=shape("layers.0.self_attn.k_proj.weight")[0] // head_dim,
         head_dim=head_dim,
@@ -358,5 +348,5 @@ def infer_config(file: TensorFile, key: str) -> Qwen3Config:
 
 
 def text_encoder_identity(path: Path) -> str:
-    """SHA-256 of the file, or over a folder's weights and config."""
+    """Return the SHA-256 of the file, or over a folder's weights and config."""
     return files_identity([*path.glob("*.safetensors"), path / "config.json"]) if path.is_dir() else sha256_file(path)

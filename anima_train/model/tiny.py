@@ -23,12 +23,13 @@ from anima_train.core.random import stream
 from anima_train.core.shapes import LATENT_CHANNELS
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
+from anima_train.model.loading import ModelFiles
 from anima_train.model.safetensors_io import write_tensors
 from anima_train.model.text import QWEN_PAD_TOKEN, T5_END
 from anima_train.model.vae import wan_key
 
 QWEN_TOKENS = 400
-T5_ROWS = 32128  # of the real adapter's embedding
+T5_ROWS = 32128  # of the real LLM adapter's embedding
 ROW_MULTIPLE = 32  # embeddings have a few more rows than there are tokens, as the real ones do
 
 CAPTIONS = (
@@ -60,24 +61,13 @@ CAPTIONS = (
 
 
 @dataclass(frozen=True)
-class TinyPaths:
-    """Where the parts of a tiny model lie."""
-
-    transformer: Path
-    vae: Path
-    llm: Path
-    tokenizer: Path
-    t5_tokenizer: Path
-
-
-@dataclass(frozen=True)
 class TinySize:
     """The dimensions of a tiny model; the vocabularies come from its tokenizers."""
 
     transformer: TransformerShape
-    adapter_blocks: int
-    adapter_head_dim: int
-    adapter_rows: int | None  # None: as many as the tokenizer needs
+    llm_adapter_blocks: int
+    llm_adapter_head_dim: int
+    llm_adapter_rows: int | None  # None: as many as the tokenizer needs
     llm_heads: int
     llm_kv_heads: int
     llm_head_dim: int
@@ -88,9 +78,9 @@ SMALL = TinySize(
     transformer=TransformerShape(
         num_blocks=2, width=64, head_dim=16, in_channels=16, context_width=64, adaln_lora_dim=16
     ),
-    adapter_blocks=2,
-    adapter_head_dim=16,
-    adapter_rows=None,
+    llm_adapter_blocks=2,
+    llm_adapter_head_dim=16,
+    llm_adapter_rows=None,
     llm_heads=4,
     llm_kv_heads=2,
     llm_head_dim=16,
@@ -101,9 +91,9 @@ COMFY = TinySize(
     transformer=TransformerShape(
         num_blocks=10, width=256, head_dim=16, in_channels=16, context_width=1024, adaln_lora_dim=256
     ),
-    adapter_blocks=6,
-    adapter_head_dim=64,
-    adapter_rows=T5_ROWS,
+    llm_adapter_blocks=6,
+    llm_adapter_head_dim=64,
+    llm_adapter_rows=T5_ROWS,
     llm_heads=16,
     llm_kv_heads=8,
     llm_head_dim=128,
@@ -113,10 +103,10 @@ LLM_LAYERS = 2
 VAE_BASE_DIM = 8
 
 
-def tiny_paths(folder: Path) -> TinyPaths:
-    """The paths of a tiny model in this folder, written or not."""
+def tiny_paths(folder: Path) -> ModelFiles:
+    """Return the paths of a tiny model in this folder, written or not."""
     files = folder / "split_files"
-    return TinyPaths(
+    return ModelFiles(
         transformer=files / "diffusion_models" / "anima-tiny.safetensors",
         vae=files / "vae" / "qwen_image_vae.safetensors",
         llm=files / "text_encoders" / "qwen_3_tiny.safetensors",
@@ -125,13 +115,13 @@ def tiny_paths(folder: Path) -> TinyPaths:
     )
 
 
-def write_tiny(folder: Path, seed: int = 0, comfy: bool = False) -> TinyPaths:
-    """Write a random model; the same seed gives the same bytes.
+def write_tiny(folder: Path, seed: int = 0, comfy: bool = False) -> ModelFiles:
+    """Write a random model, return its files; the same seed gives the same bytes.
 
     Args:
         folder: made if missing; files of the same names are replaced.
         seed: of every weight.
-        comfy: the smallest shape that unmodified ComfyUI loads (about 0.4 GB) instead of one of 3 MB.
+        comfy: write the smallest shape that unmodified ComfyUI loads (about 0.4 GB) instead of one of 3 MB.
 
     Raises:
         SpaceError: the disk is full or read-only.
@@ -143,8 +133,8 @@ def write_tiny(folder: Path, seed: int = 0, comfy: bool = False) -> TinyPaths:
     write_tokenizer(paths.t5_tokenizer, t5, {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"})
 
     with torch.device("meta"):
-        adapter = LLMAdapter(adapter_shape(size, t5.get_vocab_size()))
-        transformer = MiniTrainDIT(size.transformer, adapter)
+        llm_adapter = LLMAdapter(llm_adapter_shape(size, t5.get_vocab_size()))
+        transformer = MiniTrainDIT(size.transformer, llm_adapter)
         llm = Qwen3Model(llm_config(size, qwen.get_vocab_size()))
         vae = AutoencoderKLQwenImage(base_dim=VAE_BASE_DIM)
     write_weights(paths.transformer, random_weights(transformer, lambda name: f"net.{name}", seed))
@@ -153,7 +143,7 @@ def write_tiny(folder: Path, seed: int = 0, comfy: bool = False) -> TinyPaths:
     return paths
 
 
-# What the files hold is decided here, tensor by tensor; the first pattern found in the name counts.
+# Standard deviations, where not one over the root of the inputs; the first pattern found in a tensor's name counts.
 DEVIATIONS: tuple[tuple[str, float], ...] = (
     (r"\.embed(_tokens)?\.weight$", 1.0),
     (r"(adaln_modulation\w*\.2|t_embedder\.1\.linear_2)\.weight$", 0.05),  # small gates, but every path is alive
@@ -163,14 +153,14 @@ DEVIATIONS: tuple[tuple[str, float], ...] = (
 
 
 def random_weights(module: nn.Module, file_name: Callable[[str], str], seed: int) -> dict[str, Tensor]:
-    """Random weights in bfloat16 for a module on the meta device, under the names `file_name` gives them."""
+    """Return random weights in bfloat16 for a module on the meta device, under the names `file_name` gives them."""
     return {
         (key := file_name(name)): random_tensor(key, tensor.shape, seed) for name, tensor in module.state_dict().items()
     }
 
 
 def random_tensor(name: str, shape: torch.Size, seed: int) -> Tensor:
-    """One tensor: ones for norms, else normal numbers of a generator of its own."""
+    """Return one tensor: ones for norms, else normal numbers of a generator of its own."""
     if re.search(r"(norm\w*\.weight|\.gamma)$", name):
         return torch.ones(shape, dtype=torch.bfloat16)
     deviation = next((value for pattern, value in DEVIATIONS if re.search(pattern, name)), None)
@@ -185,21 +175,21 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
         write_tensors(temporary, tensors, {"format": "pt"})
 
 
-def adapter_shape(size: TinySize, num_t5_tokens: int) -> LLMAdapterShape:
-    """The LLM adapter that fits this transformer and this tokenizer."""
+def llm_adapter_shape(size: TinySize, num_t5_tokens: int) -> LLMAdapterShape:
+    """Return the shape of the LLM adapter that fits this transformer and this tokenizer."""
     width = size.transformer.context_width
     return LLMAdapterShape(
-        num_blocks=size.adapter_blocks,
+        num_blocks=size.llm_adapter_blocks,
         width=width,
-        head_dim=size.adapter_head_dim,
+        head_dim=size.llm_adapter_head_dim,
         source_width=width,
         target_width=width,
-        vocab_size=size.adapter_rows or rows_for(num_t5_tokens),
+        vocab_size=size.llm_adapter_rows or rows_for(num_t5_tokens),
     )
 
 
 def llm_config(size: TinySize, num_qwen_tokens: int) -> Qwen3Config:
-    """The text encoder that fits this adapter and this tokenizer."""
+    """Return the dimensions of the text encoder that fits this LLM adapter and this tokenizer."""
     return Qwen3Config(
         vocab_size=rows_for(num_qwen_tokens),
         hidden_size=size.transformer.context_width,
@@ -212,12 +202,12 @@ def llm_config(size: TinySize, num_qwen_tokens: int) -> Qwen3Config:
 
 
 def rows_for(num_tokens: int) -> int:
-    """Embedding rows for this many tokens: the next multiple of `ROW_MULTIPLE` above."""
+    """Return the embedding rows for this many tokens: the next multiple of `ROW_MULTIPLE` above."""
     return (num_tokens // ROW_MULTIPLE + 1) * ROW_MULTIPLE
 
 
 def calibrated(vae: AutoencoderKLQwenImage, weights: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """The weights with the last encoder convolution scaled so that images give latents of mean 0 and deviation 1.
+    """Return weights with the last encoder convolution scaled so that images give latents of mean 0 and deviation 1.
 
     That is after the normalisation with the real VAE's 16 constants, so that training on them is like the real thing.
     """
@@ -237,7 +227,7 @@ def calibrated(vae: AutoencoderKLQwenImage, weights: Mapping[str, Tensor], seed:
 
 
 def smooth_images(seed: int, number: int = 16, side: int = 64) -> Tensor:
-    """Pictures of a kind, (B, 3, side, side) in [-1, 1]: smooth colours, every other one with hard edges."""
+    """Return pictures of a kind, (B, 3, side, side) in [-1, 1]: smooth colours, every other one with hard edges."""
     colours = torch.randn(number, 3, side // 16, side // 16, generator=stream(seed, "tiny", "images")) / 2
     smooth = F.interpolate(colours[::2], size=(side, side), mode="bicubic", align_corners=False)
     edged = F.interpolate(colours[1::2], size=(side, side), mode="nearest")
@@ -245,7 +235,7 @@ def smooth_images(seed: int, number: int = 16, side: int = 64) -> Tensor:
 
 
 def qwen_tokenizer() -> Tokenizer:
-    """A byte-level BPE tokenizer like Qwen3's, trained on `CAPTIONS`; it knows every string."""
+    """Return a byte-level BPE tokenizer like Qwen3's, trained on `CAPTIONS`; it knows every string."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -261,7 +251,7 @@ def qwen_tokenizer() -> Tokenizer:
 
 
 def t5_tokenizer() -> Tokenizer:
-    """A unigram tokenizer like T5's from the words and characters of `CAPTIONS`; it ends texts with `</s>`.
+    """Return a unigram tokenizer like T5's from the words and characters of `CAPTIONS`; it ends texts with `</s>`.
 
     Its scores are counted, not trained: the library's training depends on the order of its hash tables.
     """

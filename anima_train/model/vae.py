@@ -16,11 +16,12 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from anima_train.core.shapes import LATENT_CHANNELS
-from anima_train.model.file_kinds import expect
-from anima_train.model.safetensors_io import Entry, match_keys, open_header, read_tensors
+from anima_train.model.file_kinds import validate_kind
+from anima_train.model.safetensors_io import TensorFile, match_keys, open_header, read_tensors
 
 STAGE = 4  # modules per decoder stage in the Wan file: three residual blocks and an upsampler
 
+# Parts of diffusers' keys -> what the Wan file calls them; decoder stages are counted in `wan_key`.
 RENAMES: tuple[tuple[str, str], ...] = (
     (r"\.norm1\.", ".residual.0."),
     (r"\.conv1\.", ".residual.2."),
@@ -40,7 +41,7 @@ RENAMES: tuple[tuple[str, str], ...] = (
 
 
 def wan_key(key: str) -> str:
-    """The name in the original Wan file of a key in diffusers' names; the inverse of diffusers' own converter."""
+    """Return the name in the original Wan file of a key in diffusers' names: the inverse of diffusers' converter."""
     for pattern, replacement in RENAMES:
         key = re.sub(pattern, replacement, key)
     if match := re.match(r"decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", key):
@@ -51,7 +52,7 @@ def wan_key(key: str) -> str:
 
 
 class FrameConv(nn.Conv2d):
-    """A causal 3-D convolution as the first frame of a clip sees it; weight: the last temporal tap."""
+    """The causal 3-D convolution of the first frame of a clip; its weight is the last temporal tap."""
 
     def __init__(self, conv: QwenImageCausalConv3d) -> None:
         _, rows, columns = conv.kernel_size
@@ -62,7 +63,7 @@ class FrameConv(nn.Conv2d):
 
 
 class SingleFrameVAE(nn.Module):
-    """Pixels to normalised latents and back, one frame per sample.
+    """The VAE for one frame per sample: pixels to normalised latents, and back.
 
     Args:
         vae: diffusers' VAE, whose modules are taken over and changed in place; its convolution weights are not kept,
@@ -88,11 +89,11 @@ class SingleFrameVAE(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights, and so of the computation."""
+        """The dtype of the weights, and so of the computation."""
         return self.quant_conv.weight.dtype
 
     def encode(self, pixels: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B 16 1 H W"]:
-        """The mode of the posterior, `(z - mean) / std` per channel, in float32.
+        """Return the mode of the posterior, `(z - mean) / std` per channel, in float32.
 
         Args:
             pixels: in [-1, 1]; height and width divisible by 8.
@@ -102,20 +103,36 @@ class SingleFrameVAE(nn.Module):
         return (mode - per_channel(self.latents_mean, mode)) / per_channel(self.latents_std, mode)
 
     def decode(self, latents: Float[Tensor, "B 16 1 H W"]) -> Float[Tensor, "B 3 h w"]:
-        """Pixels in [-1, 1], clamped, in float32, from normalised latents."""
+        """Return pixels in [-1, 1], clamped, in float32, from normalised latents."""
         z = latents.float() * per_channel(self.latents_std, latents) + per_channel(self.latents_mean, latents)
         pixels: Tensor = self.decoder(self.post_quant_conv(z.to(self.dtype)))
         return pixels.squeeze(2).float().clamp(-1, 1)
 
 
 def to_pixels(images: UInt8[Tensor, "B h w 3"]) -> Float[Tensor, "B 3 h w"]:
-    """RGB images as the VAE reads them: float32 in [-1, 1], channels first."""
+    """Return RGB images as the VAE reads them: float32 in [-1, 1], channels first."""
     return (images.float() / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
 
 
 def per_channel(values: Sequence[float], like: Tensor) -> Float[Tensor, "1 C 1 1 1"]:
-    """One number per channel, in float32, on the device of `like`."""
+    """Return one number per channel, in float32, on the device of `like`, to be broadcast over latents."""
     return torch.tensor(values, dtype=torch.float32, device=like.device).view(1, -1, 1, 1, 1)
+
+
+def open_vae(path: Path) -> tuple[TensorFile, AutoencoderKLQwenImage, Mapping[str, str]]:
+    """Return the VAE file's header, diffusers' module on the meta device, and diffusers' key -> key in the file.
+
+    Raises:
+        ModelFileError: as `load_vae`.
+    """
+    file = open_header(path)
+    validate_kind(file, "vae", "model.vae_path", ("vae",))
+    names: Mapping[str, str] = convert_wan_vae_to_diffusers({name: name for name in file.entries})
+    found = {name: file.entries[wan_name] for name, wan_name in names.items()}
+    with torch.device("meta"):
+        vae = AutoencoderKLQwenImage(base_dim=found["encoder.down_blocks.0.norm1.gamma"].shape[0])
+    match_keys(found, vae.state_dict(), f"model.vae_path: {path} (keys as diffusers names them)")
+    return file, vae, names
 
 
 def load_vae(path: Path, dtype: torch.dtype, device: torch.device) -> SingleFrameVAE:
@@ -129,15 +146,8 @@ def load_vae(path: Path, dtype: torch.dtype, device: torch.device) -> SingleFram
     Raises:
         ModelFileError: missing or damaged file, another kind of model, or tensors missing, unexpected or misshapen.
     """
-    file = open_header(path)
-    expect(file, "vae", "model.vae_path", ("vae",))
-    wan_names = convert_wan_vae_to_diffusers(
-        {name: name for name in file.entries}
-    )  # diffusers name -> name in the file
-    found: Mapping[str, Entry] = {name: file.entries[wan_name] for name, wan_name in wan_names.items()}
+    file, full, wan_names = open_vae(path)
     with torch.device("meta"):
-        full = AutoencoderKLQwenImage(base_dim=found["encoder.down_blocks.0.norm1.gamma"].shape[0])
-        match_keys(found, full.state_dict(), f"model.vae_path: {path} (keys as diffusers names them)")
         vae = SingleFrameVAE(full)
     names = {wan_names[name]: name for name in vae.state_dict()}
     state: dict[str, Tensor] = {}

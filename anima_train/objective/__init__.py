@@ -1,1 +1,1 @@
-"""What a step minimises: the flow, the distribution of t, the losses."""
+"""The objective of a step: the flow, the distribution of t, the losses."""

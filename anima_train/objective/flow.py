@@ -10,7 +10,7 @@ from torch import Tensor
 def add_noise(
     latents: Float[Tensor, "B C 1 H W"], noise: Float[Tensor, "B C 1 H W"], t: Float[Tensor, " B"]
 ) -> Float[Tensor, "B C 1 H W"]:
-    """`x_t = (1 - t) x0 + t noise`."""
+    """Return `x_t = (1 - t) x0 + t noise`."""
     t = t.view(-1, 1, 1, 1, 1)
     return (1 - t) * latents + t * noise
 
@@ -18,5 +18,5 @@ def add_noise(
 def velocity_target(
     latents: Float[Tensor, "B C 1 H W"], noise: Float[Tensor, "B C 1 H W"]
 ) -> Float[Tensor, "B C 1 H W"]:
-    """`noise - x0`: the derivative of `add_noise` with respect to t."""
+    """Return `noise - x0`: the derivative of `add_noise` with respect to t."""
     return noise - latents

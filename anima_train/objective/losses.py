@@ -1,4 +1,4 @@
-"""Losses between predicted and true velocity, in float32, one number per sample."""
+"""The losses between predicted and true velocity, in float32, one number per sample."""
 
 import math
 from dataclasses import dataclass
@@ -37,20 +37,20 @@ class Loss:
         target: Float[Tensor, "B C 1 H W"],
         mask: Float[Tensor, "B 1 1 H W"] | None = None,
     ) -> Float[Tensor, " B"]:
-        """The mean over each sample's elements, the mask (0 to 1) multiplied in before.
+        """Return the mean over each sample's elements, the mask (0 to 1) multiplied in before.
 
         Args:
             prediction: the model's velocity, in any floating-point dtype; H and W even.
             target: the true velocity.
             mask: 1 where the image counts, 0 where it does not; None: it counts everywhere.
         """
-        loss = self.over_everything(prediction.float(), target.float(), mask)
+        loss = self.per_sample(prediction.float(), target.float(), mask)
         if self.by_mask_area and mask is not None:
             loss = loss / mask.flatten(1).mean(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
         return loss
 
-    def over_everything(self, prediction: Tensor, target: Tensor, mask: Tensor | None) -> Float[Tensor, " B"]:
-        """The mean over all elements, whatever the mask leaves of them."""
+    def per_sample(self, prediction: Tensor, target: Tensor, mask: Tensor | None) -> Float[Tensor, " B"]:
+        """Return the mean over all elements of each sample, however few the mask leaves."""
         loss = masked_mean(self.elements(prediction, target), mask)
         height, width = target.shape[-2:]
         if self.multiscale_weight is None or math.sqrt(height * width) * LATENT_PIXELS < MULTISCALE_SIDE:
@@ -59,7 +59,7 @@ class Loss:
         return (loss + self.multiscale_weight * coarse) / (1 + self.multiscale_weight)
 
     def elements(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """The loss of each element."""
+        """Return the loss of each element."""
         if self.kind == "huber":
             return F.huber_loss(prediction, target, reduction="none", delta=self.parameter)
         if self.kind == "smooth_l1":
@@ -72,22 +72,22 @@ class Loss:
 
 
 def masked_mean(elements: Tensor, mask: Tensor | None) -> Tensor:
-    """Multiply by the mask and average over everything but the batch."""
+    """Multiply by the mask, and average over everything but the batch."""
     if mask is not None:
         elements = elements * mask
     return elements.flatten(1).mean(dim=1)
 
 
 def coarse_errors(difference: Tensor, mask: Tensor | None) -> Tensor:
-    """The squared 2x2 averages of the difference; under a mask, averages weighted by it, times its own average.
+    """Return the squared 2x2 averages of the difference; under a mask, averages weighted by it, times its own average.
 
-    So what the mask excludes has no part in the coarse term either, not even beside what it includes.
+    So the excluded parts have no share in the coarse term either, not even beside included ones.
     """
     if mask is None:
-        return halve(difference).square()
-    return halve(difference * mask).square() / halve(mask).clamp_min(torch.finfo(torch.float32).tiny)
+        return downsample_2x(difference).square()
+    return downsample_2x(difference * mask).square() / downsample_2x(mask).clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def halve(x: Float[Tensor, "B C 1 H W"]) -> Float[Tensor, "B C 1 H/2 W/2"]:
-    """Average 2x2 neighbours."""
+def downsample_2x(x: Float[Tensor, "B C 1 H W"]) -> Float[Tensor, "B C 1 H/2 W/2"]:
+    """Return the averages of 2x2 neighbours."""
     return F.avg_pool2d(x.squeeze(2), 2).unsqueeze(2)

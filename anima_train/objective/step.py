@@ -9,7 +9,7 @@ from anima_train.objective.losses import Loss
 
 
 def compute_loss(transformer: nn.Module, batch: Batch, loss: Loss) -> Float[Tensor, " B"]:
-    """The loss of each sample of a batch: add noise, predict the velocity, compare in float32."""
+    """Return the loss of each sample of a batch: add noise, predict the velocity, compare in float32."""
     noisy = add_noise(batch.latents, batch.noise, batch.t)
     velocity = transformer(noisy, batch.t[:, None], batch.text)
     return loss(velocity, velocity_target(batch.latents, batch.noise), batch.mask)

@@ -1,4 +1,4 @@
-"""Distributions of t, each given by its quantile function.
+"""The distributions of t, each given by its quantile function.
 
 A distribution on the real line or [0, 1] is drawn first; then at most one of two shifts moves it towards noise.
 """
@@ -26,7 +26,7 @@ class Timesteps:
     flux_shift: bool = False
 
     def at(self, quantile: float, num_tokens: int) -> float:
-        """t at a quantile in [0, 1] of the distribution before the shift, then shifted.
+        """Return t at a quantile in [0, 1] of the distribution before the shift, then shifted.
 
         Args:
             quantile: a uniform random number gives a sample; a fixed one an evaluation point.
@@ -45,17 +45,17 @@ class Timesteps:
 
 
 def sigmoid(x: float) -> float:
-    """`1 / (1 + e^-x)`, without overflow for any x."""
+    """Return `1 / (1 + e^-x)`, without overflow for any x."""
     small = math.exp(-abs(x))
     return (1 if x >= 0 else small) / (1 + small)
 
 
 def shifted(t: float, shift: float) -> float:
-    """`s t / (1 + (s - 1) t)`, which is also `s / (s + 1/t - 1)`; written so that 0 stays 0 and 1 stays 1 exactly."""
+    """Return `s t / (1 + (s - 1) t)`, also written `s / (s + 1/t - 1)`; 0 stays 0 and 1 stays 1 exactly."""
     return shift * t / (shift * t + (1 - t))
 
 
 def flux_mu(num_tokens: int) -> float:
-    """Flux's resolution-dependent exponent."""
+    """Return Flux's resolution-dependent exponent."""
     slope = (FLUX_MU[1] - FLUX_MU[0]) / (FLUX_TOKENS[1] - FLUX_TOKENS[0])
     return FLUX_MU[0] + slope * (num_tokens - FLUX_TOKENS[0])

@@ -1,4 +1,4 @@
-"""Parameter groups: which component a parameter belongs to, its learning rate, and whether it decays."""
+"""Parameter groups: the component of each parameter, its learning rate, and its weight decay."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ PATTERNS: tuple[tuple[str, Component], ...] = (
 
 
 def component_of(name: str) -> Component:
-    """The component of a parameter or module, by its full name in the transformer."""
+    """Return the component of a parameter or module, by its full name in the transformer."""
     return next((component for pattern, component in PATTERNS if pattern in name), "base")
 
 
@@ -30,18 +30,18 @@ class LearningRates:
     by_component: Mapping[Component, float]
 
     def of(self, name: str) -> float:
-        """The learning rate of a parameter or module, by its full name."""
+        """Return the learning rate of a parameter or module, by its full name."""
         return self.by_component[component_of(name)]
 
-    def frozen(self, name: str) -> bool:
-        """Whether a parameter or module gets no update at all."""
+    def is_frozen(self, name: str) -> bool:
+        """Return True if a parameter or module gets no update at all."""
         return self.of(name) == 0
 
 
 def optimizer_groups(
     parameters: Iterable[tuple[str, nn.Parameter]], rates: LearningRates, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """torch parameter groups for the trainable parameters: one per component, split where nothing decays.
+    """Return torch parameter groups for the trainable parameters: one per component, split where nothing decays.
 
     1-D parameters (norms, biases) and embeddings get no weight decay. Each group carries `component` and `base_lr`,
     from which the loop sets `lr` at every step.
@@ -71,7 +71,7 @@ def optimizer_groups(
 
 @dataclass(frozen=True)
 class GroupRow:
-    """One line of the table printed before training."""
+    """A line of the table printed before training."""
 
     component: Component
     lr: float
@@ -82,7 +82,7 @@ class GroupRow:
 def group_table(
     trainable: Iterable[tuple[str, nn.Parameter]], present: Iterable[str], rates: LearningRates
 ) -> list[GroupRow]:
-    """Modules and parameters trained per component; components without any are listed with zero.
+    """Return the numbers of modules and parameters trained per component; components without any have zero.
 
     Args:
         trainable: names and parameters that get updates. A LoRA's A and B count as one module.

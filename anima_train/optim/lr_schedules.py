@@ -5,14 +5,14 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from anima_train.core.settings import Settings, named
+from anima_train.core.settings import Settings, expand_name
 
 
 class Schedule(Settings):
     """A factor in [0, 1] over a run's progress after the warmup."""
 
     def factor(self, progress: float) -> float:
-        """The factor at `progress`, 0 just after the warmup, towards 1 at the last step."""
+        """Return the factor at `progress`, 0 just after the warmup, towards 1 at the last step."""
         raise NotImplementedError
 
 
@@ -20,10 +20,10 @@ class WithFloor(Schedule):
     """A schedule that falls from 1 to a floor."""
 
     min_factor: float = Field(default=0.0, ge=0, le=1)
-    """Where the schedule ends, as a share of the peak learning rate."""
+    """The end of the schedule, as a share of the peak learning rate."""
 
     def falling(self, remaining: float) -> float:
-        """`remaining` (1 to 0) scaled onto 1 to the floor."""
+        """Return `remaining` (1 to 0) scaled onto 1 to the floor."""
         return self.min_factor + (1 - self.min_factor) * remaining
 
 
@@ -59,7 +59,7 @@ class CosineWithRestarts(WithFloor):
 
     type: Literal["cosine_with_restarts"] = "cosine_with_restarts"
     num_cycles: int = Field(default=3, ge=1)
-    """How many half waves fit in the run."""
+    """Number of half waves in the run."""
 
     def factor(self, progress: float) -> float:
         if progress >= 1:
@@ -102,11 +102,11 @@ AnySchedule = Annotated[
     Constant | Linear | Cosine | CosineWithRestarts | Polynomial | WarmupStableDecay | Rex,
     Field(discriminator="type"),
 ]
-ScheduleSetting = Annotated[AnySchedule, BeforeValidator(named, json_schema_input_type=str | AnySchedule)]
+ScheduleSetting = Annotated[AnySchedule, BeforeValidator(expand_name, json_schema_input_type=str | AnySchedule)]
 
 
 def lr_factor(schedule: Schedule, step: int, num_steps: int, warmup_steps: int) -> float:
-    """The factor on the base learning rates for optimizer step `step` (0 the first) of `num_steps`.
+    """Return the factor on the base learning rates for optimizer step `step` (0 the first) of `num_steps`.
 
     The warmup rises linearly and is never 0: step 0 of a warmup of n has 1/n, step n - 1 has 1.
     """

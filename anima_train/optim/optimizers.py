@@ -1,4 +1,4 @@
-"""Optimizers, each a settings class with a `build` method; the union at the foot is the registry."""
+"""The optimizers, each a settings class with a `build` method; the union at the foot is the registry."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal
@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from anima_train.core.device import DTYPES
 from anima_train.core.settings import Settings
 
 Groups = list[dict[str, Any]]
@@ -16,7 +17,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerSettings(Settings):
-    """What every optimizer has."""
+    """The settings of every optimizer."""
 
     lr: float = Field(ge=0)
     """Peak learning rate of every component that has none of its own in [model].
@@ -25,12 +26,12 @@ class OptimizerSettings(Settings):
     """Decoupled weight decay (times lr, per step). Never on norms, biases and embeddings."""
 
     def build(self, groups: Groups) -> Optimizer:
-        """The torch optimizer over these parameter groups."""
+        """Return the torch optimizer over these parameter groups."""
         raise NotImplementedError
 
 
 class AdamSettings(OptimizerSettings):
-    """What the Adam family has."""
+    """The settings of the Adam family."""
 
     betas: list[Beta] = Field(default=[0.9, 0.99], min_length=2, max_length=2)
     """Decay of the running means of gradient and squared gradient, each in [0, 1)."""
@@ -39,11 +40,11 @@ class AdamSettings(OptimizerSettings):
 
     @property
     def beta_pair(self) -> tuple[float, float]:
-        """The betas as torch wants them."""
+        """The betas in the form that torch wants."""
         return self.betas[0], self.betas[1]
 
     def torch_adamw(self, groups: Groups) -> Optimizer:
-        """torch's AdamW with these settings."""
+        """Return torch's AdamW with these settings."""
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.beta_pair, eps=self.eps, fused=can_fuse(groups))
 
 
@@ -69,12 +70,11 @@ class AdamWKahan(AdamSettings):
         dtypes = {parameter.dtype for group in groups for parameter in group["params"]}
         if dtypes == {torch.float32} and self.moments_dtype == "float32":
             return self.torch_adamw(groups)
-        moments_dtype = torch.float32 if self.moments_dtype == "float32" else torch.bfloat16
-        return KahanAdamW(groups, self.lr, self.beta_pair, self.eps, moments_dtype=moments_dtype)
+        return KahanAdamW(groups, self.lr, self.beta_pair, self.eps, moments_dtype=DTYPES[self.moments_dtype])
 
 
 def can_fuse(groups: Groups) -> bool:
-    """Whether torch's fused AdamW runs for all these parameters."""
+    """Return True if torch's fused AdamW runs for all these parameters."""
     parameters = [parameter for group in groups for parameter in group["params"]]
     devices = {parameter.device.type for parameter in parameters}
     return devices <= {"cuda", "cpu", "xpu", "mps"} and all(parameter.is_floating_point() for parameter in parameters)
@@ -83,9 +83,9 @@ def can_fuse(groups: Groups) -> bool:
 class KahanAdamW(Optimizer):
     """AdamW (Loshchilov & Hutter, arXiv:1711.05101) with Kahan summation: bf16 parameters lose no small update.
 
-    What rounding a weight to bf16 takes from it is kept and added to the next update (Kahan 1965). The compensation is
-    held exactly, as the 16 bits by which float32 is longer than bf16, so that the result is that of float32 training.
-    Kept in bf16, for the same memory, it would lose most of updates of 2e-6 to a weight of 1.
+    The part of a weight that rounding to bf16 cuts off is kept and added to the next update (Kahan 1965). This
+    compensation is held exactly, as the 16 bits by which float32 is longer than bf16, so that the result is that of
+    float32 training. Kept in bf16, for the same memory, it would lose most of updates of 2e-6 to a weight of 1.
 
     Bytes per bf16 parameter: 2 for the compensation, and 8 for the moments in float32 or 4 in bfloat16.
     """
@@ -104,7 +104,7 @@ class KahanAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         loss = None if closure is None else closure()
         for group in self.param_groups:
             for parameters in self.chunks(group["params"]):
@@ -112,7 +112,7 @@ class KahanAdamW(Optimizer):
         return loss
 
     def chunks(self, parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-        """Parameters of one kind and age, about `CHUNK` elements together: a LoRA has a thousand small ones."""
+        """Yield parameters of one kind and age, about `CHUNK` elements together: a LoRA has a thousand small ones."""
         chunk: list[nn.Parameter] = []
         kind: tuple[Any, ...] = ()
         size = 0
@@ -132,7 +132,7 @@ class KahanAdamW(Optimizer):
             yield chunk
 
     def start(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """The state of a parameter that was never updated."""
+        """Make the state of a parameter that was never updated, and return it."""
         state = self.state[parameter]
         state["step"] = torch.zeros((), dtype=torch.float32)
         state["exp_avg"] = torch.zeros_like(parameter, dtype=self.moments_dtype)
@@ -142,7 +142,7 @@ class KahanAdamW(Optimizer):
         return state
 
     def update(self, parameters: Sequence[nn.Parameter], group: dict[str, Any]) -> None:
-        """One update of parameters of one kind, in float32, as one flat tensor: few kernels for many parameters."""
+        """Update parameters of one kind, in float32, as one flat tensor: few kernels for many parameters."""
         states = [self.state[parameter] for parameter in parameters]
         step = int(states[0]["step"])
         beta1, beta2 = group["betas"]
@@ -176,7 +176,7 @@ class KahanAdamW(Optimizer):
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
-    """The tensors' elements in one, a copy."""
+    """Return the tensors' elements in one flat tensor, a copy."""
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
@@ -187,14 +187,14 @@ def store(values: Tensor, targets: Sequence[Tensor]) -> None:
 
 
 def lower_half(weight: Tensor) -> Tensor:
-    """What rounding a float32 tensor to bfloat16 takes from it, as int16 in units of its last bit."""
+    """Return the part that rounding a float32 tensor to bfloat16 cuts off, as int16 in units of its last bit."""
     upper = weight.bfloat16().view(torch.int16).int() << 16
     # A tie rounded down leaves 2**15, one more than fits; the last bit of a float32 is given up there.
     return (weight.view(torch.int32) - upper).clamp_(max=2**15 - 1).to(torch.int16)
 
 
 def join_halves(upper: Tensor, lower: Tensor) -> Tensor:
-    """The float32 tensor whose bfloat16 rounding is `upper`, and whose `lower_half` is `lower`."""
+    """Return the float32 tensor whose bfloat16 rounding is `upper`, and whose `lower_half` is `lower`."""
     return ((upper.view(torch.int16).int() << 16) + lower).view(torch.float32)
 
 

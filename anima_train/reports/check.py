@@ -1,11 +1,11 @@
-"""What `anima check` shows."""
+"""The report of `anima check`, as lines for the terminal and as values for the page."""
 
 from collections.abc import Sequence
 
 from anima_train.adapters.full import Full
 from anima_train.caching.text_encoding import has_live_texts
 from anima_train.config.load import LoadedConfig
-from anima_train.core.format import count, duration_text, printable, readable
+from anima_train.core.format import count, format_bytes, printable
 from anima_train.data.scan import Scan
 from anima_train.model.dit import TransformerShape
 from anima_train.model.llm_adapter import LLMAdapterShape
@@ -21,9 +21,9 @@ def dataset_report(
     title: str, loaded: LoadedConfig, spec: ModelSpec, scans: dict[str, Scan], max_thumbnails: int,
     measured: Sequence[Measured] = (),
 ) -> DatasetReport:  # fmt: skip
-    """All of that and more, for a page with pictures; at most `max_thumbnails` of them.
+    """Return the report for the page, with at most `max_thumbnails` pictures.
 
-    What was measured replaces the estimates of its buckets.
+    Measured costs replace the estimates of their buckets.
 
     Raises:
         ModelFileError: a tokenizer cannot be loaded.
@@ -34,7 +34,7 @@ def dataset_report(
     groups = group_rows(transformer, config.learning_rates())
     num_trained = sum(row.num_parameters for row in groups)
     num_all = sum(parameter.numel() for parameter in transformer.parameters())
-    adapter = LLMAdapterShape.of(files.adapter_header.entries)
+    adapter = LLMAdapterShape.of(files.llm_adapter_header.entries)
     is_live = config.model.text_encoder_device == "training" and has_live_texts(config, plan.samples)
     model = ModelStats(
         TransformerShape.of(files.transformer_header.entries),
@@ -51,7 +51,7 @@ def dataset_report(
 
 
 def summary(found: DatasetReport) -> list[str]:
-    """What the page knows and `report` does not, in a few lines."""
+    """Return the findings of the page that `describe_run` lacks, in a few lines."""
     lines = []
     for item in found.sets:
         facts = item.captions
@@ -61,13 +61,13 @@ def summary(found: DatasetReport) -> list[str]:
         )
         lines.extend(missing_text(item))
     kinds = ", ".join(f"{cost.number:,} {cost.kind}" for cost in found.cache if cost.number)
-    lines.append(f"cache: {kinds}, {readable(total_bytes(found.cache))} in all")
+    lines.append(f"cache: {kinds}, {format_bytes(total_bytes(found.cache))} in all")
     lines.extend(costs_text(found))
     return lines
 
 
 def missing_text(found: SetReport) -> list[str]:
-    """A line about trigger words, if images lack one."""
+    """Return a line about trigger words, if images lack one."""
     lacking = [
         f"{count(len(item.images), 'image')} of directory[{item.directory}] without {item.described}"
         for item in found.missing
@@ -76,7 +76,7 @@ def missing_text(found: SetReport) -> list[str]:
 
 
 def costs_text(found: DatasetReport) -> list[str]:
-    """Memory and time of the training set's buckets: measured, or the estimate for the largest."""
+    """Return lines with memory and time of the training set's buckets: measured, or the estimate for the largest."""
     buckets = found.sets[0].buckets
     lines = []
     for bucket in buckets:
@@ -86,10 +86,10 @@ def costs_text(found: DatasetReport) -> list[str]:
         if measured.seconds_per_step is None:
             lines.append(f"{title} {measured.described}; what to change, in order of cost: {'; '.join(bucket.savings)}")
         else:
-            lines.append(f"{title} {measured.described} a step, {readable(measured.peak_bytes)} of memory at most")
+            lines.append(f"{title} {measured.described} a step, {format_bytes(measured.peak_bytes)} of memory at most")
     if not lines:
         memory = max(bucket.memory.total for bucket in buckets if bucket.memory is not None)
-        lines.append(f"memory: about {readable(memory)} on the device for the largest bucket (an estimate)")
+        lines.append(f"memory: about {format_bytes(memory)} on the device for the largest bucket (an estimate)")
     if found.run_seconds is not None:
-        lines.append(f"the whole run: {duration_text(found.run_seconds)}")
+        lines.append(f"the whole run: {found.run_time}")
     return lines

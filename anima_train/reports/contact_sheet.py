@@ -1,4 +1,4 @@
-"""One labelled picture of all pictures of a grid."""
+"""The contact sheet: one labelled picture of all pictures of a grid."""
 
 import json
 import math
@@ -22,8 +22,8 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True)
-class Measures:
-    """Sizes in pixels, and how many lines labels have over pictures."""
+class SheetLayout:
+    """The sizes in pixels, and the number of lines of labels over pictures."""
 
     width: int  # of a picture
     height: int
@@ -36,8 +36,8 @@ class Measures:
     size: tuple[int, int]  # of all
 
 
-def measure(sheet: Sheet, scale: float) -> Measures:
-    """The sizes where pictures are drawn at this scale."""
+def layout_at(sheet: Sheet, scale: float) -> SheetLayout:
+    """Return the layout with pictures at this scale."""
     columns, rows = shape_of(sheet)
     width = max(1, math.floor(max(cell.request.width for cell in sheet.cells) * scale))
     height = max(1, math.floor(max(cell.request.height for cell in sheet.cells) * scale))
@@ -51,34 +51,34 @@ def measure(sheet: Sheet, scale: float) -> Measures:
     left = max(width // 2, 8 * letter) if any(sheet.rows) else 0
     top, above = (0, label_height) if sheet.captions else (label_height, 0)
     total = (left + columns * (width + gap) + gap, top + rows * (height + above + gap) + gap)
-    return Measures(width, height, letter, lines, left, top, above, gap, total)
+    return SheetLayout(width, height, letter, lines, left, top, above, gap, total)
 
 
 def shape_of(sheet: Sheet) -> tuple[int, int]:
-    """Number of columns and rows; a gallery is about a square."""
+    """Return the number of columns and rows; a gallery is about a square."""
     if not sheet.captions:
         return len(sheet.columns), len(sheet.rows)
     columns = math.ceil(math.sqrt(len(sheet.cells)))
     return columns, math.ceil(len(sheet.cells) / columns)
 
 
-def fitting(sheet: Sheet, max_pixels: int) -> Measures:
-    """The sizes at the largest scale, at most 1, that gives no more pixels than these."""
+def largest_layout(sheet: Sheet, max_pixels: int) -> SheetLayout:
+    """Return the layout at the largest scale, at most 1, that gives no more pixels than these."""
     scale = 1.0
-    while math.prod((found := measure(sheet, scale)).size) > max_pixels and max(found.width, found.height) > 1:
+    while math.prod((found := layout_at(sheet, scale)).size) > max_pixels and max(found.width, found.height) > 1:
         scale *= min(0.98, math.sqrt(max_pixels / math.prod(found.size)))
     return found
 
 
 def draw_sheet(sheet: Sheet, pictures: Sequence[Path], max_pixels: int = MAX_SHEET_PIXELS) -> Image.Image:
-    """All pictures in one, with their labels; smaller ones stand in the middle of their cell.
+    """Return all pictures in one, with their labels; smaller ones stand in the middle of their cell.
 
     Args:
-        sheet: what stands where.
+        sheet: the order and the labels.
         pictures: the file of each cell.
         max_pixels: of the result; larger ones are scaled down.
     """
-    sizes = fitting(sheet, max_pixels)
+    sizes = largest_layout(sheet, max_pixels)
     font = font_of(sizes.letter)
     scale = sizes.width / max(cell.request.width for cell in sheet.cells)
     page = Image.new("RGB", sizes.size, "white")
@@ -108,12 +108,12 @@ def draw_sheet(sheet: Sheet, pictures: Sequence[Path], max_pixels: int = MAX_SHE
 
 
 def font_of(letter: int) -> Font:
-    """Pillow's own font."""
+    """Return Pillow's own font in this size."""
     return ImageFont.load_default(letter)
 
 
 def line_height(letter: int) -> int:
-    """Of one line of a label, in pixels."""
+    """Return the height of one line of a label, in pixels."""
     return math.ceil(letter * 1.3)
 
 
@@ -126,7 +126,7 @@ def write(
 
 
 def wrap(label: str, font: Font, width: int, max_lines: int) -> list[str]:
-    """The lines of a label, none wider than `width` pixels (but a single letter); the last ends in ... if it is cut."""
+    """Return the lines of a label, none wider than `width` pixels but a single letter; `...` ends one that is cut."""
     lines: list[str] = []
     rest = printable(label).strip()
     while rest and max_lines:
@@ -144,7 +144,7 @@ def wrap(label: str, font: Font, width: int, max_lines: int) -> list[str]:
 
 
 def fitting_length(text: str, font: Font, width: int) -> int:
-    """How many letters fit, at least one."""
+    """Return the number of letters that fit, at least one."""
     low, high = 1, min(len(text), max(1, width))  # no letter is narrower than a pixel
     while low < high:
         middle = (low + high + 1) // 2
@@ -156,7 +156,7 @@ def fitting_length(text: str, font: Font, width: int) -> int:
 
 
 def save_sheet(path: Path, sheet: Sheet, pictures: Sequence[Path]) -> None:
-    """Write all pictures, the file of each cell, as one PNG that says what they were made from.
+    """Write all pictures, the file of each cell, as one PNG that tells their settings.
 
     Raises:
         SpaceError: the disk is full or read-only.
@@ -168,7 +168,7 @@ def save_sheet(path: Path, sheet: Sheet, pictures: Sequence[Path]) -> None:
 
 
 def sheet_text(sheet: Sheet, pictures: Sequence[Path]) -> str:
-    """The axes, and what all pictures say of themselves, as JSON."""
+    """Return the axes, and the settings that all pictures have in common, as JSON."""
     facts = []
     for path in pictures:
         with Image.open(path, formats=["PNG"]) as image:

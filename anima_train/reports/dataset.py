@@ -1,4 +1,4 @@
-"""The report of a dataset before the run, collected into plain values; `report_html` draws it."""
+"""The report of a dataset before the run, collected into plain values; `dataset_page` draws it."""
 
 import concurrent.futures
 from collections import Counter, defaultdict
@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from anima_train.config.config import Config
+from anima_train.core.format import format_duration
 from anima_train.data.buckets import Size
 from anima_train.data.images import BadImage, cover_box, decode
 from anima_train.data.plan import Plan, Timetable, batch_size_for, short_by, times_seen
@@ -97,6 +98,16 @@ class DatasetReport:
     groups: Sequence[GroupRow]
     cache: Sequence[CacheCost]
     run_seconds: float | None  # None where nothing was measured, or memory ran out
+
+    @property
+    def run_time(self) -> str:
+        """The time of the whole run, and what it leaves out; "" without an estimate."""
+        if self.run_seconds is None:
+            return ""
+        return (
+            f"about {format_duration(self.run_seconds)} in one process, without caching, evaluation and saving (an "
+            "estimate from what was measured)"
+        )
 
 
 def collect(

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from anima_train.core.format import duration_text
 from anima_train.model.text import MAX_TOKENS
 from anima_train.reports.charts import Line, chart
 from anima_train.reports.dataset import Bucket, DatasetReport
@@ -23,7 +22,6 @@ def render(report: DatasetReport) -> str:
         bucket_rows=bucket_rows,
         histogram=histogram,
         lr_text=lr_text,
-        duration_text=duration_text,
         max_tokens=MAX_TOKENS,
     )
 

@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from PIL import Image
 
-from anima_train.core.format import count, printable, readable, readable_time
+from anima_train.core.format import count, format_bytes, format_duration, printable
 
 
 def finalize(value: object) -> str:
@@ -54,6 +54,6 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
 )
 TEMPLATES.filters.update(
-    counted=count, code_point=ord, grouped="{:,}".format, readable=readable, readable_time=readable_time,
+    counted=count, code_point=ord, grouped="{:,}".format, format_bytes=format_bytes, format_duration=format_duration,
     rounded=rounded, sha256=sha256_base64,
 )  # fmt: skip

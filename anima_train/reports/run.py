@@ -1,4 +1,4 @@
-"""The report of a run from the files in its folder, collected into plain values; `run_html` draws it.
+"""The report of a run from the files in its folder, collected into plain values; `run_page` draws it.
 
 Files may be missing, half written or made by hand: what cannot be used is skipped, and noted.
 """

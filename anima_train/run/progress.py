@@ -7,7 +7,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from anima_train.core.format import printable_lines, readable, readable_time
+from anima_train.core.format import format_bytes, format_duration, printable_lines
 
 LINE_EVERY = 30.0  # seconds between lines in a log
 FAST, SLOW = 0.9, 0.99  # decay per step of the two averages whose distance is the loss's trend
@@ -79,7 +79,7 @@ class Progress:
             return
         self.trend.add(loss)
         parts = [f"loss {self.trend.mean():.4f} {self.trend.word}", f"{images_per_second:.2f} images/s"]
-        parts += [readable(memory), following] if following else [readable(memory)]
+        parts += [format_bytes(memory), following] if following else [format_bytes(memory)]
         if self.bar is not None:
             self.bar.set_postfix_str(", ".join(parts), refresh=False)
             self.bar.update()
@@ -88,7 +88,7 @@ class Progress:
         if self.last_line is None or now - self.last_line >= LINE_EVERY or step == self.num_steps:
             self.last_line = now
             left = (self.num_steps - step) * (now - self.started) / (step - self.start)
-            parts.append(f"{readable_time(left)} left" if step < self.num_steps else "done")
+            parts.append(f"{format_duration(left)} left" if step < self.num_steps else "done")
             percent = f"{step / self.num_steps:.0%}"
             self.say(f"{self.name}: step {step:,} of {self.num_steps:,} ({percent}): {', '.join(parts)}")
 

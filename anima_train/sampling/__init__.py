@@ -1,1 +1,1 @@
-"""From noise to latents."""
+"""The way from a prompt and noise to a picture: samplers, schedules, guidance, grids."""

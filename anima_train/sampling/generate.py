@@ -1,4 +1,4 @@
-"""From a prompt's context and a seed to latents, and from latents to a picture; equal to ComfyUI up to rounding."""
+"""The generation of a picture from a prompt's context and a seed; equal to ComfyUI up to rounding."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -23,12 +23,12 @@ Transformer = Callable[[Tensor, Tensor, Tensor], Tensor]  # (latents, t (B, 1), 
 
 
 class PictureSettings(Settings):
-    """How pictures are drawn."""
+    """The settings of a picture beside its prompt."""
 
     cfg: float = Field(default=4.0, ge=0)
     """Strength of the prompt against the negative prompt. 1 does without the latter, and takes half the time."""
     negative_prompt: str = ""
-    """What not to draw."""
+    """Things not to draw."""
     seed: int = Field(default=0, ge=0, lt=2**64)
     """Of the noise; the same as ComfyUI's."""
     width: int = Field(default=1024, ge=16, le=8192, multiple_of=16)
@@ -40,33 +40,33 @@ class PictureSettings(Settings):
     shift: float = Field(default=3.0, ge=0.1)
     """Spends more of the steps near noise: t <- s t / (1 + (s - 1) t)."""
     sampler: SamplerSetting = ErSde()
-    """How the steps are taken: a name, or a table {type = "...", ...} with the sampler's own keys."""
+    """The way to take the steps: a name, or a table {type = "...", ...} with the sampler's own keys."""
     schedule: ScheduleSetting = Simple()
-    """How the noise levels are spaced."""
+    """Spacing of the noise levels."""
 
     @field_validator("negative_prompt")
     @classmethod
     def is_used(cls, value: str, earlier: ValidationInfo) -> str:
-        """Without guidance there is nothing to be guided away from."""
+        """Refuse a negative prompt without guidance, which would have no effect."""
         if value and earlier.data.get("cfg") == 1:
             raise ValueError("has no effect with cfg 1; leave one of them out")
         return value
 
 
 class Request(PictureSettings):
-    """One picture."""
+    """A picture that is to be drawn."""
 
     prompt: str
-    """What to draw, as in ComfyUI: (word:1.2) weighs, \\( and \\) are parentheses."""
+    """The picture in words, as in ComfyUI: (word:1.2) weighs, \\( and \\) are parentheses."""
 
     @property
     def is_guided(self) -> bool:
-        """Whether the negative prompt counts."""
+        """True if the negative prompt has an effect."""
         return self.cfg != 1
 
 
 def initial_noise(seed: int, width: int, height: int) -> Float[Tensor, "1 16 1 H W"]:
-    """The noise ComfyUI starts from: float32, drawn on the CPU whatever the device. Sizes in pixels."""
+    """Return the noise that ComfyUI starts from: float32, drawn on the CPU whatever the device. Sizes in pixels."""
     shape = (1, LATENT_CHANNELS, 1, height // LATENT_PIXELS, width // LATENT_PIXELS)
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -74,7 +74,7 @@ def initial_noise(seed: int, width: int, height: int) -> Float[Tensor, "1 16 1 H
 def guided(
     transformer: Transformer, context: Tensor, negative: Tensor | None, cfg: float, dtype: torch.dtype
 ) -> Velocity:
-    """Classifier-free guidance, `v_u + cfg (v_c - v_u)`, in float32; without a negative context `v_c` alone.
+    """Return the velocity with classifier-free guidance, `v_u + cfg (v_c - v_u)`, in float32; without negative, `v_c`.
 
     Args:
         transformer: gets latents in `dtype`.
@@ -107,11 +107,11 @@ def generate(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Float[Tensor, "1 16 1 H W"]:
-    """The latents of a picture, in float32, on the device.
+    """Return the latents of a picture, in float32, on the device.
 
     Args:
         transformer: gives the velocity of latents in `dtype`.
-        request: what to draw.
+        request: the picture.
         context: of the prompt.
         negative: of the negative prompt; not needed, and not used, where `request.is_guided` is false.
         device: of the transformer.
@@ -136,7 +136,7 @@ def generate(
 
 @torch.no_grad()
 def decode(vae: "SingleFrameVAE", latents: Float[Tensor, "1 16 1 H W"]) -> Image.Image:
-    """The picture of these latents; values are cut to 8 bits, not rounded, as in ComfyUI."""
+    """Return the picture of these latents; values are cut to 8 bits, not rounded, as in ComfyUI."""
     pixels = vae.decode(latents)[0].permute(1, 2, 0)  # (h, w, 3) in [-1, 1]
     values = ((pixels + 1) / 2).clamp(0, 1).cpu().numpy() * 255.0
     return Image.fromarray(values.astype(np.uint8))

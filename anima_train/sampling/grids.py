@@ -1,4 +1,4 @@
-"""Many pictures at once: axes of settings, the cells between them, and one labelled picture of all."""
+"""Many pictures at once: the axes of settings, and the cells between them."""
 
 import csv
 import math
@@ -10,19 +10,19 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from anima_train.core.errors import ConfigError
-from anima_train.core.settings import nearest, quoted, validation_problems, value_text
+from anima_train.core.settings import describe_value, nearest, quoted, validation_problems
 from anima_train.sampling.generate import Request
 
 MAX_CELLS = 2000
 NO_LORA = "none"
 KEYS = (*Request.model_fields, "lora", "lora_strength")
-PLACE = {"prompt": 0, "lora": 0, "lora_strength": 2}  # what an axis changes first: a strength needs its LoRA
+PLACE = {"prompt": 0, "lora": 0, "lora_strength": 2}  # the order in which axes change a cell: a LoRA, its strength
 STEP = re.compile(r"[-_](?:s|step)?(\d{6,})")  # at the end of a file's name, as trainers write it
 
 
 @dataclass(frozen=True)
 class ChosenLora:
-    """A LoRA and how strongly it is applied: 1 as it was trained, 0 not at all, negative the other way."""
+    """A LoRA and its strength: 1 as it was trained, 0 not at all, negative the other way."""
 
     path: Path
     strength: float = 1.0
@@ -30,7 +30,7 @@ class ChosenLora:
 
 @dataclass(frozen=True)
 class Cell:
-    """One picture, and the LoRAs it is drawn with."""
+    """A picture, and the LoRAs it is drawn with."""
 
     request: Request
     loras: tuple[ChosenLora, ...] = ()
@@ -50,13 +50,13 @@ class Axis:
 
     @property
     def flag(self) -> str:
-        """How messages name it."""
+        """The name of the axis in messages."""
         return f"--grid {self.name}={self.key}"
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """Pictures and where they stand: row by row between two axes, or each with a caption."""
+    """The pictures and their order: row by row between two axes, or each with a caption."""
 
     cells: Sequence[Cell]
     x: Axis | None = None
@@ -74,11 +74,8 @@ class Sheet:
         return self.y.labels if self.y else [""]
 
 
-# Axes
-
-
 def parse_lora(text: str, flag: str = "--lora") -> ChosenLora:
-    """A LoRA and its strength from `PATH` or `PATH:STRENGTH`."""
+    """Return the LoRA and the strength that `PATH` or `PATH:STRENGTH` names."""
     path, _, strength = text.rpartition(":")
     if path and not Path(text).exists():
         try:
@@ -92,10 +89,10 @@ def parse_lora(text: str, flag: str = "--lora") -> ChosenLora:
 
 
 def parse_axis(text: str, given: Sequence[Request], template: Request, hints: Mapping[str, str]) -> Axis:
-    """An axis from `x=KEY:V1,V2,...`, the values as in a line of CSV; `prompt` alone stands for the given requests.
+    """Return the axis `x=KEY:V1,V2,...`, its values as in a line of CSV; `prompt` alone stands for the given requests.
 
     Args:
-        text: what the user wrote.
+        text: from the command line.
         given: the requests with a prompt.
         template: the settings of prompts that are values of the axis.
         hints: wrong key -> what to write instead.
@@ -131,18 +128,18 @@ def parse_axis(text: str, given: Sequence[Request], template: Request, hints: Ma
             raise ConfigError(f"--grid {name}=prompt: has prompts of its own; leave --prompt and --prompts out")
         return Axis(name, key, [template.model_copy(update={"prompt": word}) for word in words], words)
     axis = Axis(name, key, [number(word) if is_number(key) else word for word in words], [])
-    if problems := [problem for value in axis.values for problem in problems_of(axis, value)]:
+    if problems := [problem for value in axis.values for problem in value_problems(axis, value)]:
         raise ConfigError(problems)
     return replace(axis, labels=[f"{key}: {word}" for word in words])
 
 
 def is_number(key: str) -> bool:
-    """Whether the values of a key are numbers."""
+    """Return True if the values of a key are numbers."""
     return key == "lora_strength" or Request.model_fields[key].annotation in (int, float)
 
 
 def number(word: str) -> int | float | str:
-    """A number as written, or the word where it is none."""
+    """Return the number that a word is, or the word if it is none."""
     for kind in (int, float):
         try:
             return kind(word)
@@ -151,12 +148,12 @@ def number(word: str) -> int | float | str:
     return word
 
 
-def problems_of(axis: Axis, value: Value) -> list[str]:
-    """What is wrong with a value, whatever the other settings are."""
+def value_problems(axis: Axis, value: Value) -> list[str]:
+    """Return the faults of a value that no other setting can heal."""
     if axis.key == "lora_strength":
         if isinstance(value, int | float) and math.isfinite(value):
             return []
-        return [f"{axis.flag}: found {value_text(value)}, expected a finite number"]
+        return [f"{axis.flag}: found {describe_value(value)}, expected a finite number"]
     data = {"prompt": "", axis.key: value}
     try:
         Request.model_validate(data)
@@ -166,7 +163,7 @@ def problems_of(axis: Axis, value: Value) -> list[str]:
 
 
 def loras_of(word: str, flag: str) -> list[ChosenLora | None]:
-    """The LoRA of a value, those of a folder by their steps, or none."""
+    """Return the LoRA of a value, those of a folder by their steps, or [None] for no LoRA."""
     if word == NO_LORA:
         return [None]
     folder = Path(word)
@@ -184,19 +181,16 @@ def loras_of(word: str, flag: str) -> list[ChosenLora | None]:
 
 
 def step_of(path: Path) -> float:
-    """The step in a file's name; weights without one are those of the end."""
+    """Return the step in a file's name; infinity without one, as the last weights have none."""
     match = re.search(STEP.pattern + "$", path.stem)
     return int(match[1]) if match else math.inf
 
 
 def lora_label(lora: ChosenLora | None) -> str:
-    """A LoRA as people know it."""
+    """Return the label of a LoRA: the file's name, and its strength unless that is 1."""
     if lora is None:
         return "no LoRA"
     return lora.path.stem + ("" if lora.strength == 1 else f" at {lora.strength:g}")
-
-
-# Cells
 
 
 def make_grid(
@@ -206,7 +200,7 @@ def make_grid(
     loras: Sequence[ChosenLora],
     hints: Mapping[str, str],
 ) -> Sheet:
-    """The cells of a grid with one axis or two.
+    """Return the cells of a grid with one axis or two.
 
     Args:
         texts: an axis each, such as `x=cfg:2,4`.
@@ -216,7 +210,7 @@ def make_grid(
         hints: wrong key -> what to write instead.
 
     Raises:
-        ConfigError: what is wrong with the axes, or there are more than 2,000 cells.
+        ConfigError: a wrong axis, or more than 2,000 cells.
     """
     if len(texts) > 2:
         raise ConfigError(f"--grid: found {len(texts)} axes, expected one x and one y at most")
@@ -247,7 +241,7 @@ def make_grid(
 
 
 def changed(cell: Cell, axis: Axis, value: Value) -> Cell:
-    """The cell with another value.
+    """Return the cell with this value in place of its own.
 
     Raises:
         ConfigError: the value does not go with the other settings.
@@ -269,7 +263,7 @@ def changed(cell: Cell, axis: Axis, value: Value) -> Cell:
 
 
 def make_gallery(lines: Sequence[str], given: Sequence[Request], loras: Sequence[ChosenLora]) -> Sheet:
-    """The same prompt for each line, in the place of `{}`; empty and repeated lines are passed over.
+    """Return the same prompt with each line in the place of `{}`; empty and repeated lines are passed over.
 
     Raises:
         ConfigError: there is not one prompt with one `{}`, no line, or more than 2,000.
@@ -287,9 +281,6 @@ def make_gallery(lines: Sequence[str], given: Sequence[Request], loras: Sequence
 
 
 def check_number(cells: int, flag: str) -> None:
-    """Refuse what would take days."""
+    """Raise ConfigError if there are more than 2,000 pictures, which would take days."""
     if cells > MAX_CELLS:
         raise ConfigError(f"{flag}: found {cells:,} pictures, expected at most {MAX_CELLS:,}; take fewer values")
-
-
-# The picture of all

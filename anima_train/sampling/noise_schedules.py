@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from anima_train.core.settings import Settings, named
+from anima_train.core.settings import Settings, expand_name
 from anima_train.objective.timesteps import shifted
 
 TABLE_SIZE = 1000
@@ -18,10 +18,10 @@ BETA = 0.6  # both parameters of the beta schedule's distribution
 
 
 class Schedule(Settings):
-    """How the noise levels are spread."""
+    """A spacing of the noise levels."""
 
     def sigmas(self, steps: int, shift: float) -> list[float]:
-        """The noise levels of `steps` (1 to 1000) steps in a flow of this shift (at least 0.1)."""
+        """Return the noise levels of `steps` (1 to 1000) steps in a flow of this shift (at least 0.1)."""
         raise NotImplementedError
 
 
@@ -72,12 +72,12 @@ class Beta(Schedule):
 
 
 def sigma_table(shift: float) -> list[float]:
-    """ComfyUI's 1000 noise levels, rising to 1."""
+    """Return ComfyUI's 1000 noise levels, rising to 1."""
     return [shifted(entry / TABLE_SIZE, shift) for entry in range(1, TABLE_SIZE + 1)]
 
 
 def smallest_t(shift: float) -> float:
-    """Where ComfyUI's schedules that are even in t end.
+    """Return the t at which ComfyUI's schedules that are even in t end.
 
     It is the smallest *sigma*: ComfyUI takes t for the sigma there, so the shift acts on it twice.
     """
@@ -85,9 +85,9 @@ def smallest_t(shift: float) -> float:
 
 
 def beta_edges() -> list[float]:
-    """The probability that a Beta(0.6, 0.6) variable, times 999, is below k + 1/2, for each k from 0 to 998.
+    """Return the probability that a Beta(0.6, 0.6) variable, times 999, is below k + 1/2, for each k from 0 to 998.
 
-    How many of them a probability has passed is its quantile, times 999, rounded: an entry of the table.
+    The number of them below a probability is its quantile, times 999, rounded: an entry of the table.
     """
     count = TABLE_SIZE - 1
     half = beta_integral(0.5)
@@ -96,7 +96,7 @@ def beta_edges() -> list[float]:
 
 
 def beta_integral(x: float) -> float:
-    """The integral of `u^(a-1) (1-u)^(a-1)` from 0 to x in [0, 1/2], by the power series of `(1-u)^(a-1)`."""
+    """Return the integral of `u^(a-1) (1-u)^(a-1)` from 0 to x in [0, 1/2], by the power series of `(1-u)^(a-1)`."""
     total, coefficient = 0.0, 1.0
     for power in range(60):  # x^60 is less than a double resolves
         total += coefficient / (BETA + power)
@@ -105,4 +105,4 @@ def beta_integral(x: float) -> float:
 
 
 AnySchedule = Annotated[Simple | Normal | SgmUniform | Beta, Field(discriminator="type")]
-ScheduleSetting = Annotated[AnySchedule, BeforeValidator(named, json_schema_input_type=str | AnySchedule)]
+ScheduleSetting = Annotated[AnySchedule, BeforeValidator(expand_name, json_schema_input_type=str | AnySchedule)]

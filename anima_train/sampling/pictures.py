@@ -1,4 +1,4 @@
-"""Pictures as PNG files that say what they were made from: in the words of A1111, and in ours. No path is in them."""
+"""The PNG files of pictures, which tell their settings: in the words of A1111, and in ours. No path is in them."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from anima_train import __version__
 from anima_train.core.files import atomic_path
 from anima_train.sampling.generate import Request
 
-# What A1111 calls samplers and schedules; others are written as they are called here.
+# A1111's names of samplers and schedules; others are written as they are called here.
 A1111_NAMES = {
     "euler": "Euler",
     "euler_ancestral": "Euler a",
@@ -32,7 +32,7 @@ NUMBERED = re.compile(r"(\d+)_\d+\.png")
 
 @dataclass(frozen=True)
 class UsedLora:
-    """A LoRA as pictures tell of it."""
+    """A LoRA that a picture was made with."""
 
     name: str  # of the file, without folder and ending
     strength: float
@@ -40,16 +40,16 @@ class UsedLora:
 
 
 @dataclass(frozen=True)
-class Sources:
-    """The weights a picture was made with."""
+class UsedWeights:
+    """The weights that a picture was made with."""
 
     model: str  # name of the transformer's file, without folder and ending
     loras: Sequence[UsedLora] = ()
 
 
-def parameters_text(request: Request, sources: Sources) -> str:
-    """The settings as A1111 writes them, which other tools and Civitai read."""
-    loras = "".join(f" <lora:{lora.name}:{lora.strength:g}>" for lora in sources.loras)
+def parameters_text(request: Request, weights: UsedWeights) -> str:
+    """Return the settings as A1111 writes them, which other tools and Civitai read."""
+    loras = "".join(f" <lora:{lora.name}:{lora.strength:g}>" for lora in weights.loras)
     lines = [request.prompt + loras]
     if request.negative_prompt:
         lines.append(f"Negative prompt: {request.negative_prompt}")
@@ -61,49 +61,48 @@ def parameters_text(request: Request, sources: Sources) -> str:
         "Shift": f"{request.shift:g}",
         "Seed": str(request.seed),
         "Size": f"{request.width}x{request.height}",
-        "Model": sources.model,
+        "Model": weights.model,
     }
-    if sources.loras:
-        facts["Lora hashes"] = ", ".join(f"{lora.name}: {lora.sha256[:HASH_DIGITS]}" for lora in sources.loras)
+    if weights.loras:
+        facts["Lora hashes"] = ", ".join(f"{lora.name}: {lora.sha256[:HASH_DIGITS]}" for lora in weights.loras)
     facts["Version"] = f"anima-train {__version__}"
     lines.append(", ".join(f"{key}: {in_quotes(value)}" for key, value in facts.items()))
     return "\n".join(lines)
 
 
 def in_quotes(value: str) -> str:
-    """A value in quotes where it holds what divides the values."""
+    """Return a value, in quotes if it holds a character that divides values."""
     return json.dumps(value, ensure_ascii=False) if set(value) & set(",:\n") else value
 
 
-def settings_text(request: Request, sources: Sources) -> str:
-    """Everything a picture was made from, as JSON."""
-    loras = [{"name": lora.name, "strength": lora.strength, "sha256": lora.sha256} for lora in sources.loras]
-    facts = {**request.model_dump(), "model": sources.model, "loras": loras, "version": __version__}
+def settings_text(request: Request, weights: UsedWeights) -> str:
+    """Return everything that a picture was made from, as JSON."""
+    loras = [{"name": lora.name, "strength": lora.strength, "sha256": lora.sha256} for lora in weights.loras]
+    facts = {**request.model_dump(), "model": weights.model, "loras": loras, "version": __version__}
     return json.dumps(facts, ensure_ascii=False)
 
 
-def save_picture(folder: Path, image: Image.Image, request: Request, sources: Sources) -> Path:
-    """Write a picture into the folder under the next number; returns its path.
+def save_picture(folder: Path, image: Image.Image, request: Request, weights: UsedWeights) -> Path:
+    """Write a picture into the folder under the next number, and return its path.
 
     Raises:
         SpaceError: the disk is full or read-only.
     """
     path = folder / f"{next_number(folder):05d}_{request.seed}.png"
     with atomic_path(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=png_info(request, sources))
+        image.save(temporary, format="PNG", pnginfo=png_info(request, weights))
     return path
 
 
-def png_info(request: Request, sources: Sources) -> PngInfo:
-    """What a PNG says of itself."""
+def png_info(request: Request, weights: UsedWeights) -> PngInfo:
+    """Return the text fields of a picture's PNG file."""
     info = PngInfo()
-    info.add_text("parameters", parameters_text(request, sources))
-    info.add_text("anima_train", settings_text(request, sources))
+    info.add_text("parameters", parameters_text(request, weights))
+    info.add_text("anima_train", settings_text(request, weights))
     return info
 
 
 def next_number(folder: Path) -> int:
-    """One more than the highest number of a picture in the folder."""
-    return (
-        max((int(match[1]) for path in folder.glob("*.png") if (match := NUMBERED.fullmatch(path.name))), default=0) + 1
-    )
+    """Return one more than the highest number of a picture in the folder."""
+    numbers = (int(match[1]) for path in folder.glob("*.png") if (match := NUMBERED.fullmatch(path.name)))
+    return max(numbers, default=0) + 1

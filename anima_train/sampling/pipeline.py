@@ -1,4 +1,4 @@
-"""Pictures from prompts: one part of the model after the other in memory."""
+"""The pipeline from prompts to picture files, one part of the model after the other in memory."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from anima_train.adapters.read import Shapes, merge_loras, read_lora
-from anima_train.core.device import free
+from anima_train.core.device import release_memory
 from anima_train.core.files import sha256_file
-from anima_train.model.file_kinds import ADAPTER_PREFIX
+from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX
 from anima_train.model.loading import ModelFiles, ModelSpec, load_llm_adapter, load_transformer
 from anima_train.model.text import load_text_encoder, load_tokenizers
 from anima_train.model.vae import load_vae
 from anima_train.sampling.generate import Request, decode, generate
 from anima_train.sampling.grids import Cell, ChosenLora
-from anima_train.sampling.pictures import Sources, UsedLora, save_picture
+from anima_train.sampling.pictures import UsedLora, UsedWeights, save_picture
 from anima_train.sampling.prompts import context_of, prompt_states
 
 Loras = tuple[ChosenLora, ...]
@@ -31,7 +31,7 @@ class LoraSwitch:
         model: the transformer, or a part of it.
         shapes: of the weights, by their full names.
         prefix: of the model's names in the whole transformer, such as `llm_adapter.`
-        keeps: whether there will be other LoRAs, so that weights must be kept.
+        keeps: True if other LoRAs will follow, so that weights must be kept.
     """
 
     def __init__(self, model: nn.Module, shapes: Shapes, prefix: str = "", keeps: bool = True) -> None:
@@ -64,7 +64,7 @@ class LoraSwitch:
 
 
 def sample(spec: ModelSpec, cells: Sequence[Cell], folder: Path) -> Iterator[tuple[int, Path]]:
-    """Draw each cell and write it into the folder; yields places in `cells` and paths.
+    """Draw each cell and write it into the folder; yield its place in `cells` and its path.
 
     Those with the same LoRAs are drawn together. The text encoder is freed before the transformer is loaded, which
     stays beside the VAE until the end.
@@ -78,15 +78,15 @@ def sample(spec: ModelSpec, cells: Sequence[Cell], folder: Path) -> Iterator[tup
     files, device, dtype = spec.files, spec.device, spec.dtype
     shapes = linear_shapes(files)
     paths = list(dict.fromkeys(lora.path for cell in cells for lora in cell.loras))
-    on_adapter = {path for path in paths if changes_adapter(path, shapes)}
+    on_llm_adapter = {path for path in paths if changes_llm_adapter(path, shapes)}
     digests = {path: sha256_file(path) for path in paths}
 
-    def adapter_loras(loras: Loras) -> Loras:
-        return tuple(lora for lora in loras if lora.path in on_adapter)
+    def llm_adapter_loras(loras: Loras) -> Loras:
+        return tuple(lora for lora in loras if lora.path in on_llm_adapter)
 
-    texts = [(adapter_loras(cell.loras), text) for cell in cells for text in texts_of([cell.request])]
+    texts = [(llm_adapter_loras(cell.loras), text) for cell in cells for text in texts_of([cell.request])]
     contexts = encode_all(files, shapes, texts, spec.text_device)
-    transformer = load_transformer(files, with_adapter=False, dtype=dtype, device=device).eval()
+    transformer = load_transformer(files, train_llm_adapter=False, dtype=dtype, device=device).eval()
     groups: dict[Loras, list[int]] = {}
     for place, cell in enumerate(cells):
         groups.setdefault(cell.loras, []).append(place)
@@ -95,31 +95,31 @@ def sample(spec: ModelSpec, cells: Sequence[Cell], folder: Path) -> Iterator[tup
     for loras, places in groups.items():
         switch.set(loras)
         used = [UsedLora(lora.path.stem, lora.strength, digests[lora.path]) for lora in loras]
-        sources = Sources(files.transformer.stem, used)
+        weights = UsedWeights(files.transformer.stem, used)
         for place in places:
             request = cells[place].request
-            words = adapter_loras(loras)
+            words = llm_adapter_loras(loras)
             context, negative = contexts[words, request.prompt], contexts.get((words, request.negative_prompt))
             latents = generate(transformer, request, context, negative, device, dtype)
-            yield place, save_picture(folder, decode(vae, latents), request, sources)
+            yield place, save_picture(folder, decode(vae, latents), request, weights)
 
 
 def texts_of(requests: Iterable[Request]) -> list[str]:
-    """Every prompt and negative prompt that counts, once."""
+    """Return every prompt and negative prompt that has an effect, once."""
     texts = [text for r in requests for text in (r.prompt, *([r.negative_prompt] if r.is_guided else []))]
     return list(dict.fromkeys(texts))
 
 
-def changes_adapter(path: Path, shapes: Shapes) -> bool:
-    """Whether a LoRA changes the LLM adapter; an error if it does not fit."""
-    return any(name.startswith(ADAPTER_PREFIX) for name in read_lora(path, shapes))
+def changes_llm_adapter(path: Path, shapes: Shapes) -> bool:
+    """Return True if a LoRA changes the LLM adapter; raise ModelFileError if it does not fit."""
+    return any(name.startswith(LLM_ADAPTER_PREFIX) for name in read_lora(path, shapes))
 
 
 def linear_shapes(files: ModelFiles) -> dict[str, tuple[int, ...]]:
-    """The shape of every weight a LoRA can change, by the full name of its module."""
+    """Return the shape of every weight that a LoRA can change, by the full name of its module."""
     entries = {
         **files.transformer_header.entries,
-        **{ADAPTER_PREFIX + name: entry for name, entry in files.adapter_header.entries.items()},
+        **{LLM_ADAPTER_PREFIX + name: entry for name, entry in files.llm_adapter_header.entries.items()},
     }
     return {
         name.removesuffix(".weight"): entry.shape
@@ -129,7 +129,7 @@ def linear_shapes(files: ModelFiles) -> dict[str, tuple[int, ...]]:
 
 
 def encode_all(files: ModelFiles, shapes: Shapes, texts: Iterable[tuple[Loras, str]], device: torch.device) -> Contexts:
-    """The context of each text with the LoRAs on the LLM adapter, in float32 on the CPU; what it took is freed."""
+    """Return the context of each text with the LoRAs on the LLM adapter, in float32 on the CPU; models are freed."""
     tokenizers = load_tokenizers(files.tokenizer, files.t5_tokenizer)
     text_encoder = load_text_encoder(files.llm, tokenizers, device)
     groups: dict[Loras, dict[str, None]] = {}
@@ -140,12 +140,12 @@ def encode_all(files: ModelFiles, shapes: Shapes, texts: Iterable[tuple[Loras, s
         for text in dict.fromkeys(text for group in groups.values() for text in group)
     }
     del text_encoder
-    adapter = load_llm_adapter(files, torch.float32, device).eval()
-    switch = LoraSwitch(adapter, shapes, ADAPTER_PREFIX, keeps=len(groups) > 1)
+    llm_adapter = load_llm_adapter(files, torch.float32, device).eval()
+    switch = LoraSwitch(llm_adapter, shapes, LLM_ADAPTER_PREFIX, keeps=len(groups) > 1)
     contexts: dict[tuple[Loras, str], Tensor] = {}
     for loras, group in groups.items():
         switch.set(loras)
-        contexts |= {(loras, text): context_of(states[text], adapter) for text in group}
-    del adapter, switch
-    free(device)
+        contexts |= {(loras, text): context_of(states[text], llm_adapter) for text in group}
+    del llm_adapter, switch
+    release_memory(device)
     return contexts

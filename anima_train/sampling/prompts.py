@@ -1,4 +1,4 @@
-"""Prompts to contexts, as ComfyUI reads them.
+"""The encoding of prompts to contexts, as ComfyUI reads them.
 
 Four things differ from captions (`model/text.py`), each on purpose: training reads captions as they stand and as the
 reference trainer does, sampling reads what people have written for ComfyUI.
@@ -33,14 +33,14 @@ OPEN, CLOSE = "\ufdd0", "\ufdd1"  # stand for escaped parentheses: Unicode keeps
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """A prompt as both tokenizers see it."""
+    """The tokens of a prompt, with their weights."""
 
     tokens: Tokens
     weights: list[float]  # one for each T5 id; Qwen3's tokens have none
 
 
 def weighted_pieces(prompt: str) -> list[tuple[str, float]]:
-    """The pieces of a prompt with their weights, escapes resolved.
+    """Return the pieces of a prompt with their weights, escapes resolved.
 
     `(x:1.2)` has weight 1.2, whatever is around it; `(x)` 1.1 times that of what is around it. Of parentheses that do
     not match, an open one counts as a letter, and behind a closed one too many the count starts at -1. Brackets have no
@@ -51,7 +51,7 @@ def weighted_pieces(prompt: str) -> list[tuple[str, float]]:
 
 
 def pieces(text: str, weight: float) -> Iterator[tuple[str, float]]:
-    """The pieces of a text that has this weight itself."""
+    """Yield the pieces of a text that has this weight itself."""
     for group in outer_groups(text):
         if len(group) > 1 and group[0] == "(" and group[-1] == ")":
             yield from pieces(*emphasized(group[1:-1], weight))
@@ -60,7 +60,7 @@ def pieces(text: str, weight: float) -> Iterator[tuple[str, float]]:
 
 
 def outer_groups(text: str) -> Iterator[str]:
-    """The text cut before and behind each outermost pair of parentheses."""
+    """Yield the parts of a text cut before and behind each outermost pair of parentheses."""
     depth = start = 0
     for place, letter in enumerate(text):
         if letter == "(":
@@ -78,7 +78,7 @@ def outer_groups(text: str) -> Iterator[str]:
 
 
 def emphasized(inside: str, weight: float) -> tuple[str, float]:
-    """What stands in a pair of parentheses, and its weight: the number behind the last colon, else 1.1 times more."""
+    """Return the text inside a pair of parentheses, and its weight: the number behind the last colon, or 1.1 times."""
     text, _, number = inside.rpartition(":")
     if text:
         try:
@@ -89,7 +89,7 @@ def emphasized(inside: str, weight: float) -> tuple[str, float]:
 
 
 def tokenize_prompt(tokenizers: Tokenizers, prompt: str) -> PromptTokens:
-    """The two token streams of a prompt, of any length, with the weights of T5's.
+    """Return the two token streams of a prompt, of any length, with the weights of T5's.
 
     Raises:
         ConfigError: a weight is not finite, as "infinity" and "nan" are numbers behind a colon.
@@ -109,20 +109,20 @@ def tokenize_prompt(tokenizers: Tokenizers, prompt: str) -> PromptTokens:
         weights += [weight] * len(found)
     if not qwen_ids:
         qwen_ids = [tokenizers.qwen.pad_token_id]
-    tokens = Tokens(qwen_ids=qwen_ids, t5_ids=[*t5_ids, T5_END], qwen_lost=0, t5_lost=0)
+    tokens = Tokens(qwen_ids=qwen_ids, t5_ids=[*t5_ids, T5_END])
     return PromptTokens(tokens, [*weights, 1.0])
 
 
 @dataclass(frozen=True)
 class PromptStates:
-    """What the LLM adapter reads of a prompt, and the weights of what it writes; on the CPU."""
+    """The input of the LLM adapter for a prompt, and the weights of its output's rows; on the CPU."""
 
     text: EncodedText
     weights: list[float]  # one for each T5 id
 
 
 def prompt_states(prompt: str, tokenizers: Tokenizers, text_encoder: TextEncoder) -> PromptStates:
-    """A prompt as the LLM adapter reads it.
+    """Return a prompt as the LLM adapter reads it.
 
     Raises:
         ConfigError: a weight is not finite.
@@ -132,13 +132,13 @@ def prompt_states(prompt: str, tokenizers: Tokenizers, text_encoder: TextEncoder
 
 
 @torch.no_grad()
-def context_of(prompt: PromptStates, adapter: LLMAdapter) -> Float[Tensor, "1 L C"]:
-    """The context of a prompt: the LLM adapter's output, each row times its token's weight; at least 512 rows.
+def context_of(prompt: PromptStates, llm_adapter: LLMAdapter) -> Float[Tensor, "1 L C"]:
+    """Return the context of a prompt: the LLM adapter's output, each row times its token's weight; at least 512 rows.
 
-    In the adapter's dtype, on the CPU.
+    In the LLM adapter's dtype, on the CPU.
     """
-    weight = adapter.embed.weight
+    weight = llm_adapter.embed.weight
     states = pad_states([prompt.text]).to(weight.device)
     qwen = states.qwen.to(weight.dtype)
-    context = adapter(qwen, states.t5_ids, states.qwen_mask, states.t5_mask).to("cpu", weight.dtype)
+    context = llm_adapter(qwen, states.t5_ids, states.qwen_mask, states.t5_mask).to("cpu", weight.dtype)
     return pad_rows(context * torch.tensor(prompt.weights, dtype=context.dtype)[:, None])

@@ -1,4 +1,4 @@
-"""Integrating the model's velocity from noise (t = 1) to an image (t = 0), as ComfyUI's samplers do for a flow.
+"""The integration of the model's velocity from noise (t = 1) to an image (t = 0), as ComfyUI does it for a flow.
 
 At noise level s a flow has `x = (1 - s) x0 + s n`, so the velocity v tells the clean latents `D = x - s v`. All
 samplers but euler and heun step to the next level s' by
@@ -18,7 +18,7 @@ import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from anima_train.core.settings import Settings, named
+from anima_train.core.settings import Settings, expand_name
 from anima_train.objective.timesteps import shifted
 
 Velocity = Callable[[Tensor, float], Tensor]  # (latents, t) -> velocity
@@ -28,13 +28,8 @@ FIRST_T = 1 - 1e-4  # stands for t = 1 where that has no signal-to-noise ratio
 INTEGRATION_POINTS = 200  # of er_sde's integrals
 
 
-def flow_sigmas(steps: int, shift: float) -> list[float]:
-    """`steps + 1` noise levels from 1 to 0, evenly spaced and then shifted: `s t / (1 + (s - 1) t)`."""
-    return [shifted(1 - step / steps, shift) for step in range(steps + 1)]
-
-
 def step_noise(latents: Tensor, seed: int) -> StepNoise:
-    """The noise that ComfyUI's samplers add on the way: a generator on the device of the latents.
+    """Return a source of the noise that ComfyUI's samplers add on the way: a generator on the device of the latents.
 
     On the CPU its seed is one more than the image's, or the first step would add the initial noise once more.
     dpmpp_2m_sde gets another noise in ComfyUI, the increments of a Brownian tree (torchsde). They are just as normal
@@ -51,7 +46,7 @@ class Sampler(Settings):
     def sample(
         self, velocity: Velocity, noise: Tensor, sigmas: Sequence[float], shift: float, step_noise: StepNoise
     ) -> Tensor:
-        """Clean latents from noise.
+        """Return clean latents from noise.
 
         Args:
             velocity: the model, guidance included.
@@ -95,7 +90,7 @@ class Heun(Sampler):
 class Denoising(Sampler):
     """A sampler that steps by the denoised latents D, at present and before."""
 
-    needs_snr: ClassVar[bool] = False  # whether (1 - sigma) / sigma must not be 0
+    needs_snr: ClassVar[bool] = False  # True if (1 - sigma) / sigma must not be 0
 
     def sample(
         self, velocity: Velocity, noise: Tensor, sigmas: Sequence[float], shift: float, step_noise: StepNoise
@@ -111,7 +106,7 @@ class Denoising(Sampler):
         return x
 
     def step(self, x: Tensor, history: Sequence[Tensor], sigmas: Sequence[float], step_noise: StepNoise) -> Tensor:
-        """One step, from level sigmas[-2] to sigmas[-1] > 0.
+        """Return the latents after one step, from level sigmas[-2] to sigmas[-1] > 0.
 
         Args:
             x: the latents at sigmas[-2].
@@ -130,7 +125,7 @@ class EulerAncestral(Denoising):
 
     type: Literal["euler_ancestral"] = "euler_ancestral"
     eta: float = Field(default=1.0, ge=0, le=1)
-    """How much of the noise is renewed; 0 is euler."""
+    """Strength of the renewal of noise; 0 is euler."""
 
     def step(self, x: Tensor, history: Sequence[Tensor], sigmas: Sequence[float], step_noise: StepNoise) -> Tensor:
         sigma, following = sigmas[-2:]
@@ -161,7 +156,7 @@ class Dpmpp2MSde(Denoising):
     type: Literal["dpmpp_2m_sde"] = "dpmpp_2m_sde"
     needs_snr: ClassVar[bool] = True
     eta: float = Field(default=1.0, ge=0)
-    """How fast the noise is renewed; 0 is an ODE solver like dpmpp_2m."""
+    """Speed of the renewal of noise; 0 is an ODE solver like dpmpp_2m."""
 
     def step(self, x: Tensor, history: Sequence[Tensor], sigmas: Sequence[float], step_noise: StepNoise) -> Tensor:
         log_snrs = [-math.log(noise_ratio(sigma)) for sigma in sigmas[-3:]]
@@ -206,7 +201,7 @@ class ErSde(Denoising):
 
 
 def euler(velocity: Velocity, noise: Tensor, sigmas: Sequence[float]) -> Tensor:
-    """`x <- x + (sigma_next - sigma) v(x, sigma)` along the noise levels."""
+    """Follow `x <- x + (sigma_next - sigma) v(x, sigma)` along the noise levels."""
     x = noise
     for sigma, following in pairwise(sigmas):
         x = x + (following - sigma) * velocity(x, sigma).to(x.dtype)
@@ -214,7 +209,7 @@ def euler(velocity: Velocity, noise: Tensor, sigmas: Sequence[float]) -> Tensor:
 
 
 def advance(x: Tensor, denoised: Tensor, sigma: float, following: float, kept: float, step_noise: StepNoise) -> Tensor:
-    """The step at the head of this file, to the level `following`, with `kept` for k and `denoised` for D'."""
+    """Take the step at the head of this file, to the level `following`, with `kept` for k and `denoised` for D'."""
     noise = kept * (x - (1 - sigma) * denoised) / sigma
     if kept < 1:
         noise = noise + math.sqrt(1 - kept**2) * step_noise()
@@ -222,7 +217,7 @@ def advance(x: Tensor, denoised: Tensor, sigma: float, following: float, kept: f
 
 
 def half_a_step_on(history: Sequence[Tensor], times: Sequence[float]) -> Tensor:
-    """D in the middle of the step from times[-2] to times[-1], on the line through the last two D."""
+    """Return D in the middle of the step from times[-2] to times[-1], on the line through the last two D."""
     if len(history) == 1:
         return history[-1]
     before, now, following = times
@@ -230,12 +225,12 @@ def half_a_step_on(history: Sequence[Tensor], times: Sequence[float]) -> Tensor:
 
 
 def noise_ratio(sigma: float) -> float:
-    """Noise over signal, `s / (1 - s)`."""
+    """Return noise over signal, `s / (1 - s)`."""
     return sigma / (1 - sigma)
 
 
 def er_growth(ratio: float) -> float:
-    """ER-SDE's f(r) / r, which says how fast the noise is renewed: the paper's `exp(r^0.3) + 10`."""
+    """Return ER-SDE's f(r) / r, the speed at which noise is renewed: the paper's `exp(r^0.3) + 10`."""
     return math.exp(ratio**0.3) + 10
 
 
@@ -243,4 +238,4 @@ AnySampler = Annotated[
     Euler | EulerAncestral | Heun | ErSde | Dpmpp2M | Dpmpp2MSde,
     Field(discriminator="type"),
 ]
-SamplerSetting = Annotated[AnySampler, BeforeValidator(named, json_schema_input_type=str | AnySampler)]
+SamplerSetting = Annotated[AnySampler, BeforeValidator(expand_name, json_schema_input_type=str | AnySampler)]

@@ -1,1 +1,1 @@
-"""What is done with model files beside training."""
+"""Tools for model files, beside training."""

@@ -1,4 +1,4 @@
-"""A model's files as the folder that diffusers' `AnimaModularPipeline` loads.
+"""The conversion of a model's files to the folder that diffusers' `AnimaModularPipeline` loads.
 
 Tensors keep their values and, unless told otherwise, their dtypes; only names change. One component is in memory at a
 time.
@@ -11,19 +11,19 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler
-from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from anima_train.adapters.names import cosmos_key
 from anima_train.core.errors import ConfigError, ModelFileError
 from anima_train.core.files import atomic_folder
+from anima_train.core.shapes import LATENT_CHANNELS
 from anima_train.core.text_batch import CONTEXT_ROWS
-from anima_train.model.dit import OUT_CHANNELS, MiniTrainDIT, TransformerShape
-from anima_train.model.file_kinds import expect
+from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
-from anima_train.model.safetensors_io import TensorFile, match_keys, open_header, read_tensors, write_tensors
+from anima_train.model.safetensors_io import TensorFile, match_keys, read_tensors, write_tensors
 from anima_train.model.text import Tokenizers, load_text_encoder, load_tokenizers, text_encoder_entries
+from anima_train.model.vae import open_vae
 
 SHIFT = 3.0  # of the noise levels, as the model is sampled
 INDEX = "modular_model_index.json"
@@ -39,7 +39,7 @@ COMPONENTS: Mapping[str, tuple[str, str]] = {  # folder -> library and class, as
 
 
 def expect_new(folder: Path) -> None:
-    """Raise ConfigError if something is where the folder is to be made."""
+    """Raise ConfigError if the folder that is to be made, or anything of its name, exists."""
     if folder.exists() or folder.is_symlink():
         raise ConfigError(f"{folder} already exists; give a folder that does not, or remove it")
 
@@ -51,7 +51,7 @@ def to_diffusers(
     """Write a model as a diffusers pipeline; the folder appears when everything in it is on disk.
 
     Args:
-        transformer: its tensors, keys without prefix and without the adapter's.
+        transformer: its tensors, keys without prefix and without the LLM adapter's.
         llm_adapter: its tensors, keys without prefix.
         vae: the official file, in Wan names.
         llm: Qwen3, a safetensors file or a folder in transformers' layout.
@@ -79,7 +79,7 @@ def to_diffusers(
 
 
 def index() -> dict[str, Any]:
-    """What tells diffusers which pipeline this is, and of which classes its parts are.
+    """Return the index, by which diffusers knows the pipeline and the classes of its parts.
 
     It names no place: diffusers (from 0.41) looks for the parts beside the index, so the folder may be moved.
     """
@@ -94,16 +94,16 @@ def index() -> dict[str, Any]:
 def write_transformer(folder: Path, file: TensorFile, dtype: torch.dtype | None) -> None:
     """Write the transformer as `CosmosTransformer3DModel`."""
     shape = TransformerShape.of(file.entries)
-    if shape.in_channels != OUT_CHANNELS:
+    if shape.in_channels != LATENT_CHANNELS:
         raise ModelFileError(
             f"model.transformer_path: {file.path} reads {shape.in_channels} channels, and diffusers' Anima pipeline "
-            f"gives {OUT_CHANNELS}; models with a mask channel cannot be converted"
+            f"gives {LATENT_CHANNELS}; models with a mask channel cannot be converted"
         )
     with torch.device("meta"):
         match_keys(file.entries, MiniTrainDIT(shape).state_dict(), f"model.transformer_path: {file.path}")
     config = {
         "in_channels": shape.in_channels,
-        "out_channels": OUT_CHANNELS,
+        "out_channels": LATENT_CHANNELS,
         "num_attention_heads": shape.width // shape.head_dim,
         "attention_head_dim": shape.head_dim,
         "num_layers": shape.num_blocks,
@@ -143,13 +143,7 @@ def write_text_conditioner(folder: Path, file: TensorFile, dtype: torch.dtype | 
 
 def write_vae(folder: Path, path: Path, dtype: torch.dtype | None) -> None:
     """Write the VAE, with what only video uses of it."""
-    file = open_header(path)
-    expect(file, "vae", "model.vae_path", ("vae",))
-    wan_names = convert_wan_vae_to_diffusers({name: name for name in file.entries})
-    found = {name: file.entries[wan_name] for name, wan_name in wan_names.items()}
-    with torch.device("meta"):
-        vae = AutoencoderKLQwenImage(base_dim=found["encoder.down_blocks.0.norm1.gamma"].shape[0])
-    match_keys(found, vae.state_dict(), f"model.vae_path: {path} (keys as diffusers names them)")
+    file, vae, wan_names = open_vae(path)
     names = {wan_name: name for name, wan_name in wan_names.items()}
     tensors = {names[wan_name]: cast(tensor, dtype) for wan_name, tensor in read_tensors(file)}
     write_model(folder, json.loads(vae.to_json_string()), tensors)
@@ -166,12 +160,12 @@ def write_text_encoder(folder: Path, path: Path, tokenizers: Tokenizers, dtype: 
 
 
 def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The tensor in this dtype, if one is asked for."""
+    """Return the tensor in this dtype; as it is for None."""
     return tensor if dtype is None else tensor.to(dtype)
 
 
 def model_facts(kind: str) -> dict[str, Any]:
-    """What every config of diffusers begins with: the class, and the version."""
+    """Return the first keys of every config of diffusers: the class, and the version."""
     return {"_class_name": kind, "_diffusers_version": diffusers.__version__}
 
 
@@ -179,7 +173,7 @@ def write_model(
     folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor],
     name: str = "diffusion_pytorch_model.safetensors",
 ) -> None:  # fmt: skip
-    """Write one component: its configuration and its weights."""
+    """Write one component into a new folder: its configuration and its weights."""
     folder.mkdir()
     write_json(folder / "config.json", config)
     write_tensors(folder / name, tensors, {"format": "pt"})

@@ -10,7 +10,7 @@ from anima_train.checkpoint.disk_space import Writings, file_sizes, first_needs,
 from anima_train.config.config import Config
 from anima_train.config.load import LoadedConfig
 from anima_train.core.errors import ConfigError
-from anima_train.core.files import Need
+from anima_train.core.files import DiskRequirement
 from anima_train.data.plan import Plan, Timetable
 from anima_train.data.samples import Sample
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
@@ -34,7 +34,7 @@ def trainable_transformer(config: Config, spec: ModelSpec) -> MiniTrainDIT:
     with torch.device("meta"):
         transformer = MiniTrainDIT(TransformerShape.of(spec.files.transformer_header.entries))
         if spec.trains_llm_adapter:
-            transformer.llm_adapter = LLMAdapter(LLMAdapterShape.of(spec.files.adapter_header.entries))
+            transformer.llm_adapter = LLMAdapter(LLMAdapterShape.of(spec.files.llm_adapter_header.entries))
     transformer.to(spec.weights_dtype)
     config.adapter.attach(transformer, config.learning_rates(), config.seed)
     return transformer
@@ -57,7 +57,7 @@ def load_trained(config: Config, spec: ModelSpec) -> tuple[MiniTrainDIT, list[di
     return transformer, groups
 
 
-def first_files(loaded: LoadedConfig, spec: ModelSpec) -> list[Need]:
+def first_files(loaded: LoadedConfig, spec: ModelSpec) -> list[DiskRequirement]:
     """Return what a run has to have room for before it begins, at the least."""
     sizes = file_sizes(loaded.config, trainable_transformer(loaded.config, spec), spec.files)
     return first_needs(Path(loaded.config.output_dir) / loaded.run_name, loaded.config, sizes)

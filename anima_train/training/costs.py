@@ -4,18 +4,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from anima_train.adapters.full import Full
 from anima_train.caching.sizes import latent_bytes, mask_bytes, text_bytes
 from anima_train.config.config import Config
-from anima_train.core.format import readable
+from anima_train.core.device import DTYPES
+from anima_train.core.format import format_bytes
 from anima_train.data.buckets import Size
 from anima_train.data.samples import Sample, View
 from anima_train.model.dit import TransformerShape
 from anima_train.model.text import TokenCounts
 from anima_train.optim.optimizers import AnyOptimizer
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 # Values kept for the backward pass per image token, block and channel: 16 GiB for one image of 1024 pixels in the 28
 # blocks of width 2048 of Anima, what trainers that recompute nothing need.
 KEPT_VALUES = 36
@@ -70,7 +71,7 @@ def cache_costs(
                 config.learning_rates().by_component["llm_adapter"] == 0,
                 model.source_width,
                 model.context_width,
-                DTYPE_BYTES[config.model.dtype],
+                DTYPES[config.model.dtype].itemsize,
             )
 
     for sample in train:
@@ -102,24 +103,24 @@ def memory_cost(config: Config, model: ModelStats, size: Size, batch_size: int) 
         trained = gradient_and_state_bytes(config.optimizer, weights_dtype)
     else:  # a LoRA comes on top of the weights, in a dtype of its own
         dtype = config.adapter.dtype
-        trained = DTYPE_BYTES[dtype] + gradient_and_state_bytes(config.optimizer, dtype)
+        trained = DTYPES[dtype].itemsize + gradient_and_state_bytes(config.optimizer, dtype)
     if config.ema is not None:
-        trained += DTYPE_BYTES["float32"]
+        trained += torch.float32.itemsize
     shape = model.transformer
-    per_block = batch_size * size.num_tokens * shape.width * DTYPE_BYTES[config.model.dtype]
+    per_block = batch_size * size.num_tokens * shape.width * DTYPES[config.model.dtype].itemsize
     if config.activation_checkpointing:
         kept = per_block * (shape.num_blocks * KEPT_VALUES_CHECKPOINTED + KEPT_VALUES)
     else:
         kept = per_block * shape.num_blocks * KEPT_VALUES
-    weights = model.num_weights * DTYPE_BYTES[weights_dtype] + model.num_text_weights * DTYPE_BYTES["float32"]
+    weights = model.num_weights * DTYPES[weights_dtype].itemsize + model.num_text_weights * torch.float32.itemsize
     return MemoryCost(weights, model.num_trained * trained, kept)
 
 
 def gradient_and_state_bytes(optimizer: AnyOptimizer, dtype: str) -> int:
     """Bytes per trained parameter of this dtype: the gradient, two moments, the Kahan compensation of bf16."""
-    value = DTYPE_BYTES[dtype]
+    value = DTYPES[dtype].itemsize
     if optimizer.type == "adamw_optimi":
-        return value + 2 * DTYPE_BYTES[optimizer.moments_dtype] + (value if dtype == "bfloat16" else 0)
+        return value + 2 * DTYPES[optimizer.moments_dtype].itemsize + (value if dtype == "bfloat16" else 0)
     return value + 2 * value
 
 
@@ -136,7 +137,7 @@ class Measured:
     def described(self) -> str:
         """The time of a step, or that there was none."""
         if self.seconds_per_step is None:
-            return f"out of memory with {readable(self.peak_bytes)} in use"
+            return f"out of memory with {format_bytes(self.peak_bytes)} in use"
         return f"{self.seconds_per_step:.3g} s"
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from anima_train.checkpoint.disk_space import space_warning
 from anima_train.config.load import LoadedConfig
-from anima_train.core.format import readable
+from anima_train.core.format import format_bytes
 from anima_train.data.scan import Scan
 from anima_train.model.loading import ModelSpec
 from anima_train.optim.groups import group_rows
@@ -23,7 +23,7 @@ def describe_run(loaded: LoadedConfig, spec: ModelSpec, scans: Mapping[str, Scan
     transformer = trainable_transformer(config, spec)
     lines.extend(groups_text(group_rows(transformer, config.learning_rates())))
     planned = planned_writings(loaded, spec.files, plan, schedule, transformer)
-    lines.append(f"files: {planned.described()}: {readable(planned.num_bytes)} in all")
+    lines.append(f"files: {planned.described()}: {format_bytes(planned.num_bytes)} in all")
     if warning := space_warning(planned, config):
         lines.append(f"warning: {warning}")
     return lines

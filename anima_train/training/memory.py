@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from anima_train.core.errors import SpaceError
-from anima_train.core.format import count, readable
+from anima_train.core.format import count, format_bytes
 from anima_train.data.buckets import Size
 from anima_train.data.plan import MicroBatch
 from anima_train.data.samples import Sample
@@ -102,9 +102,9 @@ def memory_errors(
         if not is_out_of_memory(error):
             raise
         peak, asked = peak_bytes(device), asked_bytes(str(error))
-        need = f"{readable(peak)} in use at most until then"
+        need = f"{format_bytes(peak)} in use at most until then"
         if asked is not None:
-            need = f"more than {readable(peak + asked)} ({need}, {readable(asked)} more asked for)"
+            need = f"more than {format_bytes(peak + asked)} ({need}, {format_bytes(asked)} more asked for)"
         changes = [f"\n  {number}. {saving}" for number, saving in enumerate(savings(attempt.shape), start=1)]
         raise SpaceError(
             f"out of memory in {attempt}. Needed: {need}; {limits(device)}. What to change, in order of least cost:"
@@ -128,19 +128,20 @@ def asked_bytes(message: str) -> int | None:
 def limits(device: torch.device) -> str:
     """How much memory there is, in words."""
     if device.type == "mps":
-        return f"the device has {readable(torch.mps.recommended_max_memory())}"
+        return f"the device has {format_bytes(torch.mps.recommended_max_memory())}"
     if device.type != "cpu":
         free, total = torch.accelerator.get_memory_info(device)
         others = max(0, total - free - torch.accelerator.memory_reserved(device))
-        return f"the device has {readable(total)}, {readable(others)} of it in use for other things than this training"
+        in_use = f"{format_bytes(others)} of it in use for other things than this training"
+        return f"the device has {format_bytes(total)}, {in_use}"
     if sys.platform == "win32":
         import psutil  # which Accelerate needs
 
-        return f"the computer has {readable(psutil.virtual_memory().total)}"
+        return f"the computer has {format_bytes(psutil.virtual_memory().total)}"
     else:  # noqa: RET505  # mypy knows which branch it can reach
         import resource
 
-        text = f"the computer has {readable(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))}"
+        text = f"the computer has {format_bytes(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))}"
         if (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
-            text += f", of which a process may take {readable(limit)} (ulimit -v)"
+            text += f", of which a process may take {format_bytes(limit)} (ulimit -v)"
         return text

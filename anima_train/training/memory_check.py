@@ -110,7 +110,7 @@ def random_text(
 ) -> Tensor | TextStates:
     """The frozen LLM adapter's output, or what a trained one reads."""
     dtype = DTYPES[loaded.config.model.dtype]
-    shape = LLMAdapterShape.of(files.adapter_header.entries)
+    shape = LLMAdapterShape.of(files.llm_adapter_header.entries)
     if loaded.config.learning_rates().by_component["llm_adapter"] == 0:
         return torch.randn(batch_size, CONTEXT_ROWS, shape.target_width, generator=generator).to(dtype)
     qwen = torch.randn(MAX_TOKENS, shape.source_width, generator=generator).to(dtype)

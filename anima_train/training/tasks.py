@@ -266,7 +266,7 @@ def weights_to_save(config: Config, transformer: MiniTrainDIT, spec: ModelSpec) 
     """Return the LoRA, or the whole model; a frozen LLM adapter that is not in memory comes from its file."""
     tensors = config.adapter.tensors(transformer)
     if isinstance(config.adapter, Full) and not spec.trains_llm_adapter:
-        tensors |= config.adapter.outside(spec.files.adapter_tensors())
+        tensors |= config.adapter.outside(spec.files.llm_adapter_tensors())
     if config.save_dtype is None:
         return tensors
     return {name: tensor.to(DTYPES[config.save_dtype]) for name, tensor in tensors.items()}

@@ -6,7 +6,7 @@ import torch
 from anima_train.adapters.full import Full
 from anima_train.checkpoint.weights import save_weights
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
-from anima_train.model.file_kinds import ADAPTER_PREFIX, expect
+from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX, validate_kind
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
 from anima_train.model.safetensors_io import load_into, open_header
 from anima_train.optim.groups import COMPONENTS, LearningRates, component_of
@@ -36,7 +36,6 @@ def test_attaching_adds_and_changes_nothing():
     found, expected = transformer.state_dict(), untouched.state_dict()
     assert list(found) == list(expected)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert Full().compute_dtypes == set()
 
 
 def test_tensors_are_every_parameter_under_net_frozen_or_not():
@@ -50,12 +49,12 @@ def test_tensors_are_every_parameter_under_net_frozen_or_not():
 
 def test_saved_file_loads_as_a_whole_model_with_the_adapter_that_was_not_in_memory(tmp_path):
     whole, without = model(), model(adapter=False)
-    adapter = {f"{ADAPTER_PREFIX}{name}": tensor for name, tensor in whole.llm_adapter.state_dict().items()}
+    adapter = {f"{LLM_ADAPTER_PREFIX}{name}": tensor for name, tensor in whole.llm_adapter.state_dict().items()}
     path = tmp_path / "model.safetensors"
     save_weights(path, Full().tensors(without) | Full().outside(adapter), Full().metadata())
 
     file = open_header(path)
-    expect(file, "transformer", "model.transformer_path", ("transformer",))
+    validate_kind(file, "transformer", "model.transformer_path", ("transformer",))
     with torch.device("meta"):
         loaded = model()
     load_into(loaded, file.stripped("net."), "model.transformer_path", torch.float32, torch.device("cpu"))

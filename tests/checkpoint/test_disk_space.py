@@ -24,7 +24,7 @@ from anima_train.config.load import load_config
 from anima_train.config.model_files import find_model_files
 from anima_train.core.errors import SpaceError
 from anima_train.core.files import on_disk
-from anima_train.core.format import readable
+from anima_train.core.format import format_bytes
 from anima_train.data.plan import Timetable
 from anima_train.optim.ema import Ema
 from anima_train.run.manifest import plain
@@ -189,8 +189,8 @@ def test_the_report_of_what_a_run_would_do_says_how_much_it_would_write(trainer)
     files = find_model_files(loaded)
     sizes = file_sizes(loaded.config, trainable_transformer(loaded, files), files)
     text = str(report(loaded, files, scan_all(loaded, write=False), num_processes=1))
-    whole = readable(3 * sizes.weights + 3 * sizes.state + 6 * sizes.numbers)
-    assert f"files: 3 x weights ({readable(3 * sizes.weights)}), 3 x training state" in text
+    whole = format_bytes(3 * sizes.weights + 3 * sizes.state + 6 * sizes.numbers)
+    assert f"files: 3 x weights ({format_bytes(3 * sizes.weights)}), 3 x training state" in text
     assert f": {whole} in all" in text
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from anima_train.core.device import attention, choose_device, describe_device
+from anima_train.core.device import attention_kernel, choose_device, describe_device
 
 
 def test_the_device_can_hold_a_tensor(monkeypatch):
@@ -36,9 +36,9 @@ def test_a_cpu_is_named_with_its_memory_and_that_it_is_slow():
 
 def test_the_attention_kernel_is_the_one_that_torch_takes():
     with sdpa_kernel(SDPBackend.MATH):
-        assert attention(torch.device("cpu"), torch.float32) == "math"
+        assert attention_kernel(torch.device("cpu"), torch.float32) == "math"
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        assert attention(torch.device("cpu"), torch.float32) == "flash"
+        assert attention_kernel(torch.device("cpu"), torch.float32) == "flash"
 
 
 @pytest.mark.gpu

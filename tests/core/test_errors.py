@@ -4,7 +4,7 @@ import pytest
 
 from anima_train.core import errors
 from anima_train.core.errors import ConfigError, Interrupted, UserError
-from anima_train.core.format import count, readable_time
+from anima_train.core.format import count, format_duration
 
 
 def test_every_kind_of_error_has_its_own_exit_code():
@@ -42,4 +42,4 @@ def test_an_irregular_plural_can_be_given():
 
 def test_durations_are_readable():
     times = {0.25: "0.25 s", 59: "59 s", 61: "1 min", 3570: "1 h 0 min", 3700: "1 h 2 min", 360_000: "100 h 0 min"}
-    assert {seconds: readable_time(seconds) for seconds in times} == times
+    assert {seconds: format_duration(seconds) for seconds in times} == times

@@ -7,7 +7,16 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
-from anima_train.core.settings import Settings, Spot, key_path, nearest, quoted, tables, validation_problems, value_text
+from anima_train.core.settings import (
+    ErrorPlace,
+    Settings,
+    describe_value,
+    key_path,
+    nearest,
+    quoted,
+    tables,
+    validation_problems,
+)
 
 
 class Red(Settings):
@@ -160,7 +169,7 @@ def test_locations_read_like_toml(location, text):
     ],
 )
 def test_values_are_shown_with_their_kind(value, text):
-    assert value_text(value) == text
+    assert describe_value(value) == text
 
 
 def test_quoted_text_is_toml():
@@ -190,4 +199,4 @@ def test_tables_are_named_as_they_are_written():
 
 
 def test_a_location_that_the_classes_do_not_know_is_kept():
-    assert Spot.of(("unknown", "deep", 3), Tree).location == ("unknown", "deep", 3)
+    assert ErrorPlace.of(("unknown", "deep", 3), Tree).location == ("unknown", "deep", 3)

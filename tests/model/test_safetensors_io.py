@@ -17,12 +17,12 @@ from torch import nn
 from anima_train.core.errors import ModelFileError
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.file_kinds import (
-    ADAPTER_PREFIX,
+    LLM_ADAPTER_PREFIX,
     TRANSFORMER_PREFIXES,
-    adapter_prefix,
-    expect,
     identify,
+    llm_adapter_prefix,
     transformer_prefix,
+    validate_kind,
 )
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
 from anima_train.model.safetensors_io import DTYPES, fingerprint, load_into, open_header, read_tensors, write_tensors
@@ -37,16 +37,16 @@ def zeros(shapes, prefix=""):
     return {prefix + name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
 
 
-def transformer_shapes(with_adapter=True):
+def transformer_shapes(with_llm_adapter=True):
     with torch.device("meta"):
-        adapter = LLMAdapter(LLMAdapterShape(1, 16, 8, 12, 20, 30)) if with_adapter else None
+        adapter = LLMAdapter(LLMAdapterShape(1, 16, 8, 12, 20, 30)) if with_llm_adapter else None
         model = MiniTrainDIT(TransformerShape(2, 48, 24, 16, 20, 8), adapter)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def adapter_shapes():
     shapes = transformer_shapes()
-    return {name.removeprefix(ADAPTER_PREFIX): shape for name, shape in shapes.items() if name.startswith("llm_")}
+    return {name.removeprefix(LLM_ADAPTER_PREFIX): shape for name, shape in shapes.items() if name.startswith("llm_")}
 
 
 def llm_shapes(qk_norm=True, bias=False, **extra):
@@ -73,7 +73,7 @@ WAN_VAE = {
 }
 OURS = {
     "transformer": zeros(transformer_shapes(), "net."),
-    "cosmos": zeros(transformer_shapes(with_adapter=False), "net."),
+    "cosmos": zeros(transformer_shapes(with_llm_adapter=False), "net."),
     "llm_adapter": zeros(adapter_shapes()),
     "text_encoder": zeros(llm_shapes(), "model."),
     "vae": zeros(WAN_VAE),
@@ -151,18 +151,18 @@ def test_each_kind_is_recognised_and_accepted_in_its_slot(tmp_path, kind):
     file = open_header(saved(tmp_path, OURS[kind]))
     assert identify(file) == kind
     slot = "transformer" if kind == "cosmos" else kind
-    expect(file, slot, SLOTS[slot][0], (kind,))
+    validate_kind(file, slot, SLOTS[slot][0], (kind,))
 
 
 @pytest.mark.parametrize("prefix", TRANSFORMER_PREFIXES)
-@pytest.mark.parametrize("with_adapter", [True, False])
-def test_transformer_is_recognised_under_every_accepted_prefix(tmp_path, prefix, with_adapter):
-    shapes = transformer_shapes(with_adapter)
+@pytest.mark.parametrize("with_llm_adapter", [True, False])
+def test_transformer_is_recognised_under_every_accepted_prefix(tmp_path, prefix, with_llm_adapter):
+    shapes = transformer_shapes(with_llm_adapter)
     tensors = zeros(shapes, prefix) | {f"{prefix}pos_embedder.seq": torch.arange(4)}  # derived buffers do not count
     file = open_header(saved(tmp_path, tensors))
-    kind = "transformer" if with_adapter else "cosmos"
+    kind = "transformer" if with_llm_adapter else "cosmos"
     assert identify(file) == kind
-    expect(file, "transformer", "model.transformer_path", (kind,))
+    validate_kind(file, "transformer", "model.transformer_path", (kind,))
     assert transformer_prefix(file) == prefix
     assert set(file.stripped(prefix).entries) == {*shapes, "pos_embedder.seq"}
 
@@ -171,14 +171,14 @@ def test_transformer_is_recognised_under_every_accepted_prefix(tmp_path, prefix,
 def test_adapter_is_recognised_under_any_prefix(tmp_path, prefix):
     file = open_header(saved(tmp_path, zeros(adapter_shapes(), prefix)))
     assert identify(file) == "llm_adapter"
-    assert adapter_prefix(file) == prefix
-    expect(file, "llm_adapter", "model.llm_adapter_path", ("llm_adapter",))
+    assert llm_adapter_prefix(file) == prefix
+    validate_kind(file, "llm_adapter", "model.llm_adapter_path", ("llm_adapter",))
 
 
 @pytest.mark.parametrize("prefix", ["model.", ""])
 def test_qwen3_is_recognised_with_and_without_its_prefix_and_head(tmp_path, prefix):
     tensors = zeros(llm_shapes(), prefix) | {"lm_head.weight": torch.zeros(32, 8)}
-    expect(open_header(saved(tmp_path, tensors)), "text_encoder", "model.llm_path", ("text_encoder",))
+    validate_kind(open_header(saved(tmp_path, tensors)), "text_encoder", "model.llm_path", ("text_encoder",))
 
 
 @pytest.mark.parametrize("slot", SLOTS)
@@ -191,7 +191,7 @@ def test_our_own_files_in_the_wrong_slot_are_named(tmp_path, slot, kind):
     with pytest.raises(
         ModelFileError, match=f"^{key}: expects {expected}; .*model.safetensors looks like {LOOKS[kind]}"
     ):
-        expect(open_header(path), slot, key, accepted)
+        validate_kind(open_header(path), slot, key, accepted)
 
 
 @pytest.mark.parametrize(("looks", "tensors"), [(looks, file) for looks, files in FOREIGN.items() for file in files])
@@ -199,16 +199,16 @@ def test_foreign_files_are_named_in_every_slot(tmp_path, looks, tensors):
     file = open_header(saved(tmp_path, tensors))
     for slot, (key, accepted, expected) in SLOTS.items():
         with pytest.raises(ModelFileError, match=f"^{key}: expects {expected}; .* looks like .*{looks}"):
-            expect(file, slot, key, accepted)
+            validate_kind(file, slot, key, accepted)
 
 
 def test_wrong_slot_tells_where_the_file_belongs(tmp_path):
     file = open_header(saved(tmp_path, OURS["vae"]))
     with pytest.raises(ModelFileError, match=r"it belongs in model\.vae_path$"):
-        expect(file, "transformer", "model.transformer_path", ("transformer",))
+        validate_kind(file, "transformer", "model.transformer_path", ("transformer",))
     file = open_header(saved(tmp_path, OURS["cosmos"]))
-    with pytest.raises(ModelFileError, match=r"give the adapter as model\.llm_adapter_path"):
-        expect(file, "transformer", "model.transformer_path", ("transformer",))
+    with pytest.raises(ModelFileError, match=r"give the LLM adapter as model\.llm_adapter_path"):
+        validate_kind(file, "transformer", "model.transformer_path", ("transformer",))
 
 
 def test_kind_is_told_from_the_header_alone(tmp_path):
@@ -220,8 +220,8 @@ def test_kind_is_told_from_the_header_alone(tmp_path):
     os.truncate(path, path.stat().st_size + sum(2 * (2**36 if shape == [2**36] else 1) for shape in shapes.values()))
     started = time.monotonic()
     with pytest.raises(ModelFileError, match="looks like an Anima transformer"):
-        expect(open_header(path), "vae", "model.vae_path", ("vae",))
-    expect(open_header(path), "transformer", "model.transformer_path", ("transformer",))
+        validate_kind(open_header(path), "vae", "model.vae_path", ("vae",))
+    validate_kind(open_header(path), "transformer", "model.transformer_path", ("transformer",))
     assert time.monotonic() - started < 2
 
 
@@ -458,7 +458,7 @@ def test_flipped_bytes_give_an_error_of_ours_or_a_file_that_reads(tmp_path):
             dict(read_tensors(file))
             fingerprint(file)
             for slot, (key, accepted, _) in SLOTS.items():
-                expect(file, slot, key, accepted)
+                validate_kind(file, slot, key, accepted)
         except ModelFileError:
             outcomes["refused"] += 1
         else:
@@ -491,7 +491,7 @@ def test_files_from_which_no_module_can_be_built_are_refused(tmp_path, kind, cha
         del tensors[name]
     key, accepted, _ = SLOTS[kind]
     with pytest.raises(ModelFileError, match=message):
-        expect(open_header(saved(tmp_path, tensors)), kind, key, accepted)
+        validate_kind(open_header(saved(tmp_path, tensors)), kind, key, accepted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8])
@@ -501,7 +501,7 @@ def test_quantised_files_are_refused(tmp_path, dtype):
         tensors[name] = tensors[name].to(dtype)
     kind = str(dtype).removeprefix("torch.")
     with pytest.raises(ModelFileError, match=rf"model.transformer_path: .* is quantised \(2 {kind} tensors\).*bf16"):
-        expect(open_header(saved(tmp_path, tensors)), "transformer", "model.transformer_path", ("transformer",))
+        validate_kind(open_header(saved(tmp_path, tensors)), "transformer", "model.transformer_path", ("transformer",))
 
 
 def small():

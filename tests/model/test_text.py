@@ -17,6 +17,7 @@ from anima_train.core.text_batch import EncodedText, pad_states
 from anima_train.model.text import (
     MAX_TOKENS,
     Tokens,
+    count_tokens,
     find_tokenizer_folder,
     load_text_encoder,
     load_tokenizers,
@@ -91,7 +92,7 @@ def oracle_states(folder, ids):
 
 
 def test_empty_caption_is_no_qwen_token_and_the_end_of_t5(tokenizers):
-    assert tokenize(tokenizers, "") == Tokens(qwen_ids=[], t5_ids=[1], qwen_lost=0, t5_lost=0)
+    assert tokenize(tokenizers, "") == Tokens(qwen_ids=[], t5_ids=[1])
 
 
 def test_nothing_is_added_but_the_end_of_t5(tokenizers):
@@ -105,13 +106,14 @@ def test_nothing_is_added_but_the_end_of_t5(tokenizers):
 @pytest.mark.parametrize("words", [255, 256, 300])
 def test_tokens_past_the_limit_are_cut_and_counted(tokenizers, words):
     tokens = tokenize(tokenizers, "solo, " * words)
+    counts = count_tokens(tokenizers, ["solo, " * words])["solo, " * words]
     qwen = tokenizers.qwen("solo, " * words, add_special_tokens=False)["input_ids"]
     t5 = tokenizers.t5("solo, " * words)["input_ids"]  # two tokens a word and the end
     assert len(t5) == 2 * words + 1
     assert tokens.qwen_ids == qwen[:512]
-    assert tokens.qwen_lost == max(0, len(qwen) - 512)
     assert tokens.t5_ids == (t5 if words == 255 else [*t5[:511], 1])
-    assert tokens.t5_lost == max(0, len(t5) - 512)
+    assert (counts.qwen, counts.t5) == (len(qwen), len(t5))
+    assert counts.lost == max(0, len(qwen) - 512, len(t5) - 512)
     assert MAX_TOKENS == 512
 
 
@@ -140,7 +142,9 @@ def test_truncation_and_padding_saved_in_a_tokenizer_are_not_used(tiny, tmp_path
     saved.enable_padding(length=64)
     saved.save(str(folder / "tokenizer.json"))
     assert len(tokenize(load_tokenizers(tiny.tokenizer, folder), "solo, " * 10).t5_ids) == 21
-    assert tokenize(load_tokenizers(tiny.tokenizer, folder), "solo").t5_lost == 0
+    pair, plain = load_tokenizers(tiny.tokenizer, folder), load_tokenizers(tiny.tokenizer, tiny.t5_tokenizer)
+    assert tokenize(pair, "solo") == tokenize(plain, "solo")
+    assert count_tokens(pair, ["solo"]) == count_tokens(plain, ["solo"])
 
 
 def test_real_qwen_tokenizer(real):
@@ -162,8 +166,9 @@ def test_real_t5_tokenizer_equals_its_own_file(real):
 
 def test_real_tokenizers_cut_at_512(real):
     tokens = tokenize(real, "cat, " * 300)
-    assert (len(tokens.qwen_ids), tokens.qwen_lost) == (512, 601 - 512)
-    assert (len(tokens.t5_ids), tokens.t5_lost, tokens.t5_ids[-1]) == (512, 601 - 512, 1)
+    counts = count_tokens(real, ["cat, " * 300])["cat, " * 300]
+    assert (len(tokens.qwen_ids), counts.qwen) == (512, 601)
+    assert (len(tokens.t5_ids), counts.t5, tokens.t5_ids[-1]) == (512, 601, 1)
 
 
 # Tokenizer folders

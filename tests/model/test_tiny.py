@@ -13,7 +13,7 @@ from diffusers import AutoencoderKLQwenImage
 from anima_train.core.files import sha256_file
 from anima_train.core.text_batch import pad_states
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
-from anima_train.model.file_kinds import ADAPTER_PREFIX, identify
+from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX, identify
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
 from anima_train.model.safetensors_io import load_into, open_header
 from anima_train.model.text import find_tokenizer_folder, load_text_encoder, load_tokenizers, tokenize
@@ -35,7 +35,7 @@ def hashes(folder):
 def load_transformer(path):
     file = open_header(path).stripped("net.")
     with torch.device("meta"):
-        adapter = LLMAdapter(LLMAdapterShape.of(file.stripped(ADAPTER_PREFIX).entries))
+        adapter = LLMAdapter(LLMAdapterShape.of(file.stripped(LLM_ADAPTER_PREFIX).entries))
         model = MiniTrainDIT(TransformerShape.of(file.entries), adapter)
     load_into(model, file, "model.transformer_path", torch.float32, CPU)
     return model
@@ -169,7 +169,7 @@ def test_comfy_size_is_the_smallest_that_comfyui_loads(tmp_path):
     assert TransformerShape.of(file.entries) == TransformerShape(
         num_blocks=10, width=256, head_dim=16, in_channels=16, context_width=1024, adaln_lora_dim=256
     )
-    adapter = file.stripped(ADAPTER_PREFIX).entries
+    adapter = file.stripped(LLM_ADAPTER_PREFIX).entries
     assert LLMAdapterShape.of(adapter) == LLMAdapterShape(
         num_blocks=6, width=1024, head_dim=64, source_width=1024, target_width=1024, vocab_size=32128
     )

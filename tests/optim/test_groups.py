@@ -102,8 +102,8 @@ def test_frozen_parameters_are_in_no_group():
 
 def test_rate_0_freezes_a_component_and_no_other():
     chosen = rates(mod=0.0)
-    assert chosen.frozen("blocks.0.adaln_modulation_self_attn.1.weight")
-    assert not chosen.frozen("blocks.0.self_attn.q_proj.weight")
+    assert chosen.is_frozen("blocks.0.adaln_modulation_self_attn.1.weight")
+    assert not chosen.is_frozen("blocks.0.self_attn.q_proj.weight")
     assert chosen.of("blocks.0.self_attn.q_proj") == 1e-5
 
 

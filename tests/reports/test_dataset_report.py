@@ -27,7 +27,7 @@ from anima_train.config.model_files import find_model_files
 from anima_train.data.buckets import Size, aspect_ratios, nearest, size_of
 from anima_train.data.images import Crop, cover_box
 from anima_train.model.dit import TransformerShape
-from anima_train.model.text import load_tokenizers, tokenize
+from anima_train.model.text import MAX_TOKENS, load_tokenizers, tokenize
 from anima_train.model.tiny import tiny_paths
 from anima_train.optim.optimizers import AdamW, AdamWKahan
 from anima_train.reports.captions import one_edit, tokenized, typos
@@ -213,8 +213,9 @@ def test_thumbnails_are_pictures(page):
 
 def test_truncated_captions_and_unreadable_characters_are_counted(checked, page):
     paths = tiny_paths(checked / "tiny")
-    tokens = tokenize(load_tokenizers(paths.tokenizer, paths.t5_tokenizer), CAPTIONS["e"])
-    assert f"loses {max(tokens.qwen_lost, tokens.t5_lost):,} tokens: smiling girl, end</s>" in page.text
+    tokenizers = load_tokenizers(paths.tokenizer, paths.t5_tokenizer)
+    lengths = [len(each(CAPTIONS["e"])["input_ids"]) for each in (tokenizers.qwen, tokenizers.t5)]
+    assert f"loses {max(lengths) - MAX_TOKENS:,} tokens: smiling girl, end</s>" in page.text
     for letter in "青空":
         assert f"{letter} (U+{ord(letter):04X})" in page.text
     assert "special token: 1" in page.text
@@ -349,8 +350,9 @@ def test_lengths_equal_those_of_tokenize(checked):
     found = tokenized(tokenizers, ["", *CAPTIONS.values()])
     for caption, length in found.lengths.items():
         tokens = tokenize(tokenizers, caption)
-        assert length.qwen == len(tokens.qwen_ids) + tokens.qwen_lost
-        assert length.t5 == len(tokens.t5_ids) + tokens.t5_lost
+        assert (len(tokens.qwen_ids), len(tokens.t5_ids)) == (min(length.qwen, MAX_TOKENS), min(length.t5, MAX_TOKENS))
+        assert length.qwen == len(tokenizers.qwen(caption)["input_ids"])
+        assert length.t5 == len(tokenizers.t5(caption)["input_ids"])
 
 
 def edits(tag, letters):

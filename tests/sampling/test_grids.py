@@ -6,7 +6,7 @@ import pytest
 from PIL import Image, ImageChops
 
 from anima_train.core.errors import ConfigError
-from anima_train.reports.contact_sheet import MAX_SHEET_PIXELS, draw_sheet, fitting, font_of, save_sheet, wrap
+from anima_train.reports.contact_sheet import MAX_SHEET_PIXELS, draw_sheet, font_of, largest_layout, save_sheet, wrap
 from anima_train.sampling.generate import Request
 from anima_train.sampling.grids import (
     MAX_CELLS,
@@ -19,7 +19,7 @@ from anima_train.sampling.grids import (
     parse_axis,
     parse_lora,
 )
-from anima_train.sampling.pictures import Sources, save_picture
+from anima_train.sampling.pictures import UsedWeights, save_picture
 
 TEMPLATE = Request(prompt="", seed=5)
 ONE = Request(prompt="one", seed=5, negative_prompt="bad")
@@ -164,7 +164,7 @@ def painted(folder, sheet):
     """A file of one colour for each cell."""
     return [
         save_picture(folder, Image.new("RGB", (cell.request.width, cell.request.height), colour), cell.request,
-                     Sources("m"))
+                     UsedWeights("m"))
         for cell, colour in zip(sheet.cells, COLOURS, strict=False)
     ]  # fmt: skip
 
@@ -249,7 +249,7 @@ def test_the_largest_sheet_stays_below_the_limit():
         Sheet(cells, y=Axis("y", "seed", [0] * MAX_CELLS, labels)),
         Sheet(cells, captions=labels),
     ):
-        width, height = fitting(sheet, MAX_SHEET_PIXELS).size
+        width, height = largest_layout(sheet, MAX_SHEET_PIXELS).size
         assert MAX_SHEET_PIXELS * 0.7 < width * height <= MAX_SHEET_PIXELS
 
 

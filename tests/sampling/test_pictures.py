@@ -6,12 +6,12 @@ from PIL import Image
 
 from anima_train import __version__
 from anima_train.sampling.generate import Request
-from anima_train.sampling.pictures import Sources, UsedLora, parameters_text, save_picture
+from anima_train.sampling.pictures import UsedLora, UsedWeights, parameters_text, save_picture
 
 REQUEST = Request(
     prompt="1girl, (solo:1.2)\nsecond line", negative_prompt="bad, 日本", seed=5, width=832, cfg=4.5, sampler="euler"
 )
-SOURCES = Sources("anima-base-v1.0", [UsedLora("style", 0.8, "ab" * 32), UsedLora("a, b", -1.0, "cd" * 32)])
+SOURCES = UsedWeights("anima-base-v1.0", [UsedLora("style", 0.8, "ab" * 32), UsedLora("a, b", -1.0, "cd" * 32)])
 
 
 def test_parameters_are_in_a1111s_form():
@@ -23,7 +23,7 @@ def test_parameters_are_in_a1111s_form():
         'Model: anima-base-v1.0, Lora hashes: "style: ababababab, a, b: cdcdcdcdcd", '
         f"Version: anima-train {__version__}",
     ]
-    assert parameters_text(Request(prompt=""), Sources("x")).startswith("\nSteps: 30, ")
+    assert parameters_text(Request(prompt=""), UsedWeights("x")).startswith("\nSteps: 30, ")
 
 
 def test_pictures_hold_both_texts_and_get_the_next_number(tmp_path):

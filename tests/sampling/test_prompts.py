@@ -1,7 +1,6 @@
 """Prompts as ComfyUI reads them, and where that is not how captions are trained."""
 
 import os
-from dataclasses import astuple
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 
 from anima_train.caching.text_encoding import ConditionEncoder
 from anima_train.core.errors import ConfigError
-from anima_train.model.loading import ModelFiles, load_llm_adapter
+from anima_train.model.loading import load_llm_adapter
 from anima_train.model.text import load_text_encoder, load_tokenizers, tokenize
 from anima_train.model.tiny import write_tiny
 from anima_train.sampling.prompts import context_of, prompt_states, tokenize_prompt, weighted_pieces
@@ -22,7 +21,7 @@ LONG = "1girl, solo, " * 200
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    return ModelFiles(*astuple(write_tiny(tmp_path_factory.mktemp("tiny"))))
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

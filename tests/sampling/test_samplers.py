@@ -10,6 +10,7 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 from pydantic import TypeAdapter, ValidationError
 
 from anima_train.core.settings import Settings, validation_problems
+from anima_train.objective.timesteps import shifted
 from anima_train.sampling.noise_schedules import Simple
 from anima_train.sampling.samplers import (
     Dpmpp2M,
@@ -20,7 +21,6 @@ from anima_train.sampling.samplers import (
     Heun,
     SamplerSetting,
     euler,
-    flow_sigmas,
     step_noise,
 )
 
@@ -30,6 +30,11 @@ NAMED = [Euler(), Heun(), EulerAncestral(), ErSde(), Dpmpp2M(), Dpmpp2MSde()]
 
 MEAN, STD = 0.7, 0.5  # of the data in the Gaussian flow
 UNEVEN = [0.999, 0.93, 0.8, 0.55, 0.31, 0.3, 0.12, 0.04, 0.0]
+
+
+def flow_sigmas(steps, shift):
+    """`steps + 1` noise levels from 1 to 0, evenly spaced and then shifted."""
+    return [shifted(1 - step / steps, shift) for step in range(steps + 1)]
 
 
 def no_noise():

@@ -26,7 +26,8 @@ from anima_train.model.safetensors_io import open_header
 from anima_train.model.text import MAX_TOKENS, load_text_encoder, load_tokenizers, tokenize
 from anima_train.model.tiny import CAPTIONS, SMALL, tiny_paths, write_tiny
 from anima_train.model.vae import load_vae
-from anima_train.sampling.samplers import euler, flow_sigmas
+from anima_train.objective.timesteps import shifted
+from anima_train.sampling.samplers import euler
 from anima_train.tools.convert import COMPONENTS, to_diffusers
 
 CPU = torch.device("cpu")
@@ -41,7 +42,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' own deprecations
 def convert(files, folder, dtype=None):
     """Convert the model files that `ModelFiles` names."""
     to_diffusers(
-        files.transformer_header, files.adapter_header, files.vae, files.llm, files.tokenizer, files.t5_tokenizer,
+        files.transformer_header, files.llm_adapter_header, files.vae, files.llm, files.tokenizer, files.t5_tokenizer,
         folder, dtype,
     )  # fmt: skip
 
@@ -193,7 +194,7 @@ def test_pipeline_makes_the_latents_and_pictures_of_our_sampler(pipeline, tiny, 
     files = model_files(tiny)
     tokenizers = load_tokenizers(files.tokenizer, files.t5_tokenizer)
     encoder = load_text_encoder(files.llm, tokenizers, CPU)
-    transformer = load_transformer(files, with_adapter=True, dtype=torch.float32, device=CPU)
+    transformer = load_transformer(files, train_llm_adapter=True, dtype=torch.float32, device=CPU)
 
     def context(captions):
         return transformer.context(pad_states(encoder.encode([tokenize(tokenizers, text) for text in captions])))
@@ -206,7 +207,8 @@ def test_pipeline_makes_the_latents_and_pictures_of_our_sampler(pipeline, tiny, 
         return without + GUIDANCE * (transformer(x, level, positive) - without)
 
     with torch.no_grad():
-        latents = euler(velocity, noise, flow_sigmas(STEPS, SHIFT))
+        levels = [shifted(1 - step / STEPS, SHIFT) for step in range(STEPS + 1)]
+        latents = euler(velocity, noise, levels)
         pixels = load_vae(files.vae, torch.float32, CPU).decode(latents)
     assert error(found["latents"], latents) < 1e-5
     assert error(found["images"], pixels / 2 + 0.5) < 1e-5

@@ -14,10 +14,9 @@ LOAD = """
 import json, resource, sys
 from pathlib import Path
 import torch
-from anima_train.model.loading import ModelFiles, load_transformer
+from anima_train.model.loading import load_transformer
 from anima_train.model.tiny import tiny_paths
-from dataclasses import astuple
-files = ModelFiles(*astuple(tiny_paths(Path(sys.argv[1]))))
+files = tiny_paths(Path(sys.argv[1]))
 transformer = load_transformer(files, True, torch.bfloat16, torch.device("cpu"))
 print(json.dumps({
     "parameters": sum(p.numel() for p in transformer.parameters()),
