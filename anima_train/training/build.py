@@ -11,7 +11,7 @@ from anima_train.config.load import LoadedConfig
 from anima_train.core.device import DTYPES
 from anima_train.core.errors import ConfigError
 from anima_train.core.files import Need
-from anima_train.data.plan import Plan, Timetable
+from anima_train.data.plan import EpochSchedule, Plan
 from anima_train.data.samples import Sample
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
@@ -25,9 +25,9 @@ def make_plan(loaded: LoadedConfig, samples: Sequence[Sample], num_processes: in
     return Plan(samples, config.seed, config.batch_sizes(), config.gradient_accumulation_steps * num_processes)
 
 
-def make_timetable(loaded: LoadedConfig, plan: Plan) -> Timetable:
+def make_timetable(loaded: LoadedConfig, plan: Plan) -> EpochSchedule:
     """The timetable of the run."""
-    return Timetable.of(plan, loaded.config.epochs, loaded.config.max_steps)
+    return EpochSchedule.of(plan, loaded.config.epochs, loaded.config.max_steps)
 
 
 def trainable_transformer(loaded: LoadedConfig, files: ModelFiles) -> MiniTrainDIT:
@@ -77,7 +77,7 @@ def first_files(loaded: LoadedConfig, files: ModelFiles) -> list[Need]:
 
 
 def planned_writings(
-    loaded: LoadedConfig, files: ModelFiles, plan: Plan, timetable: Timetable, transformer: MiniTrainDIT,
+    loaded: LoadedConfig, files: ModelFiles, plan: Plan, timetable: EpochSchedule, transformer: MiniTrainDIT,
     start: int = 0, num_states: int = 0,
 ) -> Writings:  # fmt: skip
     """What a run will write after its first `start` steps, of which `num_states` training states are there."""

@@ -8,7 +8,7 @@ from anima_train.checkpoint.disk_space import space_warning
 from anima_train.config.config import Config
 from anima_train.config.load import LoadedConfig
 from anima_train.core.format import count, listed, printable, readable
-from anima_train.data.plan import Plan, Timetable, batch_size_for, short_by
+from anima_train.data.plan import EpochSchedule, Plan, batch_size_for, short_by
 from anima_train.data.scan import Scan
 from anima_train.model.loading import ModelFiles
 from anima_train.optim.groups import GroupRow
@@ -55,18 +55,18 @@ def data_text(name: str, found: Scan) -> list[str]:
     return lines
 
 
-def plan_text(plan: Plan, timetable: Timetable, config: Config) -> list[str]:
+def plan_text(plan: Plan, timetable: EpochSchedule, config: Config) -> list[str]:
     """Buckets, batches and steps."""
     epochs = config.epochs
     lines = [f"{'bucket':<12} {'images':>8} {'batch':>6} {'short by':>9}"]
     buckets = Counter((sample.resolution, sample.size) for sample in plan.samples)
-    draws = plan.draws(0)
+    refs = plan.refs_by_bucket(0)
     for (resolution, size), number in sorted(buckets.items()):
         batch = batch_size_for(plan.batch_sizes, resolution)
-        lines.append(f"{size!s:<12} {number:>8,} {batch:>6} {short_by(len(draws[resolution, size]), batch):>9}")
+        lines.append(f"{size!s:<12} {number:>8,} {batch:>6} {short_by(len(refs[resolution, size]), batch):>9}")
     steps = plan.steps_in(0)
     ending = (
-        "max_steps" if epochs is None or timetable.num_steps < timetable.first_steps[-1] else count(epochs, "epoch")
+        "max_steps" if epochs is None or timetable.num_steps < timetable.epoch_starts[-1] else count(epochs, "epoch")
     )
     lines.append(f"{count(steps, 'step')} in the first epoch; {count(timetable.num_steps, 'step')} in all ({ending})")
     if config.ema is not None and config.ema.decay_after(timetable.num_steps) < config.ema.decay:

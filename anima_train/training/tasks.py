@@ -19,7 +19,7 @@ from anima_train.core.device import DTYPES
 from anima_train.core.errors import Interrupted
 from anima_train.core.files import write_text
 from anima_train.core.format import count
-from anima_train.data.plan import Plan, Timetable
+from anima_train.data.plan import EpochSchedule, Plan
 from anima_train.distributed.signals import Abandoned, Stopping
 from anima_train.evaluation.evaluate import EvalSet, base_text, evaluate, read_base
 from anima_train.evaluation.previews import Previews
@@ -68,7 +68,7 @@ class Outputs:
     trained: Trained
     files: ModelFiles
     plan: Plan
-    timetable: Timetable
+    timetable: EpochSchedule
     evals: Sequence[EvalSet]
     previews: Previews | None
     facts: Mapping[str, Any]  # what the run is made from
@@ -153,7 +153,7 @@ class Outputs:
         """Have the LoRA or the model written; None: after the last step. Returns where it will be."""
         path = self.run.weights_path(step)
         done = self.timetable.num_steps if step is None else step
-        epoch = self.timetable.place(max(0, done - 1))[0] + 1
+        epoch = self.timetable.locate(max(0, done - 1))[0] + 1
         metadata = weights_metadata(self.config, self.run.name, done, epoch, len(self.plan.samples))
 
         def write(groups: Groups) -> None:

@@ -27,7 +27,7 @@ from anima_train.core.files import write_text
 from anima_train.core.format import printable
 from anima_train.core.random import derive
 from anima_train.data.loader import Batch, read_ahead
-from anima_train.data.plan import MicroBatch, Plan, Timetable
+from anima_train.data.plan import EpochSchedule, MicroBatch, Plan
 from anima_train.distributed.collectives import from_main
 from anima_train.distributed.consistency import Together, check_same_plan, settled
 from anima_train.distributed.signals import Abandoned, Stopping
@@ -63,23 +63,23 @@ class Task:
     epoch: int
     index: int  # among the step's micro-batches of all processes: addresses dropout
     micro_batch: MicroBatch
-    counts: bool
+    is_padding: bool
     num_samples: int  # in the whole step, all processes
     last: bool  # of the step, for this process
 
 
-def tasks(plan: Plan, timetable: Timetable, start: int, accelerator: Accelerator) -> Iterator[Task]:
+def tasks(plan: Plan, timetable: EpochSchedule, start: int, accelerator: Accelerator) -> Iterator[Task]:
     """This process's micro-batches from step `start` to the end of the run."""
     rank, world_size = accelerator.process_index, accelerator.num_processes
     planned: tuple[int, list] = (-1, [])
     for step in range(start, timetable.num_steps):
-        epoch, place = timetable.place(step)
+        epoch, place = timetable.locate(step)
         if planned[0] != epoch:
             planned = (epoch, plan.epoch(epoch))
         share = planned[1][place].share(rank, world_size)
-        for index, (micro_batch, counts) in enumerate(share):
+        for index, (micro_batch, is_padding) in enumerate(share):
             yield Task(
-                step, epoch, rank + index * world_size, micro_batch, counts, planned[1][place].num_samples,
+                step, epoch, rank + index * world_size, micro_batch, is_padding, planned[1][place].num_samples,
                 index == len(share) - 1,
             )  # fmt: skip
 
@@ -152,7 +152,7 @@ def train(
     accelerator.print("\n".join(plan_text(plan, timetable, config)))
 
     # Memory: whatever runs out of it from here on says what to change.
-    shapes = largest_shapes(plan, len(timetable.first_steps) - 1, data.evals)
+    shapes = largest_shapes(plan, len(timetable.epoch_starts) - 1, data.evals)
     attempt = Attempt("loading the model")
     encodes_here = has_live_texts(config, data.train.samples) and text_device(config, device).type != "cpu"
 
@@ -230,7 +230,7 @@ def train(
 
     def make_batch(task: Task) -> tuple[Task, Batch]:
         batch = data.train.training_batch(
-            task.micro_batch, task.epoch, task.counts, timesteps.at, config.uncond_fraction
+            task.micro_batch, task.epoch, task.is_padding, timesteps.at, config.uncond_fraction
         )
         return task, batch
 
@@ -249,13 +249,13 @@ def train(
         try:
             with stopping.leaving(left), contextlib.nullcontext() if task.last else accelerator.no_sync(model):
                 losses = compute_loss(model, batch.to(device), loss_function)
-                share = losses.sum() / task.num_samples * (1.0 if task.counts else 0.0)
+                share = losses.sum() / task.num_samples * (0.0 if task.is_padding else 1.0)
                 accelerator.backward(share * accelerator.num_processes)
         except Abandoned:
             outputs.save_state(task.step)
             writer.wait()
             raise Interrupted(f"after step {task.step}; {GO_ON}", stopping.exit_code) from None
-        sums.add(share, losses, batch, task.counts)
+        sums.add(share, losses, batch, task.is_padding)
         if not task.last:
             continue
 
@@ -274,7 +274,7 @@ def train(
             if average is not None:
                 average.update(task.step + 1)
         else:
-            planned = plan.epoch(task.epoch)[timetable.place(task.step)[1]]
+            planned = plan.epoch(task.epoch)[timetable.locate(task.step)[1]]
             warning = naming(problem, step_names(planned, plan.samples))
             progress.say(f"warning: step {task.step + 1}: {warning}")
             if is_main:
@@ -380,8 +380,8 @@ def make_previews(loaded: LoadedConfig, files: ModelFiles, run: RunFolder, devic
     )
 
 
-def images_before(plan: Plan, timetable: Timetable, step: int) -> int:
+def images_before(plan: Plan, timetable: EpochSchedule, step: int) -> int:
     """Images seen in the steps before this one."""
-    epoch, place = timetable.place(step) if step else (0, 0)
+    epoch, place = timetable.locate(step) if step else (0, 0)
     whole = sum(plan.shown_before(index, epoch) for index in range(len(plan.samples)))
     return whole + sum(planned.num_samples for planned in plan.epoch(epoch)[:place])
