@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from anima_train.core.random import shuffled, uniform
-from anima_train.data.images import Unreadable
-from anima_train.data.sources.archive import Stored
+from anima_train.data.image_headers import Unreadable
+from anima_train.data.sources.archive import ArchiveMember
 
 CAPTIONS_JSON_FORM = 'expected {"file name": "caption" or ["several", "captions"]}'
 # Tags whose underscores are no spaces: emoticons, as ^_^, o_o or (o)_(o), and the model's own score tags.
@@ -20,7 +20,7 @@ class BadCaption(Exception):
     """A caption file cannot be used; the message is the reason."""
 
 
-def read_caption(file: Path | Stored) -> str:
+def read_caption(file: Path | ArchiveMember) -> str:
     """A caption file's text, as `cleaned`: UTF-8 with or without BOM.
 
     Raises:
@@ -29,7 +29,7 @@ def read_caption(file: Path | Stored) -> str:
     return cleaned(read_utf8(file))
 
 
-def read_utf8(file: Path | Stored) -> str:
+def read_utf8(file: Path | ArchiveMember) -> str:
     """A file's text without BOM.
 
     Raises:
@@ -55,7 +55,7 @@ def cleaned(text: str) -> str:
     return text.replace("\x00", "").replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
-def read_captions_json(file: Path | Stored) -> dict[str, tuple[str, ...]]:
+def read_captions_json(file: Path | ArchiveMember) -> dict[str, tuple[str, ...]]:
     """What a captions.json holds: {"file name": "caption" or ["several", "captions"]}.
 
     Raises:

@@ -11,13 +11,13 @@ from pydantic import TypeAdapter
 from anima_train.core.files import sha256_file
 from anima_train.core.format import printable
 from anima_train.data.cache import Cache
-from anima_train.data.images import BadImage, Unreadable, probe
-from anima_train.data.sources.archive import Stored
+from anima_train.data.image_headers import BadImage, Unreadable, probe
+from anima_train.data.sources.archive import ArchiveMember
 
-MEMO_VERSION = 2  # raise when the meaning of `FileFacts` changes
+MEMO_VERSION = 2  # raise when the meaning of `ImageRecord` changes
 
 
-class FileFacts(NamedTuple):
+class ImageRecord(NamedTuple):
     """What a look at an image file found, and by what a change of the file shows."""
 
     num_bytes: int
@@ -30,10 +30,10 @@ class FileFacts(NamedTuple):
     warnings: tuple[str, ...]
 
 
-FACTS = TypeAdapter(dict[str, FileFacts])
+FACTS = TypeAdapter(dict[str, ImageRecord])
 
 
-class FactsMemo:
+class ImageIndex:
     """Remembers what the files of a folder held, so that a second start reads only those that have changed.
 
     Args:
@@ -52,7 +52,7 @@ class FactsMemo:
             self.known = {}
         self.changed = False
 
-    def facts(self, name: str, file: Path | Stored) -> FileFacts:
+    def facts(self, name: str, file: Path | ArchiveMember) -> ImageRecord:
         """A file's facts, by its path in the directory, from memory where it has not changed.
 
         Raises:
@@ -87,7 +87,7 @@ def file_stamp(path: Path) -> tuple[int, int, int]:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def look_into(name: str, file: Path | Stored, stamp: tuple[int, int, int]) -> FileFacts:
+def look_into(name: str, file: Path | ArchiveMember, stamp: tuple[int, int, int]) -> ImageRecord:
     """What is in an image file.
 
     Raises:
@@ -101,4 +101,4 @@ def look_into(name: str, file: Path | Stored, stamp: tuple[int, int, int]) -> Fi
         if not content:
             raise BadImage("zero bytes")
         info, digest = probe(io.BytesIO(content), os.path.splitext(name)[1]), hashlib.sha256(content).hexdigest()
-    return FileFacts(*stamp, digest, info.width, info.height, info.has_alpha, info.warnings)
+    return ImageRecord(*stamp, digest, info.width, info.height, info.has_alpha, info.warnings)

@@ -13,7 +13,7 @@ from anima_train.data.cache import Cache, entry_key
 from anima_train.data.captions import TagVariation, plain_tag, unescaped, without_underscores
 from anima_train.data.images import Crop
 from anima_train.data.settings import DirectoryOptions
-from anima_train.data.sources.archive import Stored
+from anima_train.data.sources.archive import ArchiveMember
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +30,8 @@ class Picture:
     more_captions: tuple[str, ...] = ()  # tags too; with `caption` they take turns
     natural: tuple[str, ...] = ()  # in natural language, none empty; none where caption_mode does not use them
     has_alpha: bool = False
-    stored: Stored | None = None  # where the image is inside of another file
-    stored_mask: Stored | None = None
+    stored: ArchiveMember | None = None  # where the image is inside of another file
+    stored_mask: ArchiveMember | None = None
 
     @property
     def tags(self) -> tuple[str, ...]:
@@ -44,22 +44,22 @@ class Picture:
         return any(self.tags) or bool(self.natural)
 
     @property
-    def source(self) -> Path | Stored:
+    def source(self) -> Path | ArchiveMember:
         """Where the image is read from."""
         return self.path if self.stored is None else self.stored
 
     @property
-    def mask_source(self) -> Path | Stored | None:
+    def mask_source(self) -> Path | ArchiveMember | None:
         """Where the mask is read from."""
         return self.mask if self.stored_mask is None else self.stored_mask
 
 
 @dataclass(frozen=True, slots=True)
 class Caption:
-    """What a showing is trained with."""
+    """What a repeat is trained with."""
 
     text: str
-    is_fixed: bool = True  # one of a finite set, encoded before training; else drawn for this showing alone
+    is_fixed: bool = True  # one of a finite set, encoded before training; else drawn for this repeat alone
 
 
 EMPTY = Caption("")
@@ -100,32 +100,32 @@ class Sample:
         return self.options.role == "regularization"
 
     # Captions. A picture has T captions of tags, each in S = max(1, cache_shuffle_num) orders, and N in natural
-    # language. Its showings 0, 1, 2 ... are its variants. Of those before showing k, floor(k * share + phase) use
+    # language. Its repeats 0, 1, 2 ... are its variants. Of those before repeat k, floor(k * share + phase) use
     # natural language, with a phase in [0, 1) of its own for each picture; so each picture keeps the share from its
-    # first showings on, and all of them together in each epoch. The n-th of these showings uses caption n mod N. The
+    # first repeats on, and all of them together in each epoch. The n-th of these repeats uses caption n mod N. The
     # m-th of the others uses caption m mod T, in order (m div T) mod S. So there are at most T * S + N texts, however
     # often the picture is shown; but with shuffle_tags or tag_dropout and without cache_shuffle_num, every m has an
     # order and tags of its own.
 
     @property
     def natural_share(self) -> float:
-        """Share of the showings that use natural language."""
+        """Share of the repeats that use natural language."""
         if not self.picture.natural:
             return 0.0
         only = self.options.caption_mode == "nl" or not any(self.picture.tags)
         return 1.0 if only else self.options.nl_weight
 
-    def caption(self, seed: int, showing: int) -> Caption:
-        """What showing number `showing` of the sample, 0 the first, is trained with."""
+    def caption(self, seed: int, repeat: int) -> Caption:
+        """What repeat number `repeat` of the sample, 0 the first, is trained with."""
         natural, share = self.picture.natural, self.natural_share
         if share > 0:
             phase = uniform(seed, "natural", self.name)
-            before = math.floor(showing * share + phase)
-            if math.floor((showing + 1) * share + phase) > before:
-                return Caption(self.dressed(natural[before % len(natural)]))
-            showing -= before
+            before = math.floor(repeat * share + phase)
+            if math.floor((repeat + 1) * share + phase) > before:
+                return Caption(self.with_prefix(natural[before % len(natural)]))
+            repeat -= before
         texts = self.picture.tags
-        tags, order = texts[showing % len(texts)], showing // len(texts)
+        tags, order = texts[repeat % len(texts)], repeat // len(texts)
         if self.options.draws_tags and tags:
             return Caption(self.tags_caption(seed, tags, order), is_fixed=False)
         return Caption(self.tags_caption(seed, tags, self.variants[order % len(self.variants)]))
@@ -136,7 +136,7 @@ class Sample:
         return list(range(self.options.cache_shuffle_num)) or [None]
 
     def fixed_captions(self, seed: int) -> list[str]:
-        """Every caption this sample can be trained with but those that are drawn for a showing."""
+        """Every caption this sample can be trained with but those that are drawn for a repeat."""
         texts = []
         if self.natural_share < 1:
             tags = [text for text in self.picture.tags if not (text and self.options.draws_tags)]
@@ -144,7 +144,7 @@ class Sample:
         return texts + self.natural_captions()
 
     def captions(self, seed: int) -> list[str]:
-        """Every caption it can be trained with; those that are drawn for a showing as they are before that."""
+        """Every caption it can be trained with; those that are drawn for a repeat as they are before that."""
         drawn = self.options.draws_tags and self.natural_share < 1
         tags = [self.tags_caption(seed, text, None) for text in self.picture.tags if text] if drawn else []
         return tags + self.fixed_captions(seed)
@@ -160,7 +160,7 @@ class Sample:
 
     def natural_captions(self) -> list[str]:
         """The captions in natural language, if any is used."""
-        return [self.dressed(text) for text in self.picture.natural] if self.natural_share > 0 else []
+        return [self.with_prefix(text) for text in self.picture.natural] if self.natural_share > 0 else []
 
     def tags_caption(self, seed: int, tags: str, variant: int | None) -> str:
         """Tags as they are trained, in a variant; None changes neither order nor number."""
@@ -178,9 +178,9 @@ class Sample:
                 text = without_underscores(text, options.cache_shuffle_delimiter)
             return text if variant is None or not text else variation.varied(text, seed, self.name, variant)
 
-        return self.dressed(tags, arranged)
+        return self.with_prefix(tags, arranged)
 
-    def dressed(self, text: str, arranged: Callable[[str], str] = str) -> str:
+    def with_prefix(self, text: str, arranged: Callable[[str], str] = str) -> str:
         """A caption with what stands before it; `arranged` changes all of it but a trigger word it begins with."""
         options = self.options
         prefix, word, delimiter = options.caption_prefix, options.prefix_word, options.cache_shuffle_delimiter
@@ -197,10 +197,10 @@ class Sample:
         """Every view of the picture that is trained; the first is the plain one."""
         return [View(self, mirrored) for mirrored in ((False, True) if self.options.horizontal_flip else (False,))]
 
-    def view(self, seed: int, showing: int) -> "View":
-        """The view that showing number `showing` is trained with: they take turns, and the first is drawn."""
+    def view(self, seed: int, repeat: int) -> "View":
+        """The view that repeat number `repeat` is trained with: they take turns, and the first is drawn."""
         views = self.views()
-        return views[(showing + derive(seed, "view", self.name)) % len(views)]
+        return views[(repeat + derive(seed, "view", self.name)) % len(views)]
 
     @property
     def has_mask(self) -> bool:

@@ -17,8 +17,8 @@ from anima_train.core.random import shuffled
 from anima_train.data.buckets import SIDE_MULTIPLE, kept_fraction
 from anima_train.data.cache import Cache
 from anima_train.data.captions import BadCaption, read_caption, unescaped
-from anima_train.data.image_index import FactsMemo
-from anima_train.data.images import EXTENSIONS, BadImage
+from anima_train.data.image_headers import EXTENSIONS, BadImage
+from anima_train.data.image_index import ImageIndex
 from anima_train.data.samples import Picture, Sample, exact
 from anima_train.data.settings import DatasetSettings, Directory, DirectoryOptions
 from anima_train.data.sources.folder import Files, by_stem, stem_of
@@ -156,9 +156,9 @@ def scan_files(index: int, files: Files, options: DirectoryOptions, cache: Cache
     Raises:
         DataError: captions are missing where that is not allowed.
     """
-    memo = FactsMemo(cache, "images", files.identity)
-    mask_memo = FactsMemo(cache, "masks", files.mask_identity)
-    looks, bad = look_at(files, options, memo, mask_memo)
+    memo = ImageIndex(cache, "images", files.identity)
+    mask_memo = ImageIndex(cache, "masks", files.mask_identity)
+    looks, bad = scan_images(files, options, memo, mask_memo)
     warnings = []
     try:
         if write:
@@ -188,7 +188,7 @@ def scan_files(index: int, files: Files, options: DirectoryOptions, cache: Cache
         top, slash, _ = look.file.partition("/")
         try:
             samples.extend(place(look.file, look.picture, index, options_of(top if slash else ""), cache))
-        except Unsuitable as reason:
+        except SkippedImage as reason:
             skipped.append(f"{look.picture.path}: {reason}")
     warnings.extend(folder_warnings(files, looks, options))
     return Scan(samples, len(files.images), bad, skipped, warnings)
@@ -203,8 +203,8 @@ class Look(NamedTuple):
     warnings: Sequence[str]  # of `probe`, from the header
 
 
-def look_at(
-    files: Files, options: DirectoryOptions, memo: FactsMemo, mask_memo: FactsMemo
+def scan_images(
+    files: Files, options: DirectoryOptions, memo: ImageIndex, mask_memo: ImageIndex
 ) -> tuple[list[Look], list[str]]:
     """The images that can be used, and "path: reason" for the others."""
 
@@ -355,7 +355,7 @@ def folder_warnings(files: Files, looks: Sequence[Look], options: DirectoryOptio
             yield f"{files.folder}: {text}: {len(names):,}, such as {names[0]}"
 
 
-class Unsuitable(Exception):
+class SkippedImage(Exception):
     """A good image that the dataset's options leave out; the message is the reason."""
 
 
@@ -370,17 +370,19 @@ def place(file: str, picture: Picture, index: int, options: DirectoryOptions, ca
         cache: of the directory.
 
     Raises:
-        Unsuitable: too small, or too far from every bucket's aspect ratio.
+        SkippedImage: too small, or too far from every bucket's aspect ratio.
     """
     if min(picture.width, picture.height) < options.min_image_side:
-        raise Unsuitable(f"{picture.width}x{picture.height} is smaller than min_image_side = {options.min_image_side}")
+        raise SkippedImage(
+            f"{picture.width}x{picture.height} is smaller than min_image_side = {options.min_image_side}"
+        )
     if options.no_upscale and min(picture.width, picture.height) < SIDE_MULTIPLE:
-        raise Unsuitable(f"{picture.width}x{picture.height} has a side below {SIDE_MULTIPLE} pixels (no_upscale)")
+        raise SkippedImage(f"{picture.width}x{picture.height} has a side below {SIDE_MULTIPLE} pixels (no_upscale)")
     samples = []
     for resolution, size in options.sizes(picture.width, picture.height):
         kept = kept_fraction(picture.width, picture.height, size)
         if kept < options.min_kept:
-            raise Unsuitable(
+            raise SkippedImage(
                 f"{picture.width}x{picture.height} is too far from every bucket: cropping to {size} would keep "
                 f"{kept:.0%} of it (min_kept = {options.min_kept:g})"
             )

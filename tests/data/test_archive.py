@@ -15,7 +15,7 @@ from PIL import Image
 
 from anima_train.core.errors import DataError
 from anima_train.data.cache import Cache
-from anima_train.data.images import MAX_BYTES, Unreadable
+from anima_train.data.image_headers import MAX_BYTES, Unreadable
 from anima_train.data.scan import Scan, scan
 from anima_train.data.settings import DatasetSettings
 from anima_train.data.sources.archive import TarMember, content_of, tar_members

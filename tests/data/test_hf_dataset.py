@@ -28,7 +28,7 @@ from PIL import Image
 
 from anima_train.core.errors import DataError
 from anima_train.data.cache import Cache
-from anima_train.data.images import Unreadable
+from anima_train.data.image_headers import Unreadable
 from anima_train.data.samples import Sample
 from anima_train.data.scan import Scan, scan
 from anima_train.data.settings import DatasetSettings

@@ -1164,7 +1164,7 @@ def test_weights_are_shares_of_what_is_seen_in_as_long_an_epoch(tmp_path: Path, 
     found = scan(dataset, folders, [None, None], [Cache(tmp_path / "cache")] * 2, 0, False)
     plan = Plan(found.samples, 0, 1, 1)
     num_epochs = 40
-    epochs = [plan.draws(epoch) for epoch in range(num_epochs)]
+    epochs = [plan.refs_by_bucket(epoch) for epoch in range(num_epochs)]
     per_image = Counter(draw.sample for buckets in epochs for draws in buckets.values() for draw in draws)
     seen: Counter[int] = Counter()
     for index, number in per_image.items():

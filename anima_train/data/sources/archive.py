@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Protocol
 
 from anima_train.core.errors import DataError
-from anima_train.data.images import MAX_BYTES, Unreadable, read_file
+from anima_train.data.image_headers import MAX_BYTES, Unreadable, read_file
 
 
-class Stored(Protocol):
+class ArchiveMember(Protocol):
     """An image, caption or mask inside of another file."""
 
     @property
     def stamp(self) -> tuple[int, int, int]:
-        """What changes when the content may have: as `FileFacts` begins."""
+        """What changes when the content may have: as `ImageRecord` begins."""
 
     def read(self) -> bytes:
         """The content.
@@ -60,7 +60,7 @@ class TarMember:
         return content
 
 
-def content_of(file: Path | Stored) -> bytes:
+def content_of(file: Path | ArchiveMember) -> bytes:
     """The whole content, read once.
 
     Raises:

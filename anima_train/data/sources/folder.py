@@ -9,9 +9,9 @@ from pathlib import Path
 from anima_train.core.errors import DataError
 from anima_train.data.cache import Cache
 from anima_train.data.captions import BadCaption, read_captions_json
-from anima_train.data.images import EXTENSIONS
+from anima_train.data.image_headers import EXTENSIONS
 from anima_train.data.settings import DirectoryOptions
-from anima_train.data.sources.archive import Stored, tar_members
+from anima_train.data.sources.archive import ArchiveMember, tar_members
 
 CAPTIONS_JSON = "captions.json"
 NATURAL = "_nl"  # ends the stem of a natural-language caption
@@ -23,8 +23,8 @@ class Files:
 
     folder: Path  # or the one file that everything is in
     mask_folder: Path | None
-    stored: Mapping[str, Stored]  # what is inside of other files, by name
-    stored_masks: Mapping[str, Stored]
+    stored: Mapping[str, ArchiveMember]  # what is inside of other files, by name
+    stored_masks: Mapping[str, ArchiveMember]
     images: list[str]  # all that is named like one, whatever it is
     captions: dict[str, list[str]]  # by stem; the first is read
     natural: dict[str, list[str]]  # captions in natural language, by the stem of the image
@@ -76,11 +76,11 @@ class Files:
             mask_identity=os.fsencode((mask_folder or folder).resolve()),
         )
 
-    def file(self, name: str) -> Path | Stored:
+    def file(self, name: str) -> Path | ArchiveMember:
         """Where an image or a caption is read from."""
         return self.stored.get(name) or self.folder / name
 
-    def mask(self, name: str) -> Path | Stored:
+    def mask(self, name: str) -> Path | ArchiveMember:
         """Where a mask is read from."""
         assert self.mask_folder is not None
         return self.stored_masks.get(name) or self.mask_folder / name
@@ -91,7 +91,7 @@ class Listing:
     """What is in a folder and in its sub-folders and archives that are searched."""
 
     names: list[str] = field(default_factory=list)  # files, and sub-folders and archives that are not searched
-    stored: dict[str, Stored] = field(default_factory=dict)  # those of the files that are in archives
+    stored: dict[str, ArchiveMember] = field(default_factory=dict)  # those of the files that are in archives
     again: list[str] = field(default_factory=list)  # folders met again
 
 
@@ -156,7 +156,9 @@ def identity(folder: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def captions_from(folder: Path, tables: Iterable[str], stored: Mapping[str, Stored]) -> dict[str, tuple[str, ...]]:
+def captions_from(
+    folder: Path, tables: Iterable[str], stored: Mapping[str, ArchiveMember]
+) -> dict[str, tuple[str, ...]]:
     """The captions of every captions.json, by image; each names the images beside it.
 
     Raises:

@@ -18,10 +18,10 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
 from anima_train.core.errors import DataError, SpaceError
 from anima_train.data.captions import cleaned
+from anima_train.data.image_headers import MAX_BYTES, BadImage, Unreadable, read_file
 from anima_train.data.image_index import file_stamp
-from anima_train.data.images import MAX_BYTES, BadImage, Unreadable, read_file
 from anima_train.data.settings import Directory
-from anima_train.data.sources.archive import Stored
+from anima_train.data.sources.archive import ArchiveMember
 from anima_train.data.sources.folder import Files, stem_of
 
 if TYPE_CHECKING:  # slow to import, and needed by those alone who have such a dataset
@@ -51,7 +51,7 @@ def table_files(directory: Directory, place: Path, offline: bool) -> Files:
     check_columns(directory, place, table)
     images = column_images(table, directory.image_column, place)
     names = row_names([path for path, _ in images], place)
-    stored_masks: dict[str, Stored] = {}
+    stored_masks: dict[str, ArchiveMember] = {}
     if directory.mask_column:
         for name, (_, mask) in zip(names, column_images(table, directory.mask_column, place), strict=True):
             if mask is not None:
@@ -144,7 +144,7 @@ class NoImage:
 # Columns
 
 
-def column_images(table: "Dataset", name: str, place: Path) -> list[tuple[str, Stored | None]]:
+def column_images(table: "Dataset", name: str, place: Path) -> list[tuple[str, ArchiveMember | None]]:
     """Return for each row the path of the file it was made from ("": not known) and its image, of which none is read.
 
     A path without a folder of its own lies beside the dataset.
@@ -159,9 +159,9 @@ def column_images(table: "Dataset", name: str, place: Path) -> list[tuple[str, S
     digest = hashlib.sha256(repr((table._fingerprint, name, files)).encode()).digest()
     content = int.from_bytes(digest[:7], "big"), int.from_bytes(digest[7:14], "big")
     folder = place if place.is_dir() else place.parent
-    images: list[tuple[str, Stored | None]] = []
+    images: list[tuple[str, ArchiveMember | None]] = []
     for row, (missing, path) in enumerate(zip(is_missing, paths, strict=True)):
-        image: Stored | None = None
+        image: ArchiveMember | None = None
         if not missing:
             image = RowImage(column, row, content)
         elif path and (match := ZIP_URL.fullmatch(path)):
