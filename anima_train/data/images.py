@@ -132,7 +132,7 @@ def load_picture(file: Path | bytes) -> Image.Image:
 
 
 def load(file: Path | bytes) -> tuple[Image.Image, int]:
-    """Return the decoded image as it is stored, and its EXIF orientation; JPEG is decoded at full size, never as a draft.
+    """Return the decoded image as it is stored, and its EXIF orientation; JPEG at full size, never as a draft.
 
     Raises:
         BadImage: as `decode`.

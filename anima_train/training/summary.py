@@ -48,7 +48,7 @@ def data_text(name: str, found: Scan) -> list[str]:
     lines = [f"dataset {name}: {count(len(pictures), 'image')} of {found.num_images:,} found"]
     for title, items in (
         ("cannot be used", found.bad),
-        ("set aside by a setting", found.skipped),
+        ("skipped by a setting", found.skipped),
         ("warning", found.warnings),
     ):
         lines.extend(f"  {title}: {line}" for line in listed(items))

@@ -668,7 +668,9 @@ def test_a_bomb_costs_the_process_no_memory(tmp_path: Path) -> None:
     """Pillow's own memory is not Python's: so a process of its own is asked for its peak."""
     path = write(tmp_path / "bomb.png", png(11_500, 11_700, 8, 2, bytes(1000)))
     script = (
-        "import sys; from pathlib import Path; from anima_train.data.image_headers import BadImage, probe; from anima_train.data.images import decode\n"
+        "import sys; from pathlib import Path\n"
+        "from anima_train.data.image_headers import BadImage, probe\n"
+        "from anima_train.data.images import decode\n"
         "def peak(): return int(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0]) // 1024\n"
         "before = peak()\n"
         "for read in (probe, decode):\n"
