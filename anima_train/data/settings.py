@@ -86,8 +86,8 @@ class DirectoryOptions(Settings):
     """This many tags at the start of a caption are neither shuffled nor dropped; trigger_word and caption_prefix are
     not counted, as they are never moved."""
     tag_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the tags left out, drawn anew each time an image is seen (or once for each variant of cache_shuffle_num).
-    Never in evaluation."""
+    """Share of the tags left out, drawn anew each time an image is seen (or once for each variant of
+    cache_shuffle_num). Never in evaluation."""
     protected_tags: list[str] = Field(default=[])
     """Tags that tag_dropout never leaves out, with spaces or underscores."""
     unescape_parentheses: bool = False
@@ -101,7 +101,7 @@ class DirectoryOptions(Settings):
     """Write spaces for the underscores in tags, except in those that look like emoticons, as ^_^, o_o and (o)_(o) do,
     and in score_7 and the like. Natural-language captions, caption_prefix and trigger_word stay as they are."""
     captions_per_line: bool = False
-    """Each line of a .txt file that is not empty is a caption of its own, used in turn each time the image is
+    """Each line of a .txt file that is not empty is a caption of its own; they are used in turn each time the image is
     seen. false: the whole file is one caption. A captions.json can give lists of captions anyway."""
     caption_mode: Literal["tags", "nl", "mixed"] = "tags"
     """Which captions are used: "tags" those in {stem}.txt or captions.json, "nl" those in natural language in
