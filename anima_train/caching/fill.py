@@ -32,13 +32,10 @@ from anima_train.core.device import release_memory
 from anima_train.core.errors import SpaceError
 from anima_train.core.files import DiskRequirement, require_space
 from anima_train.data.cache import Claims
-from anima_train.data.images import (
-    BadImage,
-    Unreadable,
-)
+from anima_train.data.image_headers import BadImage, Unreadable
 from anima_train.data.loader import Entry, Source, read_ahead
 from anima_train.data.samples import View
-from anima_train.data.sources.archive import Stored
+from anima_train.data.sources.archive import ArchiveMember
 from anima_train.data.workers import MaskWork, PixelWork, Workers, num_workers
 from anima_train.model.llm_adapter import LLMAdapterShape
 from anima_train.model.loading import ModelFiles
@@ -128,7 +125,7 @@ def wait_for_others(busy: Sequence[Entry[Source]], say: Say) -> list[Entry[Sourc
     return []
 
 
-def content_or_path(file: Path | Stored) -> Path | bytes:
+def content_or_path(file: Path | ArchiveMember) -> Path | bytes:
     """What a worker process reads itself, or what it is given."""
     return file if isinstance(file, Path) else file.read()
 

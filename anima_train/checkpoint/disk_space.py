@@ -15,7 +15,7 @@ from anima_train.config.config import Config
 from anima_train.core.device import DTYPES
 from anima_train.core.files import BLOCK, DiskRequirement, free_bytes, on_disk, require_space
 from anima_train.core.format import format_bytes
-from anima_train.data.plan import Timetable
+from anima_train.data.plan import EpochSchedule
 from anima_train.model.dit import MiniTrainDIT
 from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX
 from anima_train.model.loading import ModelFiles
@@ -189,7 +189,7 @@ class Writings:
 
 
 def writings(
-    folder: Path, config: Config, sizes: FileSizes, timetable: Timetable, images_per_epoch: float, start: int = 0,
+    folder: Path, config: Config, sizes: FileSizes, timetable: EpochSchedule, images_per_epoch: float, start: int = 0,
     num_states: int = 0,
 ) -> Writings:  # fmt: skip
     """What a run will write and keep, reports left out, and whatever is saved as minutes pass or somebody asks.
@@ -219,7 +219,7 @@ def writings(
 
     saves = {timetable.num_steps, *steps_of(Due(config.save_every_n_epochs, config.save_every_n_steps))}
     if config.save_every_n_examples is not None:
-        images_per_step = images_per_epoch * (len(timetable.first_steps) - 1) / timetable.first_steps[-1]
+        images_per_step = images_per_epoch * (len(timetable.epoch_starts) - 1) / timetable.epoch_starts[-1]
         saves.update(steps_of(Due(steps=max(1, int(config.save_every_n_examples / images_per_step)))))
     files += [Writing(step, sizes.weights, "weights") for step in saves]
 

@@ -10,7 +10,7 @@ SIDE_MULTIPLE = 16  # pixels: 8 by the VAE, 2 by the patches
 
 @dataclass(frozen=True, order=True)
 class Size:
-    """Width and height in pixels."""
+    """A width and height in pixels."""
 
     width: int
     height: int
@@ -20,7 +20,7 @@ class Size:
 
     @property
     def aspect(self) -> float:
-        """Width over height."""
+        """The width over the height."""
         return self.width / self.height
 
     @property
@@ -29,8 +29,10 @@ class Size:
         return round(math.sqrt(self.width * self.height))
 
     def fitted(self, width: int, height: int) -> "Size":
-        """The largest size of about this aspect ratio that an image of this width and height covers unenlarged; sides
-        of images below 16 pixels are enlarged all the same."""
+        """Return the largest size of about this aspect ratio that an image of this width and height covers unenlarged.
+
+        A side of the image that is below 16 pixels is enlarged all the same.
+        """
         scale = min(Fraction(1), Fraction(width, self.width), Fraction(height, self.height))
 
         def down(side: int) -> int:
@@ -40,12 +42,12 @@ class Size:
 
     @property
     def num_tokens(self) -> int:
-        """Image tokens the transformer sees."""
+        """The number of image tokens in the transformer."""
         return (self.width // SIDE_MULTIPLE) * (self.height // SIDE_MULTIPLE)
 
 
 def aspect_ratios(min_ar: float, max_ar: float, number: int) -> list[float]:
-    """Width over height, evenly spaced in the logarithm from `min_ar` to `max_ar`."""
+    """Return aspect ratios, width over height, evenly spaced in the logarithm from `min_ar` to `max_ar`."""
     if number == 1:
         return [math.sqrt(min_ar * max_ar)]
     step = (math.log(max_ar) - math.log(min_ar)) / (number - 1)
@@ -53,22 +55,22 @@ def aspect_ratios(min_ar: float, max_ar: float, number: int) -> list[float]:
 
 
 def size_of(resolution: int, aspect: float) -> Size:
-    """The size of about `resolution`^2 pixels with this aspect ratio, sides rounded to multiples of 16."""
+    """Return the size of about `resolution`^2 pixels with this aspect ratio, sides rounded to multiples of 16."""
     width = math.sqrt(resolution**2 * aspect)
     return Size(round_side(width), round_side(width / aspect))
 
 
 def round_side(side: float) -> int:
-    """The nearest multiple of 16, at least 16."""
+    """Return the nearest multiple of 16, at least 16."""
     return max(SIDE_MULTIPLE, round(side / SIDE_MULTIPLE) * SIDE_MULTIPLE)
 
 
 def nearest(aspect: float, sizes: Sequence[Size]) -> Size:
-    """The size whose aspect ratio is nearest in the logarithm; of equals the first."""
+    """Return the size whose aspect ratio is nearest in the logarithm; of equals the first."""
     return min(sizes, key=lambda size: abs(math.log(size.aspect) - math.log(aspect)))
 
 
 def kept_fraction(width: int, height: int, size: Size) -> float:
-    """The share of an image's area that covering `size` and cropping keeps, in (0, 1]."""
+    """Return the share of an image's area that covering `size` and cropping keeps, in (0, 1]."""
     ratio = (width / height) / size.aspect
     return min(ratio, 1 / ratio)

@@ -1,4 +1,4 @@
-"""Captions: read from files, and the variants a sample is trained on."""
+"""Captions: read from files, and varied from repeat to repeat."""
 
 import json
 import re
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from anima_train.core.random import shuffled, uniform
-from anima_train.data.images import Unreadable
-from anima_train.data.sources.archive import Stored
+from anima_train.data.image_headers import Unreadable
+from anima_train.data.sources.archive import ArchiveMember
 
 CAPTIONS_JSON_FORM = 'expected {"file name": "caption" or ["several", "captions"]}'
 # Tags whose underscores are no spaces: emoticons, as ^_^, o_o or (o)_(o), and the model's own score tags.
@@ -17,11 +17,11 @@ KEEPS_UNDERSCORES = re.compile(r"\S_\S|[^\w\s]\S{0,2}_\S{0,2}[^\w\s]|score_\d(_u
 
 
 class BadCaption(Exception):
-    """A caption file cannot be used; the message is the reason."""
+    """A caption file that cannot be used; the message is the reason."""
 
 
-def read_caption(file: Path | Stored) -> str:
-    """A caption file's text, as `cleaned`: UTF-8 with or without BOM.
+def read_caption(file: Path | ArchiveMember) -> str:
+    """Return a caption file's text, `cleaned`: UTF-8 with or without BOM.
 
     Raises:
         BadCaption: not UTF-8, with the offset of the first bad byte in the file; or not readable.
@@ -29,8 +29,8 @@ def read_caption(file: Path | Stored) -> str:
     return cleaned(read_utf8(file))
 
 
-def read_utf8(file: Path | Stored) -> str:
-    """A file's text without BOM.
+def read_utf8(file: Path | ArchiveMember) -> str:
+    """Return a file's text without BOM.
 
     Raises:
         BadCaption: as `read_caption`.
@@ -51,19 +51,19 @@ def read_utf8(file: Path | Stored) -> str:
 
 
 def cleaned(text: str) -> str:
-    """The text without NULs and outer white space, its line ends as line feeds."""
+    """Return the text without NULs and outer white space, its line ends as line feeds."""
     return text.replace("\x00", "").replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
-def read_captions_json(file: Path | Stored) -> dict[str, tuple[str, ...]]:
-    """What a captions.json holds: {"file name": "caption" or ["several", "captions"]}.
+def read_captions_json(file: Path | ArchiveMember) -> dict[str, tuple[str, ...]]:
+    """Return the captions of a captions.json by file name: {"file name": "caption" or ["several", "captions"]}.
 
     Raises:
         BadCaption: not readable, or not of that form; names the line and column, or the entry.
     """
     text = read_utf8(file)
     try:
-        # Pairs, to see a name given twice; and no int, which raises an error of its own on thousands of digits.
+        # Pairs, to notice a name given twice; and no int, which raises an error of its own on thousands of digits.
         pairs = json.loads(text, object_pairs_hook=list, parse_int=float)
     except json.JSONDecodeError as error:
         raise BadCaption(f"not JSON (line {error.lineno}, column {error.colno}: {error.msg})") from error
@@ -80,7 +80,7 @@ def read_captions_json(file: Path | Stored) -> dict[str, tuple[str, ...]]:
 
 
 def caption_list(name: str, value: Any) -> tuple[str, ...]:
-    """The captions of one entry of a captions.json.
+    """Return the captions of one entry of a captions.json.
 
     Raises:
         BadCaption: it is neither text nor a list of texts, or a text that is no Unicode.
@@ -94,13 +94,11 @@ def caption_list(name: str, value: Any) -> tuple[str, ...]:
 
 
 def without_underscores(caption: str, delimiter: str) -> str:
-    """The caption with spaces for underscores, but not in tags that `KEEPS_UNDERSCORES`.
+    """Return the caption with spaces for underscores, except in tags that match `KEEPS_UNDERSCORES`.
 
-    Tags are what the delimiter, a comma or a line end separates.
+    Tags are separated by the delimiter, a comma or a line end.
     """
-    parts = re.split(
-        rf"({re.escape(delimiter)}|[,\n])", caption
-    )  # tags at even places, what separates them at odd ones
+    parts = re.split(rf"({re.escape(delimiter)}|[,\n])", caption)  # tags at even indices, separators at odd ones
     for place in range(0, len(parts), 2):
         if not KEEPS_UNDERSCORES.fullmatch(parts[place].strip()):
             parts[place] = parts[place].replace("_", " ")
@@ -108,13 +106,13 @@ def without_underscores(caption: str, delimiter: str) -> str:
 
 
 def unescaped(text: str) -> str:
-    """The text with ( and ) for \\( and \\)."""
+    """Return the text with ( and ) for \\( and \\)."""
     return text.replace("\\(", "(").replace("\\)", ")")
 
 
 @dataclass(frozen=True)
 class TagVariation:
-    """How the tags of a caption change from showing to showing."""
+    """The options for how the tags of a caption change from repeat to repeat."""
 
     delimiter: str
     keep_first: int = 0  # tags at the start that stay
@@ -123,9 +121,9 @@ class TagVariation:
     protected: frozenset[str] = frozenset()  # never left out; as `plain_tag`
 
     def varied(self, caption: str, seed: int, sample: str, variant: int) -> str:
-        """The caption's tags as this sample and variant has them.
+        """Return the caption's tags in this variant of this sample.
 
-        Tags are told apart by their place too, so that a tag given twice stays twice.
+        Tags are drawn by their position too, so that a tag given twice stays twice.
         """
         tags = [(f"{place}:{tag}", tag) for place, tag in enumerate(caption.split(self.delimiter))]
         kept, rest = tags[: self.keep_first], tags[self.keep_first :]
@@ -142,5 +140,5 @@ class TagVariation:
 
 
 def plain_tag(tag: str) -> str:
-    """A tag without what is spelled in several ways: underscores, escapes, outer white space."""
+    """Return a tag in one spelling: without underscores, escapes and outer white space."""
     return unescaped(tag).replace("_", " ").strip()

@@ -1,4 +1,4 @@
-"""What was found in image files, remembered from run to run."""
+"""The index of image files: what was read from them, kept from run to run."""
 
 import hashlib
 import io
@@ -11,18 +11,18 @@ from pydantic import TypeAdapter
 from anima_train.core.files import sha256_file
 from anima_train.core.format import printable
 from anima_train.data.cache import Cache
-from anima_train.data.images import BadImage, Unreadable, probe
-from anima_train.data.sources.archive import Stored
+from anima_train.data.image_headers import BadImage, Unreadable, probe
+from anima_train.data.sources.archive import ArchiveMember, file_stamp
 
-MEMO_VERSION = 2  # raise when the meaning of `FileFacts` changes
+INDEX_VERSION = 2  # raise when the meaning of `ImageRecord` changes
 
 
-class FileFacts(NamedTuple):
-    """What a look at an image file found, and by what a change of the file shows."""
+class ImageRecord(NamedTuple):
+    """The content hash and header of an image file, and its `file_stamp` when they were read."""
 
     num_bytes: int
     modified: int  # ns
-    changed: int  # ns, of the file's place and rights too: shows a file that is replaced by one of its size and time
+    changed: int  # ns, of the inode: shows a file that is replaced by one of the same size and time
     sha256: str
     width: int
     height: int
@@ -30,14 +30,14 @@ class FileFacts(NamedTuple):
     warnings: tuple[str, ...]
 
 
-FACTS = TypeAdapter(dict[str, FileFacts])
+RECORDS = TypeAdapter(dict[str, ImageRecord])
 
 
-class FactsMemo:
-    """Remembers what the files of a folder held, so that a second start reads only those that have changed.
+class ImageIndex:
+    """The records of a folder's files, so that a second start reads only those files that have changed.
 
     Args:
-        cache: where the memory is kept.
+        cache: of the directory; keeps the index.
         kind: "images" or "masks".
         identity: of the directory that holds the files.
     """
@@ -45,50 +45,44 @@ class FactsMemo:
     def __init__(self, cache: Cache, kind: str, identity: bytes) -> None:
         self.cache = cache
         digest = hashlib.sha256(identity).hexdigest()
-        self.path = cache.folder / f"{kind}_{MEMO_VERSION}_{digest[:16]}.json"
+        self.path = cache.folder / f"{kind}_{INDEX_VERSION}_{digest[:16]}.json"
         try:
-            self.known = FACTS.validate_json(self.path.read_bytes())
-        except (OSError, ValueError):  # none yet, or damaged: the files are looked at again
-            self.known = {}
+            self.records = RECORDS.validate_json(self.path.read_bytes())
+        except (OSError, ValueError):  # none yet, or damaged: the files are read again
+            self.records = {}
         self.changed = False
 
-    def facts(self, name: str, file: Path | Stored) -> FileFacts:
-        """A file's facts, by its path in the directory, from memory where it has not changed.
+    def lookup(self, name: str, file: Path | ArchiveMember) -> ImageRecord:
+        """Return the record of a file, by its path in the directory; the file is read only if it is new or has changed.
 
         Raises:
             BadImage: the file is no image that can be used.
         """
         name = printable(name)
         try:
-            # Taken before the file is read: a file that changes meanwhile is looked at again the next time.
+            # Taken before the file is read: a file that changes meanwhile is read again the next time.
             stamp = file_stamp(file) if isinstance(file, Path) else file.stamp
-            facts = self.known.get(name)
-            if facts is None or facts[:3] != stamp:
-                facts = look_into(name, file, stamp)
-                self.known[name] = facts
+            record = self.records.get(name)
+            if record is None or record[:3] != stamp:
+                record = read_record(name, file, stamp)
+                self.records[name] = record
                 self.changed = True
         except OSError as error:
             raise Unreadable(f"not readable ({error.strerror})") from error
-        return facts
+        return record
 
     def save(self) -> None:
-        """Write what is known now, if anything is new.
+        """Write the index, if it has changed.
 
         Raises:
             SpaceError: it cannot be written.
         """
         if self.changed:
-            self.cache.write(self.path, FACTS.dump_json(self.known))
+            self.cache.write(self.path, RECORDS.dump_json(self.records))
 
 
-def file_stamp(path: Path) -> tuple[int, int, int]:
-    """What changes when a file's content may have."""
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def look_into(name: str, file: Path | Stored, stamp: tuple[int, int, int]) -> FileFacts:
-    """What is in an image file.
+def read_record(name: str, file: Path | ArchiveMember, stamp: tuple[int, int, int]) -> ImageRecord:
+    """Read the header of an image file and hash its content.
 
     Raises:
         BadImage: as `probe`.
@@ -101,4 +95,4 @@ def look_into(name: str, file: Path | Stored, stamp: tuple[int, int, int]) -> Fi
         if not content:
             raise BadImage("zero bytes")
         info, digest = probe(io.BytesIO(content), os.path.splitext(name)[1]), hashlib.sha256(content).hexdigest()
-    return FileFacts(*stamp, digest, info.width, info.height, info.has_alpha, info.warnings)
+    return ImageRecord(*stamp, digest, info.width, info.height, info.has_alpha, info.warnings)

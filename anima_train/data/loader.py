@@ -13,7 +13,7 @@ from anima_train.core.random import stream, uniform
 from anima_train.core.shapes import LATENT_PIXELS
 from anima_train.core.text_batch import EncodedText, TextStates, pad_rows, pad_states
 from anima_train.data.cache import Cache, DamagedEntry, Kind, entry_key
-from anima_train.data.plan import Draw, MicroBatch
+from anima_train.data.plan import MicroBatch, SampleRef
 from anima_train.data.samples import EMPTY, Caption, Sample, View
 
 NUM_THREADS = 2
@@ -34,7 +34,7 @@ class Batch:
     text: Tensor | TextStates  # context (B, 512, C), or what a trained adapter reads
     mask: Float[Tensor, "B 1 1 H W"] | None
     names: tuple[str, ...]  # of the samples, for messages
-    counts: bool = True  # False: a filler that only keeps processes in step
+    is_padding: bool = False  # True: repeats another one, to keep processes in step, and has no weight
     is_regularization: tuple[bool, ...] = ()  # of each sample, where roles matter
 
     @property
@@ -100,7 +100,7 @@ Remake = Callable[[Entry, str], None]  # an entry, and how it is damaged
 
 @dataclass(frozen=True)
 class CachedData:
-    """The samples of a dataset, everything of them in the cache but captions that are drawn for a showing."""
+    """The samples of a dataset, everything of them in the cache but captions that are drawn anew for each repeat."""
 
     samples: Sequence[Sample]
     vae_identity: str
@@ -160,7 +160,7 @@ class CachedData:
         captions: Sequence[Caption],
         t: Sequence[float],
         noise: Sequence[torch.Generator],
-        counts: bool = True,
+        is_padding: bool = False,
     ) -> Batch:
         """A batch with these captions, noise levels and generators of the noise, one for each view."""
         latents = torch.stack([self.latents(view) for view in views])
@@ -172,7 +172,7 @@ class CachedData:
             text=self.text([(sample.cache, caption) for sample, caption in zip(samples, captions, strict=True)]),
             mask=self.masks(views),
             names=tuple(sample.id for sample in samples),
-            counts=counts,
+            is_padding=is_padding,
             is_regularization=tuple(sample.is_regularization for sample in samples),
         )
 
@@ -180,36 +180,33 @@ class CachedData:
         self,
         micro_batch: MicroBatch,
         epoch: int,
-        counts: bool,
+        is_padding: bool,
         timestep: Callable[[float, int], float],
         uncond_fraction: float,
     ) -> Batch:
-        """The batch of a planned micro-batch: everything random addressed by (epoch, sample, showing).
+        """The batch of a planned micro-batch: everything random addressed by (epoch, sample, repeat).
 
         Args:
             micro_batch: from the plan.
             epoch: 0 the first.
-            counts: False for a filler.
+            is_padding: as in `Batch`.
             timestep: (quantile, image tokens) -> t.
             uncond_fraction: share of the captions replaced by the empty one.
         """
 
-        def address(kind: str, draw: Draw) -> tuple[str, int, str, int]:
-            return kind, epoch, self.samples[draw.sample].id, draw.showing
+        def address(kind: str, ref: SampleRef) -> tuple[str, int, str, int]:
+            return kind, epoch, self.samples[ref.sample].id, ref.repeat
 
-        def caption(draw: Draw) -> Caption:
-            dropped = uniform(self.seed, *address("uncond", draw)) < uncond_fraction
-            return EMPTY if dropped else self.samples[draw.sample].caption(self.seed, draw.showing)
+        def caption(ref: SampleRef) -> Caption:
+            dropped = uniform(self.seed, *address("uncond", ref)) < uncond_fraction
+            return EMPTY if dropped else self.samples[ref.sample].caption(self.seed, ref.repeat)
 
         return self.batch(
-            [self.samples[draw.sample].view(self.seed, draw.showing) for draw in micro_batch.draws],
-            [caption(draw) for draw in micro_batch.draws],
-            [
-                timestep(uniform(self.seed, *address("t", draw)), micro_batch.size.num_tokens)
-                for draw in micro_batch.draws
-            ],
-            [stream(self.seed, *address("noise", draw)) for draw in micro_batch.draws],
-            counts,
+            [self.samples[ref.sample].view(self.seed, ref.repeat) for ref in micro_batch.refs],
+            [caption(ref) for ref in micro_batch.refs],
+            [timestep(uniform(self.seed, *address("t", ref)), micro_batch.size.num_tokens) for ref in micro_batch.refs],
+            [stream(self.seed, *address("noise", ref)) for ref in micro_batch.refs],
+            is_padding,
         )
 
 

@@ -26,49 +26,49 @@ BatchSizes = int | Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
-    """One showing of a sample."""
+class SampleRef:
+    """A sample of a micro-batch, by its index, and which repeat of it this is."""
 
     sample: int  # index into the samples
-    showing: int  # how often the sample was shown before this, since the start of the run: picks the caption variant
+    repeat: int  # 0 the first since the start of the run; picks caption, view, noise and t
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What goes through the transformer at once: one size."""
+    """The samples of one forward and backward pass, all of one size."""
 
     size: Size
-    draws: tuple[Draw, ...]
+    refs: tuple[SampleRef, ...]
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer update sees."""
+    """The micro-batches of one optimizer update, those of all processes."""
 
     micro_batches: tuple[MicroBatch, ...]
 
     @property
     def num_samples(self) -> int:
-        """Samples in all micro-batches."""
-        return sum(len(micro_batch.draws) for micro_batch in self.micro_batches)
+        """The number of samples in all micro-batches."""
+        return sum(len(micro_batch.refs) for micro_batch in self.micro_batches)
 
     def share(self, rank: int, world_size: int) -> list[tuple[MicroBatch, bool]]:
-        """The micro-batches of one process, and whether each counts.
+        """Return (micro-batch, is_padding) for each micro-batch of one process.
 
-        Every process gets the same number, so that all meet at every gradient reduction; where they do not divide,
-        some process repeats one that does not count. Dealt by descending cost, so that processes meet after similar
-        work.
+        Every process gets the same number, because all take part in every gradient reduction. Where the micro-batches
+        do not divide evenly, a process repeats the cheapest one as padding, which must not change the loss. They are
+        distributed by descending cost, so that processes have similar work between two reductions.
         """
         order = sorted(
-            self.micro_batches, key=lambda batch: (-len(batch.draws) * batch.size.num_tokens, batch.draws[0].sample)
+            self.micro_batches, key=lambda batch: (-len(batch.refs) * batch.size.num_tokens, batch.refs[0].sample)
         )
-        mine = [(micro_batch, True) for micro_batch in order[rank::world_size]]
+        own = [(micro_batch, False) for micro_batch in order[rank::world_size]]
         each = math.ceil(len(order) / world_size)
-        return mine + [(order[-1], False)] * (each - len(mine))
+        return own + [(order[-1], True)] * (each - len(own))
 
 
 def batch_size_for(sizes: BatchSizes, resolution: int) -> int:
-    """The micro-batch size at a resolution: the number itself, or the entry whose resolution is nearest."""
+    """Return the micro-batch size at a resolution: the number itself, or that of the nearest resolution listed."""
     if isinstance(sizes, int):
         return sizes
     return min(sizes, key=lambda entry: (abs(math.log(entry[0] / resolution)), entry[0]))[1]
@@ -76,7 +76,7 @@ def batch_size_for(sizes: BatchSizes, resolution: int) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """All epochs of a run."""
+    """The plan of all epochs of a run, computed epoch by epoch from the seed."""
 
     samples: Sequence[Sample]
     seed: int
@@ -84,77 +84,77 @@ class Plan:
     micro_batches_per_step: int
 
     @cached_property
-    def turns(self) -> list[tuple[int, int, int]]:
-        """(a, b, c) for each sample: before epoch e it is shown (a * e + b) // c times.
+    def repeat_offsets(self) -> list[tuple[int, int, int]]:
+        """The (a, b, c) of each sample: all epochs before epoch e together show it (a * e + b) // c times.
 
-        With num_repeats = p / q that is floor(e * p / q + b / c), where b / c spreads the samples of a directory that
-        have this num_repeats evenly over [0, 1), so that every epoch shows the same number of them, give or take one.
-        In integers, because a rounding error would show a sample an epoch too early or too late.
+        With num_repeats = p / q that is floor(e * p / q + b / c), where the offset b / c spreads the samples of a
+        directory that have this num_repeats evenly over [0, 1), so that every epoch shows the same number of them, give
+        or take one. In integers, because a rounding error would show a sample an epoch too early or too late.
         """
         groups: dict[tuple[int, Fraction], list[int]] = defaultdict(list)
         for index, sample in enumerate(self.samples):
             groups[sample.directory, sample.repeats].append(index)
-        turns = [(0, 0, 1)] * len(self.samples)
+        offsets = [(0, 0, 1)] * len(self.samples)
         for (directory, repeats), indices in groups.items():
             order = shuffled(indices, lambda index: self.samples[index].id, self.seed, "turns", directory)
             for place, index in enumerate(order):
-                turns[index] = (
+                offsets[index] = (
                     repeats.numerator * len(order),
                     repeats.denominator * place,
                     repeats.denominator * len(order),
                 )
-        return turns
+        return offsets
 
     def shown_before(self, index: int, epoch: int) -> int:
-        """How often a sample is shown in all epochs before this one: `num_repeats` per epoch, fractions by turns."""
-        a, b, c = self.turns[index]
+        """Return how often all epochs before this one show a sample: `num_repeats` times each, on average."""
+        a, b, c = self.repeat_offsets[index]
         return (a * epoch + b) // c
 
-    def draws(self, epoch: int) -> dict[tuple[int, Size], list[Draw]]:
-        """The showings of an epoch by bucket."""
-        buckets: dict[tuple[int, Size], list[Draw]] = defaultdict(list)
+    def refs_by_bucket(self, epoch: int) -> dict[tuple[int, Size], list[SampleRef]]:
+        """Return the samples of an epoch by bucket, (resolution, size), once for each repeat."""
+        buckets: dict[tuple[int, Size], list[SampleRef]] = defaultdict(list)
         for index, sample in enumerate(self.samples):
-            for showing in range(self.shown_before(index, epoch), self.shown_before(index, epoch + 1)):
-                buckets[sample.resolution, sample.size].append(Draw(index, showing))
+            for repeat in range(self.shown_before(index, epoch), self.shown_before(index, epoch + 1)):
+                buckets[sample.resolution, sample.size].append(SampleRef(index, repeat))
         return buckets
 
     def epoch(self, epoch: int) -> list[Step]:
-        """The steps of an epoch, 0 the first."""
+        """Return the steps of an epoch, 0 the first."""
 
-        def name(draw: Draw) -> str:
-            return f"{self.samples[draw.sample].id}#{draw.showing}"
+        def name(ref: SampleRef) -> str:
+            return f"{self.samples[ref.sample].id}#{ref.repeat}"
 
         micro_batches = []
-        for (resolution, size), draws in sorted(self.draws(epoch).items()):
-            order = shuffled(draws, name, self.seed, "order", epoch)
+        for (resolution, size), refs in sorted(self.refs_by_bucket(epoch).items()):
+            order = shuffled(refs, name, self.seed, "order", epoch)
             width = batch_size_for(self.batch_sizes, resolution)
             for start in range(0, len(order), width):
                 micro_batches.append(MicroBatch(size, tuple(order[start : start + width])))
-        mixed = shuffled(micro_batches, lambda batch: name(batch.draws[0]), self.seed, "batches", epoch)
+        mixed = shuffled(micro_batches, lambda batch: name(batch.refs[0]), self.seed, "batches", epoch)
         width = self.micro_batches_per_step
         return [Step(tuple(mixed[start : start + width])) for start in range(0, len(mixed), width)]
 
-    def samples_before(self, schedule: "Timetable", step: int) -> int:
+    def samples_before(self, schedule: "EpochSchedule", step: int) -> int:
         """Return the number of samples seen in the steps before this one."""
-        epoch, place = schedule.place(step) if step else (0, 0)
+        epoch, place = schedule.locate(step) if step else (0, 0)
         whole = sum(self.shown_before(index, epoch) for index in range(len(self.samples)))
         return whole + sum(planned.num_samples for planned in self.epoch(epoch)[:place])
 
     def steps_in(self, epoch: int) -> int:
-        """The number of steps in an epoch, without planning it."""
+        """Return the number of steps in an epoch, without planning it."""
         micro_batches = sum(
-            math.ceil(len(draws) / batch_size_for(self.batch_sizes, resolution))
-            for (resolution, _), draws in self.draws(epoch).items()
+            math.ceil(len(refs) / batch_size_for(self.batch_sizes, resolution))
+            for (resolution, _), refs in self.refs_by_bucket(epoch).items()
         )
         return math.ceil(micro_batches / self.micro_batches_per_step)
 
     @property
     def period(self) -> int:
-        """After how many epochs the turns of `num_repeats` repeat."""
+        """The number of epochs after which the number of steps per epoch repeats."""
         return math.lcm(*{sample.repeats.denominator for sample in self.samples})
 
     def lengths(self) -> Iterator[int]:
-        """The number of steps in each epoch, without end: they repeat as the turns of `num_repeats` do."""
+        """Yield the number of steps in each epoch, without end: after `period` epochs they repeat."""
         period = self.period
         known: list[int] = []
         for epoch in itertools.count():
@@ -163,67 +163,67 @@ class Plan:
             yield known[epoch % period]
 
     def largest_batches(self, num_epochs: int) -> dict[tuple[int, Size], int]:
-        """The most samples that a micro-batch of each bucket, (resolution, size), holds in the first epochs."""
+        """Return the largest micro-batch size of each bucket, (resolution, size), in the first epochs."""
         largest: dict[tuple[int, Size], int] = defaultdict(int)
         for epoch in range(min(num_epochs, self.period)):
-            for bucket, draws in self.draws(epoch).items():
-                number = min(len(draws), batch_size_for(self.batch_sizes, bucket[0]))
+            for bucket, refs in self.refs_by_bucket(epoch).items():
+                number = min(len(refs), batch_size_for(self.batch_sizes, bucket[0]))
                 largest[bucket] = max(largest[bucket], number)
         return largest
 
 
 @dataclass(frozen=True)
-class Timetable:
-    """Which epoch each step of a run belongs to."""
+class EpochSchedule:
+    """The epoch of each step of a run."""
 
-    first_steps: Sequence[int]  # of each epoch; the last entry is the step after the last epoch
+    epoch_starts: Sequence[int]  # the first step of each epoch; the last entry is the step after the last epoch
     num_steps: int  # of the run: all epochs, or max_steps where that is less
 
     @classmethod
-    def of(cls, plan: Plan, epochs: int | None, max_steps: int | None) -> "Timetable":
-        """The timetable of a run that ends after `epochs` or `max_steps`, whichever is first; one must be given.
+    def of(cls, plan: Plan, epochs: int | None, max_steps: int | None) -> "EpochSchedule":
+        """Return the schedule of a run that ends after `epochs` or `max_steps`, whichever is first; one must be given.
 
         Raises:
             ConfigError: the run would have no step.
         """
         assert plan.samples
         assert epochs is not None or max_steps is not None
-        first_steps = [0]
+        epoch_starts = [0]
         for _, length in zip(itertools.count() if epochs is None else range(epochs), plan.lengths(), strict=False):
-            first_steps.append(first_steps[-1] + length)
+            epoch_starts.append(epoch_starts[-1] + length)
             if (
-                max_steps is not None and first_steps[-1] > max_steps
+                max_steps is not None and epoch_starts[-1] > max_steps
             ):  # not >=: more than all steps, if max_steps ends it
                 break
-        num_steps = first_steps[-1] if max_steps is None else min(first_steps[-1], max_steps)
+        num_steps = epoch_starts[-1] if max_steps is None else min(epoch_starts[-1], max_steps)
         if num_steps == 0:
             raise ConfigError(
                 f"no image is shown in {epochs} epochs with this num_repeats; raise epochs or num_repeats"
             )
-        return cls(first_steps, num_steps)
+        return cls(epoch_starts, num_steps)
 
-    def place(self, step: int) -> tuple[int, int]:
-        """(epoch, index in the epoch) of a step, 0 the first; epochs without a step are passed over."""
-        epoch = bisect_right(self.first_steps, step) - 1
-        return epoch, step - self.first_steps[epoch]
+    def locate(self, step: int) -> tuple[int, int]:
+        """Return (epoch, index in the epoch) of a step, 0 the first; epochs without a step are passed over."""
+        epoch = bisect_right(self.epoch_starts, step) - 1
+        return epoch, step - self.epoch_starts[epoch]
 
     def epochs_done(self, step: int) -> int:
-        """The number of epochs that are complete after this step, with those behind it that have no step."""
-        return self.place(step + 1)[0]
+        """Return the number of epochs that are complete after this step, with those after it that have no step."""
+        return self.locate(step + 1)[0]
 
 
 def short_by(number: int, batch_size: int) -> int:
-    """How many images the last batch of a bucket lacks."""
+    """Return the number of images that the last batch of a bucket lacks."""
     return -number % batch_size
 
 
-def times_seen(plan: Plan, timetable: Timetable, num_steps: int) -> list[int]:
-    """How often each sample is seen in the first steps of the run."""
-    epoch, steps = timetable.place(num_steps)
+def times_seen(plan: Plan, schedule: EpochSchedule, num_steps: int) -> list[int]:
+    """Return how often each sample is seen in the first steps of the run."""
+    epoch, steps = schedule.locate(num_steps)
     seen = [plan.shown_before(index, epoch) for index in range(len(plan.samples))]
     if steps:  # they end inside an epoch
         for step in plan.epoch(epoch)[:steps]:
             for micro_batch in step.micro_batches:
-                for draw in micro_batch.draws:
-                    seen[draw.sample] += 1
+                for ref in micro_batch.refs:
+                    seen[ref.sample] += 1
     return seen

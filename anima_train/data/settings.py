@@ -39,7 +39,7 @@ class DirectoryOptions(Settings):
     """The sizes themselves, [width, height] in pixels (a third number, frames, must be 1); replaces resolutions and
     all aspect-ratio keys. Each image goes to the one whose aspect ratio is nearest; of equals, to the first."""
     num_repeats: float = Field(default=1.0, ge=0.001)
-    """Times each image is seen per epoch. A fraction takes turns: 0.5 shows half of the images in each epoch,
+    """Times each image is seen per epoch. A fraction alternates: 0.5 shows half of the images in each epoch,
     all of them in two."""
     weight: float | None = Field(default=None, gt=0)
     """Share of the samples seen, relative to the weights of the other directories: with 3 and 1, three quarters and
@@ -73,20 +73,21 @@ class DirectoryOptions(Settings):
     """Read the .tar files in the folder too, as if they were sub-folders: images and captions of the same name, as in
     WebDataset."""
     cache_shuffle_num: int = Field(default=0, ge=0)
-    """Number of shuffled variants of each caption's tags, with tag_dropout drawn for each; epochs take turns through
-    them, and all are encoded before training. 0 leaves captions as they are, or to shuffle_tags. Natural-language
+    """Number of shuffled variants of each caption's tags, with tag_dropout drawn for each; they are used in turn over
+    the epochs, and all are encoded before training. 0 leaves captions as they are, or to shuffle_tags. Natural-language
     captions are not shuffled."""
     cache_shuffle_delimiter: str = Field(default=", ", min_length=1)
     """The text between tags, wherever tags are told apart."""
     shuffle_tags: bool = False
-    """Shuffle the tags anew for every showing. Such captions are encoded ahead of use while the model trains, which
-    keeps the text encoder in memory; cache_shuffle_num does it with a fixed number of variants and without that."""
+    """Shuffle the tags anew each time an image is seen. Such captions are encoded ahead of use while the model trains,
+    which keeps the text encoder in memory; cache_shuffle_num does it with a fixed number of variants and without
+    that."""
     keep_first_n_tags: int = Field(default=0, ge=0)
     """This many tags at the start of a caption are neither shuffled nor dropped; trigger_word and caption_prefix are
     not counted, as they are never moved."""
     tag_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the tags left out, drawn anew for every showing (or once for each variant of cache_shuffle_num). Never
-    in evaluation."""
+    """Share of the tags left out, drawn anew each time an image is seen (or once for each variant of
+    cache_shuffle_num). Never in evaluation."""
     protected_tags: list[str] = Field(default=[])
     """Tags that tag_dropout never leaves out, with spaces or underscores."""
     unescape_parentheses: bool = False
@@ -100,23 +101,23 @@ class DirectoryOptions(Settings):
     """Write spaces for the underscores in tags, except in those that look like emoticons, as ^_^, o_o and (o)_(o) do,
     and in score_7 and the like. Natural-language captions, caption_prefix and trigger_word stay as they are."""
     captions_per_line: bool = False
-    """Each line of a .txt file that is not empty is a caption of its own; the showings of an image take turns through
-    its captions. false: the whole file is one caption. A captions.json can give lists of captions anyway."""
+    """Each line of a .txt file that is not empty is a caption of its own; they are used in turn each time the image is
+    seen. false: the whole file is one caption. A captions.json can give lists of captions anyway."""
     caption_mode: Literal["tags", "nl", "mixed"] = "tags"
     """Which captions are used: "tags" those in {stem}.txt or captions.json, "nl" those in natural language in
     {stem}_nl.txt, "mixed" both, by nl_weight; an image that has only one of the two is trained with that one."""
     nl_weight: float = Field(default=0.5, ge=0, le=1)
-    """With caption_mode = "mixed", the share of each image's showings that use its natural-language caption, evenly
+    """With caption_mode = "mixed", the share of the times an image is seen with its natural-language caption, evenly
     spread."""
     skip_empty_caption: bool = False
-    """Set aside images whose caption is empty or missing."""
+    """Skip images whose caption is empty or missing."""
     missing_caption: Literal["empty", "error"] = "empty"
     """The treatment of an image without a caption (of the kind that caption_mode asks for): "empty" trains it with the
     empty one (after caption_prefix) and counts it; "error" stops."""
     min_image_side: int = Field(default=64, ge=1)
-    """Images whose shorter side has fewer pixels are set aside."""
+    """Images whose shorter side has fewer pixels are skipped."""
     min_kept: float = Field(default=0.25, ge=0, le=1)
-    """Images of whose area the crop would keep less than this share are set aside."""
+    """Images of whose area the crop would keep less than this share are skipped."""
 
     @model_serializer(mode="wrap")
     def without_unset(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -164,12 +165,12 @@ class DirectoryOptions(Settings):
 
     @property
     def varies_tags(self) -> bool:
-        """True if tags are shuffled or left out, in a fixed number of variants or anew for each showing."""
+        """True if tags are shuffled or left out, in a fixed number of variants or anew for each repeat."""
         return self.cache_shuffle_num > 0 or self.shuffle_tags or self.tag_dropout > 0
 
     @property
     def draws_tags(self) -> bool:
-        """True if tags are drawn anew for each showing, so that their captions cannot be encoded before training."""
+        """True if tags are drawn anew for each repeat, so that their captions cannot be encoded before training."""
         return self.varies_tags and self.cache_shuffle_num == 0
 
     @functools.cached_property
@@ -213,7 +214,7 @@ class DirectoryOptions(Settings):
         match = KOHYA_FOLDER.fullmatch(folder) if self.kohya_folders else None
         if match is None:
             return self
-        # As a fraction, because 3 * 0.1 is no tenth of anything, and a plan of exact turns would never repeat.
+        # As a fraction, because 3 * 0.1 is no tenth of anything, and the plan would never repeat.
         num_repeats = float(Fraction(str(self.num_repeats)) * int(match[1]))
         return self.model_copy(update={"num_repeats": num_repeats})
 
@@ -282,7 +283,7 @@ class DatasetSettings(DirectoryOptions):
     directory: list[Directory] = Field(min_length=1)
     """The folders."""
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
-    """Stop when more than this share of the images has to be set aside because it is damaged or unreadable."""
+    """Stop when more than this share of the images has to be skipped because it is damaged or unreadable."""
 
     def model_post_init(self, context: Any) -> None:
         options = [self.options(index) for index in range(len(self.directory))]

@@ -28,16 +28,8 @@ if sys.platform == "linux":
     import fcntl
 
 from anima_train.core.errors import DataError
-from anima_train.data.images import (
-    BadImage,
-    Crop,
-    Unreadable,
-    decode_alpha,
-    decode_and_crop,
-    decode_mask,
-    mask_to_latent,
-    read_file,
-)
+from anima_train.data.image_headers import BadImage, Unreadable, read_file
+from anima_train.data.images import Crop, decode_alpha, decode_and_crop, decode_mask, mask_to_latent
 
 MIN_ITEMS = 32  # with fewer, starting processes takes longer than it saves
 MAX_WORKERS = 16  # more than any VAE needs

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from anima_train.data.samples import Sample
-from anima_train.data.scan import SPECIAL_TOKEN
+from anima_train.data.scan_warnings import SPECIAL_TOKEN
 from anima_train.model.text import AS_TRAINED, TokenCounts, Tokenizers, count_tokens
 
 MAX_TAG = 40  # characters; longer pieces are sentences

@@ -10,8 +10,9 @@ from pathlib import Path
 from anima_train.config.config import Config
 from anima_train.core.format import format_duration
 from anima_train.data.buckets import Size
-from anima_train.data.images import BadImage, cover_box, decode
-from anima_train.data.plan import Plan, Timetable, batch_size_for, short_by, times_seen
+from anima_train.data.image_headers import BadImage
+from anima_train.data.images import cover_box, decode
+from anima_train.data.plan import EpochSchedule, Plan, batch_size_for, short_by, times_seen
 from anima_train.data.samples import Sample
 from anima_train.data.scan import Scan
 from anima_train.data.sources.archive import content_of
@@ -111,7 +112,7 @@ class DatasetReport:
 
 
 def collect(
-    title: str, config: Config, notes: Sequence[str], scans: Mapping[str, Scan], plan: Plan, timetable: Timetable,
+    title: str, config: Config, notes: Sequence[str], scans: Mapping[str, Scan], plan: Plan, timetable: EpochSchedule,
     groups: Sequence[GroupRow], tokenizers: Tokenizers, model: ModelStats, max_thumbnails: int,
     measured: Sequence[Measured],
 ) -> DatasetReport:  # fmt: skip
@@ -138,7 +139,7 @@ def collect(
         for name, found in scans.items()
     }
     known = tokenized(tokenizers, ["", *(text for lists in captions.values() for texts in lists for text in texts)])
-    draws = plan.draws(0)
+    refs = plan.refs_by_bucket(0)
     costs = {(each.size, each.batch_size): each for each in measured}
     # The page may be shown to others, so it names no folder of this machine.
     shared = partial(shared_text, places=[str(Path.home() / "x"), *places_of(config.model_dump())])
@@ -150,7 +151,7 @@ def collect(
         buckets = []
         for (resolution, size), members in by_bucket(found.samples).items():
             width = batch_size_for(sizes, resolution)
-            shown = len(draws[resolution, size] if is_trained else members)
+            shown = len(refs[resolution, size] if is_trained else members)
             memory = memory_cost(config, model, size, width) if is_trained else None
             cost = costs.get((size, width)) if is_trained else None
             ran_out = cost is not None and cost.seconds_per_step is None

@@ -15,7 +15,8 @@ from typing import Any
 from anima_train.core.errors import ConfigError
 from anima_train.core.format import count
 from anima_train.core.settings import nearest
-from anima_train.data.images import BadImage, decode
+from anima_train.data.image_headers import BadImage
+from anima_train.data.images import decode
 from anima_train.objective.timesteps import T_BINS
 from anima_train.reports.html import small_jpeg
 from anima_train.reports.places import places_in, shared_config, shared_text

@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass
 
-from anima_train.data.plan import Timetable
+from anima_train.data.plan import EpochSchedule
 
 
 @dataclass
@@ -36,18 +36,18 @@ class Due:
             due = True
         return due
 
-    def following(self, step: int, timetable: Timetable) -> int | None:
+    def following(self, step: int, timetable: EpochSchedule) -> int | None:
         """The next step after which it is due, as far as steps and epochs tell; None: not before the end."""
         steps = []
         if self.steps is not None:
             steps.append((step // self.steps + 1) * self.steps)
         if self.epochs is not None:
-            epoch = (timetable.place(step)[0] // self.epochs + 1) * self.epochs
-            steps.extend(timetable.first_steps[epoch : epoch + 1])
+            epoch = (timetable.locate(step)[0] // self.epochs + 1) * self.epochs
+            steps.extend(timetable.epoch_starts[epoch : epoch + 1])
         return min((each for each in steps if each <= timetable.num_steps), default=None)
 
 
-def what_follows(events: dict[str, Due], step: int, timetable: Timetable) -> str:
+def what_follows(events: dict[str, Due], step: int, timetable: EpochSchedule) -> str:
     """The event that is due next, as "evaluation at 200"; "" where the end comes first."""
     found = [(at, name) for name, due in events.items() if (at := due.following(step, timetable)) is not None]
     return "{1} at {0:,}".format(*min(found)) if found else ""

@@ -14,7 +14,7 @@ from anima_train import __version__
 from anima_train.config.config import Config
 from anima_train.core.files import sha256_file
 from anima_train.data.loader import CachedData
-from anima_train.data.plan import Plan, Timetable, times_seen
+from anima_train.data.plan import EpochSchedule, Plan, times_seen
 from anima_train.data.samples import Sample
 from anima_train.model.hub import origin_of
 from anima_train.model.loading import ModelFiles
@@ -81,7 +81,7 @@ def manifest(
     }
 
 
-def seen_facts(plan: Plan, timetable: Timetable, num_steps: int) -> dict[str, dict[str, int]]:
+def seen_facts(plan: Plan, timetable: EpochSchedule, num_steps: int) -> dict[str, dict[str, int]]:
     """How often each sample was seen in the first steps, and how many samples of each bucket (size@resolution)."""
     times = times_seen(plan, timetable, num_steps)
     buckets: Counter[str] = Counter()

@@ -63,8 +63,8 @@ class SkippedUpdates:
 
 def step_names(step: Step, samples: Sequence[Sample]) -> list[str]:
     """The names of all images of a step, of every process, each once."""
-    draws = (draw for micro_batch in step.micro_batches for draw in micro_batch.draws)
-    return list(dict.fromkeys(samples[draw.sample].id for draw in draws))
+    refs = (ref for micro_batch in step.micro_batches for ref in micro_batch.refs)
+    return list(dict.fromkeys(samples[ref.sample].id for ref in refs))
 
 
 def naming(warning: str, names: Sequence[str]) -> str:

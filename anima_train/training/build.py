@@ -11,7 +11,7 @@ from anima_train.config.config import Config
 from anima_train.config.load import LoadedConfig
 from anima_train.core.errors import ConfigError
 from anima_train.core.files import DiskRequirement
-from anima_train.data.plan import Plan, Timetable
+from anima_train.data.plan import EpochSchedule, Plan
 from anima_train.data.samples import Sample
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
@@ -19,14 +19,14 @@ from anima_train.model.loading import ModelFiles, ModelSpec, load_transformer
 from anima_train.optim.groups import optimizer_groups
 
 
-def plan_run(config: Config, samples: Sequence[Sample], num_processes: int) -> tuple[Plan, Timetable]:
+def plan_run(config: Config, samples: Sequence[Sample], num_processes: int) -> tuple[Plan, EpochSchedule]:
     """Return the plan of the run's batches, and its schedule of epochs.
 
     Raises:
         ConfigError: the run would have no step.
     """
     plan = Plan(samples, config.seed, config.batch_sizes(), config.gradient_accumulation_steps * num_processes)
-    return plan, Timetable.of(plan, config.epochs, config.max_steps)
+    return plan, EpochSchedule.of(plan, config.epochs, config.max_steps)
 
 
 def trainable_transformer(config: Config, spec: ModelSpec) -> MiniTrainDIT:
@@ -64,7 +64,7 @@ def first_files(loaded: LoadedConfig, spec: ModelSpec) -> list[DiskRequirement]:
 
 
 def planned_writings(
-    loaded: LoadedConfig, files: ModelFiles, plan: Plan, schedule: Timetable, transformer: MiniTrainDIT,
+    loaded: LoadedConfig, files: ModelFiles, plan: Plan, schedule: EpochSchedule, transformer: MiniTrainDIT,
     start: int = 0, num_states: int = 0,
 ) -> Writings:  # fmt: skip
     """What a run will write after its first `start` steps, of which `num_states` training states are there."""

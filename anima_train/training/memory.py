@@ -62,8 +62,8 @@ class Shape:
     @classmethod
     def of(cls, micro_batch: MicroBatch, samples: Sequence[Sample]) -> "Shape":
         """That of a micro-batch of the plan of these samples."""
-        first = samples[micro_batch.draws[0].sample]
-        return cls(first.resolution, micro_batch.size, len(micro_batch.draws))
+        first = samples[micro_batch.refs[0].sample]
+        return cls(first.resolution, micro_batch.size, len(micro_batch.refs))
 
     def __str__(self) -> str:
         return f"{count(self.batch_size, 'image')} of {self.size} at once"

@@ -43,17 +43,17 @@ class StepSums:
         loss, roles, ranges = self.sums.split([1, 2 * len(ROLES), 2 * T_BINS])
         self.loss, self.roles, self.ranges = loss, roles.view(-1, 2), ranges.view(-1, 2)  # the others: (sum, number)
 
-    def add(self, share: Float[Tensor, ""], losses: Float[Tensor, " B"], batch: Batch, counts: bool) -> None:
+    def add(self, share: Float[Tensor, ""], losses: Float[Tensor, " B"], batch: Batch, is_padding: bool) -> None:
         """Add a micro-batch.
 
         Args:
             share: its part of the step's loss.
             losses: of its samples.
             batch: the samples.
-            counts: whether they are the step's, or only there to keep this process busy.
+            is_padding: True if they repeat samples of the step, only to keep this process in step.
         """
         self.loss += share.detach()
-        if not counts:
+        if is_padding:
             return
         device = self.sums.device
         values = torch.stack([losses.detach(), torch.ones_like(losses)], dim=1)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from anima_train.data.loader import Batch, CachedData, read_ahead
-from anima_train.data.plan import MicroBatch, Plan, Step, Timetable
+from anima_train.data.plan import EpochSchedule, MicroBatch, Plan, Step
 from anima_train.training.memory import Shape
 
 
@@ -16,13 +16,13 @@ class RankMicroBatch:
 
     micro_batch: MicroBatch
     resolution: int
-    counts: bool  # False: only there to keep this process in step with the others
+    is_padding: bool  # True: it must not count; it keeps this process in step with the others
     address: int  # among the step's micro-batches of all processes
 
     @property
     def shape(self) -> Shape:
         """What of it decides about memory."""
-        return Shape(self.resolution, self.micro_batch.size, len(self.micro_batch.draws))
+        return Shape(self.resolution, self.micro_batch.size, len(self.micro_batch.refs))
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,18 @@ class RankStep:
     micro_batches: Sequence[RankMicroBatch]
 
 
-def rank_steps(plan: Plan, schedule: Timetable, start: int, rank: int, world_size: int) -> Iterator[RankStep]:
+def rank_steps(plan: Plan, schedule: EpochSchedule, start: int, rank: int, world_size: int) -> Iterator[RankStep]:
     """Yield a process's part of every step from `start` to the end of the run; an epoch is planned once."""
     planned_epoch, steps = -1, list[Step]()
     for index in range(start, schedule.num_steps):
-        epoch, place = schedule.place(index)
+        epoch, place = schedule.locate(index)
         if epoch != planned_epoch:
             planned_epoch, steps = epoch, plan.epoch(epoch)
         micro_batches = [
             RankMicroBatch(
-                micro_batch, plan.samples[micro_batch.draws[0].sample].resolution, counts, rank + number * world_size
+                micro_batch, plan.samples[micro_batch.refs[0].sample].resolution, is_padding, rank + number * world_size
             )
-            for number, (micro_batch, counts) in enumerate(steps[place].share(rank, world_size))
+            for number, (micro_batch, is_padding) in enumerate(steps[place].share(rank, world_size))
         ]
         yield RankStep(index, epoch, steps[place], micro_batches)
 
@@ -70,7 +70,7 @@ def prefetch_steps(
 
     def make(item: tuple[RankStep, RankMicroBatch]) -> Batch:
         step, mine = item
-        return data.training_batch(mine.micro_batch, step.epoch, mine.counts, timestep, uncond_fraction)
+        return data.training_batch(mine.micro_batch, step.epoch, mine.is_padding, timestep, uncond_fraction)
 
     shown, read = itertools.tee(steps)
     items = ((step, micro_batch) for step in read for micro_batch in step.micro_batches)

@@ -8,7 +8,7 @@ from anima_train.checkpoint.disk_space import space_warning
 from anima_train.checkpoint.resume import check_same_content, set_aside
 from anima_train.checkpoint.training_state import load_state, saved_states
 from anima_train.core.files import write_text
-from anima_train.data.plan import Plan, Timetable
+from anima_train.data.plan import EpochSchedule, Plan
 from anima_train.distributed.collectives import from_main
 from anima_train.optim.groups import group_rows
 from anima_train.run.manifest import config_toml, manifest
@@ -21,7 +21,7 @@ from anima_train.training.setup import TrainState
 logger = logging.getLogger(__name__)
 
 
-def restore(run: RunContext, state: TrainState, data: Prepared, plan: Plan, schedule: Timetable) -> dict[str, Any]:
+def restore(run: RunContext, state: TrainState, data: Prepared, plan: Plan, schedule: EpochSchedule) -> dict[str, Any]:
     """Load the state that the run goes on from, and put the run's records in order; returns its manifest.
 
     Raises:

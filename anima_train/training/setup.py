@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from anima_train.caching.text_encoding import has_live_texts
 from anima_train.checkpoint.training_state import trained_parameters
-from anima_train.data.plan import Plan, Timetable
+from anima_train.data.plan import EpochSchedule, Plan
 from anima_train.distributed.consistency import check_same_plan
 from anima_train.evaluation.previews import Previews
 from anima_train.model.dit import MiniTrainDIT
@@ -53,7 +53,7 @@ class TrainState:
         return contextlib.nullcontext() if self.ema is None else self.ema.in_place()
 
 
-def build_plan(run: RunContext, data: Prepared) -> tuple[Plan, Timetable]:
+def build_plan(run: RunContext, data: Prepared) -> tuple[Plan, EpochSchedule]:
     """Plan the run's batches, the same ones on all processes, and tell about them.
 
     Raises:
@@ -66,10 +66,10 @@ def build_plan(run: RunContext, data: Prepared) -> tuple[Plan, Timetable]:
     return plan, schedule
 
 
-def watch_memory(run: RunContext, data: Prepared, plan: Plan, schedule: Timetable) -> list[Shape]:
+def watch_memory(run: RunContext, data: Prepared, plan: Plan, schedule: EpochSchedule) -> list[Shape]:
     """From here on, report memory that runs out with what to change; returns the largest micro-batches to come."""
     config = run.config
-    shapes = largest_shapes(plan, len(schedule.first_steps) - 1, data.evals)
+    shapes = largest_shapes(plan, len(schedule.epoch_starts) - 1, data.evals)
     encodes_here = has_live_texts(config, data.train.samples) and data.spec.text_device.type != "cpu"
 
     def suggestions(tried: Shape | None) -> list[str]:

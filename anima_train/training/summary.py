@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from anima_train.core.format import count, listed
-from anima_train.data.plan import Plan, Timetable, batch_size_for, short_by
+from anima_train.data.plan import EpochSchedule, Plan, batch_size_for, short_by
 from anima_train.data.scan import Scan
 from anima_train.optim.ema import Ema
 from anima_train.optim.groups import GroupRow
@@ -40,17 +40,17 @@ def data_text(name: str, found: Scan) -> list[str]:
     return lines
 
 
-def plan_text(plan: Plan, timetable: Timetable, epochs: int | None, ema: Ema | None) -> list[str]:
+def plan_text(plan: Plan, timetable: EpochSchedule, epochs: int | None, ema: Ema | None) -> list[str]:
     """Return lines about buckets, batches and steps."""
     lines = [f"{'bucket':<12} {'images':>8} {'batch':>6} {'short by':>9}"]
     buckets = Counter((sample.resolution, sample.size) for sample in plan.samples)
-    draws = plan.draws(0)
+    refs = plan.refs_by_bucket(0)
     for (resolution, size), number in sorted(buckets.items()):
         batch = batch_size_for(plan.batch_sizes, resolution)
-        lines.append(f"{size!s:<12} {number:>8,} {batch:>6} {short_by(len(draws[resolution, size]), batch):>9}")
+        lines.append(f"{size!s:<12} {number:>8,} {batch:>6} {short_by(len(refs[resolution, size]), batch):>9}")
     steps = plan.steps_in(0)
     ending = (
-        "max_steps" if epochs is None or timetable.num_steps < timetable.first_steps[-1] else count(epochs, "epoch")
+        "max_steps" if epochs is None or timetable.num_steps < timetable.epoch_starts[-1] else count(epochs, "epoch")
     )
     lines.append(f"{count(steps, 'step')} in the first epoch; {count(timetable.num_steps, 'step')} in all ({ending})")
     if ema is not None and ema.decay_after(timetable.num_steps) < ema.decay:

@@ -19,7 +19,7 @@ from anima_train.core.device import DTYPES
 from anima_train.core.errors import Interrupted
 from anima_train.core.files import write_text
 from anima_train.core.format import count
-from anima_train.data.plan import Plan, Timetable
+from anima_train.data.plan import EpochSchedule, Plan
 from anima_train.distributed.signals import Abandoned
 from anima_train.evaluation.evaluate import base_text, evaluate, read_base
 from anima_train.evaluation.previews import Previews
@@ -47,7 +47,7 @@ class PeriodicTasks:
     state: TrainState
     data: Prepared
     plan: Plan
-    schedule: Timetable
+    schedule: EpochSchedule
     previews: Previews | None
     manifest: Mapping[str, Any]
     log: StepLogger
@@ -57,7 +57,7 @@ class PeriodicTasks:
 
     @classmethod
     def open(
-        cls, run: RunContext, state: TrainState, data: Prepared, plan: Plan, schedule: Timetable,
+        cls, run: RunContext, state: TrainState, data: Prepared, plan: Plan, schedule: EpochSchedule,
         previews: Previews | None, manifest: Mapping[str, Any], log: StepLogger,
     ) -> "PeriodicTasks":  # fmt: skip
         """Return the tasks of a run, whose writer is closed with the run."""
@@ -175,7 +175,7 @@ class PeriodicTasks:
         """Have the LoRA or the model written; None: after the last step. Returns its path."""
         path = self.context.folder.weights_path(step)
         done = self.schedule.num_steps if step is None else step
-        epoch = self.schedule.place(max(0, done - 1))[0] + 1
+        epoch = self.schedule.locate(max(0, done - 1))[0] + 1
         config = self.context.config
         metadata = weights_metadata(config, self.context.folder.name, done, epoch, len(self.plan.samples))
 

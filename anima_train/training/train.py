@@ -121,9 +121,9 @@ def train_step(
         is_last = mine is step.micro_batches[-1]
         with contextlib.nullcontext() if is_last else accelerator.no_sync(state.model):
             losses = compute_loss(state.model, batch.to(run.device), loss_function)
-            share = losses.sum() / step.planned.num_samples * (1.0 if mine.counts else 0.0)
+            share = losses.sum() / step.planned.num_samples * (0.0 if mine.is_padding else 1.0)
             accelerator.backward(share * accelerator.num_processes)  # DDP averages, and a sum is wanted
-        sums.add(share, losses, batch, mine.counts)
+        sums.add(share, losses, batch, mine.is_padding)
 
     factor = state.lr_factor(step.index)
     for group in state.optimizer.param_groups:

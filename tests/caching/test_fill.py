@@ -179,7 +179,7 @@ def test_latents_that_are_not_finite_are_never_stored(trainer, fill, images, tin
     assert entries(images) == []
 
 
-def test_one_image_whose_latents_are_not_finite_is_set_aside_and_never_stored(trainer, fill, images, tiny, tmp_path):
+def test_one_image_whose_latents_are_not_finite_is_skipped_and_never_stored(trainer, fill, images, tiny, tmp_path):
     shutil.copytree(tiny, tmp_path / "tiny")
     path = tiny_paths(tmp_path / "tiny").vae
     tensors = load_file(path)

@@ -25,7 +25,7 @@ from anima_train.config.model_files import find_model_files
 from anima_train.core.errors import SpaceError
 from anima_train.core.files import on_disk
 from anima_train.core.format import format_bytes
-from anima_train.data.plan import Timetable
+from anima_train.data.plan import EpochSchedule
 from anima_train.optim.ema import Ema
 from anima_train.run.manifest import plain
 from anima_train.training import tasks as outputs_module
@@ -125,7 +125,7 @@ def planned(start=0, num_states=0, num_steps=100, **changes):
         "model": {"type": "anima"}, "optimizer": {"type": "adamw", "lr": 1e-3}, **changes,
     }  # fmt: skip
     config = Config.model_validate(settings)
-    timetable = Timetable(range(0, 101, 10), num_steps)
+    timetable = EpochSchedule(range(0, 101, 10), num_steps)
     found = writings(os.sep, config, FileSizes(10, 100, 1, 0), timetable, 20.0, start, num_states)
     return {what: [each.step for each in found.files if each.what == what] for what in kinds(found)}
 
@@ -169,7 +169,7 @@ def test_the_warning_names_the_step_and_what_to_change(disk):
             "save_every_n_steps": 10, "checkpoint_every_n_steps": 20, "keep_last": 3,
         }
     )  # fmt: skip
-    timetable = Timetable([0, 100], 100)
+    timetable = EpochSchedule([0, 100], 100)
     warned = writings(folder, config, FileSizes(100 * KIB, 200 * KIB, 0, 0), timetable, 1.0)
     assert [(each.step, each.what) for each in warned.files[:3]] == [
         (10, "weights"), (20, "weights"), (20, "training state"),

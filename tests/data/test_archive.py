@@ -15,7 +15,7 @@ from PIL import Image
 
 from anima_train.core.errors import DataError
 from anima_train.data.cache import Cache
-from anima_train.data.images import MAX_BYTES, Unreadable
+from anima_train.data.image_headers import MAX_BYTES, Unreadable
 from anima_train.data.scan import Scan, scan
 from anima_train.data.settings import DatasetSettings
 from anima_train.data.sources.archive import TarMember, content_of, tar_members
@@ -63,7 +63,7 @@ def facts(found: Scan) -> list[tuple]:
     """What is trained, and under which names."""
     samples = found.samples
     for sample in samples:
-        assert sample.picture.stored is not None or sample.picture.path.is_file()
+        assert sample.picture.member is not None or sample.picture.path.is_file()
     return [
         (
             *(sample.id, sample.captions(0), sample.picture.natural, sample.size, sample.picture.sha256),
@@ -252,7 +252,7 @@ def test_an_archive_of_nothing_holds_no_image(tmp_path: Path) -> None:
     assert warning.startswith(f"{archive}: holds no image (")
 
 
-def test_damaged_members_are_set_aside_by_name(tmp_path: Path) -> None:
+def test_damaged_members_are_skipped_by_name(tmp_path: Path) -> None:
     archive = pack(
         tmp_path / "x.tar",
         {
@@ -271,7 +271,7 @@ def test_damaged_members_are_set_aside_by_name(tmp_path: Path) -> None:
     ]
 
 
-def test_a_damaged_mask_sets_its_image_aside(tmp_path: Path) -> None:
+def test_a_damaged_mask_skips_its_image(tmp_path: Path) -> None:
     archive = pack(tmp_path / "x.tar", {"a.png": png("a"), "b.png": png("b")})
     found = look(archive, pack(tmp_path / "masks.tar", {"a.png": b"no image"}))
     assert ids(found) == ["b.png"]

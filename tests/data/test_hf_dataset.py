@@ -28,14 +28,14 @@ from PIL import Image
 
 from anima_train.core.errors import DataError
 from anima_train.data.cache import Cache
-from anima_train.data.images import Unreadable
+from anima_train.data.image_headers import Unreadable
 from anima_train.data.samples import Sample
 from anima_train.data.scan import Scan, scan
 from anima_train.data.settings import DatasetSettings
-from anima_train.data.sources import hf_dataset as tables
+from anima_train.data.sources import archive as archives
 from anima_train.data.sources.archive import content_of
 from anima_train.data.sources.folder import Files
-from anima_train.data.sources.hf_dataset import table_files
+from anima_train.data.sources.hf_dataset import hf_dataset_files
 
 REPO = Path(__file__).parents[2]
 COMMIT = "c0ffee" + "0" * 34
@@ -107,7 +107,7 @@ def image_folder(path: Path, names: list[str], texts: list[str] | None = None) -
 
 def load(place: Path, offline: bool = True, **keys: object) -> Files:
     dataset = DatasetSettings.model_validate({"directory": [{"hf_dataset": str(place), **keys}]})
-    return table_files(dataset.directory[0], place, offline)
+    return hf_dataset_files(dataset.directory[0], place, offline)
 
 
 def look(place: Path, options: dict | None = None, **keys: object) -> Scan:
@@ -243,7 +243,7 @@ def test_rows_have_the_names_of_their_files_where_those_are_unique(
     images = [{"bytes": row["bytes"], "path": path} for row, path in zip(ROWS, paths, strict=False)]
     files = load(parquet(tmp_path / "x.parquet", images, text=["x", "y"]))
     assert files.images == expected
-    assert files.given == {expected[0]: ("x",), expected[1]: ("y",)}
+    assert files.listed_captions == {expected[0]: ("x",), expected[1]: ("y",)}
     assert contents(files) == [row["bytes"] for row in ROWS[:2]]
 
 
@@ -268,9 +268,9 @@ def test_captions_are_texts_or_lists_of_texts_or_missing(tmp_path: Path) -> None
     path = tmp_path / "x.parquet"
     datasets.concatenate_datasets([table(images), text], axis=1).to_parquet(path)
     files = load(path, caption_column="tags", natural_column="nl")
-    assert files.given == {"0.png": ("a", "b\nc"), "3.png": ("d",), "4.png": ("",), "5.png": ("e",)}
+    assert files.listed_captions == {"0.png": ("a", "b\nc"), "3.png": ("d",), "4.png": ("",), "5.png": ("e",)}
     natural = {"0.png": "A.", "2.png": "", "3.png": "C.", "4.png": "D.", "5.png": "E."}
-    assert files.given_natural == {name: (text,) for name, text in natural.items()}
+    assert files.listed_natural == {name: (text,) for name, text in natural.items()}
     found = look(
         path, {"caption_mode": "mixed", "skip_empty_caption": True}, caption_column="tags", natural_column="nl"
     )
@@ -283,7 +283,7 @@ def test_captions_are_texts_or_lists_of_texts_or_missing(tmp_path: Path) -> None
 
 def test_a_column_of_nothing_is_one_without_captions(tmp_path: Path) -> None:
     files = load(parquet(tmp_path / "x.parquet", text=[None] * 3), natural_column="text")
-    assert files.given == files.given_natural == {}
+    assert files.listed_captions == files.listed_natural == {}
 
 
 def test_columns_that_are_missing_or_hold_something_else_are_all_named(tmp_path: Path) -> None:
@@ -308,7 +308,7 @@ def test_text_that_is_not_utf_8_is_reported(tmp_path: Path) -> None:
     assert failure(path) == ["the column 'text' holds text that is not UTF-8"]
 
 
-def test_rows_without_an_image_and_damaged_ones_are_set_aside(tmp_path: Path) -> None:
+def test_rows_without_an_image_and_damaged_ones_are_skipped(tmp_path: Path) -> None:
     images = [*ROWS, None, {"bytes": ROWS[0]["bytes"][:99], "path": "cut.png"}, {"bytes": b"", "path": "empty.png"}]
     path = parquet(tmp_path / "x.parquet", images, text=[*TEXTS, "", "", ""])
     found = look(path)
@@ -345,7 +345,7 @@ def test_splits_can_be_cut(tmp_path: Path, kind) -> None:
     assert load(place, hf_split="train[-1:]").images == NAMES[2:]
     files = load(place, hf_split="train[:1]+train[2:]")
     assert files.images == ["a.png", "c.png"]
-    assert files.given == {"a.png": ("one",), "c.png": ("\u4e09",)}
+    assert files.listed_captions == {"a.png": ("one",), "c.png": ("\u4e09",)}
     assert contents(files) == [encoded("a.png"), encoded("c.png")]
     (problem,) = failure(place, hf_split="nope")
     assert problem.startswith('Unknown split "nope". Should be one of [')
@@ -547,9 +547,9 @@ def test_a_folder_that_holds_no_table_of_images_is_refused(tmp_path: Path, kind:
 def test_a_zip_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.png", bytes(1 << 20))
-    monkeypatch.setattr(tables, "MAX_BYTES", (1 << 20) - 1)
+    monkeypatch.setattr(archives, "MAX_BYTES", (1 << 20) - 1)
     with pytest.raises(Unreadable, match="1,048,576 bytes is more than the limit"):
-        tables.NamedImage(tmp_path / "x.zip", "a.png").read()
+        archives.ReferencedImage(tmp_path / "x.zip", "a.png").read()
 
 
 def hub_handler(repositories: dict[str, dict[str, bytes]], requests: list[str]) -> type[BaseHTTPRequestHandler]:
@@ -602,12 +602,12 @@ LOAD = """
 import sys, urllib.request; from pathlib import Path
 from anima_train.core.errors import DataError
 from anima_train.data.settings import DatasetSettings
-from anima_train.data.sources.hf_dataset import table_files
+from anima_train.data.sources.hf_dataset import hf_dataset_files
 def load(name, offline=False, **keys):
     dataset = DatasetSettings.model_validate({"directory": [{"hf_dataset": name, **keys}]})
     try:
-        files = table_files(dataset.directory[0], Path(name), offline)
-        print(files.images, files.given, [files.stored[name].stamp for name in files.images])
+        files = hf_dataset_files(dataset.directory[0], Path(name), offline)
+        print(files.images, files.listed_captions, [files.members[name].stamp for name in files.images])
     except DataError as error:
         print(error)
 """
@@ -675,7 +675,7 @@ def test_a_dataset_of_the_hub_that_is_refused_is_not_downloaded(tmp_path: Path) 
 
 
 def stamps(files: Files) -> list[tuple[int, int, int]]:
-    return [files.stored[name].stamp for name in files.images]
+    return [files.members[name].stamp for name in files.images]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -734,12 +734,12 @@ def test_stamps_are_the_same_in_another_process(tmp_path: Path, datasets_cache: 
     found = [stamps(load(place, hf_split="train[:2]")) for place in places]
     code = (
         "import sys; from pathlib import Path; from anima_train.data.settings import DatasetSettings\n"
-        "from anima_train.data.sources.hf_dataset import table_files\n"
+        "from anima_train.data.sources.hf_dataset import hf_dataset_files\n"
         "for place in sys.argv[1:]:\n"
         "    directory = {'hf_dataset': place, 'hf_split': 'train[:2]'}\n"
         "    dataset = DatasetSettings.model_validate({'directory': [directory]})\n"
-        "    files = table_files(dataset.directory[0], Path(place), True)\n"
-        "    print([files.stored[name].stamp for name in files.images])\n"
+        "    files = hf_dataset_files(dataset.directory[0], Path(place), True)\n"
+        "    print([files.members[name].stamp for name in files.images])\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", code, *map(str, places)],

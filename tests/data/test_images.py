@@ -19,23 +19,17 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from anima_train.data.images import (
+from anima_train.data.image_headers import (
     EXTENSIONS,
     FORMATS,
     MAX_BYTES,
     MAX_PIXELS,
     BadImage,
-    Crop,
     Unreadable,
-    cover_and_crop,
-    cover_box,
-    decode,
-    decode_alpha,
-    decode_mask,
-    mask_to_latent,
     probe,
     read_file,
 )
+from anima_train.data.images import Crop, cover_and_crop, cover_box, decode, decode_alpha, decode_mask, mask_to_latent
 
 NOBODY = 65534  # a user who owns nothing
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -674,7 +668,9 @@ def test_a_bomb_costs_the_process_no_memory(tmp_path: Path) -> None:
     """Pillow's own memory is not Python's: so a process of its own is asked for its peak."""
     path = write(tmp_path / "bomb.png", png(11_500, 11_700, 8, 2, bytes(1000)))
     script = (
-        "import sys; from pathlib import Path; from anima_train.data.images import BadImage, decode, probe\n"
+        "import sys; from pathlib import Path\n"
+        "from anima_train.data.image_headers import BadImage, probe\n"
+        "from anima_train.data.images import decode\n"
         "def peak(): return int(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0]) // 1024\n"
         "before = peak()\n"
         "for read in (probe, decode):\n"

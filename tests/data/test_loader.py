@@ -22,7 +22,7 @@ from anima_train.core.text_batch import TextStates
 from anima_train.data.buckets import Size
 from anima_train.data.cache import Cache
 from anima_train.data.loader import NUM_THREADS, READ_AHEAD, Batch, CachedData, TextIdentity, read_ahead
-from anima_train.data.plan import Draw, MicroBatch
+from anima_train.data.plan import MicroBatch, SampleRef
 from anima_train.data.samples import EMPTY, Caption, Picture, Sample, View
 from anima_train.data.settings import DirectoryOptions
 from anima_train.objective.timesteps import Timesteps
@@ -39,7 +39,7 @@ ROWS = {"a cat": 3, "two words": 5, "": 1, "tag, another, third": 9}  # T5 token
 OTHER_PROCESS = """
 import pickle, sys
 data, micro_batch, timesteps = pickle.load(open(sys.argv[1], "rb"))
-batch = data.training_batch(micro_batch, 2, True, timesteps.at, 0.3)
+batch = data.training_batch(micro_batch, 2, False, timesteps.at, 0.3)
 pickle.dump(batch, open(sys.argv[2], "wb"))
 """
 
@@ -71,10 +71,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> CachedData:
     return make_data(tmp_path_factory.mktemp("cache"))
 
 
-def batch_of(data: CachedData, *draws: tuple[int, int], epoch: int = 0, uncond: float = 0.0) -> Batch:
-    """The batch of these (sample, showing)."""
-    micro_batch = MicroBatch(SIZE, tuple(Draw(*draw) for draw in draws))
-    return data.training_batch(micro_batch, epoch, True, TIMESTEPS.at, uncond)
+def batch_of(data: CachedData, *refs: tuple[int, int], epoch: int = 0, uncond: float = 0.0) -> Batch:
+    """The batch of these (sample, repeat)."""
+    micro_batch = MicroBatch(SIZE, tuple(SampleRef(*ref) for ref in refs))
+    return data.training_batch(micro_batch, epoch, False, TIMESTEPS.at, uncond)
 
 
 def equal(first: Batch, second: Batch) -> bool:
@@ -103,7 +103,7 @@ def test_a_batch_holds_what_is_in_the_cache(data: CachedData):
     assert batch.latents.shape == batch.noise.shape == (2, 16, 1, 6, 4)
     assert batch.names == ("0/a.png@40", "0/d.png@40")
     assert batch.size == 2
-    assert batch.counts
+    assert not batch.is_padding
     assert batch.mask is None
 
 
@@ -125,24 +125,24 @@ def test_global_random_state_is_left_alone(data: CachedData):
 
 def test_the_neighbours_in_a_batch_do_not_matter(data: CachedData):
     together = batch_of(data, (0, 0), (1, 4), (3, 2), epoch=1, uncond=0.4)
-    for row, draw in enumerate([(0, 0), (1, 4), (3, 2)]):
-        alone = batch_of(data, draw, epoch=1, uncond=0.4)
+    for row, ref in enumerate([(0, 0), (1, 4), (3, 2)]):
+        alone = batch_of(data, ref, epoch=1, uncond=0.4)
         assert torch.equal(alone.noise[0], together.noise[row])
         assert torch.equal(alone.t[0], together.t[row])
         assert torch.equal(alone.text[0], together.text[row])
 
 
 def test_another_process_makes_the_same_batch(data: CachedData, tmp_path: Path):
-    micro_batch = MicroBatch(SIZE, (Draw(1, 0), Draw(0, 7)))
+    micro_batch = MicroBatch(SIZE, (SampleRef(1, 0), SampleRef(0, 7)))
     (tmp_path / "in").write_bytes(pickle.dumps((data, micro_batch, TIMESTEPS)))
     environment = {**os.environ, "PYTHONPATH": str(Path(anima_train.__file__).parents[1]), "PYTHONHASHSEED": "77"}
     command = [sys.executable, "-c", OTHER_PROCESS, str(tmp_path / "in"), str(tmp_path / "out")]
     subprocess.run(command, env=environment, check=True)
     found = pickle.loads((tmp_path / "out").read_bytes())
-    assert equal(found, data.training_batch(micro_batch, 2, True, TIMESTEPS.at, 0.3))
+    assert equal(found, data.training_batch(micro_batch, 2, False, TIMESTEPS.at, 0.3))
 
 
-def test_noise_and_t_differ_between_samples_showings_epochs_and_seeds(data: CachedData):
+def test_noise_and_t_differ_between_samples_repeats_epochs_and_seeds(data: CachedData):
     seeded = CachedData(data.samples, VAE, data.text_identity, seed=1)
     batches = [
         batch_of(data, (0, 0)),
@@ -163,7 +163,7 @@ def test_the_same_image_twice_in_a_batch_gets_two_noises(data: CachedData):
 
 
 def test_noise_is_standard_normal(data: CachedData):
-    noise = torch.cat([batch_of(data, (0, showing)).noise.flatten() for showing in range(100)])  # 38,400 values
+    noise = torch.cat([batch_of(data, (0, repeat)).noise.flatten() for repeat in range(100)])  # 38,400 values
     assert abs(float(noise.mean())) < 0.02
     assert abs(float(noise.std()) - 1) < 0.02
     assert abs(float((noise**4).mean()) - 3) < 0.2
@@ -199,8 +199,8 @@ def test_t_has_the_distribution_that_is_asked_for(
     data: CachedData, timesteps: Timesteps, distribution: Callable[[float], float]
 ):
     number = 1500
-    micro_batch = MicroBatch(SIZE, tuple(Draw(0, showing) for showing in range(number)))
-    t = data.training_batch(micro_batch, 0, True, timesteps.at, 0.0).t.tolist()
+    micro_batch = MicroBatch(SIZE, tuple(SampleRef(0, repeat) for repeat in range(number)))
+    t = data.training_batch(micro_batch, 0, False, timesteps.at, 0.0).t.tolist()
     assert distance(t, distribution) < 1.63 / math.sqrt(number)  # one seed in a hundred would exceed it
     assert distance(t, lambda value: distribution(value) ** 1.2) > 1.63 / math.sqrt(number)
 
@@ -208,7 +208,11 @@ def test_t_has_the_distribution_that_is_asked_for(
 def test_the_distribution_of_t_is_told_the_number_of_image_tokens(data: CachedData):
     told = []
     data.training_batch(
-        MicroBatch(SIZE, (Draw(0, 0),)), 0, True, lambda quantile, tokens: told.append((quantile, tokens)) or 0.5, 0.0
+        MicroBatch(SIZE, (SampleRef(0, 0),)),
+        0,
+        False,
+        lambda quantile, tokens: told.append((quantile, tokens)) or 0.5,
+        0.0,
     )
     ((quantile, tokens),) = told
     assert tokens == 2 * 3
@@ -219,39 +223,39 @@ def test_the_distribution_of_t_is_told_the_number_of_image_tokens(data: CachedDa
 
 
 def test_captions_are_dropped_at_the_rate_asked_for(data: CachedData):
-    draws = [(0, showing) for showing in range(1000)]
-    text = batch_of(data, *draws, uncond=0.1).text
+    refs = [(0, repeat) for repeat in range(1000)]
+    text = batch_of(data, *refs, uncond=0.1).text
     (empty, whole) = contexts(data, "", "a cat")
     dropped = [bool(torch.equal(row[:1], empty) and not row[1:].any()) for row in text]
     assert 70 <= sum(dropped) <= 130  # deviation 9.5
     assert all(torch.equal(row[:3], whole) for row, gone in zip(text, dropped, strict=True) if not gone)
-    more = batch_of(data, *draws, uncond=0.2).text
+    more = batch_of(data, *refs, uncond=0.2).text
     assert all(torch.equal(row[:1], empty) for row, gone in zip(more, dropped, strict=True) if gone)
 
 
 @pytest.mark.parametrize(("fraction", "caption"), [(0.0, "a cat"), (1.0, "")])
 def test_the_extremes_drop_none_and_all(data: CachedData, fraction: float, caption: str):
-    text = batch_of(data, *[(0, showing) for showing in range(200)], uncond=fraction).text
+    text = batch_of(data, *[(0, repeat) for repeat in range(200)], uncond=fraction).text
     (expected,) = contexts(data, caption)
     assert all(torch.equal(row[: len(expected)], expected) for row in text)
 
 
 def test_dropping_captions_changes_neither_noise_nor_t(data: CachedData):
-    draws = [(0, showing) for showing in range(20)]
-    kept, dropped = batch_of(data, *draws), batch_of(data, *draws, uncond=1.0)
+    refs = [(0, repeat) for repeat in range(20)]
+    kept, dropped = batch_of(data, *refs), batch_of(data, *refs, uncond=1.0)
     assert torch.equal(kept.noise, dropped.noise)
     assert torch.equal(kept.t, dropped.t)
     assert not torch.equal(kept.text, dropped.text)
 
 
-def test_a_showing_picks_the_caption_variant(tmp_path: Path):
+def test_the_repeat_picks_the_caption_variant(tmp_path: Path):
     cache = Cache(tmp_path)
     picture = Picture(Path("a.png"), "hash", 64, 96, "one, two, three, four", None, "")
     sample = Sample("0/a.png@40", picture, SIZE, 40, 0, DirectoryOptions(cache_shuffle_num=3), cache)
     cache.save("latent", View(sample).latent_key(VAE), {"latents": torch.zeros(16, 1, 6, 4)})
     for variant, caption in enumerate(sample.captions(0)):
         cache.save("text", OUTPUT.key(caption), {"context": torch.full((1, 8), variant + 1.0)})
-    batch = batch_of(CachedData([sample], VAE, OUTPUT, 0), *[(0, showing) for showing in range(7)])
+    batch = batch_of(CachedData([sample], VAE, OUTPUT, 0), *[(0, repeat) for repeat in range(7)])
     assert batch.text[:, 0, 0].tolist() == [1, 2, 3, 1, 2, 3, 1]
 
 
@@ -297,12 +301,12 @@ def test_samples_without_a_mask_get_ones_beside_one_with(tmp_path: Path):
 def test_given_captions_t_and_noise_are_taken_as_they_are(data: CachedData):
     generators = [torch.Generator().manual_seed(seed) for seed in (8, 9)]
     views = [View(sample) for sample in data.samples[:2]]
-    batch = data.batch(views, [EMPTY, Caption("two words")], [0.25, 0.75], generators, counts=False)
+    batch = data.batch(views, [EMPTY, Caption("two words")], [0.25, 0.75], generators, is_padding=True)
     expected = [torch.randn(16, 1, 6, 4, generator=torch.Generator().manual_seed(seed)) for seed in (8, 9)]
     assert torch.equal(batch.noise, torch.stack(expected))
     assert batch.t.tolist() == [0.25, 0.75]
     assert torch.equal(batch.text[1, :5], contexts(data, "two words")[0])
-    assert not batch.counts
+    assert batch.is_padding
 
 
 @pytest.mark.parametrize("identity", [OUTPUT, STATES])

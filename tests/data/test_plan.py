@@ -13,7 +13,7 @@ import pytest
 from anima_train.core.errors import ConfigError
 from anima_train.data.buckets import Size
 from anima_train.data.cache import Cache
-from anima_train.data.plan import Draw, MicroBatch, Plan, Step, Timetable, batch_size_for
+from anima_train.data.plan import EpochSchedule, MicroBatch, Plan, SampleRef, Step, batch_size_for
 from anima_train.data.samples import Picture, Sample
 from anima_train.data.settings import DirectoryOptions
 
@@ -40,17 +40,17 @@ def plan(items: Sequence[Sample], seed: int = 0, batch: object = 3, micro_batche
     return Plan(items, seed, batch, micro_batches)
 
 
-def draws(steps: Sequence[Step]) -> list[Draw]:
-    return [draw for step in steps for micro_batch in step.micro_batches for draw in micro_batch.draws]
+def refs(steps: Sequence[Step]) -> list[SampleRef]:
+    return [ref for step in steps for micro_batch in step.micro_batches for ref in micro_batch.refs]
 
 
 def shown(planned: Plan, epoch: int) -> Counter[int]:
     """How often each sample is shown in an epoch."""
-    return Counter(draw.sample for draw in draws(planned.epoch(epoch)))
+    return Counter(ref.sample for ref in refs(planned.epoch(epoch)))
 
 
 def ids(steps: Sequence[Step], items: Sequence[Sample]) -> list[str]:
-    return [items[draw.sample].id for draw in draws(steps)]
+    return [items[ref.sample].id for ref in refs(steps)]
 
 
 # What is shown
@@ -101,16 +101,16 @@ def test_samples_of_one_directory_may_have_different_repeats():
 
 
 @pytest.mark.parametrize("repeats", [1, 3, 0.3])
-def test_the_showings_of_a_sample_are_numbered_through_the_run(repeats: float):
+def test_the_repeats_of_a_sample_are_numbered_through_the_run(repeats: float):
     planned = plan(samples(7, repeats))
     numbers: dict[int, list[int]] = {index: [] for index in range(7)}
     for epoch in range(20):
-        for draw in sorted(draws(planned.epoch(epoch)), key=lambda draw: draw.showing):
-            numbers[draw.sample].append(draw.showing)
+        for ref in sorted(refs(planned.epoch(epoch)), key=lambda ref: ref.repeat):
+            numbers[ref.sample].append(ref.repeat)
     assert all(found == list(range(len(found))) and found for found in numbers.values())
 
 
-def test_turns_are_exact_in_the_millionth_epoch_too():
+def test_repeat_offsets_are_exact_in_the_millionth_epoch_too():
     planned = plan(samples(10, 0.1))
     for epoch in (10**6, 10**9, 10**15):
         assert [shown(planned, epoch + more).total() for more in range(10)] == [1] * 10
@@ -125,10 +125,10 @@ def test_a_micro_batch_holds_one_size_and_only_the_last_of_a_size_is_short():
     short: Counter[Size] = Counter()
     for step in plan(items, batch=[(64, 4), (128, 2)]).epoch(0):
         for micro_batch in step.micro_batches:
-            assert {items[draw.sample].size for draw in micro_batch.draws} == {micro_batch.size}
-            wanted = {64: 4, 128: 2}[items[micro_batch.draws[0].sample].resolution]
-            assert 1 <= len(micro_batch.draws) <= wanted
-            short[micro_batch.size] += len(micro_batch.draws) < wanted
+            assert {items[ref.sample].size for ref in micro_batch.refs} == {micro_batch.size}
+            wanted = {64: 4, 128: 2}[items[micro_batch.refs[0].sample].resolution]
+            assert 1 <= len(micro_batch.refs) <= wanted
+            short[micro_batch.size] += len(micro_batch.refs) < wanted
     assert max(short.values()) == 1
 
 
@@ -160,7 +160,7 @@ def test_a_plan_is_a_function_of_seed_and_epoch():
 def test_epochs_differ_in_composition_not_only_in_order():
     def batches(epoch: int) -> set[frozenset[int]]:
         return {
-            frozenset(draw.sample for draw in micro_batch.draws)
+            frozenset(ref.sample for ref in micro_batch.refs)
             for step in plan([sample(f"{index}") for index in range(60)]).epoch(epoch)
             for micro_batch in step.micro_batches
         }
@@ -212,17 +212,20 @@ def all_steps() -> list[Step]:
 def test_processes_share_each_step_without_loss_and_with_equal_counts(world_size: int):
     for step in all_steps():
         shares = [step.share(rank, world_size) for rank in range(world_size)]
-        counted = [micro_batch for share in shares for micro_batch, counts in share if counts]
+        counted = [micro_batch for share in shares for micro_batch, is_padding in share if not is_padding]
         assert Counter(counted) == Counter(step.micro_batches)
         assert {len(share) for share in shares} == {math.ceil(len(step.micro_batches) / world_size)}
-        fillers = [micro_batch for share in shares for micro_batch, counts in share if not counts]
-        cheapest = min(len(m.draws) * m.size.num_tokens for m in step.micro_batches)
-        assert all(len(m.draws) * m.size.num_tokens == cheapest for m in fillers)
+        padding = [micro_batch for share in shares for micro_batch, is_padding in share if is_padding]
+        cheapest = min(len(m.refs) * m.size.num_tokens for m in step.micro_batches)
+        assert all(len(m.refs) * m.size.num_tokens == cheapest for m in padding)
 
 
 def test_processes_that_work_at_once_have_similar_work():
-    small, large = MicroBatch(Size(64, 64), (Draw(0, 0),)), MicroBatch(Size(128, 128), (Draw(1, 0),))
-    other_small, other_large = MicroBatch(Size(64, 64), (Draw(2, 0),)), MicroBatch(Size(128, 128), (Draw(3, 0),))
+    small, large = MicroBatch(Size(64, 64), (SampleRef(0, 0),)), MicroBatch(Size(128, 128), (SampleRef(1, 0),))
+    other_small, other_large = (
+        MicroBatch(Size(64, 64), (SampleRef(2, 0),)),
+        MicroBatch(Size(128, 128), (SampleRef(3, 0),)),
+    )
     step = Step((small, large, other_small, other_large))
     assert [[m.size.width for m, _ in step.share(rank, 2)] for rank in range(2)] == [[128, 64], [128, 64]]
 
@@ -232,8 +235,8 @@ def test_accumulation_and_processes_see_the_same_samples_at_the_same_step():
     one_process = plan(items, micro_batches=2 * 1).epoch(0)
     two_processes = plan(items, micro_batches=1 * 2).epoch(0)
     for alone, together in zip(one_process, two_processes, strict=True):
-        first = [m for m, counts in alone.share(0, 1) if counts]
-        second = [m for rank in range(2) for m, counts in together.share(rank, 2) if counts]
+        first = [m for m, is_padding in alone.share(0, 1) if not is_padding]
+        second = [m for rank in range(2) for m, is_padding in together.share(rank, 2) if not is_padding]
         assert Counter(first) == Counter(second)
 
 
@@ -255,7 +258,7 @@ def test_the_order_of_batch_sizes_does_not_matter():
     assert all(batch_size_for([(512, 4), (1024, 1)], s) == batch_size_for([(1024, 1), (512, 4)], s) for s in (600, 900))
 
 
-# Timetables
+# Epoch schedules
 
 
 def expected_places(planned: Plan, num_steps: int) -> list[tuple[int, int]]:
@@ -272,47 +275,47 @@ def expected_places(planned: Plan, num_steps: int) -> list[tuple[int, int]]:
 @pytest.mark.parametrize(("epochs", "max_steps"), [(7, None), (None, 33), (7, 20), (7, 10_000), (100, 1)])
 def test_every_step_has_its_place(repeats: float, epochs: int | None, max_steps: int | None):
     planned = plan(samples(11, repeats))
-    timetable = Timetable.of(planned, epochs, max_steps)
+    schedule = EpochSchedule.of(planned, epochs, max_steps)
     all_epochs = math.inf if epochs is None else sum(len(planned.epoch(epoch)) for epoch in range(epochs))
-    assert timetable.num_steps == min(all_epochs, math.inf if max_steps is None else max_steps)
-    places = expected_places(planned, timetable.num_steps)
-    assert [timetable.place(step) for step in range(timetable.num_steps)] == places
+    assert schedule.num_steps == min(all_epochs, math.inf if max_steps is None else max_steps)
+    places = expected_places(planned, schedule.num_steps)
+    assert [schedule.locate(step) for step in range(schedule.num_steps)] == places
     for step, (epoch, index) in enumerate(places):
         is_last = index == len(planned.epoch(epoch)) - 1
-        assert timetable.epochs_done(step) == epoch + is_last
+        assert schedule.epochs_done(step) == epoch + is_last
 
 
 def test_epochs_without_a_step_are_passed_over():
     planned = plan([sample("only", repeats=0.25)])
     assert [planned.steps_in(epoch) for epoch in range(5)] == [0, 0, 0, 1, 0]
-    timetable = Timetable.of(planned, 10, None)
-    assert timetable.num_steps == 2
-    assert [timetable.place(step) for step in range(2)] == [(3, 0), (7, 0)]
+    schedule = EpochSchedule.of(planned, 10, None)
+    assert schedule.num_steps == 2
+    assert [schedule.locate(step) for step in range(2)] == [(3, 0), (7, 0)]
     # After the first step four epochs are complete and, as three more are empty, seven.
-    assert [timetable.epochs_done(step) for step in range(2)] == [7, 10]
+    assert [schedule.epochs_done(step) for step in range(2)] == [7, 10]
 
 
-def test_max_steps_are_reached_with_few_images_and_rare_turns():
-    timetable = Timetable.of(plan([sample("only", repeats=0.001)]), None, 3)
-    assert timetable.num_steps == 3
-    assert [timetable.place(step) for step in range(3)] == [(999, 0), (1999, 0), (2999, 0)]
+def test_max_steps_are_reached_with_few_images_and_rare_repeats():
+    schedule = EpochSchedule.of(plan([sample("only", repeats=0.001)]), None, 3)
+    assert schedule.num_steps == 3
+    assert [schedule.locate(step) for step in range(3)] == [(999, 0), (1999, 0), (2999, 0)]
 
 
 def test_a_run_without_a_step_is_refused():
     with pytest.raises(ConfigError, match="num_repeats"):
-        Timetable.of(plan([sample("only", repeats=0.1)]), 9, None)
-    assert Timetable.of(plan([sample("only", repeats=0.1)]), 10, None).num_steps == 1
+        EpochSchedule.of(plan([sample("only", repeats=0.1)]), 9, None)
+    assert EpochSchedule.of(plan([sample("only", repeats=0.1)]), 10, None).num_steps == 1
 
 
 def test_far_more_epochs_than_steps_cost_nothing():
-    timetable = Timetable.of(plan(samples(11)), 10**12, 50)
-    assert timetable.num_steps == 50
-    assert len(timetable.first_steps) < 60
+    schedule = EpochSchedule.of(plan(samples(11)), 10**12, 50)
+    assert schedule.num_steps == 50
+    assert len(schedule.epoch_starts) < 60
 
 
 def test_the_last_entry_tells_what_ends_the_run():
     planned = plan(samples(11))
     length = planned.steps_in(0)
-    assert Timetable.of(planned, 3, None).first_steps == [0, length, 2 * length, 3 * length]
-    assert Timetable.of(planned, 3, 3 * length).first_steps[-1] == 3 * length  # the epochs
-    assert Timetable.of(planned, 9, 3 * length).first_steps[-1] > 3 * length  # max_steps
+    assert EpochSchedule.of(planned, 3, None).epoch_starts == [0, length, 2 * length, 3 * length]
+    assert EpochSchedule.of(planned, 3, 3 * length).epoch_starts[-1] == 3 * length  # the epochs
+    assert EpochSchedule.of(planned, 9, 3 * length).epoch_starts[-1] > 3 * length  # max_steps

@@ -1,4 +1,4 @@
-"""What a showing is trained with: its caption and its view, as functions of seed, picture and number."""
+"""The caption and the view of each repeat of a sample, as functions of seed, picture and number."""
 
 from collections import Counter
 from fractions import Fraction
@@ -27,25 +27,25 @@ def sample(
 
 
 def texts(drawn: Sample, number: int, seed: int = 0) -> list[str]:
-    return [drawn.caption(seed, showing).text for showing in range(number)]
+    return [drawn.caption(seed, repeat).text for repeat in range(number)]
 
 
-# Captions drawn for a showing
+# Captions drawn anew for each repeat
 
 
-def test_shuffled_tags_are_drawn_anew_for_every_showing_and_are_not_cached():
+def test_shuffled_tags_are_drawn_anew_for_every_repeat_and_are_not_cached():
     drawn = sample(shuffle_tags=True)
-    captions = [drawn.caption(0, showing) for showing in range(20)]
+    captions = [drawn.caption(0, repeat) for repeat in range(20)]
     assert not any(caption.is_fixed for caption in captions)
     assert len({caption.text for caption in captions}) == 20
     assert all(sorted(caption.text.split(", ")) == sorted(LIST) for caption in captions)
     assert drawn.fixed_captions(0) == []
 
 
-def test_a_drawn_caption_depends_on_seed_picture_and_showing_alone():
+def test_a_drawn_caption_depends_on_seed_picture_and_repeat_alone():
     drawn = sample(shuffle_tags=True, tag_dropout=0.3)
     forward = texts(drawn, 10)
-    backward = [drawn.caption(0, showing).text for showing in reversed(range(10))]
+    backward = [drawn.caption(0, repeat).text for repeat in reversed(range(10))]
     assert backward[::-1] == forward
     assert texts(drawn, 10, seed=1) != forward
     assert texts(sample(name="b.png", shuffle_tags=True, tag_dropout=0.3), 10) != forward
@@ -79,7 +79,7 @@ def test_tags_at_the_start_are_neither_shuffled_nor_dropped():
 
 def test_a_fixed_number_of_variants_has_dropout_of_its_own_and_is_cached():
     drawn = sample(cache_shuffle_num=3, tag_dropout=0.4, keep_first_n_tags=1)
-    captions = [drawn.caption(0, showing) for showing in range(9)]
+    captions = [drawn.caption(0, repeat) for repeat in range(9)]
     assert all(caption.is_fixed for caption in captions)
     assert [caption.text for caption in captions] == 3 * drawn.fixed_captions(0)
     assert len({len(text.split(", ")) for text in drawn.fixed_captions(0)}) > 1
@@ -87,7 +87,7 @@ def test_a_fixed_number_of_variants_has_dropout_of_its_own_and_is_cached():
 
 def test_natural_language_is_cached_where_tags_are_drawn():
     drawn = sample(natural=("A girl.",), caption_mode="mixed", shuffle_tags=True)
-    captions = [drawn.caption(0, showing) for showing in range(100)]
+    captions = [drawn.caption(0, repeat) for repeat in range(100)]
     assert {caption.text for caption in captions if caption.is_fixed} == {"A girl."}
     assert sum(caption.is_fixed for caption in captions) == 50
     assert drawn.fixed_captions(0) == ["A girl."]
@@ -139,7 +139,7 @@ def test_a_flipped_dataset_shows_every_picture_both_ways_in_turn():
     pictures = [sample(name=f"{number}.png", horizontal_flip=True) for number in range(400)]
     firsts = Counter()
     for picture in pictures:
-        shown = [picture.view(0, showing).mirrored for showing in range(6)]
+        shown = [picture.view(0, repeat).mirrored for repeat in range(6)]
         assert shown in ([False, True] * 3, [True, False] * 3)
         firsts[shown[0]] += 1
     assert abs(firsts[True] - 200) < 50
@@ -148,7 +148,7 @@ def test_a_flipped_dataset_shows_every_picture_both_ways_in_turn():
 
 def test_without_flips_nothing_is_mirrored():
     picture = sample()
-    assert [picture.view(0, showing) for showing in range(3)] == 3 * [View(picture)]
+    assert [picture.view(0, repeat) for repeat in range(3)] == 3 * [View(picture)]
     assert picture.views() == [View(picture)]
 
 

@@ -310,7 +310,7 @@ def test_names_that_no_terminal_should_see_are_escaped_when_shown(folder: Path, 
     assert {name for name in opened if name.endswith(".png")} == {"\x1b]0;title\x07.png"}  # the others are remembered
 
 
-def test_files_that_are_no_images_are_set_aside_with_their_reasons(folder: Path):
+def test_files_that_are_no_images_are_skipped_with_their_reasons(folder: Path):
     image(folder / "good.png")
     (folder / "text.png").write_text("not an image")
     (folder / "zero.jpg").write_bytes(b"")
@@ -363,7 +363,7 @@ def test_the_mask_folder_is_no_stray_subfolder(folder: Path):
     assert look(folder, masks=folder / "masks").warnings == []
 
 
-def test_small_images_are_set_aside_with_the_reason(folder: Path):
+def test_small_images_are_skipped_with_the_reason(folder: Path):
     image(folder / "a.png", 64, 80)
     image(folder / "b.png", 63, 80)
     found = look(folder)
@@ -373,7 +373,7 @@ def test_small_images_are_set_aside_with_the_reason(folder: Path):
     assert names(look(folder, min_image_side=1)) == ["a.png", "b.png"]
 
 
-def test_extreme_images_are_set_aside_at_every_resolution(folder: Path):
+def test_extreme_images_are_skipped_at_every_resolution(folder: Path):
     image(folder / "a.png", 80, 80)
     image(folder / "b.png", 400, 80)
     # 5 : 1 cropped to 48x96 keeps a tenth, cropped to 208x48 (aspect 4.33) most of it; both resolutions must agree.
@@ -503,7 +503,7 @@ def test_an_empty_caption_is_not_a_missing_one(folder: Path):
     assert captions(look(folder, missing_caption="error")) == {"a.png": ""}
 
 
-def test_a_caption_that_is_not_utf8_sets_its_image_aside(folder: Path):
+def test_a_caption_that_is_not_utf8_skips_its_image(folder: Path):
     image(folder / "a.png")
     image(folder / "b.png")
     (folder / "b.txt").write_bytes(b"caf\xe9")
@@ -835,7 +835,7 @@ def test_a_natural_language_caption_without_an_image_is_warned_of(folder: Path):
         assert "captions without an image: 1, such as b_nl.txt" in the_warning(found, "without an image")
 
 
-def test_a_natural_language_caption_that_is_not_utf8_sets_its_image_aside(folder: Path):
+def test_a_natural_language_caption_that_is_not_utf8_skips_its_image(folder: Path):
     image(folder / "a.png")
     (folder / "a_nl.txt").write_bytes(b"caf\xe9")
     assert look(folder, caption_mode="mixed").bad[0].startswith(f"{folder / 'a.png'}: its caption a_nl.txt: not UTF-8")
@@ -912,7 +912,7 @@ def test_masks_are_found_by_stem_with_any_ending(folder: Path, tmp_path: Path):
     assert found.warnings == [f"{folder}: images without a mask, trained whole: 1, such as c.png"]
 
 
-def test_a_bad_mask_sets_its_image_aside(folder: Path, tmp_path: Path):
+def test_a_bad_mask_skips_its_image(folder: Path, tmp_path: Path):
     image(folder / "a.png")
     image(folder / "b.png")
     image(tmp_path / "masks" / "a.png", caption=None)
@@ -969,7 +969,7 @@ def test_an_empty_folder_is_an_error_that_names_it(folder: Path):
     assert "a.gif" in str(caught.value)
 
 
-def test_a_folder_whose_images_are_all_set_aside_is_an_error_with_the_reasons(folder: Path):
+def test_a_folder_whose_images_are_all_skipped_is_an_error_with_the_reasons(folder: Path):
     image(folder / "a.png", 20, 20)
     (folder / "b.png").write_text("not an image")
     with pytest.raises(DataError, match="no image is left to train on") as caught:
@@ -1145,7 +1145,7 @@ def test_enlarging_is_the_default(folder: Path):
     assert [str(sample.size) for sample in look(folder, resolutions=[128, 256]).samples] == ["128x128", "256x256"]
 
 
-def test_images_that_fit_no_bucket_unenlarged_are_set_aside(folder: Path):
+def test_images_that_fit_no_bucket_unenlarged_are_skipped(folder: Path):
     image(folder / "a.png", 100, 12)
     image(folder / "b.png")
     found = look(folder, no_upscale=True, min_image_side=1, min_kept=0)
@@ -1164,7 +1164,7 @@ def test_weights_are_shares_of_what_is_seen_in_as_long_an_epoch(tmp_path: Path, 
     found = scan(dataset, folders, [None, None], [Cache(tmp_path / "cache")] * 2, 0, False)
     plan = Plan(found.samples, 0, 1, 1)
     num_epochs = 40
-    epochs = [plan.draws(epoch) for epoch in range(num_epochs)]
+    epochs = [plan.refs_by_bucket(epoch) for epoch in range(num_epochs)]
     per_image = Counter(draw.sample for buckets in epochs for draws in buckets.values() for draw in draws)
     seen: Counter[int] = Counter()
     for index, number in per_image.items():

@@ -17,16 +17,8 @@ from PIL import Image
 
 import anima_train
 from anima_train.core.errors import DataError
-from anima_train.data.images import (
-    BadImage,
-    Crop,
-    Unreadable,
-    cover_and_crop,
-    decode,
-    decode_alpha,
-    decode_mask,
-    mask_to_latent,
-)
+from anima_train.data.image_headers import BadImage, Unreadable
+from anima_train.data.images import Crop, cover_and_crop, decode, decode_alpha, decode_mask, mask_to_latent
 from anima_train.data.loader import read_ahead
 from anima_train.data.workers import (
     MIN_ITEMS,
@@ -46,7 +38,7 @@ CROPS = [PLAIN, Crop(48, 64, (0.0, 0.3)), Crop(32, 32, (1.0, 0.7), mirrored=True
 PARENT = """
 import sys, time
 from anima_train.data.workers import PixelWork, Workers
-from anima_train.data.images import Crop
+from anima_train.data.images import (Crop)
 from pathlib import Path
 workers = Workers(1)
 workers.run(PixelWork("a", Path(sys.argv[1]), sys.argv[2], Crop(16, 16)))

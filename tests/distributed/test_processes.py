@@ -260,6 +260,9 @@ def test_every_process_has_the_same_steps_and_none_loses_a_micro_batch(trainer):
     assert [step for step, *_, last in meetings[0] if last] == list(range(20))
     for step in range(20):
         counted = sum(
-            len(task.micro_batch.draws) for share in shares for task in share if task.step == step and task.counts
+            len(task.micro_batch.refs)
+            for share in shares
+            for task in share
+            if task.step == step and not task.is_padding
         )
         assert counted == next(task.num_samples for task in shares[0] if task.step == step)

@@ -233,7 +233,7 @@ def test_exposures_are_those_of_the_planned_steps(checked, page):
     plan = make_plan(loaded, scan_all(loaded, write=False)["train"].samples, 1)
     seen = Counter(dict.fromkeys(range(len(plan.samples)), 0))
     for step in plan.epoch(0)[:7]:
-        seen.update(draw.sample for batch in step.micro_batches for draw in batch.draws)
+        seen.update(ref.sample for batch in step.micro_batches for ref in batch.refs)
     rows = re.findall(r"(\d+) times\s+(\d+)", page.text)
     assert {int(times): int(number) for times, number in rows} == Counter(seen.values())
 
@@ -436,7 +436,7 @@ def test_duration_is_that_of_all_planned_steps(checked, tmp_path, max_steps, acc
     plan = make_plan(loaded, scan_all(loaded, write=False)["train"].samples, 1)
     steps = [step for epoch in range(max_steps) for step in plan.epoch(epoch)][:max_steps]
     expected = sum(
-        seconds(sum(len(batch.draws) * batch.size.num_tokens for batch in step.micro_batches)) for step in steps
+        seconds(sum(len(batch.refs) * batch.size.num_tokens for batch in step.micro_batches)) for step in steps
     )
     assert make_timetable(loaded, plan).num_steps == max_steps == len(steps)
     assert report_of(path, measured).run_seconds == pytest.approx(expected)

@@ -59,10 +59,10 @@ def test_seen_is_what_the_steps_showed(trainer, directories, max_steps):
     loaded = load_config(trainer.config(**changes), [])
     plan = make_plan(loaded, scan_all(loaded, write=False)["train"].samples, 1)
     steps = [step for epoch in range(max_steps) for step in plan.epoch(epoch)][:max_steps]
-    draws = [draw for step in steps for batch in step.micro_batches for draw in batch.draws]
+    refs = [ref for step in steps for batch in step.micro_batches for ref in batch.refs]
     samples = Counter({sample.id: 0 for sample in plan.samples})
-    samples.update(plan.samples[draw.sample].id for draw in draws)
-    buckets = Counter(f"{plan.samples[draw.sample].size}@96" for draw in draws)
+    samples.update(plan.samples[ref.sample].id for ref in refs)
+    buckets = Counter(f"{plan.samples[ref.sample].size}@96" for ref in refs)
     seen = json.loads((run.path / "seen.json").read_text())
     assert seen["samples"] == samples
     assert {name: number for name, number in seen["buckets"].items() if number} == buckets

@@ -6,13 +6,13 @@ import pytest
 
 from anima_train.data.buckets import Size
 from anima_train.data.cache import Cache
-from anima_train.data.plan import Plan, Timetable
+from anima_train.data.plan import EpochSchedule, Plan
 from anima_train.data.samples import Picture, Sample
 from anima_train.data.settings import DirectoryOptions
 from anima_train.run.intervals import Due, what_follows
 
 
-def timetable(repeats: float = 1.0, epochs: int = 12) -> Timetable:
+def timetable(repeats: float = 1.0, epochs: int = 12) -> EpochSchedule:
     """Epochs of five images, one in a step."""
     options = DirectoryOptions(num_repeats=repeats)
     pictures = [Picture(Path(f"{number}.png"), str(number), 64, 64, "", None, "") for number in range(5)]
@@ -20,15 +20,15 @@ def timetable(repeats: float = 1.0, epochs: int = 12) -> Timetable:
         Sample(f"0/{picture.path}@64", picture, Size(64, 64), 64, 0, options, Cache(Path("unused")))
         for picture in pictures
     ]
-    return Timetable.of(Plan(samples, 0, 1, 1), epochs, None)
+    return EpochSchedule.of(Plan(samples, 0, 1, 1), epochs, None)
 
 
-def steps_of(due: Due, table: Timetable) -> list[int]:
+def steps_of(due: Due, table: EpochSchedule) -> list[int]:
     """The steps after which it was due, of a run that sees an image a step."""
     return [
         step + 1
         for step in range(table.num_steps)
-        if due.after(step + 1, table.place(step)[0], table.epochs_done(step), step, step + 1)
+        if due.after(step + 1, table.locate(step)[0], table.epochs_done(step), step, step + 1)
     ]
 
 

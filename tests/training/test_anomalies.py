@@ -9,7 +9,7 @@ import pytest
 
 from anima_train.core.errors import NumericError
 from anima_train.data.buckets import Size
-from anima_train.data.plan import Draw, MicroBatch, Step
+from anima_train.data.plan import MicroBatch, SampleRef, Step
 from anima_train.training.anomalies import (
     ENOUGH,
     LOSS_FACTOR,
@@ -184,7 +184,7 @@ def test_step_names_every_image_of_all_micro_batches_once():
     samples = [SimpleNamespace(id=f"0/{letter}.png") for letter in "abcdefghijkl"]
 
     def micro_batch(*indices):
-        return MicroBatch(Size(64, 64), tuple(Draw(index, 0) for index in indices))
+        return MicroBatch(Size(64, 64), tuple(SampleRef(index, 0) for index in indices))
 
     step = Step((micro_batch(3, 1), micro_batch(5), micro_batch(1, 0)))
     assert step_names(step, samples) == ["0/d.png", "0/b.png", "0/f.png", "0/a.png"]

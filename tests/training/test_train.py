@@ -302,7 +302,7 @@ def test_mask_keeps_what_it_hides_out_of_the_loss(trainer, images_drawer, tmp_pa
     assert max(masked.losses) in [pytest.approx(loss, rel=0.2) for loss in plain.losses]
 
 
-def test_damaged_image_is_set_aside_and_too_many_stop(trainer, images_drawer, tmp_path, capsys):
+def test_damaged_image_is_skipped_and_too_many_stop(trainer, images_drawer, tmp_path, capsys):
     folder = images_drawer(tmp_path / "own", [(96, 96)] * 4)
     whole = (folder / "image2.png").read_bytes()
     (folder / "image2.png").write_bytes(whole[: len(whole) * 2 // 3])
@@ -318,7 +318,7 @@ def test_damaged_image_is_set_aside_and_too_many_stop(trainer, images_drawer, tm
         assert "image2.png: truncated" in (run.path / name).read_text()
 
 
-def test_image_that_changes_after_the_scan_is_set_aside(trainer, images_drawer, tmp_path, monkeypatch):
+def test_image_that_changes_after_the_scan_is_skipped(trainer, images_drawer, tmp_path, monkeypatch):
     folder = images_drawer(tmp_path / "own", [(96, 96)] * 4)
     real = prepare_module.scan_all
 
@@ -338,7 +338,7 @@ def test_image_that_changes_after_the_scan_is_set_aside(trainer, images_drawer, 
         patch.setattr(prepare_module, "scan_all", scan_then_change)
         assert trainer(**changes).metrics[-1]["examples"] == 2
     assert len(list((folder / ".anima_cache" / "latent").rglob("*.safetensors"))) == 2
-    for name, content in contents.items():  # what was set aside for one run is tried again by the next
+    for name, content in contents.items():  # what was skipped for one run is tried again by the next
         (folder / name).write_bytes(content)
     assert trainer("again", **changes).metrics[-1]["examples"] == 4
 

@@ -1,33 +1,47 @@
-"""Images, captions and masks that are no files of their own, but inside of others: members of tar archives."""
+"""Images, captions and masks that are no files of their own: members of archives, and rows of datasets."""
 
 import os
 import tarfile
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from anima_train.core.errors import DataError
-from anima_train.data.images import MAX_BYTES, Unreadable, read_file
+from anima_train.data.image_headers import MAX_BYTES, BadImage, Unreadable, read_file
+
+if TYPE_CHECKING:  # slow to import, and needed by those alone who have such a dataset
+    from datasets import Dataset
 
 
-class Stored(Protocol):
-    """An image, caption or mask inside of another file."""
+class ArchiveMember(Protocol):
+    """An image, caption or mask that is no file of its own: it can be read, and shows when it has changed."""
 
     @property
     def stamp(self) -> tuple[int, int, int]:
-        """What changes when the content may have: as `FileFacts` begins."""
+        """Three numbers that change when the content may have, as those of `file_stamp`."""
 
     def read(self) -> bytes:
-        """The content.
+        """Return the content.
 
         Raises:
-            Unreadable: it cannot be read.
+            BadImage: it cannot be read; `Unreadable` where a later try may go well.
         """
+
+
+def file_stamp(path: Path) -> tuple[int, int, int]:
+    """Return three numbers that change when a file's content may have: size, and times of change in ns.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 @dataclass(frozen=True, slots=True)
 class TarMember:
-    """A file in an archive that is not compressed."""
+    """A file in a tar archive that is not compressed."""
 
     archive: Path
     offset: int
@@ -37,11 +51,11 @@ class TarMember:
 
     @property
     def stamp(self) -> tuple[int, int, int]:
-        """Of its size, and its archive."""
+        """Its size, and the times of its archive."""
         return self.num_bytes, self.modified, self.changed
 
     def read(self) -> bytes:
-        """The content.
+        """Return the content.
 
         Raises:
             Unreadable: the archive cannot be read, or is another one than before; or the member is too large.
@@ -60,8 +74,70 @@ class TarMember:
         return content
 
 
-def content_of(file: Path | Stored) -> bytes:
-    """The whole content, read once.
+@dataclass(frozen=True, slots=True)
+class RowImage:
+    """An image inside of a dataset's row."""
+
+    column: "Dataset"  # that column alone, as Arrow
+    row: int
+    content: tuple[int, int]  # of the column: see `column_images`
+
+    @property
+    def stamp(self) -> tuple[int, int, int]:
+        """The row, and the content of its column."""
+        return self.row, *self.content
+
+    def read(self) -> bytes:
+        """Return the content."""
+        value = self.column[self.row].column(0)[0].as_py()
+        content: bytes = value["bytes"] if isinstance(value, dict) else value
+        return content
+
+
+@dataclass(frozen=True, slots=True)
+class ReferencedImage:
+    """An image that a dataset's row names and does not hold: a file or, as in many on the Hub, a member of a zip."""
+
+    path: Path
+    member: str | None
+
+    @property
+    def stamp(self) -> tuple[int, int, int]:
+        """The stamp of the file, or archive."""
+        return file_stamp(self.path)
+
+    def read(self) -> bytes:
+        """Return the content.
+
+        Raises:
+            BadImage: as `read_file`; for a member `Unreadable`.
+        """
+        if self.member is None:
+            return read_file(self.path)
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                if (num_bytes := archive.getinfo(self.member).file_size) > MAX_BYTES:  # no more than this is unpacked
+                    raise Unreadable(f"{num_bytes:,} bytes is more than the limit of {MAX_BYTES:,}")
+                return archive.read(self.member)
+        except KeyError as error:
+            raise Unreadable(f"it is not in {self.path.name} any more") from error
+        # RuntimeError: encrypted; NotImplementedError, a kind of it: packed in a way that Python does not know.
+        except (OSError, zipfile.BadZipFile, EOFError, RuntimeError) as error:
+            raise Unreadable(f"{self.path.name} is not readable ({error})") from error
+
+
+class MissingImage:
+    """The absence of an image in a dataset's row."""
+
+    stamp = (0, 0, 0)
+
+    def read(self) -> bytes:
+        """Raise BadImage."""
+        raise BadImage("no image in this row")
+
+
+def content_of(file: Path | ArchiveMember) -> bytes:
+    """Return the whole content, read once.
 
     Raises:
         BadImage: not a file, or none of a plausible size; `Unreadable` where a later try may go well.
@@ -70,9 +146,7 @@ def content_of(file: Path | Stored) -> bytes:
 
 
 def tar_members(archive: Path) -> dict[str, TarMember]:
-    """The names of the files in an archive, and where they are; nothing is unpacked.
-
-    Hidden ones are left out, as are symbolic links.
+    """Return the files in an archive by name; nothing is unpacked. Hidden ones are left out, as are symbolic links.
 
     Raises:
         DataError: it cannot be read, is damaged, or compressed.
@@ -81,20 +155,20 @@ def tar_members(archive: Path) -> dict[str, TarMember]:
     try:
         status = archive.stat()
         with tarfile.open(archive, "r:") as tar:
-            linked: dict[str, TarMember] = {}  # by the name as it stands
+            by_entry_name: dict[str, TarMember] = {}
             for entry in tar:
                 if entry.isreg() and not entry.issparse():
-                    place = (entry.offset_data, entry.size, status.st_mtime_ns, status.st_ctime_ns)
-                    linked[entry.name] = TarMember(archive, *place)
-                elif entry.islnk() and entry.linkname in linked:  # another name of a file that came before
-                    linked[entry.name] = linked[entry.linkname]
+                    position = (entry.offset_data, entry.size, status.st_mtime_ns, status.st_ctime_ns)
+                    by_entry_name[entry.name] = TarMember(archive, *position)
+                elif entry.islnk() and entry.linkname in by_entry_name:  # another name of a file that came before
+                    by_entry_name[entry.name] = by_entry_name[entry.linkname]
                 else:
                     continue
                 parts = [part for part in entry.name.split("/") if part not in ("", ".")]
                 if not any(part.startswith(".") for part in parts):
-                    members["/".join(parts)] = linked[entry.name]
+                    members["/".join(parts)] = by_entry_name[entry.name]
             end = tar.offset
-        # tarfile takes a damaged header for the end of the archive, and so would lose what comes behind it.
+        # tarfile takes a damaged header for the end of the archive, and so would lose what follows it.
         with open(archive, "rb") as file:
             file.seek(end)
             if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:

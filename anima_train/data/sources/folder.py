@@ -1,4 +1,4 @@
-"""The files of a directory: images, and the captions and masks that belong to them."""
+"""A folder or an archive as a source of images, with the captions and masks that belong to them."""
 
 import os
 from collections import defaultdict
@@ -9,44 +9,44 @@ from pathlib import Path
 from anima_train.core.errors import DataError
 from anima_train.data.cache import Cache
 from anima_train.data.captions import BadCaption, read_captions_json
-from anima_train.data.images import EXTENSIONS
+from anima_train.data.image_headers import EXTENSIONS
 from anima_train.data.settings import DirectoryOptions
-from anima_train.data.sources.archive import Stored, tar_members
+from anima_train.data.sources.archive import ArchiveMember, tar_members
 
 CAPTIONS_JSON = "captions.json"
-NATURAL = "_nl"  # ends the stem of a natural-language caption
+NATURAL_SUFFIX = "_nl"  # of the stem of a natural-language caption
 
 
 @dataclass(frozen=True)
 class Files:
-    """What a directory and its mask folder hold: names are paths in them, with slashes; stems have no ending."""
+    """The files of a directory and its mask folder; a name is a path in them, with slashes, a stem has no suffix."""
 
-    folder: Path  # or the one file that everything is in
+    folder: Path  # or the one file that holds all of them
     mask_folder: Path | None
-    stored: Mapping[str, Stored]  # what is inside of other files, by name
-    stored_masks: Mapping[str, Stored]
-    images: list[str]  # all that is named like one, whatever it is
-    captions: dict[str, list[str]]  # by stem; the first is read
-    natural: dict[str, list[str]]  # captions in natural language, by the stem of the image
-    given: dict[str, tuple[str, ...]]  # captions that are in no file of their own, by image: of a captions.json
-    given_natural: dict[str, tuple[str, ...]]  # the same in natural language: of a table
-    masks: dict[str, list[str]]
+    members: Mapping[str, ArchiveMember]  # images, captions and tables that are inside of other files, by name
+    mask_members: Mapping[str, ArchiveMember]
+    images: list[str]  # all that are named like one, whatever they hold
+    caption_files: dict[str, list[str]]  # by stem; the first is read
+    natural_files: dict[str, list[str]]  # captions in natural language, by the stem of the image
+    listed_captions: dict[str, tuple[str, ...]]  # by image; those of a captions.json or a dataset's column
+    listed_natural: dict[str, tuple[str, ...]]  # the same in natural language; of a dataset's column
+    mask_files: dict[str, list[str]]  # by stem; the first is read
     subfolders: list[str]  # not searched; without the mask folder
-    again: list[str]  # not searched, because they are folders that are searched under another name
-    others: list[str]
+    repeated_folders: list[str]  # not searched, because they are folders that are searched under another name
+    unused_files: list[str]  # neither image nor caption
     identity: bytes  # the same for the same images in every run
     mask_identity: bytes
-    is_table: bool = False  # rows of a table, not files
+    is_table: bool = False  # rows of a dataset, not files
 
     @classmethod
     def of(cls, folder: Path, mask_folder: Path | None, options: DirectoryOptions, cache: Cache) -> "Files":
-        """List both folders.
+        """Return the files of both folders.
 
         Raises:
             DataError: one cannot be read, or an archive or a captions.json in it.
         """
-        own = [cache.folder] if mask_folder is None else [cache.folder, mask_folder]
-        found = list_folder(folder, options, own)
+        excluded = [cache.folder] if mask_folder is None else [cache.folder, mask_folder]
+        found = list_folder(folder, options, excluded)
         images = [name for name in found.names if is_image(name)]
         texts = [name for name in found.names if is_caption(name)]
         stems = {stem_of(name) for name in images}
@@ -61,49 +61,49 @@ class Files:
         return cls(
             folder=folder,
             mask_folder=mask_folder,
-            stored=found.stored,
-            stored_masks=masks.stored,
+            members=found.members,
+            mask_members=masks.members,
             images=images,
-            captions=by_stem(captions),
-            natural={stem.removesuffix(NATURAL): files for stem, files in by_stem(natural).items()},
-            given_natural={},
-            given=captions_from(folder, tables, found.stored),
-            masks=by_stem([name for name in masks.names if is_image(name)]),
+            caption_files=by_stem(captions),
+            natural_files={stem.removesuffix(NATURAL_SUFFIX): files for stem, files in by_stem(natural).items()},
+            listed_natural={},
+            listed_captions=captions_from(folder, tables, found.members),
+            mask_files=by_stem([name for name in masks.names if is_image(name)]),
             subfolders=subfolders,
-            again=found.again,
-            others=sorted(set(rest) - set(subfolders), key=os.fsencode),
+            repeated_folders=found.repeated_folders,
+            unused_files=sorted(set(rest) - set(subfolders), key=os.fsencode),
             identity=os.fsencode(folder.resolve()),
             mask_identity=os.fsencode((mask_folder or folder).resolve()),
         )
 
-    def file(self, name: str) -> Path | Stored:
-        """Where an image or a caption is read from."""
-        return self.stored.get(name) or self.folder / name
+    def file(self, name: str) -> Path | ArchiveMember:
+        """Return the source of an image or a caption: a path, or a member of another file."""
+        return self.members.get(name) or self.folder / name
 
-    def mask(self, name: str) -> Path | Stored:
-        """Where a mask is read from."""
+    def mask(self, name: str) -> Path | ArchiveMember:
+        """Return the source of a mask: a path, or a member of another file."""
         assert self.mask_folder is not None
-        return self.stored_masks.get(name) or self.mask_folder / name
+        return self.mask_members.get(name) or self.mask_folder / name
 
 
 @dataclass
 class Listing:
-    """What is in a folder and in its sub-folders and archives that are searched."""
+    """The names in a folder and in those of its sub-folders and archives that are searched."""
 
     names: list[str] = field(default_factory=list)  # files, and sub-folders and archives that are not searched
-    stored: dict[str, Stored] = field(default_factory=dict)  # those of the files that are in archives
-    again: list[str] = field(default_factory=list)  # folders met again
+    members: dict[str, ArchiveMember] = field(default_factory=dict)  # those of the files that are in archives
+    repeated_folders: list[str] = field(default_factory=list)  # folders that are searched under another name
 
 
-def list_folder(folder: Path, options: DirectoryOptions, without: Sequence[Path]) -> Listing:
-    """Everything in a folder and what is to be searched of it, ordered by the bytes of the names.
+def list_folder(folder: Path, options: DirectoryOptions, excluded: Sequence[Path]) -> Listing:
+    """Return the listing of a folder, ordered by the bytes of the names.
 
     Each folder is searched once, under the name that is found first, so that loops of links end. Hidden ones never are.
 
     Args:
-        folder: where to start; an archive, too.
-        options: which sub-folders and archives are searched.
-        without: folders to pass over.
+        folder: a folder or an archive.
+        options: choose which sub-folders and archives are searched.
+        excluded: folders that are left out.
 
     Raises:
         DataError: a folder or archive cannot be read; for all archives at once.
@@ -113,51 +113,53 @@ def list_folder(folder: Path, options: DirectoryOptions, without: Sequence[Path]
 
     def search(archive: Path, inside: str) -> None:
         try:
-            found.stored.update((inside + name, member) for name, member in tar_members(archive).items())
+            found.members.update((inside + name, member) for name, member in tar_members(archive).items())
         except DataError as error:
             problems.extend(error.problems)
 
     try:
-        passed_over = {identity(path) for path in without if path.exists()}
+        excluded_ids = {identity(path) for path in excluded if path.exists()}
         seen = {identity(folder)}
         pending = [""] if folder.is_dir() else []
         if folder.is_file():
             search(folder, "")
-        for inside in pending:  # it grows
+        for inside in pending:  # grows while it is iterated
             for entry in sorted(os.listdir(folder / inside), key=os.fsencode):
                 name = inside + entry
                 if not os.path.isdir(folder / name):
-                    is_hidden = entry.startswith(".")  # as macOS leaves beside each file where it cannot hide more
+                    is_hidden = entry.startswith(".")  # macOS leaves such files beside others
                     if options.tars and is_archive(name) and not is_hidden and (folder / name).is_file():
                         search(folder / name, f"{name}/")
                     else:
                         found.names.append(name)
-                elif (own := identity(folder / name)) in passed_over:
+                elif (folder_id := identity(folder / name)) in excluded_ids:
                     continue
                 elif entry.startswith(".") or not options.searches(name):
                     found.names.append(name)
-                elif own in seen:
-                    found.again.append(name)
+                elif folder_id in seen:
+                    found.repeated_folders.append(name)
                 else:
-                    seen.add(own)
+                    seen.add(folder_id)
                     pending.append(f"{name}/")
     except OSError as error:
-        place = folder if error.filename is None else error.filename
-        raise DataError(f"{place}: cannot be read ({error.strerror}); it should be a folder of images") from error
+        path = folder if error.filename is None else error.filename
+        raise DataError(f"{path}: cannot be read ({error.strerror}); it should be a folder of images") from error
     if problems:
         raise DataError(problems)
-    found.names = sorted([*found.names, *found.stored], key=os.fsencode)
+    found.names = sorted([*found.names, *found.members], key=os.fsencode)
     return found
 
 
 def identity(folder: Path) -> tuple[int, int]:
-    """What is the same for every name of a folder."""
+    """Return the device and inode of a folder, which are the same for all of its names."""
     status = folder.stat()
     return status.st_dev, status.st_ino
 
 
-def captions_from(folder: Path, tables: Iterable[str], stored: Mapping[str, Stored]) -> dict[str, tuple[str, ...]]:
-    """The captions of every captions.json, by image; each names the images beside it.
+def captions_from(
+    folder: Path, tables: Iterable[str], members: Mapping[str, ArchiveMember]
+) -> dict[str, tuple[str, ...]]:
+    """Return the captions of every captions.json, by image; each names the images beside it.
 
     Raises:
         DataError: they cannot be read; all of them at once.
@@ -167,7 +169,7 @@ def captions_from(folder: Path, tables: Iterable[str], stored: Mapping[str, Stor
     for table in tables:
         inside = table.removesuffix(CAPTIONS_JSON)
         try:
-            texts_of = read_captions_json(stored.get(table) or folder / table)
+            texts_of = read_captions_json(members.get(table) or folder / table)
             captions |= {inside + name: texts for name, texts in texts_of.items()}
         except BadCaption as error:
             problems.append(f"{folder / table}: {error}")
@@ -177,32 +179,32 @@ def captions_from(folder: Path, tables: Iterable[str], stored: Mapping[str, Stor
 
 
 def is_image(name: str) -> bool:
-    """Whether a file is named like an image, whatever it is."""
+    """Return True if a file is named like an image, whatever it holds."""
     return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
 def is_archive(name: str) -> bool:
-    """Whether a file is named like an archive that can be read."""
+    """Return True if a file is named like an archive that can be read."""
     return os.path.splitext(name)[1].lower() == ".tar"
 
 
 def is_caption(name: str) -> bool:
-    """Whether a file is named like a caption, whatever it is."""
+    """Return True if a file is named like a caption, whatever it holds."""
     return os.path.splitext(name)[1].lower() == ".txt"
 
 
 def is_natural(name: str) -> bool:
-    """Whether a file is named like a caption in natural language."""
-    return is_caption(name) and stem_of(name).endswith(NATURAL)
+    """Return True if a file is named like a caption in natural language."""
+    return is_caption(name) and stem_of(name).endswith(NATURAL_SUFFIX)
 
 
 def stem_of(name: str) -> str:
-    """A name without its ending."""
+    """Return a name without its suffix."""
     return os.path.splitext(name)[0]
 
 
 def by_stem(names: Iterable[str]) -> dict[str, list[str]]:
-    """Names by their stems."""
+    """Return the names grouped by their stems."""
     stems: dict[str, list[str]] = defaultdict(list)
     for name in names:
         stems[stem_of(name)].append(name)

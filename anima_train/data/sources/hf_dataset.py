@@ -9,7 +9,6 @@ import re
 import sys
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +17,8 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
 from anima_train.core.errors import DataError, SpaceError
 from anima_train.data.captions import cleaned
-from anima_train.data.image_index import file_stamp
-from anima_train.data.images import MAX_BYTES, BadImage, Unreadable, read_file
 from anima_train.data.settings import Directory
-from anima_train.data.sources.archive import Stored
+from anima_train.data.sources.archive import ArchiveMember, MissingImage, ReferencedImage, RowImage, file_stamp
 from anima_train.data.sources.folder import Files, stem_of
 
 if TYPE_CHECKING:  # slow to import, and needed by those alone who have such a dataset
@@ -35,7 +32,7 @@ MAX_REASON = 300  # characters
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
-def table_files(directory: Directory, place: Path, offline: bool) -> Files:
+def hf_dataset_files(directory: Directory, place: Path, offline: bool) -> Files:
     """Return the rows of a Hugging Face dataset as if they were files.
 
     Args:
@@ -51,100 +48,38 @@ def table_files(directory: Directory, place: Path, offline: bool) -> Files:
     check_columns(directory, place, table)
     images = column_images(table, directory.image_column, place)
     names = row_names([path for path, _ in images], place)
-    stored_masks: dict[str, Stored] = {}
+    mask_members: dict[str, ArchiveMember] = {}
     if directory.mask_column:
         for name, (_, mask) in zip(names, column_images(table, directory.mask_column, place), strict=True):
             if mask is not None:
-                stored_masks[f"{directory.mask_column}/{stem_of(name)}"] = mask
+                mask_members[f"{directory.mask_column}/{stem_of(name)}"] = mask
     where = str(place.resolve()) if place.exists() else place.as_posix()
     parts = (where, directory.hf_subset or "", directory.hf_split, directory.hf_revision or "")
     identity = os.fsencode("\0".join(parts))
     return Files(
         folder=place,
         mask_folder=place if directory.mask_column else None,
-        stored={name: image or NoImage() for name, (_, image) in zip(names, images, strict=True)},
-        stored_masks=stored_masks,
+        members={name: image or MissingImage() for name, (_, image) in zip(names, images, strict=True)},
+        mask_members=mask_members,
         images=names,
-        captions={},
-        natural={},
-        given=column_texts(table, directory.caption_column, names, place),
-        given_natural=column_texts(table, directory.natural_column, names, place),
-        masks={label.removeprefix(f"{directory.mask_column}/"): [label] for label in stored_masks},
+        caption_files={},
+        natural_files={},
+        listed_captions=column_texts(table, directory.caption_column, names, place),
+        listed_natural=column_texts(table, directory.natural_column, names, place),
+        mask_files={label.removeprefix(f"{directory.mask_column}/"): [label] for label in mask_members},
         subfolders=[],
-        again=[],
-        others=[],
+        repeated_folders=[],
+        unused_files=[],
         identity=identity,
         mask_identity=identity,
         is_table=True,
     )
 
 
-@dataclass(frozen=True, slots=True)
-class RowImage:
-    """An image inside of a row."""
-
-    column: "Dataset"  # that column alone, as Arrow
-    row: int
-    content: tuple[int, int]  # of the column
-
-    @property
-    def stamp(self) -> tuple[int, int, int]:
-        """The row, and the content of its column."""
-        return self.row, *self.content
-
-    def read(self) -> bytes:
-        """Return the content."""
-        value = self.column[self.row].column(0)[0].as_py()
-        content: bytes = value["bytes"] if isinstance(value, dict) else value
-        return content
-
-
-@dataclass(frozen=True, slots=True)
-class NamedImage:
-    """An image that a row names and does not hold: a file, or in many image folders on the Hub a member of a zip."""
-
-    path: Path
-    member: str | None
-
-    @property
-    def stamp(self) -> tuple[int, int, int]:
-        """The stamp of the file, or archive."""
-        return file_stamp(self.path)
-
-    def read(self) -> bytes:
-        """Return the content.
-
-        Raises:
-            BadImage: as `read_file`; for a member `Unreadable`.
-        """
-        if self.member is None:
-            return read_file(self.path)
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                if (num_bytes := archive.getinfo(self.member).file_size) > MAX_BYTES:  # no more than this is unpacked
-                    raise Unreadable(f"{num_bytes:,} bytes is more than the limit of {MAX_BYTES:,}")
-                return archive.read(self.member)
-        except KeyError as error:
-            raise Unreadable(f"it is not in {self.path.name} any more") from error
-        # RuntimeError: encrypted; NotImplementedError, a kind of it: packed in a way that Python does not know.
-        except (OSError, zipfile.BadZipFile, EOFError, RuntimeError) as error:
-            raise Unreadable(f"{self.path.name} is not readable ({error})") from error
-
-
-class NoImage:
-    """The absence of an image in a row."""
-
-    stamp = (0, 0, 0)
-
-    def read(self) -> bytes:
-        """Raise BadImage."""
-        raise BadImage("no image in this row")
-
-
 # Columns
 
 
-def column_images(table: "Dataset", name: str, place: Path) -> list[tuple[str, Stored | None]]:
+def column_images(table: "Dataset", name: str, place: Path) -> list[tuple[str, ArchiveMember | None]]:
     """Return for each row the path of the file it was made from ("": not known) and its image, of which none is read.
 
     A path without a folder of its own lies beside the dataset.
@@ -159,15 +94,15 @@ def column_images(table: "Dataset", name: str, place: Path) -> list[tuple[str, S
     digest = hashlib.sha256(repr((table._fingerprint, name, files)).encode()).digest()
     content = int.from_bytes(digest[:7], "big"), int.from_bytes(digest[7:14], "big")
     folder = place if place.is_dir() else place.parent
-    images: list[tuple[str, Stored | None]] = []
+    images: list[tuple[str, ArchiveMember | None]] = []
     for row, (missing, path) in enumerate(zip(is_missing, paths, strict=True)):
-        image: Stored | None = None
+        image: ArchiveMember | None = None
         if not missing:
             image = RowImage(column, row, content)
         elif path and (match := ZIP_URL.fullmatch(path)):
-            image = NamedImage(Path(match["archive"]), match["member"])
+            image = ReferencedImage(Path(match["archive"]), match["member"])
         elif path:
-            image = NamedImage(folder / path, None)
+            image = ReferencedImage(folder / path, None)
         images.append((path or "", image))
     return images
 

@@ -1,0 +1,100 @@
+"""The images of a directory, each read with its captions and its mask."""
+
+import concurrent.futures
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from anima_train.data.captions import BadCaption, read_caption
+from anima_train.data.image_headers import BadImage
+from anima_train.data.image_index import ImageIndex
+from anima_train.data.samples import Picture
+from anima_train.data.settings import DirectoryOptions
+from anima_train.data.sources.folder import Files, stem_of
+
+
+class ScannedImage(NamedTuple):
+    """An image that can be used, and what its scan found."""
+
+    file: str  # its path in the directory
+    picture: Picture
+    is_uncaptioned: bool  # no caption of the kind that caption_mode asks for, not even an empty one
+    warnings: Sequence[str]  # of `probe`, from the header
+
+
+def scan_images(
+    files: Files, options: DirectoryOptions, image_index: ImageIndex, mask_index: ImageIndex
+) -> tuple[list[ScannedImage], list[str]]:
+    """Return the images that can be used, and "path: reason" for the others; read by several threads."""
+    images = []
+    bad = []
+    pool = concurrent.futures.ThreadPoolExecutor()
+    try:
+        futures = [pool.submit(scan_image, name, files, options, image_index, mask_index) for name in files.images]
+        for name, future in zip(files.images, futures, strict=True):
+            try:
+                images.append(future.result())
+            except (BadImage, BadCaption) as error:
+                bad.append(f"{files.folder / name}: {error}")
+    finally:
+        pool.shutdown(cancel_futures=True)  # so that Ctrl-C does not wait for all that is left
+    return images, bad
+
+
+def scan_image(
+    name: str, files: Files, options: DirectoryOptions, image_index: ImageIndex, mask_index: ImageIndex
+) -> ScannedImage:
+    """Read an image's header, captions and mask.
+
+    Raises:
+        BadImage: the image or its mask cannot be used.
+        BadCaption: a caption cannot be used.
+    """
+    record = image_index.lookup(name, files.file(name))
+    stem = stem_of(name)
+    tags: tuple[str, ...] = ()
+    natural: tuple[str, ...] = ()
+    if options.caption_mode != "nl":
+        tags = files.listed_captions.get(name, ()) or captions_in(files, files.caption_files.get(stem), options)
+    if options.caption_mode != "tags":
+        in_file = captions_in(files, files.natural_files.get(stem), options)
+        natural = files.listed_natural.get(name, in_file)
+    mask, mask_member, mask_sha256 = None, None, ""
+    if files.mask_folder is not None and stem in files.mask_files:
+        file = files.mask_files[stem][0]
+        mask, mask_member = files.mask_folder / file, files.mask_members.get(file)
+        try:
+            mask_sha256 = mask_index.lookup(file, files.mask(file)).sha256
+        except BadImage as error:
+            raise BadImage(f"its mask {file}: {error}") from error
+    caption, *more = tags or ("",)
+    picture = Picture(
+        path=files.folder / name,
+        sha256=record.sha256,
+        width=record.width,
+        height=record.height,
+        caption=caption,
+        mask=mask,
+        mask_sha256=mask_sha256,
+        more_captions=tuple(more),
+        natural=tuple(filter(None, natural)),
+        has_alpha=record.has_alpha,
+        member=files.members.get(name),
+        mask_member=mask_member,
+    )
+    return ScannedImage(name, picture, not tags and not natural, record.warnings)
+
+
+def captions_in(files: Files, names: Sequence[str] | None, options: DirectoryOptions) -> tuple[str, ...]:
+    """Return the captions in the first of these caption files; none if there is no file.
+
+    Raises:
+        BadCaption: it cannot be used; names the file.
+    """
+    if not names:
+        return ()
+    try:
+        text = read_caption(files.file(names[0]))
+    except BadCaption as error:
+        raise BadCaption(f"its caption {names[0]}: {error}") from error
+    lines = text.split("\n") if options.captions_per_line else [text]
+    return tuple(line for line in map(str.strip, lines) if line) or ("",)

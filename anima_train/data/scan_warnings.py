@@ -1,0 +1,141 @@
+"""The warnings about a directory: files that are not used, images without a caption, captions with odd text."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import chain
+
+from anima_train.data.captions import unescaped
+from anima_train.data.image_headers import EXTENSIONS
+from anima_train.data.scan_images import ScannedImage
+from anima_train.data.settings import DirectoryOptions
+from anima_train.data.sources.folder import Files, by_stem, stem_of
+
+Findings = Iterator[tuple[str, list[str]]]  # what was found, and the files it was found in
+
+CAPTION_FILES = {"tags": ".txt", "nl": "_nl.txt", "mixed": ".txt or _nl.txt"}  # by caption_mode
+CAPTION_COLUMNS = {"tags": "caption_column", "nl": "natural_column", "mixed": "caption_column or natural_column"}
+
+# Text that a tokenizer of the model reads as one of its special tokens, not as letters.
+SPECIAL_TOKEN = re.compile(r"</s>|<pad>|<unk>|<extra_id_\d+>|<\|\w+\|>")
+
+
+def folder_warnings(files: Files, images: Sequence[ScannedImage], options: DirectoryOptions) -> Iterator[str]:
+    """Yield the warnings about a directory, one line for each kind, with the number of files and the first one."""
+    if not files.images:
+        endings = ", ".join(sorted(EXTENSIONS))
+        yield f"{files.folder}: holds no {'row' if files.is_table else f'image ({endings})'}"
+    findings = chain(
+        unused_entries(files),
+        missing_captions(files, images, options),
+        odd_texts(images, options),
+        unused_captions(files, options),
+        mask_findings(files, images),
+        header_findings(images),
+    )
+    for text, names in findings:
+        if names:
+            yield f"{files.folder}: {text}: {len(names):,}, such as {names[0]}"
+
+
+def caption_kind(files: Files, options: DirectoryOptions) -> str:
+    """Return where a directory's captions come from, as messages say it."""
+    return (CAPTION_COLUMNS if files.is_table else CAPTION_FILES)[options.caption_mode]
+
+
+def unused_entries(files: Files) -> Findings:
+    """Yield the folders that are not searched, and the files that are of no known kind."""
+    yield "subfolders, which are not searched", files.subfolders
+    yield "subfolders that are searched under another name, not searched again", files.repeated_folders
+    yield "files that are neither images nor captions, not used", files.unused_files
+
+
+def missing_captions(files: Files, images: Sequence[ScannedImage], options: DirectoryOptions) -> Findings:
+    """Yield the images that lack a caption of some kind, and the captions of a kind that is not used."""
+    bare = "caption_prefix alone" if options.caption_prefix else "the empty one"
+    sentences = "natural_column" if files.is_table else "_nl.txt"
+    without = [] if options.skip_empty_caption else [image for image in images if not image.picture.has_caption]
+    yield (
+        f"images without a {caption_kind(files, options)} caption, trained with {bare}",
+        [image.file for image in without if image.is_uncaptioned],
+    )
+    yield (
+        f"images with an empty caption, trained with {bare}",
+        [image.file for image in without if not image.is_uncaptioned],
+    )
+    # An image without any caption is counted as that, not as one without natural language.
+    mixed = [image for image in images if options.caption_mode == "mixed" and image.picture.has_caption]
+    yield (
+        f"images without a natural-language caption ({sentences}), trained with their tags alone",
+        [image.file for image in mixed if not image.picture.natural],
+    )
+    yield (
+        f"images without tags, trained with their natural-language caption ({sentences}) alone",
+        [image.file for image in mixed if not any(image.picture.tags)],
+    )
+    stems = by_stem(files.images)
+    unused = [names[0] for stem, names in files.natural_files.items() if stem in stems]
+    yield (
+        'natural-language captions (_nl.txt), not used, because caption_mode is "tags"',
+        unused if options.caption_mode == "tags" else [],
+    )
+
+
+def odd_texts(images: Sequence[ScannedImage], options: DirectoryOptions) -> Findings:
+    """Yield the images whose captions hold text that is probably not meant as it is read."""
+    before = options.prefix_word + options.caption_prefix
+    texts = {image.file: (*image.picture.tags, *image.picture.natural) for image in images}
+    yield (
+        "images with a caption that holds text that the tokenizer reads as a special token, as </s> is",
+        [file for file, own in texts.items() if any(SPECIAL_TOKEN.search(text) for text in (before, *own))],
+    )
+    delimiter = options.cache_shuffle_delimiter
+    is_used = any(delimiter in text for image in images for text in image.picture.tags)
+    yield (
+        f"captions, none of which holds cache_shuffle_delimiter {delimiter!r}, so that each is one tag",
+        [image.file for image in images if any(image.picture.tags)] if options.varies_tags and not is_used else [],
+    )
+    escaped = [file for file, own in texts.items() if any(unescaped(text) != text for text in own)]
+    yield (
+        r"captions with \( or \), which belong in prompts; unescape_parentheses writes ( and )",
+        [] if options.unescape_parentheses else escaped,
+    )
+
+
+def unused_captions(files: Files, options: DirectoryOptions) -> Findings:
+    """Yield the captions without an image, and those that another one replaces."""
+    images = set(files.images)
+    stems = by_stem(files.images)
+    caption_files = [*files.caption_files.items(), *files.natural_files.items()]
+    yield "captions without an image", [names[0] for stem, names in caption_files if stem not in stems]
+    yield "entries of captions.json without an image", [name for name in files.listed_captions if name not in images]
+    replaced = [name for name in files.listed_captions if name in images and stem_of(name) in files.caption_files]
+    yield (
+        "captions in .txt files not used, because captions.json has them",
+        [] if options.caption_mode == "nl" else [files.caption_files[stem_of(name)][0] for name in replaced],
+    )
+    yield (
+        "images that share caption and mask, because their names differ in the ending only",
+        [name for names in stems.values() for name in names if len(names) > 1],
+    )
+    yield (
+        "captions not used, because another differs in the ending only",
+        [name for _, names in caption_files for name in names[1:]],
+    )
+
+
+def mask_findings(files: Files, images: Sequence[ScannedImage]) -> Findings:
+    """Yield the masks that are not used, and the images without one."""
+    unused = [name for names in files.mask_files.values() for name in names[1:]]
+    yield "masks not used, because another differs in the ending only", unused
+    unmasked = [image.file for image in images if files.mask_folder is not None and image.picture.mask is None]
+    yield "images without a mask, trained whole", unmasked
+
+
+def header_findings(images: Sequence[ScannedImage]) -> Findings:
+    """Yield the warnings of the images' headers, each with all of its images."""
+    findings: dict[str, list[str]] = defaultdict(list)
+    for image in images:
+        for warning in image.warnings:
+            findings[warning].append(image.file)
+    yield from findings.items()
