@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from anima_train.caching.text_encoding import has_live_texts
+from anima_train.caching.text_encoding import encodes_online
 from anima_train.cli.train import ConfigPath, Overrides
 from anima_train.config.load import load_config
 from anima_train.config.model_files import find_model_files
@@ -54,8 +54,8 @@ def check(
     measured = []
     if measure_steps is not None:  # before any picture is decoded: the CPU's peak is that of the process
         buckets = extremes(make_plan(loaded, scans["train"].samples, num_processes=1))
-        is_live = has_live_texts(loaded.config, scans["train"].samples)
-        measured = measure(loaded, files, buckets, measure_steps, is_live)
+        is_online = encodes_online(loaded.config.model.cache_text_embeddings, scans["train"].samples)
+        measured = measure(loaded, files, buckets, measure_steps, is_online)
     found = dataset_report(f"Check of {config.name}", loaded, files, scans, 0 if no_html else MAX_THUMBNAILS, measured)
     print(summary(found))
     if not no_html:

@@ -109,7 +109,8 @@ def sample(
     files = find_model_files(loaded)
     files.check_headers()
     pictures = {}
-    for place, path in draw(files, cells, out, device, text_device(loaded.config, device), dtype):
+    encoding_device = text_device(loaded.config.model.text_encoder_device, device)
+    for place, path in draw(files, cells, out, device, encoding_device, dtype):
         print(path, flush=True)
         pictures[place] = path
     if sheet is not None:

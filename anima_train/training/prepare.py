@@ -4,17 +4,17 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+import torch
 from accelerate import Accelerator
 
 from anima_train.caching.entries import needed_entries, text_identity, vae_identity, without_rejected
-from anima_train.caching.fill import Share, fill_cache, verify_cache
-from anima_train.caching.repair import Repair
+from anima_train.caching.fill import RankInfo, fill_cache, verify_cache
 from anima_train.caching.text_encoding import (
-    LiveTexts,
-    has_live_texts,
-    live_encoder,
-    report_truncated,
+    CaptionEncoder,
+    OnlineTextEncoder,
+    encodes_online,
     text_device,
+    warn_of_truncated,
 )
 from anima_train.config.load import Dataset, LoadedConfig
 from anima_train.config.model_files import find_model_files
@@ -27,8 +27,8 @@ from anima_train.data.samples import Sample
 from anima_train.data.scan import Scan, scan
 from anima_train.distributed.consistency import check_same_data
 from anima_train.evaluation.evaluate import EvalSet
-from anima_train.model.loading import ModelFiles
-from anima_train.model.text import count_tokens
+from anima_train.model.loading import ModelFiles, ModelSpec
+from anima_train.model.text import count_tokens, load_tokenizers
 from anima_train.training.build import first_files
 from anima_train.training.costs import cache_savings
 from anima_train.training.memory import Attempt, memory_errors
@@ -40,10 +40,10 @@ class Prepared:
     """The data of a run: everything in the cache."""
 
     files: ModelFiles
+    model: ModelSpec
     train: CachedData
     evals: list[EvalSet]
     warnings: list[str]  # about images and captions
-    repair: Repair
 
 
 def prepare_data(
@@ -84,8 +84,8 @@ def prepare_data(
                 f"writes {SCHEMA}); they are ignored, and left alone"
             )
     vae_id = vae_identity(files)
-    dtype = DTYPES[config.model.dtype]
-    text_id = text_identity(files, config.learning_rates().by_component["llm_adapter"] == 0, dtype)
+    model = model_spec(loaded, files, accelerator.device)
+    text_id = text_identity(files, model.apply_llm_adapter, model.dtype)
     train = scans["train"].samples
     needed = needed_entries(
         train,
@@ -96,33 +96,32 @@ def prepare_data(
         config.uncond_fraction > 0,
         config.model.cache_text_embeddings,
     )
-    share = Share(accelerator.process_index, accelerator.num_processes, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    ranks = RankInfo(
+        accelerator.process_index,
+        accelerator.num_processes,
+        accelerator.local_process_index,
+        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+    )
     if prune and accelerator.is_main_process:
         keys = needed.by_cache()
         removed = [cache.prune({entry.key for entry in keys.get(cache.folder, [])}) for cache in caches_of(loaded)]
         num_files, num_bytes = map(sum, zip(*removed, strict=True))
         accelerator.print(f"cache: {count(num_files, 'file')} removed, {num_bytes:,} bytes freed")
     if verify:
-        num_read, num_damaged = verify_cache(needed, share)
+        num_read, num_damaged = verify_cache(needed, ranks)
         # Not `accelerator.print`: each process has read others.
         print(f"cache: {count(num_read, 'entry', 'entries')} read, {num_damaged:,} damaged and removed to be rebuilt")
+        accelerator.wait_for_everyone()  # before the first look for what is missing
     with memory_errors(accelerator.device, Attempt("filling the cache"), lambda _: cache_savings(config)):
         done = fill_cache(
             needed,
-            files,
-            bool(text_id.adapter),
-            share,
-            accelerator.device,
-            text_device(config, accelerator.device),
-            dtype,
+            model,
+            ranks,
             config.caching_batch_size,
-            accelerator.is_main_process,
-            accelerator.print,
+            accelerator.wait_for_everyone,
             first_files(loaded, files) if trains and accelerator.is_main_process else [],
         )
-    accelerator.wait_for_everyone()  # soon: no process comes here before all entries are there
     print(f"cache: {done.num_latents:,} latents, {done.num_masks:,} masks and {done.num_texts:,} texts added")
-    repair = Repair(files, bool(text_id.adapter), dtype)
     bad_fractions = {dataset.name: dataset.settings.max_bad_fraction for dataset in (loaded.train, *loaded.evals)}
     data = {
         name: CachedData(
@@ -131,12 +130,24 @@ def prepare_data(
             text_id,
             config.seed,
             config.model.cache_text_embeddings,
-            remake=repair,
         )
         for name, found in scans.items()
     }
     evals = [EvalSet(dataset.name, data[dataset.name], config.eval_batch_sizes()) for dataset in loaded.evals]
-    return Prepared(files, data["train"], evals, warnings, repair)
+    return Prepared(files, model, data["train"], evals, warnings)
+
+
+def model_spec(loaded: LoadedConfig, files: ModelFiles, device: torch.device) -> ModelSpec:
+    """Return the model that the configuration asks for."""
+    settings = loaded.config.model
+    return ModelSpec(
+        files,
+        DTYPES[settings.dtype],
+        DTYPES[settings.transformer_dtype or settings.dtype],
+        loaded.config.learning_rates().by_component["llm_adapter"] != 0,
+        device,
+        text_device(settings.text_encoder_device, device),
+    )
 
 
 def caches_of(loaded: LoadedConfig) -> list[Cache]:
@@ -145,18 +156,18 @@ def caches_of(loaded: LoadedConfig) -> list[Cache]:
     return list({cache.folder: cache for dataset in datasets for cache in dataset.caches}.values())
 
 
-def with_live_texts(data: Prepared, loaded: LoadedConfig, accelerator: Accelerator) -> Prepared:
+def with_online_text_encoder(data: Prepared, loaded: LoadedConfig, accelerator: Accelerator) -> Prepared:
     """The data with a text encoder for those captions that are not in the cache, if there are any."""
     config, samples = loaded.config, data.train.samples
-    if not has_live_texts(config, samples):
+    if not encodes_online(config.model.cache_text_embeddings, samples):
         return data
-    encoder = live_encoder(loaded, data.files, accelerator.device)
+    encoder = CaptionEncoder(data.model, load_tokenizers(data.files.tokenizer, data.files.t5_tokenizer))
     accelerator.print(f"captions are encoded during training, on {encoder.device}")
     if accelerator.is_main_process:
-        live = [each for each in samples if each.options.draws_tags or not config.model.cache_text_embeddings]
-        captions = sorted({caption for sample in live for caption in sample.captions(config.seed)})
-        report_truncated(count_tokens(encoder.tokenizers, captions), print)
-    encode = LiveTexts(encoder)
+        online = [each for each in samples if each.options.draws_tags or not config.model.cache_text_embeddings]
+        captions = sorted({caption for sample in online for caption in sample.captions(config.seed)})
+        warn_of_truncated(count_tokens(encoder.tokenizers, captions))
+    encode = OnlineTextEncoder(encoder)
     evals = [replace(eval_set, data=replace(eval_set.data, encode=encode)) for eval_set in data.evals]
     return replace(data, train=replace(data.train, encode=encode), evals=evals)
 

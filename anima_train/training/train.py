@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from anima_train.caching.text_encoding import has_live_texts, text_device
+from anima_train.caching.text_encoding import encodes_online, text_device
 from anima_train.checkpoint.async_writer import Writer
 from anima_train.checkpoint.disk_space import space_warning
 from anima_train.checkpoint.resume import Origin, check_same_content, find_origin, set_aside
@@ -48,7 +48,7 @@ from anima_train.training.costs import savings
 from anima_train.training.memory import Attempt, Shape, memory_errors, peak_bytes, start_peak
 from anima_train.training.memory_check import largest_shapes, try_shape
 from anima_train.training.metrics import StepSums
-from anima_train.training.prepare import prepare_data, scan_all, with_live_texts
+from anima_train.training.prepare import prepare_data, scan_all, with_online_text_encoder
 from anima_train.training.summary import groups_text, plan_text, report
 from anima_train.training.tasks import Moment, Outputs, Trained
 
@@ -154,7 +154,9 @@ def train(
     # Memory: whatever runs out of it from here on says what to change.
     shapes = largest_shapes(plan, len(timetable.first_steps) - 1, data.evals)
     attempt = Attempt("loading the model")
-    encodes_here = has_live_texts(config, data.train.samples) and text_device(config, device).type != "cpu"
+    encodes_here = encodes_online(config.model.cache_text_embeddings, data.train.samples) and (
+        data.model.text_device.type != "cpu"
+    )
 
     def changes(tried: Shape | None) -> list[str]:
         shape = tried or shapes[0]
@@ -166,7 +168,7 @@ def train(
     previews = make_previews(loaded, data.files, run, device) if is_main and config.sampling is not None else None
 
     # Model: base weights, what is trained, its optimizer.
-    data = with_live_texts(data, loaded, accelerator)
+    data = with_online_text_encoder(data, loaded, accelerator)
     transformer, groups = load_trained(loaded, data.files, device)
     rows = group_rows(transformer, rates)
     accelerator.print("\n".join(groups_text(rows)))
@@ -325,8 +327,6 @@ def train(
         pending = outputs.make((name for name in ("evaluation", "preview") if is_due[name]), Moment(step, seen))
         wish = stopping.after_step(accelerator)
         if is_main:
-            for warning in data.repair.take():
-                run.warn(step, warning)
             if (is_due["save"] or wish.saves) and step < timetable.num_steps:
                 outputs.save_weights(step)
             if is_due["training state"] or wish.saves:
@@ -375,7 +375,7 @@ def make_previews(loaded: LoadedConfig, files: ModelFiles, run: RunFolder, devic
         run.name,
         config.learning_rates().by_component["llm_adapter"] != 0,
         device,
-        text_device(config, device),
+        text_device(config.model.text_encoder_device, device),
         DTYPES[config.model.dtype],
     )
 
