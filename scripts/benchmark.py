@@ -9,8 +9,8 @@
 
 `step`: forward and backward of a rank-16 LoRA, ours against diffusers' `CosmosTransformer3DModel`.
 `vae`: encoding one image, 2-D convolutions against diffusers' 3-D ones.
-`cache`: decoding and scaling a folder of JPEG and PNG to 512-pixel buckets, our worker processes against as many that
-    do nothing but call Pillow. The median should be at most 1.15.
+`cache`: decoding and scaling a folder of JPEG and PNG to 512-pixel buckets, the threads that fill the cache against as
+    many threads, and as many processes, that do nothing but call Pillow. At most 1.15 times the better of both.
 `scan`: seconds and memory that the first and the second look at a folder of images take, and the plan of an epoch. The
     limits are 60 s and 1 GB.
 `save`: how long a step waits for a training state, against copying the tensors to the host, which is all it should wait
@@ -22,6 +22,7 @@ Absolute times say little on a shared machine; the ratio of two commands run in 
 """
 
 import argparse
+import concurrent.futures
 import hashlib
 import multiprocessing
 import os
@@ -43,12 +44,16 @@ from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
 
 from anima_train.adapters.lora import Lora
+from anima_train.caching.fill import decoded
 from anima_train.checkpoint.async_writer import Groups, Writer, on_host
 from anima_train.checkpoint.training_state import StateFacts, save_state
 from anima_train.data.buckets import aspect_ratios, nearest, size_of
+from anima_train.data.cache import Cache
+from anima_train.data.decoding import pixels
 from anima_train.data.images import Crop, cover_box
-from anima_train.data.loader import read_ahead
-from anima_train.data.workers import PixelWork, Workers
+from anima_train.data.loader import Entry
+from anima_train.data.samples import Picture, Sample, View
+from anima_train.data.settings import DirectoryOptions
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.tiny import write_tiny
 from anima_train.model.vae import FrameConv, SingleFrameVAE
@@ -180,59 +185,77 @@ def write_photo(path: Path, generator: np.random.Generator) -> None:
     Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(path, quality=92)
 
 
-def write_photos(folder: Path, number: int) -> list[PixelWork]:
-    """JPEG and PNG files by turns, and what is to be made of them."""
+def write_photos(folder: Path, number: int) -> list[Entry[View]]:
+    """JPEG and PNG files by turns, and the cache entries that are made of them."""
     generator = np.random.default_rng(0)
     sizes = [size_of(512, aspect) for aspect in aspect_ratios(0.5, 2.0, 9)]
-    works = []
+    cache = Cache(folder / "cache")
+    entries = []
     for index in range(min(number, DISTINCT)):
         path = folder / f"{index}.{('jpg', 'png')[index % 2]}"
         write_photo(path, generator)
         with Image.open(path) as image:
-            size = nearest(image.width / image.height, sizes)
+            width, height = image.size
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        works.append(PixelWork(path.name, path, digest, Crop(size.width, size.height)))
-    total = sum(work.source.stat().st_size for work in works if isinstance(work.source, Path))
-    print(f"{number:,} images, {len(works)} of them distinct, {total / len(works) / 1e6:.1f} MB each on average")
-    return [works[index] for index in generator.integers(0, len(works), number)]
+        picture = Picture(path, digest, width, height, "", None, "")
+        sample = Sample(path.name, picture, nearest(width / height, sizes), 512, 0, DirectoryOptions(), cache)
+        entries.append(Entry(cache, "latent", View(sample).latent_key("vae"), View(sample)))
+    total = sum(entry.source.sample.picture.path.stat().st_size for entry in entries)
+    print(f"{number:,} images, {len(entries)} of them distinct, {total / len(entries) / 1e6:.1f} MB each on average")
+    return [entries[index] for index in generator.integers(0, len(entries), number)]
 
 
-def bare_pillow(work: PixelWork) -> None:
+def bare_pillow(work: tuple[Path, Crop]) -> None:
     """What any trainer has to do, and nothing else."""
-    assert isinstance(work.source, Path)
-    with Image.open(work.source) as image:
-        box = cover_box(image.size, work.crop)
-        size = (work.crop.width, work.crop.height)
-        np.asarray(image.convert("RGB").resize(size, Image.Resampling.LANCZOS, box=box))
+    path, crop = work
+    with Image.open(path) as image:
+        box = cover_box(image.size, crop)
+        np.asarray(image.convert("RGB").resize((crop.width, crop.height), Image.Resampling.LANCZOS, box=box))
 
 
 def benchmark_cache(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
     """Decoding and scaling, without the VAE."""
+    context = multiprocessing.get_context("spawn")  # forked processes break where there are threads
     with (
         tempfile.TemporaryDirectory() as folder,
-        multiprocessing.Pool(options.workers) as pool,
-        Workers(options.workers) as workers,
+        concurrent.futures.ThreadPoolExecutor(options.workers) as threads,
+        concurrent.futures.ProcessPoolExecutor(options.workers, context) as processes,
     ):
-        works = write_photos(Path(folder), options.images)
+        entries = write_photos(Path(folder), options.images)
 
-        def ours(part: Sequence[PixelWork]) -> None:
-            for _ in read_ahead(part, workers.run, num_threads=workers.num_threads):
+        def ours(part: Sequence[Entry[View]]) -> None:
+            for _ in decoded(part, pixels, options.workers, batch_size=8):
                 pass
 
-        def theirs(part: Sequence[PixelWork]) -> None:
-            for _ in pool.imap_unordered(bare_pillow, part, chunksize=8):
+        def in_threads(part: Sequence[Entry[View]]) -> None:
+            for _ in threads.map(bare_pillow, map(work_of, part)):
                 pass
 
-        # Some at a time in turn, so that what else the machine does falls on both.
-        parts = [works[start : start + SLICE] for start in range(0, len(works), SLICE)] * options.rounds
-        ours(parts[0])  # both start their processes
-        theirs(parts[0])
-        pairs = [(seconds(partial(ours, part), device), seconds(partial(theirs, part), device)) for part in parts]
-        ratios = sorted(mine / other for mine, other in pairs)
-        mine, other = (sum(times) for times in zip(*pairs, strict=True))
-        print(f"ours {mine:.1f} s, theirs {other:.1f} s for {len(works) * options.rounds:,} images: {mine / other:.3f}")
-        spread = f"from {ratios[0]:.3f} to {ratios[-1]:.3f}"
-        print(f"ours / theirs for {SLICE} images: median {statistics.median(ratios):.3f}, {spread}")
+        def in_processes(part: Sequence[Entry[View]]) -> None:
+            for _ in processes.map(bare_pillow, map(work_of, part), chunksize=4):
+                pass
+
+        # Some at a time in turn, so that what else the machine does falls on all.
+        ways = (ours, in_threads, in_processes)
+        parts = [entries[start : start + SLICE] for start in range(0, len(entries), SLICE)] * options.rounds
+        for way in ways:  # threads and processes start, files are read
+            way(parts[0])
+        rows = [[seconds(partial(way, part), device) for way in ways] for part in parts]
+        totals = [sum(times) for times in zip(*rows, strict=True)]
+        print(
+            f"ours {totals[0]:.1f} s, bare threads {totals[1]:.1f} s, bare processes {totals[2]:.1f} s "
+            f"for {len(entries) * options.rounds:,} images, {options.workers} at once"
+        )
+        for name, column in (("bare threads", 1), ("bare processes", 2)):
+            ratios = sorted(row[0] / row[column] for row in rows)
+            spread = f"from {ratios[0]:.3f} to {ratios[-1]:.3f}"
+            print(f"ours / {name} for {SLICE} images: median {statistics.median(ratios):.3f}, {spread}")
+        print(f"ours / the better of both, in all: {totals[0] / min(totals[1:]):.3f}")
+
+
+def work_of(entry: Entry[View]) -> tuple[Path, Crop]:
+    """A file, and what is to be made of it."""
+    return entry.source.sample.picture.path, entry.source.crop
 
 
 def write_noise(path: Path, generator: np.random.Generator, height: int, width: int) -> None:

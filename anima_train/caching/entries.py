@@ -12,15 +12,12 @@ from anima_train.data.cache import Cache, DamagedEntry
 from anima_train.data.loader import Entry, Source, TextIdentity
 from anima_train.data.samples import Sample, View
 from anima_train.model.loading import ModelFiles
-from anima_train.model.text import (
-    text_encoder_identity,
-    tokenizer_identity,
-)
+from anima_train.model.text import text_encoder_identity, tokenizer_identity
 
 
 @dataclass(frozen=True)
-class Needed:
-    """Every entry that the data needs, each once."""
+class CacheEntries:
+    """Entries of the cache, each once."""
 
     latents: list[Entry[View]]
     masks: list[Entry[View]]
@@ -32,44 +29,48 @@ class Needed:
         return [*self.latents, *self.masks, *self.texts]
 
     def caches(self) -> list[Cache]:
-        """Their caches, each once."""
+        """Return their caches, each once."""
         return list({entry.cache.folder: entry.cache for entry in self.entries}.values())
 
     def by_cache(self) -> dict[Path, list[Entry[View] | Entry[str]]]:
-        """The entries of each cache."""
+        """Return the entries of each cache, by its folder."""
         found: dict[Path, list[Entry[View] | Entry[str]]] = defaultdict(list)
         for entry in self.entries:
             found[entry.cache.folder].append(entry)
         return found
 
+    def share(self, index: int, number: int) -> "CacheEntries":
+        """Return every `number`-th entry of each kind, from `index` on."""
+        return CacheEntries(self.latents[index::number], self.masks[index::number], self.texts[index::number])
+
 
 def vae_identity(files: ModelFiles) -> str:
-    """Hash of what latents depend on beside image and size."""
+    """Return the hash of what latents depend on beside image and size."""
     return sha256_file(files.vae)
 
 
-def text_identity(files: ModelFiles, cache_output: bool, dtype: torch.dtype) -> TextIdentity:
-    """Hashes of what conditions depend on beside the caption.
+def text_identity(files: ModelFiles, apply_llm_adapter: bool, dtype: torch.dtype) -> TextIdentity:
+    """Return the hashes of what conditions depend on beside the caption.
 
     Args:
         files: the model's files.
-        cache_output: whether the adapter's output is cached, not what it reads.
+        apply_llm_adapter: True if the LLM adapter's output is cached, False if what it reads.
         dtype: of the cached values.
     """
     return TextIdentity(
         encoder=text_encoder_identity(files.llm),
         tokenizer=tokenizer_identity(files.tokenizer),
         t5_tokenizer=tokenizer_identity(files.t5_tokenizer),
-        adapter=files.llm_adapter_fingerprint() if cache_output else "",
+        adapter=files.llm_adapter_fingerprint() if apply_llm_adapter else "",
         dtype=str(dtype).removeprefix("torch."),
     )
 
 
 def needed_entries(
-    train: Sequence[Sample], evals: Sequence[Sample], vae_id: str, text_id: TextIdentity, seed: int,
-    empty_caption: bool, with_texts: bool,
-) -> Needed:  # fmt: skip
-    """What these samples need.
+    train: Iterable[Sample], evals: Iterable[Sample], vae_id: str, text_id: TextIdentity, seed: int,
+    empty_caption: bool, cache_texts: bool,
+) -> CacheEntries:  # fmt: skip
+    """Return the entries that these samples need.
 
     Args:
         train: what is trained: all views, and all captions that are not drawn for a showing.
@@ -77,8 +78,8 @@ def needed_entries(
         vae_id: of the latents.
         text_id: of the captions.
         seed: of the run.
-        empty_caption: whether samples may be trained with the empty caption.
-        with_texts: whether captions are cached at all.
+        empty_caption: True if samples may be trained with the empty caption.
+        cache_texts: False if all captions are encoded during training.
     """
     latents: dict[tuple[Path, str], Entry[View]] = {}
     masks: dict[tuple[Path, str], Entry[View]] = {}
@@ -92,7 +93,7 @@ def needed_entries(
             if sample.has_mask:
                 key = view.mask_key()
                 masks.setdefault((cache.folder, key), Entry(cache, "mask", key, view))
-        for caption in captions if with_texts else ():
+        for caption in captions if cache_texts else ():
             key = text_id.key(caption)
             texts.setdefault((cache.folder, key), Entry(cache, "text", key, caption))
 
@@ -100,11 +101,23 @@ def needed_entries(
         need(sample, sample.views(), [*sample.fixed_captions(seed), *([""] if empty_caption else [])])
     for sample in evals:
         need(sample, sample.views()[:1], [sample.evaluation_caption().text])
-    return Needed(list(latents.values()), list(masks.values()), list(texts.values()))
+    return CacheEntries(list(latents.values()), list(masks.values()), list(texts.values()))
 
 
-def missing(entries: Sequence[Entry[Source]]) -> list[Entry[Source]]:
-    """The entries that have to be made: not there, or shorter or longer than their headers say."""
+def missing_entries(needed: CacheEntries) -> CacheEntries:
+    """Return the entries that have to be made, in the order in which they are made.
+
+    Latents of one size are together, as those of a batch are; and captions of similar length, so that little is padded.
+    """
+    return CacheEntries(
+        sorted(not_done(needed.latents), key=lambda entry: entry.source.sample.size),
+        not_done(needed.masks),
+        sorted(not_done(needed.texts), key=lambda entry: len(entry.source)),
+    )
+
+
+def not_done(entries: Sequence[Entry[Source]]) -> list[Entry[Source]]:
+    """Return the entries that are not there, or shorter or longer than their headers say; not the rejected ones."""
     have: dict[Path, set[str]] = {}
     found = []
     for entry in entries:
@@ -117,7 +130,7 @@ def missing(entries: Sequence[Entry[Source]]) -> list[Entry[Source]]:
 
 
 def is_damaged(entry: Entry[View] | Entry[str]) -> bool:
-    """Whether an entry cannot be read, or is not what was written."""
+    """Return True if an entry cannot be read, or is not what was written."""
     try:
         entry.cache.load(entry.kind, entry.key)
     except DamagedEntry:
@@ -126,7 +139,7 @@ def is_damaged(entry: Entry[View] | Entry[str]) -> bool:
 
 
 def without_rejected(samples: Sequence[Sample], vae_id: str) -> tuple[list[Sample], list[str]]:
-    """The samples whose latents exist, and "path: reason" for the images of the others, which leave at every size."""
+    """Return the samples whose latents exist, and "path: reason" for the others' images, which leave at every size."""
     reasons: dict[Path, dict[str, str]] = {}
     bad: dict[Path, str] = {}
     for sample in samples:

@@ -1,338 +1,270 @@
 """Fills the cache: latents and masks of every sample, conditions of every caption.
 
-The VAE and the text encoder are loaded only when something is missing, and freed before the transformer is loaded.
-Processes that fill one cache, ranks or not, share the work by claims: each begins elsewhere, makes what nobody has
-claimed, and waits at the end only for what another live process is making.
+The VAE and the text encoder are loaded only if something is missing, and freed before the transformer is loaded. The
+processes of a run share the work: each makes every n-th missing entry. Runs that need the same cache take turns, by its
+lock, so that each finds what the one before it has made.
 """
 
 import contextlib
-import functools
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from anima_train.caching.entries import (
-    Needed,
-    is_damaged,
-    missing,
-)
-from anima_train.caching.sizes import (
-    cache_needs,
-    text_bytes,
-    view_bytes,
-)
-from anima_train.caching.text_encoding import ConditionEncoder, Say, report_truncated
+from anima_train.caching.entries import CacheEntries, is_damaged, missing_entries
+from anima_train.caching.sizes import TextFormat, cache_needs, view_bytes
+from anima_train.caching.text_encoding import CaptionEncoder, warn_of_truncated
 from anima_train.core.device import release_memory
 from anima_train.core.errors import SpaceError
 from anima_train.core.files import DiskRequirement, require_space
-from anima_train.data.cache import Claims
+from anima_train.data.cache import Cache
+from anima_train.data.decoding import mask, num_decoding_threads, pixels
 from anima_train.data.image_headers import BadImage, Unreadable
-from anima_train.data.loader import Entry, Source, read_ahead
+from anima_train.data.loader import Entry, read_ahead
 from anima_train.data.samples import View
-from anima_train.data.sources.archive import ArchiveMember
-from anima_train.data.workers import MaskWork, PixelWork, Workers, num_workers
-from anima_train.model.llm_adapter import LLMAdapterShape
-from anima_train.model.loading import ModelFiles
-from anima_train.model.text import (
-    count_tokens,
-    load_tokenizers,
-)
+from anima_train.model.loading import ModelSpec
+from anima_train.model.text import TokenCounts, Tokenizers, count_tokens, load_tokenizers
 from anima_train.model.vae import load_vae, to_pixels
-
-POLL = 0.5  # seconds between looks at what other processes are making
-MESSAGE_EVERY = 60.0  # seconds
 
 CACHE_REMEDY = "free some space, or set cache_dir and output_dir to folders of larger disks that can be written"
 
+Decode = Callable[[View], np.ndarray]
+
 
 @dataclass(frozen=True)
-class Share:
-    """Which of the processes of a run this one is."""
+class RankInfo:
+    """The place of this process among those of its run."""
 
     rank: int
     world_size: int
-    local_world_size: int  # processes on this machine
+    local_rank: int  # on this machine
+    local_world_size: int
 
-    def rotated(self, items: Sequence) -> list:
-        """All items; each process begins at another one."""
-        start = len(items) * self.rank // self.world_size
-        return [*items[start:], *items[:start]]
+    @property
+    def is_main(self) -> bool:
+        """True for the process that speaks, and takes locks, for all."""
+        return self.rank == 0
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """What filling the cache did."""
+class CacheStats:
+    """The number of entries that this process has made."""
 
-    num_latents: int
-    num_masks: int
-    num_texts: int
+    num_latents: int = 0
+    num_masks: int = 0
+    num_texts: int = 0
+
+    def __add__(self, other: "CacheStats") -> "CacheStats":
+        return CacheStats(
+            self.num_latents + other.num_latents,
+            self.num_masks + other.num_masks,
+            self.num_texts + other.num_texts,
+        )
 
 
-def share_out(
-    entries: Sequence[Entry[Source]], make: Callable[[Iterator[Entry[Source]]], None], claims: Claims, say: Say
-) -> None:
-    """Have every entry made: those that nobody has claimed by `make`, the others by whoever does.
+def fill_cache(
+    needed: CacheEntries, model: ModelSpec, ranks: RankInfo, batch_size: int, meet: Callable[[], None],
+    first_files: Sequence[DiskRequirement] = (),
+) -> CacheStats:  # fmt: skip
+    """Make every missing entry, together with the other processes of the run; return when none is missing.
 
-    Nothing waits for another process while this one has claimed anything, so that no two wait for each other.
+    Args:
+        needed: from `needed_entries`.
+        model: the VAE computes in its dtype, latents are float32.
+        ranks: of this process.
+        batch_size: images and captions at once.
+        meet: returns when all processes of the run have called it.
+        first_files: that will be written after it, and must have room beside it.
 
     Raises:
-        SpaceError: the cache cannot be written; says what is still needed.
+        SpaceError: a disk will not hold it, and nothing is encoded; or the cache cannot be written.
     """
-    pending = list(entries)
-    while pending:
-        busy: list[Entry[Source]] = []
-        try:
-            make(claimed(pending, busy, claims))
-        except SpaceError as error:
-            problems = list(error.problems)
-            if size := sum(view_bytes(entry) for entry in entries if not entry.is_done):
-                problems.append(f"the latents that are missing need about {size:,} bytes")
-            raise SpaceError(problems) from error
-        pending = wait_for_others(busy, say)
+    missing = missing_entries(needed)
+    tokenizers = None
+    if missing.texts:
+        tokenizers = load_tokenizers(model.files.tokenizer, model.files.t5_tokenizer)
+    if ranks.is_main:
+        check_space(missing, model, tokenizers, first_files)
+    stats = CacheStats()
+    with contextlib.ExitStack() as locks, name_missing_latents(missing.latents):
+        if ranks.is_main:
+            lock_all(missing.caches(), locks)
+        # After the first turn a process still misses what others have made on a disk that it does not see, on another
+        # machine. All look before one makes anything, so that all who see the same disk share the same list.
+        for index, number in ((ranks.rank, ranks.world_size), (ranks.local_rank, ranks.local_world_size)):
+            meet()
+            missing = missing_entries(missing)
+            meet()
+            stats += make_entries(missing.share(index, number), model, tokenizers, ranks, batch_size)
+        meet()
+    return stats
 
 
-def claimed(entries: Iterable[Entry[Source]], busy: list[Entry[Source]], claims: Claims) -> Iterator[Entry[Source]]:
-    """The entries that could be claimed; those that another process is making go to `busy`."""
-    for entry in entries:
-        if entry.is_done:
-            continue
-        if not claims.take(entry.cache, entry.key):
-            busy.append(entry)
-        elif entry.is_done:  # its maker finished between the two looks
-            claims.release(entry.cache, entry.key)
-        else:
-            yield entry
+def check_space(
+    missing: CacheEntries, model: ModelSpec, tokenizers: Tokenizers | None, first_files: Sequence[DiskRequirement]
+) -> None:
+    """Check that the disks have room for the missing entries and a run's first files; warn of truncated captions.
+
+    Raises:
+        SpaceError: they have not.
+    """
+    lengths: Mapping[str, TokenCounts] = {}
+    if tokenizers is not None:
+        lengths = count_tokens(tokenizers, (entry.source for entry in missing.texts))
+        warn_of_truncated(lengths)
+    require_space([*cache_needs(missing, lengths, TextFormat.of(model)), *first_files], CACHE_REMEDY)
 
 
-def wait_for_others(busy: Sequence[Entry[Source]], say: Say) -> list[Entry[Source]]:
-    """Wait until all these are done, and return none; or until one is given up, and return what is not done."""
-    last_message = time.monotonic()
-    while left := [entry for entry in busy if not entry.is_done]:
-        makers = {entry.cache.claimant(entry.key) for entry in left}
-        if None in makers:
-            return left
-        if time.monotonic() - last_message >= MESSAGE_EVERY:
-            last_message = time.monotonic()
-            names = ", ".join(sorted(name for name in makers if name is not None))
-            say(f"waiting for {len(left):,} cache entries that {names} is making")
-        time.sleep(POLL)
-    return []
+def lock_all(caches: Iterable[Cache], locks: contextlib.ExitStack) -> None:
+    """Take the locks of these caches, in the same order everywhere, so that no two runs wait for each other.
+
+    Raises:
+        SpaceError: a cache cannot be written.
+    """
+    by_folder = {cache.folder.resolve(): cache for cache in caches}  # two links to one folder are one lock
+    for _, cache in sorted(by_folder.items(), key=lambda item: item[0]):
+        locks.enter_context(cache.locked())
 
 
-def content_or_path(file: Path | ArchiveMember) -> Path | bytes:
-    """What a worker process reads itself, or what it is given."""
-    return file if isinstance(file, Path) else file.read()
-
-
-def pixels(view: View, workers: Workers) -> np.ndarray | BadImage:
-    """A view's pixels, (h, w, 3) uint8, or the reason why there are none."""
-    picture = view.sample.picture
+@contextlib.contextmanager
+def name_missing_latents(latents: Sequence[Entry[View]]) -> Iterator[None]:
+    """Add to a `SpaceError` how many bytes the latents that are still missing need."""
     try:
-        return workers.run(PixelWork(view.sample.id, content_or_path(picture.source), picture.sha256, view.crop))
-    except BadImage as error:
-        return error
+        yield
+    except SpaceError as error:
+        num_bytes = sum(view_bytes(entry) for entry in latents if not entry.is_done)
+        if num_bytes == 0:
+            raise
+        raise SpaceError([*error.problems, f"the latents that are missing need about {num_bytes:,} bytes"]) from error
 
 
-def mask(view: View, workers: Workers) -> np.ndarray | BadImage:
-    """A view's mask, (1, h // 8, w // 8) float32, or the reason why there is none."""
-    sample = view.sample
-    picture = sample.picture
-    try:
-        work = MaskWork(
-            name=sample.id,
-            mask=None if picture.mask_source is None else content_or_path(picture.mask_source),
-            image=content_or_path(picture.source) if sample.masks_alpha else None,
-            mask_sha256=picture.mask_sha256,
-            image_sha256=picture.sha256,
-            image_size=(picture.width, picture.height),
-            crop=view.crop,
-        )
-        return workers.run(work)
-    except BadImage as error:
-        return error
+def make_entries(
+    entries: CacheEntries, model: ModelSpec, tokenizers: Tokenizers | None, ranks: RankInfo, batch_size: int
+) -> CacheStats:
+    """Make these entries.
 
-
-def reject(entry: Entry[View], error: BadImage) -> None:
-    """Remember why an entry cannot be made: for this run, if a later one may read its file."""
-    entry.cache.reject(entry.key, str(error), for_now=isinstance(error, Unreadable))
-
-
-def encode_latents(
-    missing: Sequence[Entry[View]], path: Path, device: torch.device, dtype: torch.dtype, batch_size: int,
-    progress: bool, workers: Workers, claims: Claims, say: Say,
-) -> int:  # fmt: skip
-    """Encode and store these latents; images that cannot be decoded are rejected with the reason. Returns how many."""
-    if not missing:
-        return 0
-    num_encoded = 0
-    load = functools.cache(lambda: load_vae(path, dtype, device))  # not at all if others make everything
-    bar = tqdm(total=len(missing), desc="latents", unit="image", disable=not progress)
-
-    def store(batch: Sequence[tuple[Entry[View], np.ndarray]]) -> None:
-        nonlocal num_encoded
-        stacked = torch.from_numpy(np.stack([value for _, value in batch])).to(device)
-        for (entry, _), latents in zip(batch, load().encode(to_pixels(stacked)).cpu(), strict=True):
-            if bool(latents.isfinite().all()):
-                entry.cache.save("latent", entry.key, {"latents": latents.clone()})
-                num_encoded += 1
-            else:
-                entry.cache.reject(entry.key, "its latents are not finite")
-            claims.release(entry.cache, entry.key)
-
-    def make(entries: Iterator[Entry[View]]) -> None:
-        batch: list[tuple[Entry[View], np.ndarray]] = []
-        for entry, value in decoded(entries, pixels, workers, batch_size):
-            bar.update()
-            if isinstance(value, BadImage):
-                reject(entry, value)
-                claims.release(entry.cache, entry.key)
-                continue
-            if batch and (len(batch) == batch_size or batch[0][0].source.sample.size != entry.source.sample.size):
-                store(batch)
-                batch = []
-            batch.append((entry, value))
-        if batch:
-            store(batch)
-
-    share_out(missing, make, claims, say)
-    bar.close()
-    load.cache_clear()
-    release_memory(device)
-    return num_encoded
+    Raises:
+        SpaceError: the cache cannot be written.
+    """
+    for cache in entries.caches():
+        with contextlib.suppress(SpaceError):  # what is to be written next will tell it better
+            cache.note_schema()
+    num_threads = num_decoding_threads(ranks.local_world_size)
+    num_latents = num_masks = num_texts = 0
+    if entries.latents:
+        num_latents = encode_latents(entries.latents, model, batch_size, num_threads, ranks.is_main)
+    if entries.masks:
+        num_masks = store_masks(entries.masks, num_threads)
+    if entries.texts:
+        assert tokenizers is not None
+        num_texts = encode_texts(entries.texts, model, tokenizers, batch_size, ranks.is_main)
+    return CacheStats(num_latents, num_masks, num_texts)
 
 
 def decoded(
-    entries: Iterator[Entry[View]], work: Callable[[View, Workers], np.ndarray | BadImage], workers: Workers,
-    batch_size: int = 1,
-) -> Iterator[tuple[Entry[View], np.ndarray | BadImage]]:  # fmt: skip
-    """Entries with what workers make of their views, in order; a batch and more is ready ahead."""
-    num_threads = max(workers.num_threads, batch_size)
-    return read_ahead(entries, lambda entry: (entry, work(entry.source, workers)), num_threads=num_threads)
+    entries: Iterable[Entry[View]], decode: Decode, num_threads: int, batch_size: int = 1
+) -> Iterator[tuple[Entry[View], np.ndarray]]:
+    """Yield entries, in order, with what threads decode for them; reject those whose image cannot be used.
+
+    A rejected entry is tried again by the next run if its file could not be read, or has changed.
+
+    Args:
+        entries: latents or masks.
+        decode: `pixels` or `mask`.
+        num_threads: that decode.
+        batch_size: a batch is decoded ahead.
+    """
+
+    def attempt(entry: Entry[View]) -> tuple[Entry[View], np.ndarray | BadImage]:
+        try:
+            return entry, decode(entry.source)
+        except BadImage as error:
+            return entry, error
+
+    for entry, found in read_ahead(entries, attempt, num_threads=num_threads, num_ahead=batch_size):
+        if isinstance(found, BadImage):
+            entry.cache.reject(entry.key, str(found), for_now=isinstance(found, Unreadable))
+        else:
+            yield entry, found
 
 
-def encode_masks(missing: Sequence[Entry[View]], workers: Workers, claims: Claims, say: Say) -> int:
-    """Store these masks; a mask that cannot be decoded rejects its image. Returns how many."""
+def batches_of_one_size(
+    items: Iterable[tuple[Entry[View], np.ndarray]], batch_size: int
+) -> Iterator[list[tuple[Entry[View], np.ndarray]]]:
+    """Yield the items in batches of images of the same size, of which the last may be smaller."""
+    batch: list[tuple[Entry[View], np.ndarray]] = []
+    for entry, value in items:
+        if batch and (len(batch) == batch_size or batch[0][1].shape != value.shape):
+            yield batch
+            batch = []
+        batch.append((entry, value))
+    if batch:
+        yield batch
+
+
+def encode_latents(
+    entries: Sequence[Entry[View]], model: ModelSpec, batch_size: int, num_threads: int, progress: bool
+) -> int:
+    """Encode and store these latents, and return how many; images that cannot be used are rejected with the reason."""
+    num_encoded = 0
+    vae = load_vae(model.files.vae, model.dtype, model.device)
+    with tqdm(entries, desc="latents", unit="image", disable=not progress) as bar:
+        for batch in batches_of_one_size(decoded(bar, pixels, num_threads, batch_size), batch_size):
+            stacked = torch.from_numpy(np.stack([value for _, value in batch])).to(model.device)
+            for (entry, _), latents in zip(batch, vae.encode(to_pixels(stacked)).cpu(), strict=True):
+                if bool(latents.isfinite().all()):
+                    entry.cache.save("latent", entry.key, {"latents": latents.clone()})
+                    num_encoded += 1
+                else:
+                    entry.cache.reject(entry.key, "its latents are not finite")
+    del vae
+    release_memory(model.device)
+    return num_encoded
+
+
+def store_masks(entries: Sequence[Entry[View]], num_threads: int) -> int:
+    """Store these masks, and return how many; a mask that cannot be decoded rejects its image."""
     num_stored = 0
-
-    def make(entries: Iterator[Entry[View]]) -> None:
-        nonlocal num_stored
-        for entry, value in decoded(entries, mask, workers):
-            if isinstance(value, BadImage):
-                reject(entry, value)
-            else:
-                entry.cache.save("mask", entry.key, {"mask": torch.from_numpy(value)})
-                num_stored += 1
-            claims.release(entry.cache, entry.key)
-
-    share_out(missing, make, claims, say)
+    for entry, value in decoded(entries, mask, num_threads):
+        entry.cache.save("mask", entry.key, {"mask": torch.from_numpy(value)})
+        num_stored += 1
     return num_stored
 
 
 def encode_texts(
-    missing: Sequence[Entry[str]], load: Callable[[], ConditionEncoder], device: torch.device, batch_size: int,
-    progress: bool, claims: Claims, say: Say,
-) -> int:  # fmt: skip
-    """Encode and store these captions' conditions. Returns how many."""
-    num_encoded = 0
-    load = functools.cache(load)  # not at all if others make everything
-    bar = tqdm(total=len(missing), desc="captions", unit="caption", disable=not progress)
-
-    def make(entries: Iterator[Entry[str]]) -> None:
-        nonlocal num_encoded
-        while chunk := list(islice(entries, batch_size)):
-            for entry, tensors in zip(chunk, load().encode([entry.source for entry in chunk]), strict=True):
+    entries: Sequence[Entry[str]], model: ModelSpec, tokenizers: Tokenizers, batch_size: int, progress: bool
+) -> int:
+    """Encode and store these captions' conditions, and return how many."""
+    encoder = CaptionEncoder(model, tokenizers)
+    with tqdm(total=len(entries), desc="captions", unit="caption", disable=not progress) as bar:
+        for start in range(0, len(entries), batch_size):
+            batch = entries[start : start + batch_size]
+            for entry, tensors in zip(batch, encoder.encode([entry.source for entry in batch]), strict=True):
                 entry.cache.save("text", entry.key, tensors)
-                claims.release(entry.cache, entry.key)
-                num_encoded += 1
-            bar.update(len(chunk))
-
-    share_out(missing, make, claims, say)
-    bar.close()
-    load.cache_clear()
-    release_memory(device)
-    return num_encoded
+            bar.update(len(batch))
+    del encoder
+    release_memory(model.text_device)
+    return len(entries)
 
 
-def fill_cache(
-    needed: Needed, files: ModelFiles, with_adapter: bool, share: Share, device: torch.device,
-    text_device: torch.device, dtype: torch.dtype, batch_size: int, progress: bool, say: Say,
-    also: Sequence[DiskRequirement] = (),
-) -> Encoded:  # fmt: skip
-    """Make every missing entry, together with all other processes that do so; returns when none is missing.
-
-    Args:
-        needed: from `needed_entries`.
-        files: the model's files.
-        with_adapter: whether texts are the LLM adapter's output.
-        share: which process this is.
-        device: where the VAE runs.
-        text_device: where the text encoder runs.
-        dtype: what the VAE computes in, and conditions are stored in; latents are float32.
-        batch_size: images and captions at once.
-        progress: whether to show bars.
-        say: gets a line about truncated captions.
-        also: what will be written after it, and must have room beside it.
+def verify_cache(needed: CacheEntries, ranks: RankInfo) -> tuple[int, int]:
+    """Read this process's share of the entries, remove those that are damaged, and return the numbers of both.
 
     Raises:
-        SpaceError: a disk will not hold it; nothing is encoded.
+        SpaceError: a damaged one cannot be removed.
     """
-    # Captions of similar length together: little padding.
-    texts = sorted(missing(needed.texts), key=lambda entry: len(entry.source))
-    tokenizers = load_tokenizers(files.tokenizer, files.t5_tokenizer) if texts else None
-    lengths = {}
-    if tokenizers is not None and share.rank == 0:
-        lengths = count_tokens(tokenizers, (entry.source for entry in texts))
-    latents = sorted(missing(needed.latents), key=lambda entry: entry.source.sample.size)  # batches have one size
-    masks = missing(needed.masks)
-    if share.rank == 0:  # right after the looks: the other processes begin to write
-        shape = LLMAdapterShape.of(files.llm_adapter_header.entries)
-        widths = (shape.source_width, shape.target_width)
-        sizes = [(entry, view_bytes(entry)) for entry in (*latents, *masks)]
-        text_sizes = [
-            (entry, text_bytes(lengths[entry.source], with_adapter, *widths, dtype.itemsize)) for entry in texts
-        ]
-        require_space([*cache_needs([*sizes, *text_sizes]), *also], CACHE_REMEDY)
-    if latents or masks or texts:
-        for cache in needed.caches():
-            with contextlib.suppress(SpaceError):  # what is to be written next will tell it better
-                cache.note_schema()
-    number = num_workers(len(latents) + len(masks), share.local_world_size)
-    with Claims() as claims, Workers(number) as workers:
-        num_latents = encode_latents(
-            share.rotated(latents), files.vae, device, dtype, batch_size, progress, workers, claims, say
-        )
-        num_masks = encode_masks(share.rotated(masks), workers, claims, say)
-        num_texts = 0
-        if tokenizers is not None:
-            if share.rank == 0:
-                report_truncated(lengths, say)
-            num_texts = encode_texts(
-                share.rotated(texts), lambda: ConditionEncoder(files, with_adapter, tokenizers, text_device, dtype),
-                text_device, batch_size, progress, claims, say,
-            )  # fmt: skip
-    return Encoded(num_latents, num_masks, num_texts)
-
-
-def verify_cache(needed: Needed, share: Share) -> tuple[int, int]:
-    """Read this process's share of the entries and remove those that are damaged; returns how many of each."""
     num_read = num_damaged = 0
-    with Claims() as claims:
-        for entry in needed.entries[share.rank :: share.world_size]:
-            if not entry.cache.path(entry.kind, entry.key).exists():
-                continue
-            num_read += 1
-            if not is_damaged(entry):
-                continue
+    for entry in needed.share(ranks.rank, ranks.world_size).entries:
+        path = entry.cache.path(entry.kind, entry.key)
+        if not path.exists():
+            continue
+        num_read += 1
+        if is_damaged(entry):
             num_damaged += 1
-            # Looked at again under a claim: another process may have found and rebuilt it meanwhile.
-            if claims.take(entry.cache, entry.key):
-                if is_damaged(entry):
-                    entry.cache.remove(entry.kind, entry.key)
-                claims.release(entry.cache, entry.key)
+            try:
+                entry.cache.remove(entry.kind, entry.key)
+            except OSError as error:
+                raise SpaceError(f"cache folder {entry.cache.folder}: {path} could not be removed: {error}") from error
     return num_read, num_damaged

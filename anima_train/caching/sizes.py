@@ -1,67 +1,102 @@
 """The bytes that cache entries take."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from anima_train.caching.entries import CacheEntries
 from anima_train.core.files import BLOCK, DiskRequirement, on_disk
 from anima_train.core.format import count
 from anima_train.core.shapes import LATENT_CHANNELS, LATENT_PIXELS
 from anima_train.data.buckets import Size
 from anima_train.data.loader import Entry
 from anima_train.data.samples import View
-from anima_train.model.text import (
-    MAX_TOKENS,
-    TokenCounts,
-)
+from anima_train.model.llm_adapter import LLMAdapterShape
+from anima_train.model.loading import ModelSpec
+from anima_train.model.text import MAX_TOKENS, TokenCounts
 
 ENTRY_HEADER = 256  # bytes of an entry beside its tensors, at most
-NUM_CLAIMS = 32  # files that may lie in a cache while it is filled, beside its entries
+NUM_OTHER_FILES = 2  # in a cache beside its entries: the lock, and that of its schema
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """The format in which conditions are cached, as far as their size depends on it."""
+
+    apply_llm_adapter: bool  # True: the LLM adapter's output; False: what a trained one reads
+    source_width: int  # of the Qwen3 states
+    context_width: int  # of the LLM adapter's output
+    value_bytes: int  # of each number
+
+    @classmethod
+    def of(cls, model: ModelSpec) -> "TextFormat":
+        """Return the format of a model's conditions."""
+        shape = LLMAdapterShape.of(model.files.llm_adapter_header.entries)
+        return cls(model.apply_llm_adapter, shape.source_width, shape.target_width, model.dtype.itemsize)
+
+    def num_bytes(self, length: TokenCounts) -> int:
+        """Return the bytes of the tensors of a caption of this length."""
+        rows = min(length.t5, MAX_TOKENS)
+        if self.apply_llm_adapter:
+            return rows * self.context_width * self.value_bytes
+        return min(length.qwen, MAX_TOKENS) * self.source_width * self.value_bytes + rows * torch.int64.itemsize
+
+
+@dataclass(frozen=True)
+class CacheCost:
+    """The entries of one kind in the cache."""
+
+    kind: str
+    number: int
+    num_bytes: int  # of the tensors
 
 
 def latent_bytes(size: Size) -> int:
-    """Bytes of a latent's tensor."""
+    """Return the bytes of a latent's tensor."""
     return LATENT_CHANNELS * mask_bytes(size)
 
 
 def mask_bytes(size: Size) -> int:
-    """Bytes of a mask's tensor: one float32 for each place of the latent."""
+    """Return the bytes of a mask's tensor: one float32 for each place of the latent."""
     return (size.width // LATENT_PIXELS) * (size.height // LATENT_PIXELS) * torch.float32.itemsize
 
 
-def text_bytes(length: TokenCounts, with_adapter: bool, source_width: int, context_width: int, value_bytes: int) -> int:
-    """Bytes of a caption's tensors.
-
-    Args:
-        length: of the caption.
-        with_adapter: whether they are the LLM adapter's output, or what a trained one reads.
-        source_width: of the Qwen3 states.
-        context_width: of the LLM adapter's output.
-        value_bytes: of each number.
-    """
-    rows = min(length.t5, MAX_TOKENS)
-    if with_adapter:
-        return rows * context_width * value_bytes
-    num_id_bytes = 8
-    return min(length.qwen, MAX_TOKENS) * source_width * value_bytes + rows * num_id_bytes
-
-
-def view_bytes(entry: Entry) -> int:
-    """Bytes of a latent's or mask's tensor; 0 for a caption."""
-    if not isinstance(entry.source, View):
-        return 0
+def view_bytes(entry: Entry[View]) -> int:
+    """Return the bytes of a latent's or mask's tensor."""
     size = entry.source.sample.size
     return latent_bytes(size) if entry.kind == "latent" else mask_bytes(size)
 
 
-def cache_needs(sizes: Iterable[tuple[Entry, int]]) -> list[DiskRequirement]:
-    """What missing entries will take of the disk, for each cache.
+def cache_costs(entries: CacheEntries, lengths: Mapping[str, TokenCounts], texts: TextFormat) -> list[CacheCost]:
+    """Return the number and bytes of the entries of each kind.
 
     Args:
-        sizes: entries, with the bytes of their tensors.
+        entries: of any model.
+        lengths: of all their captions.
+        texts: the format of their conditions.
     """
+    sizes = {
+        "latents": [view_bytes(entry) for entry in entries.latents],
+        "masks": [view_bytes(entry) for entry in entries.masks],
+        "captions": [texts.num_bytes(lengths[entry.source]) for entry in entries.texts],
+    }
+    return [CacheCost(kind, len(found), sum(found)) for kind, found in sizes.items()]
+
+
+def total_bytes(costs: Iterable[CacheCost]) -> int:
+    """Return the bytes of all kinds."""
+    return sum(cost.num_bytes for cost in costs)
+
+
+def cache_needs(missing: CacheEntries, lengths: Mapping[str, TokenCounts], texts: TextFormat) -> list[DiskRequirement]:
+    """Return the room on the disk that missing entries need, for each cache; arguments as of `cache_costs`."""
+    sizes: list[tuple[Entry[View] | Entry[str], int]] = [
+        *((entry, view_bytes(entry)) for entry in (*missing.latents, *missing.masks)),
+        *((entry, texts.num_bytes(lengths[entry.source])) for entry in missing.texts),
+    ]
     num_bytes: dict[Path, int] = defaultdict(int)
     numbers: dict[Path, int] = defaultdict(int)
     folders: dict[Path, set[Path]] = defaultdict(set)
@@ -73,7 +108,7 @@ def cache_needs(sizes: Iterable[tuple[Entry, int]]) -> list[DiskRequirement]:
     return [
         DiskRequirement(
             folder,
-            num_bytes[folder] + (len(folders[folder]) + NUM_CLAIMS) * BLOCK,
+            num_bytes[folder] + (len(folders[folder]) + NUM_OTHER_FILES) * BLOCK,
             count(number, "missing cache entry", "missing cache entries"),
         )
         for folder, number in numbers.items()

@@ -53,7 +53,7 @@ def report_check(loaded: "LoadedConfig", title: str, measure_steps: int | None, 
         ConfigError: the page cannot be written.
         UserError: what is wrong with the model files or the images.
     """
-    from anima_train.caching.text_encoding import has_live_texts
+    from anima_train.caching.text_encoding import encodes_online
     from anima_train.config.model_files import build_model_spec
     from anima_train.core.device import choose_device, describe_device
     from anima_train.reports.check import dataset_report, summary
@@ -70,8 +70,8 @@ def report_check(loaded: "LoadedConfig", title: str, measure_steps: int | None, 
     measured = []
     if measure_steps is not None:  # before any picture is decoded: the CPU's peak is that of the process
         plan, _ = plan_run(loaded.config, scans["train"].samples, num_processes=1)
-        is_live = has_live_texts(loaded.config, scans["train"].samples)
-        measured = measure(loaded, spec.files, extremes(plan), measure_steps, is_live)
+        is_online = encodes_online(loaded.config.model.cache_text_embeddings, scans["train"].samples)
+        measured = measure(loaded, spec.files, extremes(plan), measure_steps, is_online)
     found = dataset_report(title, loaded, spec, scans, 0 if page is None else MAX_THUMBNAILS, measured)
     show(summary(found))
     if page is not None:

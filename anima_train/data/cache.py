@@ -1,32 +1,34 @@
 """The cache of latents, masks and text: one file per value, named by a hash of everything the value depends on.
 
 A changed image, crop, VAE, encoder or tokenizer changes the name, so an entry is never stale, only unused. Entries
-appear whole or not at all, so any number of processes can fill one cache, and a killed one loses only the entries it
-was making. Claims, small files that live processes renew, keep two of them from making the same entry.
+appear whole or not at all, so two processes that write the same one do no harm, and a killed one loses only the entries
+it was making. Whoever fills a cache holds its lock, so that nothing is made twice.
 """
 
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
-import socket
 import struct
-import threading
 import time
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Literal, get_args
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from anima_train.core.errors import DataError, SpaceError
+from anima_train.core.errors import SpaceError
 from anima_train.core.files import atomic_path
+from anima_train.core.format import printable
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = 1  # raise when the meaning of an entry changes
 SCHEMA_FILE = "schema.json"
@@ -36,38 +38,38 @@ Kind = Literal["latent", "mask", "text"]
 
 HEADER_READ = 4096  # bytes: length and header of every entry there is, in one read
 MAX_HEADER = 1 << 20  # bytes; more than any entry has
-CLAIM_RENEWAL = 30.0  # seconds
-CLAIM_LIFE = 300.0  # seconds without renewal after which a claim is void, whoever's it is
-UNWRITTEN_CLAIM_LIFE = 10.0  # seconds for which a claim may be empty: it is written as soon as it is there
+LOCK_FILE = ".lock"
+LOCK_POLL = 0.5  # seconds between attempts to take the lock
+MESSAGE_EVERY = 60.0  # seconds, while another process has it
 TEMPORARY_LIFE = 3600.0  # seconds after which a temporary file is taken for left behind
 ENTRY_NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
 REJECTED_NAME = re.compile(r"[0-9a-f]{64}\.txt")
-CLAIM_NAME = re.compile(r"[0-9a-f]{64}")
+CLAIM_NAME = re.compile(r"[0-9a-f]{64}")  # of earlier versions, which told each other what they were making
 TEMPORARY_NAME = re.compile(r"\.([0-9a-f]{40}|(images|masks)_\w+|schema\.json)\.\w+\.tmp")  # see `atomic_path`
 
 
 def entry_key(kind: Kind, **depends_on: str | int | float) -> str:
-    """The name of an entry: SHA-256 of its kind, the schema and everything it depends on."""
+    """Return the name of an entry: SHA-256 of its kind, the schema and everything it depends on."""
     text = json.dumps({"kind": kind, "schema": SCHEMA, **depends_on}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 class DamagedEntry(Exception):
-    """An entry's file cannot be read, or its content is not what was written."""
+    """An entry whose file cannot be read, or does not hold what was written."""
 
 
 class Cache:
-    """Entries below one folder."""
+    """The entries below one folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def path(self, kind: Kind, key: str) -> Path:
-        """Where an entry lies."""
+        """Return the file of an entry."""
         return self.folder / kind / key[:2] / f"{key}.safetensors"
 
     def keys(self, kind: Kind) -> set[str]:
-        """The keys of all entries of a kind; one listing instead of a question per entry."""
+        """Return the keys of all entries of a kind: one listing instead of a question per entry."""
         return {path.stem for path in (self.folder / kind).glob("??/*.safetensors")}
 
     def save(self, kind: Kind, key: str, tensors: Mapping[str, Tensor]) -> None:
@@ -92,14 +94,14 @@ class Cache:
             raise self.unwritable(error, len(content)) from error
 
     def unwritable(self, error: Exception, num_bytes: int) -> SpaceError:
-        """What to tell the user when a file of this many bytes cannot be written."""
+        """Return the error for a file of this many bytes that cannot be written."""
         return SpaceError(
             f"cache folder {self.folder}: {error}; this file needs {num_bytes:,} bytes. Free some space, or set "
             "cache_dir to a folder that can be written"
         )
 
     def is_whole(self, kind: Kind, key: str) -> bool:
-        """Whether an entry is there and as long as its own header says; its content is not read."""
+        """Return True if an entry is there and as long as its own header says; its content is not read."""
         try:
             with open(self.path(kind, key), "rb", buffering=0) as file:
                 size = os.fstat(file.fileno()).st_size
@@ -131,25 +133,8 @@ class Cache:
         return tensors
 
     def remove(self, kind: Kind, key: str) -> None:
-        """Forget an entry."""
+        """Remove an entry."""
         self.path(kind, key).unlink(missing_ok=True)
-
-    def read(self, kind: Kind, key: str) -> dict[str, Tensor]:
-        """`load`, for entries that a run relies on: a damaged one is removed, so that the next run rebuilds it.
-
-        Raises:
-            DataError: the entry is damaged.
-        """
-        try:
-            return self.load(kind, key)
-        except DamagedEntry as error:
-            try:
-                self.remove(kind, key)
-            except OSError as failure:
-                remedy = f"it could not be removed ({failure.strerror}): remove it and start again to rebuild it"
-            else:
-                remedy = "removed. Start again to rebuild it"
-            raise DataError(f"cache entry damaged: {error}; {remedy}") from error
 
     def reject(self, key: str, reason: str, for_now: bool = False) -> None:
         """Remember that the latent or mask of this key cannot be made, so that no run tries again.
@@ -157,7 +142,7 @@ class Cache:
         Args:
             key: of the latent or mask.
             reason: why not.
-            for_now: whether the next run shall try again: the file could not be read, say.
+            for_now: True if the next run shall try again, because the file could not be read, say.
 
         Raises:
             SpaceError: as `write`.
@@ -182,15 +167,15 @@ class Cache:
                 raise SpaceError(f"cache folder {self.folder}: {path} could not be removed: {error}") from error
 
     def is_done(self, kind: Kind, key: str) -> bool:
-        """Whether there is nothing to do for an entry: it is whole, or cannot be made."""
+        """Return True if there is nothing to do for an entry: it is whole, or cannot be made."""
         return self.is_whole(kind, key) or self.rejection(key).exists()
 
     def rejection(self, key: str) -> Path:
-        """Where the reason lies why an entry cannot be made."""
+        """Return the file that holds the reason why an entry cannot be made."""
         return self.folder / "rejected" / f"{key}.txt"
 
     def rejected(self) -> dict[str, str]:
-        """Keys of latents and masks that cannot be made, with the reasons."""
+        """Return the keys of latents and masks that cannot be made, with the reasons."""
         return {
             path.stem: path.read_text(encoding="utf-8", errors="replace").removeprefix(FOR_NOW)
             for path in (self.folder / "rejected").glob("*.txt")
@@ -199,14 +184,14 @@ class Cache:
     # Versions
 
     def newest_schema(self) -> int:
-        """The newest schema that entries were written in; 0 if none is known."""
+        """Return the newest schema that entries were written in; 0 if none is known."""
         try:
             return int(json.loads((self.folder / SCHEMA_FILE).read_bytes())["schema"])
         except (OSError, ValueError, LookupError, TypeError):
             return 0
 
     def note_schema(self) -> None:
-        """Say in the folder in which schema entries are written, for versions to come, or for older ones.
+        """Write into the folder which schema its entries have, for versions to come, or for older ones.
 
         Raises:
             SpaceError: as `write`.
@@ -214,31 +199,41 @@ class Cache:
         if self.newest_schema() < SCHEMA:
             self.write(self.folder / SCHEMA_FILE, json.dumps({"schema": SCHEMA}).encode())
 
-    # Claims
+    # Several processes
 
-    def claim_path(self, key: str) -> Path:
-        """The file that says who is making an entry."""
-        return self.folder / "claims" / key
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the lock that a process takes while it fills the folder, and wait for it as long as another one has it.
 
-    def claimant(self, key: str) -> str | None:
-        """Which live process is making an entry, or None: no claim, or one whose process is gone or renews no more."""
-        path = self.claim_path(key)
+        The system gives it back when its holder ends, however that was.
+
+        Raises:
+            SpaceError: the folder cannot be written.
+        """
+        lock = FileLock(self.folder / LOCK_FILE)
+        timeout = 0.0
         try:
-            age = time.time() - path.stat().st_mtime
-            content = path.read_text(encoding="utf-8")
-        except OSError:
-            return None
+            self.folder.mkdir(parents=True, exist_ok=True)
+            while not lock.is_locked:
+                try:
+                    lock.acquire(timeout, LOCK_POLL)
+                except Timeout:
+                    logger.info(f"waiting for another process that is filling the cache {printable(str(self.folder))}")
+                    timeout = MESSAGE_EVERY
+        except OSError as error:
+            raise SpaceError(
+                f"cache folder {self.folder}: {error}; it cannot be locked to be filled. Free some space, or set "
+                "cache_dir to a folder that can be written"
+            ) from error
         try:
-            claim = json.loads(content)
-            host, pid = str(claim["host"]), int(claim["pid"])
-        except (ValueError, LookupError, TypeError):  # its process is about to write it, or was killed before it did
-            return "a process" if age <= UNWRITTEN_CLAIM_LIFE else None
-        if age > CLAIM_LIFE or (host == socket.gethostname() and not runs_elsewhere(pid)):
-            return None
-        return f"process {pid} on {host}"
+            yield
+        finally:
+            lock.release()
+
+    # What is not needed
 
     def listed(self) -> Iterator[tuple[Path, re.Pattern[str]]]:
-        """The folders that belong to the cache, with what the names in them look like. Links are not followed."""
+        """Yield the folders that belong to the cache, and the pattern of the names in them; links are not followed."""
         yield self.folder / "rejected", REJECTED_NAME
         yield self.folder / "claims", CLAIM_NAME
         for kind in get_args(Kind):
@@ -247,12 +242,12 @@ class Cache:
                     yield folder, ENTRY_NAME
 
     def prune(self, needed: Collection[str]) -> tuple[int, int]:
-        """Remove entries and rejections whose key is not needed, void claims, and temporary files left behind.
+        """Remove entries and rejections whose key is not needed, temporary files left behind, and old versions' claims.
 
         Files with other names, and whatever lies in other folders, stay.
 
         Returns:
-            how many files, and how many bytes.
+            the number of files, and of bytes.
 
         Raises:
             SpaceError: one cannot be removed.
@@ -269,10 +264,8 @@ class Cache:
                         unused = status.st_mtime < oldest
                     elif names is None or not names.fullmatch(path.name):
                         continue
-                    elif names is CLAIM_NAME:
-                        unused = self.claimant(path.name) is None
                     else:
-                        unused = path.stem not in needed
+                        unused = names is CLAIM_NAME or path.stem not in needed
                     if unused:
                         path.unlink()
                         num_files, num_bytes = num_files + 1, num_bytes + status.st_size
@@ -283,87 +276,8 @@ class Cache:
         return num_files, num_bytes
 
 
-class Claims:
-    """What this process is making, told to others by files that a thread renews; all are given up at the end.
-
-    Two processes that meet a void claim in the same instant may both take it; then both make the entry.
-    """
-
-    def __init__(self) -> None:
-        self.held: set[Path] = set()
-        self.ended = threading.Event()
-        self.thread = threading.Thread(target=self.renew, daemon=True)
-
-    def __enter__(self) -> "Claims":
-        self.thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.ended.set()
-        self.thread.join()
-        for path in list(self.held):
-            self.drop(path)
-
-    def renew(self) -> None:
-        """Touch what is held until the end."""
-        while not self.ended.wait(CLAIM_RENEWAL):
-            for path in list(self.held):
-                with contextlib.suppress(OSError):  # dropped just now, or the disk is gone, which writing will tell
-                    os.utime(path)
-
-    def take(self, cache: Cache, key: str) -> bool:
-        """Claim an entry; False if a live process has done so.
-
-        Raises:
-            SpaceError: the claim cannot be written.
-        """
-        path = cache.claim_path(key)
-        content = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "time": round(time.time())}).encode()
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists() and cache.claimant(key) is None:
-                self.drop(path)
-            with open(path, "xb") as file:
-                self.held.add(path)
-                file.write(content)
-        except FileExistsError:
-            if not path.exists() and not path.parent.is_dir():
-                raise cache.unwritable(NotADirectoryError(f"{path.parent} is a file"), len(content)) from None
-            return False
-        except OSError as error:
-            raise cache.unwritable(error, len(content)) from error
-        return True
-
-    def release(self, cache: Cache, key: str) -> None:
-        """Give a claim up."""
-        self.drop(cache.claim_path(key))
-
-    def drop(self, path: Path) -> None:
-        """Remove a claim's file."""
-        with contextlib.suppress(OSError):  # gone already; or it stays, and is void as soon as this process has ended
-            path.unlink()
-        self.held.discard(path)  # last: a signal in between finds it, and drops it again
-
-
-def runs_elsewhere(pid: int) -> bool:
-    """Whether this is another process of this machine; True where that cannot be told without harm, as on Windows."""
-    if pid == os.getpid():  # of a process before this one: this one asks only for what it does not hold
-        return False
-    if os.name == "nt" or pid <= 0:
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
-
-
 def checksum(tensors: Mapping[str, Tensor]) -> int:
-    """CRC-32 over names, dtypes, shapes and bytes."""
+    """Return the CRC-32 over names, dtypes, shapes and bytes."""
     value = 0
     for name, tensor in sorted(tensors.items()):
         value = zlib.crc32(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode(), value)

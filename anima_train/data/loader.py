@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from anima_train.core.errors import DataError
 from anima_train.core.random import stream, uniform
 from anima_train.core.shapes import LATENT_PIXELS
 from anima_train.core.text_batch import EncodedText, TextStates, pad_rows, pad_states
@@ -26,7 +27,7 @@ Source = TypeVar("Source", View, str)
 
 @dataclass(frozen=True)
 class Batch:
-    """What the loss is computed on."""
+    """The samples that the loss is computed on."""
 
     latents: Float[Tensor, "B 16 1 H W"]  # normalised, float32
     noise: Float[Tensor, "B 16 1 H W"]
@@ -39,11 +40,11 @@ class Batch:
 
     @property
     def size(self) -> int:
-        """Samples in the batch."""
+        """The number of samples in the batch."""
         return self.latents.shape[0]
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on a device."""
+        """Return the batch on a device."""
         return replace(
             self,
             latents=self.latents.to(device),
@@ -56,7 +57,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class TextIdentity:
-    """What a caption's cache entry depends on beside the caption."""
+    """All that a caption's cache entry depends on beside the caption."""
 
     encoder: str  # hash of the weights
     tokenizer: str
@@ -65,7 +66,7 @@ class TextIdentity:
     dtype: str
 
     def key(self, caption: str) -> str:
-        """The cache key of a caption."""
+        """Return the cache key of a caption."""
         return entry_key(
             "text",
             caption=caption,
@@ -82,7 +83,7 @@ Encode = Callable[[str], Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Entry(Generic[Source]):
-    """An entry that the data needs, and what it is made from: a view of a picture, or a caption."""
+    """An entry that the data needs, and its source: a view of a picture, or a caption."""
 
     cache: Cache
     kind: Kind
@@ -91,11 +92,15 @@ class Entry(Generic[Source]):
 
     @property
     def is_done(self) -> bool:
-        """Whether it is in the cache, or known to be impossible."""
+        """True if it is in the cache, or known to be impossible."""
         return self.cache.is_done(self.kind, self.key)
 
-
-Remake = Callable[[Entry, str], None]  # an entry, and how it is damaged
+    @property
+    def described(self) -> str:
+        """Its image or caption, for messages."""
+        if isinstance(self.source, View):
+            return f"the image {self.source.sample.id}"
+        return f"the caption {self.source[:60]!r}"
 
 
 @dataclass(frozen=True)
@@ -108,47 +113,52 @@ class CachedData:
     seed: int
     caches_texts: bool = True  # False: every caption is encoded when it is needed
     encode: Encode | None = None  # for captions that are not in the cache
-    remake: Remake | None = None  # for entries that are damaged
 
     def read(self, entry: Entry) -> dict[str, Tensor]:
-        """An entry's tensors; a damaged one is made again, where that is possible.
+        """Return an entry's tensors; remove a damaged one, so that the next start makes it again.
 
         Raises:
-            DataError: it is damaged, and stays so.
+            DataError: it is damaged.
         """
         try:
             return entry.cache.load(entry.kind, entry.key)
         except DamagedEntry as error:
-            if self.remake is not None:
-                self.remake(entry, str(error))
-        return entry.cache.read(entry.kind, entry.key)
+            try:
+                entry.cache.remove(entry.kind, entry.key)
+                remedy = "it was removed: start"
+            except OSError as failure:
+                remedy = f"it could not be removed ({failure.strerror}): remove it, then start"
+            raise DataError(
+                f"cache entry damaged: {error}; it is of {entry.described}; {remedy} again with the same command, "
+                "which makes it again and resumes the run"
+            ) from error
 
     def latents(self, view: View) -> Float[Tensor, "16 1 H W"]:
-        """The latents of a view, float32."""
+        """Return the latents of a view, float32."""
         return self.read(Entry(view.sample.cache, "latent", view.latent_key(self.vae_identity), view))["latents"]
 
     def masks(self, views: Sequence[View]) -> Float[Tensor, "B 1 1 H W"] | None:
-        """The views' masks; ones where only some have one, None where none has."""
+        """Return the views' masks; ones where only some have one, None where none has."""
         if not any(view.sample.has_mask for view in views):
             return None
         return torch.stack([self.mask(view) for view in views])
 
     def mask(self, view: View) -> Float[Tensor, "1 1 H W"]:
-        """A view's mask, ones without one."""
+        """Return a view's mask, ones without one."""
         sample = view.sample
         if not sample.has_mask:
             return torch.ones(1, 1, sample.size.height // LATENT_PIXELS, sample.size.width // LATENT_PIXELS)
         return self.read(Entry(sample.cache, "mask", view.mask_key(), view))["mask"][:, None]
 
     def text(self, captions: Sequence[tuple[Cache, Caption]]) -> Tensor | TextStates:
-        """The captions' conditions, padded to a batch."""
+        """Return the captions' conditions, padded to a batch."""
         entries = [self.text_entry(cache, caption) for cache, caption in captions]
         if self.text_identity.adapter:
             return torch.cat([pad_rows(entry["context"][None]) for entry in entries])
         return pad_states([EncodedText(entry["qwen"], entry["t5_ids"]) for entry in entries])
 
     def text_entry(self, cache: Cache, caption: Caption) -> Mapping[str, Tensor]:
-        """A caption's conditions, from the cache or encoded now; which of both does not depend on what is cached."""
+        """Return a caption's conditions, cached or encoded now; which, does not depend on what is in the cache."""
         if caption.is_fixed and self.caches_texts:
             return self.read(Entry(cache, "text", self.text_identity.key(caption.text), caption.text))
         assert self.encode is not None
@@ -162,7 +172,7 @@ class CachedData:
         noise: Sequence[torch.Generator],
         is_padding: bool = False,
     ) -> Batch:
-        """A batch with these captions, noise levels and generators of the noise, one for each view."""
+        """Return a batch with these captions, noise levels and generators of the noise, one for each view."""
         latents = torch.stack([self.latents(view) for view in views])
         samples = [view.sample for view in views]
         return Batch(
@@ -184,7 +194,7 @@ class CachedData:
         timestep: Callable[[float, int], float],
         uncond_fraction: float,
     ) -> Batch:
-        """The batch of a planned micro-batch: everything random addressed by (epoch, sample, repeat).
+        """Return the batch of a planned micro-batch: everything random addressed by (epoch, sample, repeat).
 
         Args:
             micro_batch: from the plan.
@@ -211,13 +221,24 @@ class CachedData:
 
 
 def read_ahead(
-    items: Iterable[Item], make: Callable[[Item], Result], *, num_threads: int = NUM_THREADS
+    items: Iterable[Item],
+    make: Callable[[Item], Result],
+    *,
+    num_threads: int = NUM_THREADS,
+    num_ahead: int = READ_AHEAD,
 ) -> Generator[Result, None, None]:
-    """`map(make, items)` in order, a few results computed ahead by threads; without threads, when they are wanted."""
+    """Yield `map(make, items)` in order, some results computed ahead by threads.
+
+    Args:
+        items: taken by the caller's thread.
+        make: called by the threads.
+        num_threads: 0: results are computed when they are wanted.
+        num_ahead: results computed ahead, and at least two for each thread.
+    """
     if num_threads == 0:
         yield from map(make, items)
         return
-    ahead = max(READ_AHEAD, 2 * num_threads)  # so that one slow item does not stop all threads
+    ahead = max(num_ahead, 2 * num_threads)  # so that one slow item does not stop all threads
     with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
         pending: list[concurrent.futures.Future[Result]] = []
         try:

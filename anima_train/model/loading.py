@@ -114,14 +114,19 @@ class ModelFiles:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The model of a run: its files, and how they are used."""
+    """The model of a run: its files, and how and where its parts are loaded."""
 
     files: ModelFiles
-    dtype: torch.dtype  # of the computation
-    weights_dtype: torch.dtype  # of the base weights
-    trains_llm_adapter: bool
-    device: torch.device
-    text_device: torch.device  # of the text encoder
+    dtype: torch.dtype  # that the model computes in, and of cached conditions
+    weights_dtype: torch.dtype  # of the transformer's weights
+    trains_llm_adapter: bool  # then it is a part of the transformer, and conditions are what it reads
+    device: torch.device  # of the transformer and the VAE
+    text_device: torch.device  # of the text encoder and a frozen LLM adapter
+
+    @property
+    def apply_llm_adapter(self) -> bool:
+        """True if conditions are the output of the frozen LLM adapter."""
+        return not self.trains_llm_adapter
 
 
 def load_llm_adapter(files: ModelFiles, dtype: torch.dtype, device: torch.device) -> LLMAdapter:

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from anima_train.adapters.full import Full
-from anima_train.caching.text_encoding import has_live_texts
+from anima_train.caching.sizes import total_bytes
+from anima_train.caching.text_encoding import encodes_online
 from anima_train.config.load import LoadedConfig
 from anima_train.core.format import count, format_bytes, printable
 from anima_train.data.scan import Scan
@@ -14,7 +15,7 @@ from anima_train.model.text import load_tokenizers
 from anima_train.optim.groups import group_rows
 from anima_train.reports.dataset import DatasetReport, SetReport, collect
 from anima_train.training.build import plan_run, trainable_transformer
-from anima_train.training.costs import Measured, ModelStats, total_bytes
+from anima_train.training.costs import Measured, ModelStats
 
 
 def dataset_report(
@@ -35,14 +36,17 @@ def dataset_report(
     num_trained = sum(row.num_parameters for row in groups)
     num_all = sum(parameter.numel() for parameter in transformer.parameters())
     adapter = LLMAdapterShape.of(files.llm_adapter_header.entries)
-    is_live = config.model.text_encoder_device == "training" and has_live_texts(config, plan.samples)
+    is_online = encodes_online(config.model.cache_text_embeddings, plan.samples)
+    has_text_encoder = is_online and config.model.text_encoder_device == "training"
     model = ModelStats(
         TransformerShape.of(files.transformer_header.entries),
         num_weights=num_all if isinstance(config.adapter, Full) else num_all - num_trained,
         num_trained=num_trained,
         source_width=adapter.source_width,
         context_width=adapter.target_width,
-        num_text_weights=files.num_text_weights(config.learning_rates().by_component["llm_adapter"]) if is_live else 0,
+        num_text_weights=files.num_text_weights(config.learning_rates().by_component["llm_adapter"])
+        if has_text_encoder
+        else 0,
     )
     return collect(
         title, config, loaded.notes, scans, plan, schedule, groups,

@@ -7,11 +7,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from anima_train.caching.entries import needed_entries
+from anima_train.caching.sizes import CacheCost, TextFormat, cache_costs
 from anima_train.config.config import Config
+from anima_train.core.device import DTYPES
 from anima_train.core.format import format_duration
 from anima_train.data.buckets import Size
 from anima_train.data.image_headers import BadImage
 from anima_train.data.images import cover_box, decode
+from anima_train.data.loader import TextIdentity
 from anima_train.data.plan import EpochSchedule, Plan, batch_size_for, short_by, times_seen
 from anima_train.data.samples import Sample
 from anima_train.data.scan import Scan
@@ -24,11 +28,9 @@ from anima_train.reports.html import small_jpeg
 from anima_train.reports.places import places_of, shared_text
 from anima_train.reports.series import evenly, evenly_to_last
 from anima_train.training.costs import (
-    CacheCost,
     Measured,
     MemoryCost,
     ModelStats,
-    cache_costs,
     estimated_seconds,
     memory_cost,
     savings,
@@ -37,6 +39,7 @@ from anima_train.training.costs import (
 MAX_THUMBNAILS = 160
 THUMBNAIL_SIDE = 160  # pixels, the longer one
 CURVE_POINTS = 200
+ANY_MODEL = TextIdentity("", "", "", "", "")  # the number and sizes of cache entries are those of every model
 NUM_THREADS = 4  # each holds a whole decoded image, of up to 400 MB
 
 
@@ -182,12 +185,20 @@ def collect(
     steps = evenly_to_last(range(timetable.num_steps), CURVE_POINTS)
     curve = [(step, lr_factor(config.lr_scheduler, step, timetable.num_steps, config.warmup_steps)) for step in steps]
     evals = [sample for name, found in scans.items() if name != "train" for sample in found.samples]
+    entries = needed_entries(
+        scans["train"].samples, evals, "", ANY_MODEL, config.seed, config.uncond_fraction > 0,
+        config.model.cache_text_embeddings,
+    )  # fmt: skip
+    text_format = TextFormat(
+        config.learning_rates().by_component["llm_adapter"] == 0, model.source_width, model.context_width,
+        DTYPES[config.model.dtype].itemsize,
+    )  # fmt: skip
     seen = times_seen(plan, timetable, timetable.num_steps)
     num_tokens = sum(times * sample.size.num_tokens for times, sample in zip(seen, plan.samples, strict=True))
     return DatasetReport(
         title, list(map(shared, notes)), sets, sorted(Counter(seen).items()), plan.steps_in(0), timetable.num_steps,
         curve, groups,
-        cache_costs(config, scans["train"].samples, evals, known.lengths, model),
+        cache_costs(entries, known.lengths, text_format),
         estimated_seconds(measured, plan.micro_batches_per_step, timetable.num_steps, num_tokens),
     )  # fmt: skip
 

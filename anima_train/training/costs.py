@@ -1,20 +1,17 @@
-"""What a run costs: the cache's tensors to the byte, the device's memory as an estimate or as measured, the time."""
+"""The costs of a run: the device's memory as an estimate or as measured, and the time."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from anima_train.adapters.full import Full
-from anima_train.caching.sizes import latent_bytes, mask_bytes, text_bytes
 from anima_train.config.config import Config
 from anima_train.core.device import DTYPES
 from anima_train.core.format import format_bytes
 from anima_train.data.buckets import Size
-from anima_train.data.samples import Sample, View
 from anima_train.model.dit import TransformerShape
-from anima_train.model.text import TokenCounts
 from anima_train.optim.optimizers import AnyOptimizer
 
 # Values kept for the backward pass per image token, block and channel: 16 GiB for one image of 1024 pixels in the 28
@@ -33,53 +30,6 @@ class ModelStats:
     source_width: int  # of the Qwen3 states
     context_width: int  # of the LLM adapter's output
     num_text_weights: int = 0  # of what encodes captions on the device during training, in float32
-
-
-@dataclass(frozen=True)
-class CacheCost:
-    """Entries of one kind in the cache."""
-
-    kind: str
-    number: int
-    num_bytes: int  # of the tensors
-
-
-def cache_costs(
-    config: Config,
-    train: Iterable[Sample],
-    evals: Iterable[Sample],
-    lengths: Mapping[str, TokenCounts],
-    model: ModelStats,
-) -> list[CacheCost]:
-    """What the whole cache holds for the samples that are trained and those that the loss is measured on.
-
-    The VAE does not matter: it is the same for all.
-    """
-    latents: dict[tuple, int] = {}
-    masks: dict[tuple, int] = {}
-    texts: dict[tuple, int] = {}
-
-    def need(sample: Sample, views: Iterable[View], captions: Iterable[str]) -> None:
-        folder = sample.cache.folder
-        for view in views:
-            latents[folder, view.latent_key("")] = latent_bytes(sample.size)
-            if sample.has_mask:
-                masks[folder, view.mask_key()] = mask_bytes(sample.size)
-        for caption in captions if config.model.cache_text_embeddings else ():
-            texts[folder, caption] = text_bytes(
-                lengths[caption],
-                config.learning_rates().by_component["llm_adapter"] == 0,
-                model.source_width,
-                model.context_width,
-                DTYPES[config.model.dtype].itemsize,
-            )
-
-    for sample in train:
-        need(sample, sample.views(), [*sample.fixed_captions(config.seed), *([""] if config.uncond_fraction else [])])
-    for sample in evals:
-        need(sample, sample.views()[:1], [sample.evaluation_caption().text])
-    kinds = {"latents": latents, "masks": masks, "captions": texts}
-    return [CacheCost(kind, len(entries), sum(entries.values())) for kind, entries in kinds.items()]
 
 
 @dataclass(frozen=True)
@@ -219,8 +169,3 @@ def estimated_seconds(
     tokens, seconds = zip(*points, strict=True)
     # The sum of a linear function over all steps is that of their mean.
     return num_steps * float(np.interp(num_tokens / num_steps, tokens, seconds))
-
-
-def total_bytes(costs: Iterable[CacheCost]) -> int:
-    """Bytes of all kinds."""
-    return sum(cost.num_bytes for cost in costs)

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from anima_train.caching.text_encoding import live_encoder
+from anima_train.caching.text_encoding import CaptionEncoder
 from anima_train.config.load import LoadedConfig
 from anima_train.config.model_files import build_model_spec
 from anima_train.core.device import DTYPES
@@ -24,7 +24,7 @@ from anima_train.data.plan import Plan, batch_size_for
 from anima_train.evaluation.evaluate import EvalSet
 from anima_train.model.llm_adapter import LLMAdapterShape
 from anima_train.model.loading import ModelFiles
-from anima_train.model.text import MAX_TOKENS
+from anima_train.model.text import MAX_TOKENS, load_tokenizers
 from anima_train.objective.step import compute_loss
 from anima_train.optim.optimizers import AnyOptimizer, Groups
 from anima_train.run.accelerator import make_accelerator
@@ -126,7 +126,7 @@ def extremes(plan: Plan) -> list[tuple[Size, int]]:
 
 
 def measure(
-    loaded: LoadedConfig, files: ModelFiles, buckets: Sequence[tuple[Size, int]], num_steps: int, has_live_texts: bool
+    loaded: LoadedConfig, files: ModelFiles, buckets: Sequence[tuple[Size, int]], num_steps: int, encodes_online: bool
 ) -> list[Measured]:
     """Run the training steps of a run of one process, and take their time and memory; the result is thrown away.
 
@@ -139,14 +139,17 @@ def measure(
         buckets: size and micro-batch size of each. The CPU's peak is that of the process so far, so that the cheapest
             bucket must come first.
         num_steps: for each bucket. The first of several is not timed: kernels are chosen in it.
-        has_live_texts: whether captions are encoded during training: the text encoder is in memory then, but does
+        encodes_online: whether captions are encoded during training: the text encoder is in memory then, but does
             nothing here.
     """
     config = loaded.config
     accelerator = make_accelerator(config, Path(config.output_dir) / loaded.run_name)
     device = accelerator.device
     try:
-        texts = live_encoder(loaded, files, accelerator.device) if has_live_texts else None
+        encoder = None
+        if encodes_online:
+            tokenizers = load_tokenizers(files.tokenizer, files.t5_tokenizer)
+            encoder = CaptionEncoder(build_model_spec(loaded, device), tokenizers)
         step = training_step(loaded, files, accelerator)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -164,7 +167,7 @@ def measure(
             measured.append(Measured(size, batch_size, None, peak_bytes(device)))
         else:
             measured.append(Measured(size, batch_size, statistics.median(seconds[1:] or seconds), peak_bytes(device)))
-    del texts  # was in memory until now
+    del encoder  # was in memory until now
     return measured
 
 

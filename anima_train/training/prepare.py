@@ -1,26 +1,25 @@
 """The data of a run, ready before its model is loaded: images looked at, everything in the cache."""
 
+import logging
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import astuple, dataclass, replace
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
-from anima_train.caching.entries import needed_entries, text_identity, vae_identity, without_rejected
-from anima_train.caching.fill import Share, fill_cache, verify_cache
-from anima_train.caching.repair import Repair
+from anima_train.caching.entries import CacheEntries, needed_entries, text_identity, vae_identity, without_rejected
+from anima_train.caching.fill import RankInfo, fill_cache, verify_cache
 from anima_train.caching.text_encoding import (
-    LiveTexts,
-    has_live_texts,
-    live_encoder,
-    report_truncated,
-    text_device,
+    CaptionEncoder,
+    OnlineTextEncoder,
+    encodes_online,
+    warn_of_truncated,
 )
 from anima_train.config.load import Dataset, LoadedConfig
 from anima_train.config.model_files import build_model_spec
-from anima_train.core.device import DTYPES
 from anima_train.core.errors import DataError
-from anima_train.core.format import count, listed, printable
+from anima_train.core.format import count, listed
 from anima_train.data.cache import SCHEMA, Cache
 from anima_train.data.loader import CachedData
 from anima_train.data.samples import Sample
@@ -28,11 +27,13 @@ from anima_train.data.scan import Scan, scan
 from anima_train.distributed.consistency import check_same_data
 from anima_train.evaluation.evaluate import EvalSet
 from anima_train.model.loading import ModelSpec
-from anima_train.model.text import count_tokens
+from anima_train.model.text import count_tokens, load_tokenizers
 from anima_train.training.build import first_files
 from anima_train.training.costs import cache_savings
 from anima_train.training.memory import Attempt, memory_errors
 from anima_train.training.summary import data_text
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,6 @@ class Prepared:
     train: CachedData
     evals: list[EvalSet]
     warnings: list[str]  # about images and captions
-    repair: Repair
 
 
 def prepare_data(
@@ -56,125 +56,124 @@ def prepare_data(
         accelerator: device and processes.
         prune: remove from the cache what this configuration does not need, first.
         verify: read every entry, and rebuild those that are damaged.
-        trains: whether a run follows, whose first files must have room beside the cache.
+        trains: True if a run follows, whose first files must have room beside the cache.
     """
-    config = loaded.config
+    config, is_main = loaded.config, bool(accelerator.is_main_process)
+    caches = caches_of((loaded.train, *loaded.evals))
     with accelerator.main_process_first():  # one process downloads and reads the images, the others find it done
         spec = build_model_spec(loaded, accelerator.device)
-        files = spec.files
-        scans = scan_all(loaded, write=accelerator.is_main_process)
-        if accelerator.is_main_process:
-            for cache in caches_of(loaded):
+        scans = scan_all(loaded, write=is_main)
+        if is_main:
+            for cache in caches:
                 cache.retry()
+    warnings = tell_scans(scans)
+    check_same_data(scans, accelerator)
+    note_newer_entries(caches)
+
+    vae_id = vae_identity(spec.files)
+    text_id = text_identity(spec.files, spec.apply_llm_adapter, spec.dtype)
+    needed = needed_entries(
+        scans["train"].samples,
+        [sample for name, found in scans.items() if name != "train" for sample in found.samples],
+        vae_id, text_id, config.seed, config.uncond_fraction > 0, config.model.cache_text_embeddings,
+    )  # fmt: skip
+    ranks = RankInfo(
+        accelerator.process_index,
+        accelerator.num_processes,
+        accelerator.local_process_index,
+        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+    )
+    if prune and is_main:
+        prune_caches(caches, needed)
+    if verify:
+        found = sum_over_ranks(verify_cache(needed, ranks))  # before the first look for what is missing, too
+        logger.info(
+            "cache: %s read, %s damaged and removed to be rebuilt", count(found[0], "entry", "entries"), found[1]
+        )
+    with memory_errors(accelerator.device, Attempt("filling the cache"), lambda _: cache_savings(config)):
+        first = first_files(loaded, spec) if trains and is_main else []
+        made = fill_cache(needed, spec, ranks, config.caching_batch_size, accelerator.wait_for_everyone, first)
+    num_latents, num_masks, num_texts = sum_over_ranks(astuple(made))
+    logger.info(
+        "cache: %s latents, %s masks and %s texts added", f"{num_latents:,}", f"{num_masks:,}", f"{num_texts:,}"
+    )
+
+    data = {}
+    for dataset in (loaded.train, *loaded.evals):
+        samples, bad = usable(dataset.name, scans[dataset.name], dataset.settings.max_bad_fraction, vae_id)
+        warnings.extend(bad)
+        data[dataset.name] = CachedData(samples, vae_id, text_id, config.seed, config.model.cache_text_embeddings)
+    evals = [EvalSet(dataset.name, data[dataset.name], config.eval_batch_sizes()) for dataset in loaded.evals]
+    return Prepared(spec, data["train"], evals, warnings)
+
+
+def tell_scans(scans: Mapping[str, Scan]) -> list[str]:
+    """Tell what was found in every dataset, and return the warnings for the run's records."""
     warnings: list[str] = []
     for name, found in scans.items():
-        accelerator.print("\n".join(data_text(name, found)))
+        for line in data_text(name, found):
+            logger.info("%s", line)
         bad = [f"cannot be used: {line}" for line in listed(found.bad)]
         warnings.extend(f"dataset {name}: {line}" for line in (*bad, *found.warnings))
-
-    def warn(line: str) -> None:
-        accelerator.print(line)
-        warnings.append(line)
-
-    check_same_data(scans, accelerator)
-    for cache in caches_of(loaded):
-        if (newest := cache.newest_schema()) > SCHEMA:
-            accelerator.print(
-                f"note: {printable(str(cache.folder))} holds entries of a newer anima-train (schema {newest}, this one "
-                f"writes {SCHEMA}); they are ignored, and left alone"
-            )
-    vae_id = vae_identity(files)
-    dtype = DTYPES[config.model.dtype]
-    text_id = text_identity(files, config.learning_rates().by_component["llm_adapter"] == 0, dtype)
-    train = scans["train"].samples
-    needed = needed_entries(
-        train,
-        [sample for name, found in scans.items() if name != "train" for sample in found.samples],
-        vae_id,
-        text_id,
-        config.seed,
-        config.uncond_fraction > 0,
-        config.model.cache_text_embeddings,
-    )
-    share = Share(accelerator.process_index, accelerator.num_processes, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    if prune and accelerator.is_main_process:
-        keys = needed.by_cache()
-        removed = [cache.prune({entry.key for entry in keys.get(cache.folder, [])}) for cache in caches_of(loaded)]
-        num_files, num_bytes = map(sum, zip(*removed, strict=True))
-        accelerator.print(f"cache: {count(num_files, 'file')} removed, {num_bytes:,} bytes freed")
-    if verify:
-        num_read, num_damaged = verify_cache(needed, share)
-        # Not `accelerator.print`: each process has read others.
-        print(f"cache: {count(num_read, 'entry', 'entries')} read, {num_damaged:,} damaged and removed to be rebuilt")
-    with memory_errors(accelerator.device, Attempt("filling the cache"), lambda _: cache_savings(config)):
-        done = fill_cache(
-            needed,
-            files,
-            bool(text_id.adapter),
-            share,
-            accelerator.device,
-            text_device(config, accelerator.device),
-            dtype,
-            config.caching_batch_size,
-            accelerator.is_main_process,
-            accelerator.print,
-            first_files(loaded, spec) if trains and accelerator.is_main_process else [],
-        )
-    accelerator.wait_for_everyone()  # soon: no process comes here before all entries are there
-    print(f"cache: {done.num_latents:,} latents, {done.num_masks:,} masks and {done.num_texts:,} texts added")
-    repair = Repair(files, bool(text_id.adapter), dtype)
-    bad_fractions = {dataset.name: dataset.settings.max_bad_fraction for dataset in (loaded.train, *loaded.evals)}
-    data = {
-        name: CachedData(
-            usable(name, found, bad_fractions[name], vae_id, warn),
-            vae_id,
-            text_id,
-            config.seed,
-            config.model.cache_text_embeddings,
-            remake=repair,
-        )
-        for name, found in scans.items()
-    }
-    evals = [EvalSet(dataset.name, data[dataset.name], config.eval_batch_sizes()) for dataset in loaded.evals]
-    return Prepared(spec, data["train"], evals, warnings, repair)
+    return warnings
 
 
-def caches_of(loaded: LoadedConfig) -> list[Cache]:
-    """The caches of all datasets, each once."""
-    datasets = (loaded.train, *loaded.evals)
+def caches_of(datasets: Iterable[Dataset]) -> list[Cache]:
+    """Return the caches of datasets, each once."""
     return list({cache.folder: cache for dataset in datasets for cache in dataset.caches}.values())
 
 
-def with_live_texts(data: Prepared, loaded: LoadedConfig, accelerator: Accelerator) -> Prepared:
-    """The data with a text encoder for those captions that are not in the cache, if there are any."""
-    config, samples = loaded.config, data.train.samples
-    if not has_live_texts(config, samples):
+def note_newer_entries(caches: Iterable[Cache]) -> None:
+    """Tell about entries that only a newer version reads."""
+    for cache in caches:
+        if (newest := cache.newest_schema()) > SCHEMA:
+            text = "note: %s holds entries of a newer anima-train (schema %d, this one writes %d); they are ignored"
+            logger.info(f"{text}, and left alone", cache.folder, newest, SCHEMA)
+
+
+def prune_caches(caches: Iterable[Cache], needed: CacheEntries) -> None:
+    """Remove from the caches what is not needed."""
+    keys = needed.by_cache()
+    removed = [cache.prune({entry.key for entry in keys.get(cache.folder, [])}) for cache in caches]
+    num_files, num_bytes = map(sum, zip(*removed, strict=True))
+    logger.info("cache: %s removed, %s bytes freed", count(num_files, "file"), f"{num_bytes:,}")
+
+
+def sum_over_ranks(numbers: Iterable[int]) -> list[int]:
+    """Return the sum over all processes of each number; all of them meet here."""
+    return [sum(column) for column in zip(*gather_object([tuple(numbers)]), strict=True)]
+
+
+def with_online_text_encoder(data: Prepared, caches_texts: bool, seed: int) -> Prepared:
+    """Return the data with a text encoder for those captions that are not in the cache, if there are any."""
+    samples, spec = data.train.samples, data.spec
+    if not encodes_online(caches_texts, samples):
         return data
-    encoder = live_encoder(loaded, data.spec.files, accelerator.device)
-    accelerator.print(f"captions are encoded during training, on {encoder.device}")
-    if accelerator.is_main_process:
-        live = [each for each in samples if each.options.draws_tags or not config.model.cache_text_embeddings]
-        captions = sorted({caption for sample in live for caption in sample.captions(config.seed)})
-        report_truncated(count_tokens(encoder.tokenizers, captions), print)
-    encode = LiveTexts(encoder)
+    encoder = CaptionEncoder(spec, load_tokenizers(spec.files.tokenizer, spec.files.t5_tokenizer))
+    logger.info("captions are encoded during training, on %s", encoder.device)
+    online = [each for each in samples if each.options.draws_tags or not caches_texts]
+    captions = sorted({caption for sample in online for caption in sample.captions(seed)})
+    warn_of_truncated(count_tokens(encoder.tokenizers, captions))
+    encode = OnlineTextEncoder(encoder)
     evals = [replace(eval_set, data=replace(eval_set.data, encode=encode)) for eval_set in data.evals]
     return replace(data, train=replace(data.train, encode=encode), evals=evals)
 
 
-def usable(name: str, found: Scan, max_bad_fraction: float, vae_id: str, warn: Callable[[str], None]) -> list[Sample]:
-    """The samples whose latents could be made; there is a warning for each of the others.
+def usable(name: str, found: Scan, max_bad_fraction: float, vae_id: str) -> tuple[list[Sample], list[str]]:
+    """Return the samples whose latents could be made, and a warning for each of the others, which is told here.
 
     Raises:
         DataError: too many could not, or none is left.
     """
     kept, bad = without_rejected(found.samples, vae_id)
-    for line in listed(bad):
-        warn(f"dataset {name}: cannot be used: {line}")
+    warnings = [f"dataset {name}: cannot be used: {line}" for line in listed(bad)]
+    for warning in warnings:
+        logger.info("%s", warning)
     try:
         Scan(kept, found.num_images, found.bad + bad, found.skipped).check(max_bad_fraction)
     except DataError as error:
         raise DataError([f"dataset {name}: {problem}" for problem in error.problems]) from None
-    return kept
+    return kept, warnings
 
 
 def scan_dataset(dataset: Dataset, seed: int, write: bool) -> Scan:
@@ -206,7 +205,7 @@ def scan_all(loaded: LoadedConfig, write: bool) -> dict[str, Scan]:
 
 
 def overlap(train: Iterable[Sample], evaluation: Iterable[Sample]) -> list[str]:
-    """A warning if images are in the training set and in an evaluation set, whatever the files are called."""
+    """Return a warning if images are in the training set and in an evaluation set, whatever the files are called."""
     trained = {sample.picture.sha256 for sample in train}
     both = list(dict.fromkeys(sample.picture.path for sample in evaluation if sample.picture.sha256 in trained))
     if not both:

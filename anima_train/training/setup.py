@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.optim import Optimizer
 
-from anima_train.caching.text_encoding import has_live_texts
+from anima_train.caching.text_encoding import encodes_online
 from anima_train.checkpoint.training_state import trained_parameters
 from anima_train.data.plan import EpochSchedule, Plan
 from anima_train.distributed.consistency import check_same_plan
@@ -70,7 +70,9 @@ def watch_memory(run: RunContext, data: Prepared, plan: Plan, schedule: EpochSch
     """From here on, report memory that runs out with what to change; returns the largest micro-batches to come."""
     config = run.config
     shapes = largest_shapes(plan, len(schedule.epoch_starts) - 1, data.evals)
-    encodes_here = has_live_texts(config, data.train.samples) and data.spec.text_device.type != "cpu"
+    encodes_here = (
+        encodes_online(config.model.cache_text_embeddings, data.train.samples) and data.spec.text_device.type != "cpu"
+    )
 
     def suggestions(tried: Shape | None) -> list[str]:
         shape = tried or shapes[0]

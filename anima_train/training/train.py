@@ -20,7 +20,7 @@ from anima_train.training.dry_run import describe_run
 from anima_train.training.memory_check import try_shape
 from anima_train.training.metrics import StepLogger, StepResult, StepSums
 from anima_train.training.prefetch import RankStep, prefetch_steps, rank_steps
-from anima_train.training.prepare import prepare_data, scan_all, with_live_texts
+from anima_train.training.prepare import prepare_data, scan_all, with_online_text_encoder
 from anima_train.training.restore import restore
 from anima_train.training.setup import TrainState, build_model, build_plan, encode_previews, watch_memory
 from anima_train.training.tasks import PeriodicTasks
@@ -74,7 +74,7 @@ def train(run: RunContext) -> Path:
 
     # Prompts are encoded, and the text encoder is freed, before the transformer is loaded.
     previews = encode_previews(run, data.spec)
-    data = with_live_texts(data, run.loaded, run.accelerator)
+    data = with_online_text_encoder(data, run.config.model.cache_text_embeddings, run.config.seed)
 
     # Model: base weights, what is trained, its optimizer; then the state that the run goes on from, if there is one.
     state = build_model(run, data.spec, schedule.num_steps)

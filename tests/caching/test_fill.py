@@ -1,5 +1,7 @@
 """Filling the cache: what a change rebuilds, what becomes of damage, and several processes at once."""
 
+import concurrent.futures
+import contextlib
 import json
 import os
 import random
@@ -8,22 +10,29 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from filelock import FileLock, Timeout
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from anima_train.caching import fill as encode_module
 from anima_train.caching import text_encoding as texts_module
+from anima_train.caching.entries import needed_entries, text_identity, vae_identity
+from anima_train.caching.fill import CacheStats, RankInfo, fill_cache, lock_all
 from anima_train.cli.cache import cache as anima_cache
+from anima_train.config.load import load_config
+from anima_train.config.model_files import find_model_files
 from anima_train.core.errors import DataError, SpaceError
 from anima_train.data.cache import Cache
 from anima_train.model.tiny import tiny_paths, write_tiny
 from anima_train.model.vae import load_vae
+from anima_train.training.prepare import model_spec, scan_all
 
 REPO = Path(__file__).parents[2]
 CACHE = [sys.executable, "-c", "from anima_train.cli.main import main; main()", "cache"]
@@ -60,10 +69,31 @@ def entries(images, kind="latent"):
     return sorted((images / ".anima_cache" / kind).glob("??/*.safetensors"))
 
 
-def start(config):
+HANGS_AFTER_THREE = """
+import time
+from anima_train.caching import fill
+from anima_train.cli.main import main
+from anima_train.data.cache import Cache
+save, number = Cache.save, 0
+
+def save_three(*arguments):
+    global number
+    if number == 3:
+        print("hangs", flush=True)
+        time.sleep(600)
+    number += 1
+    save(*arguments)
+
+Cache.save = save_three
+main()
+"""
+
+
+def start(config, script=None):
+    command = CACHE if script is None else [sys.executable, "-c", script, "cache"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     return subprocess.Popen(
-        [*CACHE, str(config)], cwd=REPO, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, str(config)], cwd=REPO, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -210,13 +240,13 @@ def test_one_image_whose_latents_are_not_finite_is_skipped_and_never_stored(trai
     assert all(bool(each.isfinite().all()) for each in written)
 
 
-def test_captions_that_are_too_long_are_counted_in_one_warning(fill, images):
+def test_captions_that_are_too_long_are_counted_in_one_warning(fill, images, caplog):
     for number in (2, 5):
         (images / f"image{number}.txt").write_text(f"image {number}, " + "cat, " * 600)
-    made, output = fill()
+    made, _ = fill()
     assert made == (12, 12)
-    (line,) = [line for line in output.splitlines() if "longer than" in line]
-    assert line.startswith("warning: 2 of 12 captions are longer than 512 tokens and lose their end (up to ")
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert line.startswith("2 of 12 captions are longer than 512 tokens and lose their end (up to ")
 
 
 def test_a_truncated_entry_is_rebuilt_at_the_next_start(fill, images):
@@ -240,6 +270,15 @@ def test_verify_rebuilds_flipped_bits(fill, images):
     assert path.read_bytes() == content
 
 
+def test_verify_names_a_damaged_entry_that_cannot_be_removed(fill, images):
+    fill()
+    path = entries(images)[3]
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(SpaceError, match=rf"{path} could not be removed: "):
+        fill(verify=True)
+
+
 def test_prune_removes_what_is_not_needed_and_nothing_else(fill, images):
     fill()
     cache = images / ".anima_cache"
@@ -250,12 +289,16 @@ def test_prune_removes_what_is_not_needed_and_nothing_else(fill, images):
     (cache / "rejected").mkdir(exist_ok=True)
     unused = [cache / "rejected" / ("b" * 64 + ".txt"), entries(images)[0].parent / ("." + "c" * 40 + ".a1_b2.tmp")]
     fresh = entries(images)[0].parent / ("." + "d" * 40 + ".a1_b2.tmp")
+    claims = cache / "claims"  # of an earlier version
+    claims.mkdir()
+    foreign.append(claims / "notes.txt")
+    unused.append(claims / ("e" * 64))
     for path in (*foreign, *unused, fresh):
         path.write_text("x")
     os.utime(unused[1], (time.time() - 4000,) * 2)
     made, output = fill(prune=True)
     assert made == (0, 0)
-    assert "cache: 4 files removed" in output
+    assert "cache: 5 files removed" in output
     assert len(entries(images, "text")) == 11
     assert all(path.exists() for path in (*foreign, fresh))
     assert not any(path.exists() for path in unused)
@@ -276,7 +319,7 @@ def test_two_processes_make_each_entry_once(config, images):
     made = [re.search(r"cache: (\d+) latents, \d+ masks and (\d+) texts", output).groups() for output, _ in results]
     assert [sum(map(int, column)) for column in zip(*made, strict=True)] == [12, 12]
     assert len(entries(images)) == len(entries(images, "text")) == 12
-    assert list((images / ".anima_cache" / "claims").iterdir()) == []
+    assert not list((images / ".anima_cache").rglob("*.tmp"))
 
 
 def kill_after(process, images, number):
@@ -317,10 +360,90 @@ def test_after_a_kill_the_next_run_goes_on_and_keeps_what_was_made(config, fill,
 
 @pytest.mark.slow
 def test_what_a_killed_process_was_making_the_other_makes(config, images):
-    killed, other = start(config), start(config)
-    kill_after(killed, images, 3)
-    _, errors = other.communicate(timeout=100)
+    process = start(config, HANGS_AFTER_THREE)
+    while process.stdout.readline() != "hangs\n":
+        assert process.poll() is None
+    other = start(config)
+    with pytest.raises(subprocess.TimeoutExpired):
+        other.wait(15)  # it has begun to wait by then
+    assert len(entries(images)) == 3
+    kill_after(process, images, 3)
+    output, errors = other.communicate(timeout=100)
     assert other.returncode == 0, errors
+    assert "cache: 9 latents, 0 masks and 12 texts added" in output
+    assert len(entries(images)) == len(entries(images, "text")) == 12
+
+
+# The processes of a run
+
+
+@pytest.fixture
+def fill_together(trainer, images_drawer, tiny, tmp_path):
+    """Fills caches from several ranks, which are threads here; returns what each has made."""
+
+    def run(folders, ranks):
+        needed, model = [], None
+        for folder in folders:
+            images_drawer(tmp_path / "images", [(96, 96)] * 6 + [(128, 80)] * 5)
+            dataset = {"directory": [{"path": str(tmp_path / "images")}]}
+            loaded = load_config(trainer.config(dataset=dataset, cache_dir=str(folder)))
+            files = find_model_files(loaded)
+            model = model_spec(loaded, files, torch.device("cpu"))
+            samples = scan_all(loaded, write=True)["train"].samples
+            identity = text_identity(files, True, torch.float32)
+            needed.append(needed_entries(samples, [], vae_identity(files), identity, 0, False, True))
+        meeting = threading.Barrier(len(ranks), timeout=60)
+        with concurrent.futures.ThreadPoolExecutor(len(ranks)) as pool:
+            made = [
+                pool.submit(fill_cache, needed[index], model, rank, 4, meeting.wait) for index, rank in enumerate(ranks)
+            ]
+            return [each.result() for each in made]
+
+    return run
+
+
+def num_entries(folder):
+    return [len(list(folder.rglob(f"{kind}/??/*.safetensors"))) for kind in ("latent", "text")]
+
+
+def test_each_rank_makes_every_nth_entry(fill_together, tmp_path):
+    ranks = [RankInfo(rank, 3, rank, 3) for rank in range(3)]
+    made = fill_together([tmp_path / "cache"] * 3, ranks)
+    assert made == [CacheStats(4, 0, 4), CacheStats(4, 0, 4), CacheStats(3, 0, 3)]
+    assert num_entries(tmp_path / "cache") == [11, 11]
+
+
+def test_ranks_on_machines_with_caches_of_their_own_make_there_what_is_missing(fill_together, tmp_path):
+    folders = [tmp_path / "first", tmp_path / "second", tmp_path / "second"]
+    ranks = [RankInfo(0, 3, 0, 1), RankInfo(1, 3, 0, 2), RankInfo(2, 3, 1, 2)]
+    made = fill_together(folders, ranks)
+    assert made[0] == CacheStats(11, 0, 11)
+    assert made[1] + made[2] == CacheStats(11, 0, 11)
+    assert min(made[1].num_latents, made[2].num_latents) >= 5
+    assert num_entries(tmp_path / "first") == num_entries(tmp_path / "second") == [11, 11]
+    assert fill_together(folders, ranks) == [CacheStats()] * 3
+
+
+def test_two_links_to_one_cache_are_one_lock(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    with contextlib.ExitStack() as locks:
+        lock_all([Cache(tmp_path / "link"), Cache(tmp_path / "folder"), Cache(tmp_path / "a")], locks)
+        assert not FileLock(tmp_path / "other" / ".lock").is_locked
+        with pytest.raises(Timeout):
+            FileLock(tmp_path / "folder" / ".lock").acquire(timeout=0)
+    FileLock(tmp_path / "folder" / ".lock").acquire(timeout=0).lock.release()
+
+
+@pytest.mark.slow
+def test_two_ranks_make_each_entry_once(config, images, command, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(REPO))
+    (tmp_path / "script.py").write_text("from anima_train.cli.main import main; main()")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = command([*launch, str(tmp_path / "script.py"), "cache", str(config)])
+    assert result.returncode == 0, result.stderr
+    made = re.findall(r"cache: (\d+) latents, \d+ masks and (\d+) texts", result.stdout)
+    assert made == [("6", "6"), ("6", "6")]
     assert len(entries(images)) == len(entries(images, "text")) == 12
 
 

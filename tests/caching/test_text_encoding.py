@@ -6,13 +6,14 @@ import pytest
 import torch
 from PIL import Image
 
-from anima_train.caching.text_encoding import ConditionEncoder, LiveTexts
+from anima_train.caching.text_encoding import CaptionEncoder, OnlineTextEncoder
 from anima_train.config.load import load_config
 from anima_train.config.model_files import find_model_files
+from anima_train.model.loading import ModelSpec
 from anima_train.model.text import load_tokenizers
 
 CAPTIONS = ["red circle, flat color", "", "one", "red circle, number 3, flat color, " * 4]
-LIVE = {"cache_text_embeddings": False}
+ONLINE = {"cache_text_embeddings": False}
 DROPS_NOTHING = {"tag_dropout": 1e-12}  # drawn for each showing all the same
 
 
@@ -20,20 +21,21 @@ DROPS_NOTHING = {"tag_dropout": 1e-12}  # drawn for each showing all the same
 def encoder(trainer):
     """Makes encoders of the tiny model."""
 
-    def make(with_adapter, dtype=torch.float32):
+    def make(apply_llm_adapter, dtype=torch.float32):
         files = find_model_files(load_config(trainer.config()))
         tokenizers = load_tokenizers(files.tokenizer, files.t5_tokenizer)
-        return ConditionEncoder(files, with_adapter, tokenizers, torch.device("cpu"), dtype)
+        cpu = torch.device("cpu")
+        return CaptionEncoder(ModelSpec(files, dtype, dtype, not apply_llm_adapter, cpu, cpu), tokenizers)
 
     return make
 
 
-@pytest.mark.parametrize("with_adapter", [True, False])
-def test_a_caption_alone_is_encoded_as_in_a_batch(encoder, with_adapter, error):
-    batched = encoder(with_adapter).encode(CAPTIONS)
-    live = LiveTexts(encoder(with_adapter))
+@pytest.mark.parametrize("apply_llm_adapter", [True, False])
+def test_a_caption_alone_is_encoded_as_in_a_batch(encoder, apply_llm_adapter, error):
+    batched = encoder(apply_llm_adapter).encode(CAPTIONS)
+    online = OnlineTextEncoder(encoder(apply_llm_adapter))
     for caption, expected in zip(CAPTIONS, batched, strict=True):
-        found = live(caption)
+        found = online(caption)
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
             assert found[name].dtype == tensor.dtype
@@ -42,12 +44,12 @@ def test_a_caption_alone_is_encoded_as_in_a_batch(encoder, with_adapter, error):
 
 
 def test_conditions_do_not_depend_on_order_or_threads(encoder):
-    expected = {caption: LiveTexts(encoder(True))(caption)["context"] for caption in CAPTIONS}
-    live = LiveTexts(encoder(True))
+    expected = {caption: OnlineTextEncoder(encoder(True))(caption)["context"] for caption in CAPTIONS}
+    online = OnlineTextEncoder(encoder(True))
     found = {}
 
     def ask(caption):
-        found[caption] = live(caption)["context"]
+        found[caption] = online(caption)["context"]
 
     threads = [threading.Thread(target=ask, args=(caption,)) for caption in reversed(CAPTIONS)]
     for thread in threads:
@@ -61,9 +63,9 @@ def test_conditions_do_not_depend_on_order_or_threads(encoder):
 def test_losses_are_those_of_cached_captions(trainer, adapter_lr, error):
     model = {"llm_adapter_lr": adapter_lr}
     cached = torch.tensor(trainer("cached", model=model, uncond_fraction=0.3).losses)
-    live = torch.tensor(trainer("live", model={**model, **LIVE}, uncond_fraction=0.3).losses)
+    online = torch.tensor(trainer("online", model={**model, **ONLINE}, uncond_fraction=0.3).losses)
     drawn = torch.tensor(trainer("drawn", model=model, uncond_fraction=0.3, dataset=DROPS_NOTHING).losses)
-    assert error(live, cached) < 1e-5
+    assert error(online, cached) < 1e-5
     assert error(drawn, cached) < 1e-5
 
 
@@ -106,11 +108,11 @@ def test_drawn_captions_change_what_is_trained_and_not_what_is_cached(trainer, i
     assert not (images / ".anima_cache" / "text").exists()
 
 
-def test_a_long_drawn_caption_is_warned_of(trainer, images_drawer, tmp_path, capsys):
+def test_a_long_drawn_caption_is_warned_of(trainer, images_drawer, tmp_path, caplog):
     images = images_drawer(tmp_path / "images", [(96, 96)])
     (images / "image0.txt").write_text(", ".join(f"tag {number}" for number in range(600)))
     trainer(max_steps=1, dataset={"directory": [{"path": str(images)}], "shuffle_tags": True})
-    assert "1 of 1 captions are longer than 512 tokens" in capsys.readouterr().out
+    assert "1 of 1 captions are longer than 512 tokens" in caplog.text
 
 
 # What else a dataset may ask for, through the whole run

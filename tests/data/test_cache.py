@@ -8,8 +8,9 @@ import resource
 import struct
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 
 import anima_train
-from anima_train.core.errors import DataError, SpaceError
+from anima_train.core.errors import SpaceError
+from anima_train.data import cache as cache_module
 from anima_train.data.buckets import Size
 from anima_train.data.cache import SCHEMA, Cache, DamagedEntry, entry_key
 from anima_train.data.loader import TextIdentity
@@ -136,7 +138,7 @@ def test_an_entry_of_another_schema_is_not_seen(cache: Cache):
 )
 def test_an_entry_is_read_as_it_was_written(cache: Cache, tensors: dict[str, Tensor]):
     cache.save("latent", KEY, tensors)
-    found = cache.read("latent", KEY)
+    found = cache.load("latent", KEY)
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype
@@ -147,7 +149,7 @@ def test_an_entry_is_read_as_it_was_written(cache: Cache, tensors: dict[str, Ten
 def test_saving_again_replaces(cache: Cache):
     cache.save("latent", KEY, {"latents": torch.zeros(3)})
     cache.save("latent", KEY, {"latents": torch.ones(4)})
-    assert torch.equal(cache.read("latent", KEY)["latents"], torch.ones(4))
+    assert torch.equal(cache.load("latent", KEY)["latents"], torch.ones(4))
     assert len(files(cache.folder)) == 1
 
 
@@ -209,26 +211,9 @@ def test_other_content_is_damage(cache: Cache, content: bytes):
         cache.load("latent", KEY)
 
 
-def test_reading_a_damaged_entry_removes_it_and_says_what_to_do(cache: Cache):
-    cache.save("latent", KEY, {"latents": torch.arange(3.0)})
-    path = cache.path("latent", KEY)
-    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
-    with pytest.raises(DataError, match="Start again to rebuild it") as caught:
-        cache.read("latent", KEY)
-    assert str(path) in str(caught.value)
-    assert cache.keys("latent") == set()
-
-
-def test_a_damaged_entry_that_cannot_be_removed_is_named(cache: Cache):
-    cache.path("latent", KEY).mkdir(parents=True)
-    with pytest.raises(DataError, match="could not be removed") as caught:
-        cache.read("latent", KEY)
-    assert str(cache.path("latent", KEY)) in str(caught.value)
-
-
 def test_a_missing_entry_is_named(cache: Cache):
-    with pytest.raises(DataError, match=KEY):
-        cache.read("latent", KEY)
+    with pytest.raises(DamagedEntry, match=KEY):
+        cache.load("latent", KEY)
 
 
 # Rejected
@@ -285,14 +270,72 @@ def test_two_processes_that_write_the_same_entries_leave_valid_ones(cache: Cache
     assert len(files(cache.folder)) == 40  # no temporary file is left
 
 
-def test_a_claim_that_was_never_written_is_soon_void(tmp_path):
-    cache = Cache(tmp_path)
-    path = cache.claim_path("a" * 64)
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"")
-    assert cache.claimant("a" * 64) is not None
-    os.utime(path, (time.time() - 11,) * 2)
-    assert cache.claimant("a" * 64) is None
+HOLDER = """
+import sys, time
+from pathlib import Path
+from anima_train.data.cache import Cache
+with Cache(Path(sys.argv[1])).locked():
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@contextlib.contextmanager
+def held_elsewhere(cache: Cache) -> Iterator[subprocess.Popen]:
+    """Another process that holds the cache's lock."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(anima_train.__file__).parents[1])}
+    command = [sys.executable, "-c", HOLDER, str(cache.folder)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        yield holder
+        holder.kill()
+
+
+def test_a_lock_is_waited_for_with_messages_and_free_when_its_holder_is_killed(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(cache_module, "MESSAGE_EVERY", 0.2)
+    monkeypatch.setattr(cache_module, "LOCK_POLL", 0.02)
+    caplog.set_level("INFO", cache_module.__name__)
+    taken = threading.Event()
+
+    def take() -> None:
+        with cache.locked():
+            taken.set()
+
+    waiting = threading.Thread(target=take)
+    with held_elsewhere(cache) as holder:
+        waiting.start()
+        while len(caplog.messages) < 3 and waiting.is_alive():
+            time.sleep(0.01)
+        assert not taken.is_set()
+        holder.kill()
+        assert taken.wait(10)
+    waiting.join()
+    assert set(caplog.messages) == {f"waiting for another process that is filling the cache {cache.folder}"}
+    with cache.locked():  # whoever held it before
+        assert cache.keys("latent") == set()
+
+
+def test_a_lock_is_given_back_after_an_error(cache: Cache):
+    def fail() -> None:
+        with cache.locked():
+            raise ValueError
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"^$"):
+            fail()
+
+
+def test_a_lock_that_cannot_be_made_is_a_space_error(tmp_path: Path, disk: Callable[..., Path]):
+    (tmp_path / "file").write_text("not a folder")
+    folder = disk(1 << 20)
+    subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+    for cache in (Cache(tmp_path / "file" / "cache"), Cache(folder), Cache(folder / "cache")):
+        with pytest.raises(SpaceError, match="cannot be locked to be filled") as caught, cache.locked():
+            pass
+        assert str(cache.folder) in str(caught.value)
 
 
 def header(text: bytes, data: bytes = b"") -> bytes:

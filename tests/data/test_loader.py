@@ -318,11 +318,42 @@ def test_a_batch_moves_whole(tmp_path: Path, identity: TextIdentity):
     assert {tensor.device.type for tensor in (moved.latents, moved.noise, moved.t, moved.mask, *texts)} == {"meta"}
 
 
-def test_a_damaged_entry_stops_with_its_name(tmp_path: Path):
+def test_a_damaged_entry_is_removed_and_the_error_says_what_it_is_of_and_what_to_do(tmp_path: Path):
+    data = make_data(tmp_path, masked="b")
+    view, caption = View(data.samples[1]), data.samples[1].picture.caption
+    cache = view.sample.cache
+    keys = {"latent": view.latent_key(VAE), "mask": view.mask_key(), "text": data.text_identity.key(caption)}
+    for kind, key in keys.items():
+        make_data(tmp_path, masked="b")
+        path = cache.path(kind, key)
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(DataError) as caught:
+            batch_of(data, (0, 0), (1, 0))
+        described = "the caption 'two words'" if kind == "text" else "the image 0/b.png@40"
+        assert str(caught.value) == (
+            f"cache entry damaged: {path}: its content is not what was written; it is of {described}; it was removed: "
+            "start again with the same command, which makes it again and resumes the run"
+        )
+        assert not path.exists()
+
+
+def test_a_damaged_entry_that_cannot_be_removed_is_to_be_removed(tmp_path: Path):
     data = make_data(tmp_path)
-    sample = data.samples[1]
-    path = sample.cache.path("latent", View(sample).latent_key(VAE))
-    path.write_bytes(path.read_bytes()[:-4])
+    view = View(data.samples[1])
+    path = view.sample.cache.path("latent", view.latent_key(VAE))
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(DataError, match=r"it could not be removed \(.+\): remove it, then start again") as caught:
+        batch_of(data, (0, 0), (1, 0))
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_entry_is_named(tmp_path: Path):
+    data = make_data(tmp_path)
+    view = View(data.samples[1])
+    path = view.sample.cache.path("latent", view.latent_key(VAE))
+    path.unlink()
     with pytest.raises(DataError, match=path.name):
         batch_of(data, (0, 0), (1, 0))
 
@@ -383,6 +414,20 @@ def test_work_is_done_by_several_threads_and_items_are_taken_by_the_consumer():
     assert takers == {threading.get_ident()}
     assert len(makers) == 2
     assert threading.get_ident() not in makers
+
+
+def test_more_can_be_done_ahead_than_there_are_threads_for():
+    taken: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(40):
+            taken.append(number)
+            yield number
+
+    results = read_ahead(items(), lambda number: number, num_threads=2, num_ahead=20)
+    assert next(results) == 0
+    assert len(taken) == 1 + 20
+    assert list(results) == list(range(1, 40))
 
 
 @pytest.mark.parametrize("num_threads", [1, 5])

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from anima_train.caching.text_encoding import ConditionEncoder
+from anima_train.caching.text_encoding import CaptionEncoder
 from anima_train.core.errors import ConfigError
-from anima_train.model.loading import load_llm_adapter
+from anima_train.model.loading import ModelSpec, load_llm_adapter
 from anima_train.model.text import load_text_encoder, load_tokenizers, tokenize
 from anima_train.model.tiny import write_tiny
 from anima_train.sampling.prompts import context_of, prompt_states, tokenize_prompt, weighted_pieces
@@ -40,7 +40,8 @@ def encode(files, tokenizers):
 @pytest.fixture(scope="module")
 def trained(files, tokenizers):
     """What training caches for a caption."""
-    encoder = ConditionEncoder(files, True, tokenizers, CPU, torch.float32)
+    model = ModelSpec(files, torch.float32, torch.float32, trains_llm_adapter=False, device=CPU, text_device=CPU)
+    encoder = CaptionEncoder(model, tokenizers)
     return lambda caption: encoder.encode([caption])[0]["context"]
 
 

@@ -31,7 +31,7 @@ def measured(trainer):
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()  # Accelerate keeps one configuration per process
         loaded = load_config(trainer.config(**changes), [])
-        return measure(loaded, find_model_files(loaded), buckets, num_steps, has_live_texts=False)
+        return measure(loaded, find_model_files(loaded), buckets, num_steps, encodes_online=False)
 
     return run
 
