@@ -212,7 +212,7 @@ def test_what_the_cache_is_said_to_need_is_what_it_takes(trainer, tmp_path, monk
 
 def test_a_cache_that_does_not_fit_is_refused_before_an_image_is_encoded(trainer, disk, monkeypatch):
     monkeypatch.delattr(encode_module, "load_vae")
-    folder = disk(200 * KIB)
+    folder = disk(100 * KIB)
     message = (
         r"no room for 12 missing cache entries in \S+/disk \([\d.]+ KiB\): [\d.]+ KiB needed, [\d.]+ KiB free, "
         r"[\d.]+ KiB missing; free some space, or set cache_dir"
