@@ -55,7 +55,7 @@ class DirectoryOptions(Settings):
     aspect ratio that fits into it, in multiples of 16 pixels. Smaller than several buckets, it is trained once, at the
     largest of these sizes."""
     crop_position: Literal["center", "top", "bottom", "left", "right"] | list[float] = "center"
-    """Which part of an image is kept where its aspect ratio is not the bucket's, or [x, y] from 0 (left, top) to 1
+    """The part of an image that is kept where its aspect ratio is not the bucket's, or [x, y] from 0 (left, top) to 1
     (right, bottom)."""
     horizontal_flip: bool = False
     """Show each image mirrored every second time; the mirrored latents are cached too. Not for text, or for characters
@@ -104,7 +104,7 @@ class DirectoryOptions(Settings):
     """Each line of a .txt file that is not empty is a caption of its own; they are used in turn each time the image is
     seen. false: the whole file is one caption. A captions.json can give lists of captions anyway."""
     caption_mode: Literal["tags", "nl", "mixed"] = "tags"
-    """Which captions are used: "tags" those in {stem}.txt or captions.json, "nl" those in natural language in
+    """The captions that are used: "tags" those in {stem}.txt or captions.json, "nl" those in natural language in
     {stem}_nl.txt, "mixed" both, by nl_weight; an image that has only one of the two is trained with that one."""
     nl_weight: float = Field(default=0.5, ge=0, le=1)
     """With caption_mode = "mixed", the share of the times an image is seen with its natural-language caption, evenly
@@ -235,7 +235,7 @@ class Directory(DirectoryOptions):
     hf_subset: str | None = Field(default=None, min_length=1)
     """Name of the dataset's configuration, where it has several."""
     hf_split: str = Field(default="train", min_length=1)
-    """Which split, in datasets' own notation: "train[:500]" takes the first 500 rows."""
+    """The split, in datasets' own notation: "train[:500]" takes the first 500 rows."""
     hf_revision: str | None = Field(default=None, min_length=1)
     """Branch, tag or commit on the Hub; a commit never changes."""
     image_column: str = Field(default="image", min_length=1)

@@ -27,12 +27,12 @@ from anima_train.caching.entries import needed_entries, text_identity, vae_ident
 from anima_train.caching.fill import CacheStats, RankInfo, fill_cache, lock_all
 from anima_train.cli.cache import cache as anima_cache
 from anima_train.config.load import load_config
-from anima_train.config.model_files import find_model_files
+from anima_train.config.model_files import build_model_spec, find_model_files
 from anima_train.core.errors import DataError, SpaceError
 from anima_train.data.cache import Cache
 from anima_train.model.tiny import tiny_paths, write_tiny
 from anima_train.model.vae import load_vae
-from anima_train.training.prepare import model_spec, scan_all
+from anima_train.training.prepare import scan_all
 
 REPO = Path(__file__).parents[2]
 CACHE = [sys.executable, "-c", "from anima_train.cli.main import main; main()", "cache"]
@@ -388,7 +388,7 @@ def fill_together(trainer, images_drawer, tiny, tmp_path):
             dataset = {"directory": [{"path": str(tmp_path / "images")}]}
             loaded = load_config(trainer.config(dataset=dataset, cache_dir=str(folder)))
             files = find_model_files(loaded)
-            model = model_spec(loaded, files, torch.device("cpu"))
+            model = build_model_spec(loaded, torch.device("cpu"))
             samples = scan_all(loaded, write=True)["train"].samples
             identity = text_identity(files, True, torch.float32)
             needed.append(needed_entries(samples, [], vae_identity(files), identity, 0, False, True))

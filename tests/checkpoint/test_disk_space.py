@@ -21,7 +21,7 @@ from anima_train.checkpoint.training_state import StateFacts, save_state, state_
 from anima_train.checkpoint.weights import save_weights
 from anima_train.config.config import Config
 from anima_train.config.load import load_config
-from anima_train.config.model_files import find_model_files
+from anima_train.config.model_files import build_model_spec, find_model_files
 from anima_train.core.errors import SpaceError
 from anima_train.core.files import on_disk
 from anima_train.core.format import format_bytes
@@ -30,8 +30,8 @@ from anima_train.optim.ema import Ema
 from anima_train.run.manifest import plain
 from anima_train.training import tasks as outputs_module
 from anima_train.training.build import load_trained, trainable_transformer
+from anima_train.training.dry_run import describe_run
 from anima_train.training.prepare import scan_all
-from anima_train.training.summary import report
 from anima_train.training.tasks import weights_to_save
 
 KIB = 1024
@@ -188,7 +188,8 @@ def test_the_report_of_what_a_run_would_do_says_how_much_it_would_write(trainer)
     loaded = load_config(trainer.config(**changes), ())
     files = find_model_files(loaded)
     sizes = file_sizes(loaded.config, trainable_transformer(loaded, files), files)
-    text = str(report(loaded, files, scan_all(loaded, write=False), num_processes=1))
+    spec = build_model_spec(loaded, torch.device("cpu"))
+    text = "\n".join(describe_run(loaded, spec, scan_all(loaded, write=False), num_processes=1))
     whole = format_bytes(3 * sizes.weights + 3 * sizes.state + 6 * sizes.numbers)
     assert f"files: 3 x weights ({format_bytes(3 * sizes.weights)}), 3 x training state" in text
     assert f": {whole} in all" in text

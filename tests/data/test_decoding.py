@@ -17,8 +17,8 @@ import anima_train
 from anima_train.data.buckets import Size
 from anima_train.data.cache import Cache
 from anima_train.data.decoding import mask, num_decoding_threads, pixels, usable_cpus
-from anima_train.data.image_headers import BadImage
-from anima_train.data.images import Unreadable, cover_and_crop, decode, decode_alpha, decode_mask, mask_to_latent
+from anima_train.data.image_headers import BadImage, Unreadable
+from anima_train.data.images import cover_and_crop, decode, decode_alpha, decode_mask, mask_to_latent
 from anima_train.data.loader import read_ahead
 from anima_train.data.samples import Picture, Sample, View
 from anima_train.data.settings import DirectoryOptions

@@ -177,6 +177,16 @@ def test_only_what_is_cut_differently_gets_another_key():
     assert len({plain, top, mirrored}) == 3
 
 
+@pytest.mark.parametrize(
+    ("side", "positions"),
+    [((64, 200), ["top", "center", "bottom", [0.5, 0.25]]), ((200, 96), ["left", "center", "right", [0.25, 0.5]])],
+)
+def test_every_position_of_the_crop_has_latents_and_a_mask_of_its_own(side, positions):
+    views = [View(sample(side=side, crop_position=position, mask="mask hash")) for position in positions]
+    assert len({view.latent_key("v") for view in views}) == len(positions)
+    assert len({view.mask_key() for view in views}) == len(positions)
+
+
 def test_masks_follow_the_crop_and_the_alpha():
     masked = {"mask": "mask hash", "side": (64, 200)}
     keys = {

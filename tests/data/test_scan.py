@@ -558,7 +558,7 @@ def test_shuffled_captions_take_turns_and_every_resolution_shares_them(folder: P
     texts = first.captions(0)
     assert len(set(texts)) == 3
     assert all(text.startswith("style, ") and len(text.split(", ")) == 6 for text in texts)
-    assert [first.caption(0, showing).text for showing in range(6)] == texts * 2
+    assert [first.caption(0, repeat).text for repeat in range(6)] == texts * 2
     assert second.captions(0) == texts
     assert first.captions(1) != texts
 
@@ -704,7 +704,7 @@ def test_several_captions_take_turns_and_each_is_shuffled(folder: Path):
     image(folder / "a.png", caption=None)
     captions_json(folder, {"a.png": ["one, two, three, four", "five, six, seven, eight, nine"]})
     (sample,) = look(folder).samples
-    assert [sample.caption(0, showing).text for showing in range(4)] == sample.captions(0) * 2
+    assert [sample.caption(0, repeat).text for repeat in range(4)] == sample.captions(0) * 2
     assert sample.captions(0) == ["one, two, three, four", "five, six, seven, eight, nine"]
     (sample,) = look(folder, cache_shuffle_num=3).samples
     texts = sample.captions(0)
@@ -713,7 +713,7 @@ def test_several_captions_take_turns_and_each_is_shuffled(folder: Path):
         sorted(["one", "two", "three", "four"]),
         sorted(["five", "six", "seven", "eight", "nine"]),
     ] * 3
-    assert [sample.caption(0, showing).text for showing in range(12)] == texts * 2
+    assert [sample.caption(0, repeat).text for repeat in range(12)] == texts * 2
 
 
 def test_the_orders_of_the_first_caption_do_not_depend_on_the_others(folder: Path):
@@ -778,7 +778,7 @@ def test_mixed_falls_back_to_the_kind_there_is_with_a_count(bilingual: Path):
     texts = {sample.picture.path.name: sample.captions(0) for sample in found.samples}
     assert texts == {"both.png": ["a, b", "A b."], "nl.png": ["Only nl."], "tags.png": ["t"], "z.png": [""]}
     for sample in found.samples:
-        assert {sample.caption(0, showing).text for showing in range(10)} == set(sample.captions(0))
+        assert {sample.caption(0, repeat).text for repeat in range(10)} == set(sample.captions(0))
     assert "trained with their tags alone: 1, such as tags.png" in the_warning(found, "without a natural-language")
     assert "caption (_nl.txt) alone: 1, such as nl.png" in the_warning(found, "images without tags")
     assert "trained with the empty one: 1, such as z.png" in the_warning(found, "without a .txt or _nl.txt caption")
@@ -792,11 +792,11 @@ def test_each_image_keeps_the_share_of_natural_language_and_so_does_each_epoch(f
         image(folder / f"{number:03}.png", 64, 64, caption="t")
         (folder / f"{number:03}_nl.txt").write_text("N")
     samples = look(folder, caption_mode="mixed", nl_weight=weight).samples
-    shown = [[sample.caption(0, showing).text for showing in range(40)] for sample in samples]
+    shown = [[sample.caption(0, repeat).text for repeat in range(40)] for sample in samples]
     assert all(abs(texts.count("N") - 40 * weight) < 1 for texts in shown)
-    for showing in range(3):
+    for repeat in range(3):
         # The phases are independent and uniform: the standard deviation is at most sqrt(200) / 2 = 7.
-        assert abs(sum(texts[showing] == "N" for texts in shown) - 200 * weight) < 30
+        assert abs(sum(texts[repeat] == "N" for texts in shown) - 200 * weight) < 30
     assert {text for texts in shown for text in texts} == set(samples[0].captions(0))
 
 
@@ -807,7 +807,7 @@ def test_both_kinds_take_turns_through_all_their_texts(folder: Path):
         folder, resolutions=[64, 128], caption_mode="mixed", nl_weight=0.4, captions_per_line=True, cache_shuffle_num=3
     )
     sample, other = found.samples
-    shown = [sample.caption(5, showing).text for showing in range(300)]
+    shown = [sample.caption(5, repeat).text for repeat in range(300)]
     natural = [text for text in shown if text.endswith(".")]
     tags = [text for text in shown if not text.endswith(".")]
     assert natural[:6] == ["First.", "Second.", "Third."] * 2
@@ -816,8 +816,8 @@ def test_both_kinds_take_turns_through_all_their_texts(folder: Path):
     assert len(natural) == 120
     assert set(shown) == set(sample.captions(5))
     assert len(sample.captions(5)) == 9
-    assert shown == [other.caption(5, showing).text for showing in range(300)]
-    assert shown != [sample.caption(6, showing).text for showing in range(300)]
+    assert shown == [other.caption(5, repeat).text for repeat in range(300)]
+    assert shown != [sample.caption(6, repeat).text for repeat in range(300)]
 
 
 def test_an_image_named_like_a_natural_language_caption_keeps_its_tags(folder: Path):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from anima_train.config.load import load_config
-from anima_train.training.build import make_plan, make_timetable
+from anima_train.training.build import plan_run
 from anima_train.training.prepare import scan_all
 from anima_train.training.train import tasks
 
@@ -250,8 +250,8 @@ if RANK == 1:
 def test_every_process_has_the_same_steps_and_none_loses_a_micro_batch(trainer):
     loaded = load_config(trainer.config("three", max_steps=20))
     samples = scan_all(loaded, write=False)["train"].samples
-    plan = make_plan(loaded, samples, 3)
-    timetable = make_timetable(loaded, plan)
+    plan, schedule = plan_run(loaded.config, samples, 3)
+    timetable = schedule
     shares = [
         list(tasks(plan, timetable, 0, SimpleNamespace(process_index=rank, num_processes=3))) for rank in range(3)
     ]

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from anima_train.cli.main import COMMANDS, application
 from anima_train.config.load import load_config
-from anima_train.config.model_files import find_model_files
+from anima_train.config.model_files import build_model_spec
 from anima_train.data.buckets import Size, aspect_ratios, nearest, size_of
 from anima_train.data.images import Crop, cover_box
 from anima_train.model.dit import TransformerShape
@@ -34,7 +34,7 @@ from anima_train.reports.captions import one_edit, tokenized, typos
 from anima_train.reports.charts import HEIGHT, WIDTH
 from anima_train.reports.check import dataset_report, summary
 from anima_train.reports.dataset_page import histogram, render
-from anima_train.training.build import make_plan, make_timetable
+from anima_train.training.build import plan_run
 from anima_train.training.costs import (
     Measured,
     ModelStats,
@@ -230,7 +230,7 @@ def test_tags_are_counted_and_the_mistyped_one_is_found(page):
 
 def test_exposures_are_those_of_the_planned_steps(checked, page):
     loaded = load_config(checked / "run.toml", [])
-    plan = make_plan(loaded, scan_all(loaded, write=False)["train"].samples, 1)
+    plan, _ = plan_run(loaded.config, scan_all(loaded, write=False)["train"].samples, 1)
     seen = Counter(dict.fromkeys(range(len(plan.samples)), 0))
     for step in plan.epoch(0)[:7]:
         seen.update(ref.sample for batch in step.micro_batches for ref in batch.refs)
@@ -417,7 +417,9 @@ def test_histogram_counts_every_length_once():
 def report_of(path, measured):
     """The report of a config in which these buckets were measured."""
     loaded = load_config(path, [])
-    return dataset_report("x", loaded, find_model_files(loaded), scan_all(loaded, write=False), 0, measured)
+    return dataset_report(
+        "x", loaded, build_model_spec(loaded, torch.device("cpu")), scan_all(loaded, write=False), 0, measured
+    )
 
 
 @pytest.mark.parametrize("max_steps", [3, 7, 40])
@@ -433,12 +435,12 @@ def test_duration_is_that_of_all_planned_steps(checked, tmp_path, max_steps, acc
     ends = [(Size(16, 16), 1), (Size(1024, 1024), 9)]
     measured = [Measured(size, batch, seconds(size.num_tokens * batch * accumulation), 1) for size, batch in ends]
     loaded = load_config(path, [])
-    plan = make_plan(loaded, scan_all(loaded, write=False)["train"].samples, 1)
+    plan, schedule = plan_run(loaded.config, scan_all(loaded, write=False)["train"].samples, 1)
     steps = [step for epoch in range(max_steps) for step in plan.epoch(epoch)][:max_steps]
     expected = sum(
         seconds(sum(len(batch.refs) * batch.size.num_tokens for batch in step.micro_batches)) for step in steps
     )
-    assert make_timetable(loaded, plan).num_steps == max_steps == len(steps)
+    assert schedule.num_steps == max_steps == len(steps)
     assert report_of(path, measured).run_seconds == pytest.approx(expected)
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from anima_train.config.load import load_config
-from anima_train.config.model_files import find_model_files
-from anima_train.training.build import group_rows, load_trained, trainable_transformer
+from anima_train.config.model_files import build_model_spec
+from anima_train.optim.groups import group_rows
+from anima_train.training.build import load_trained, trainable_transformer
 from anima_train.training.prepare import scan_all
 
 
@@ -54,10 +55,10 @@ def test_only_the_set_that_overlaps_is_warned_of(scanned, trainer, pictures, ima
 @pytest.mark.parametrize("adapter_lr", [0, 1e-5])
 def test_what_is_loaded_is_what_the_table_announced(trainer, adapter, adapter_lr):
     loaded = load_config(trainer.config(adapter=adapter, model={"llm_adapter_lr": adapter_lr, "mlp_lr": 0}), [])
-    files = find_model_files(loaded)
-    transformer, groups = load_trained(loaded, files, torch.device("cpu"))
+    spec = build_model_spec(loaded, torch.device("cpu"))
+    transformer, groups = load_trained(loaded.config, spec)
     rates = loaded.config.learning_rates()
-    announced = group_rows(trainable_transformer(loaded, files), rates)
+    announced = group_rows(trainable_transformer(loaded.config, spec), rates)
     assert group_rows(transformer, rates) == announced
     numbers = Counter()
     for group in groups:

@@ -14,7 +14,7 @@ from anima_train.core.text_batch import TextStates
 from anima_train.data.buckets import Size
 from anima_train.training import memory_check as measure_module
 from anima_train.training import train as train_module
-from anima_train.training.build import make_plan
+from anima_train.training.build import plan_run
 from anima_train.training.costs import Measured
 from anima_train.training.memory_check import extremes, measure
 from anima_train.training.prepare import scan_all
@@ -170,7 +170,7 @@ def test_extremes_are_the_cheapest_and_the_dearest_batch(trainer, images_drawer)
         "micro_batch_size_per_gpu": [[96, 9], [192, 1]],
     }
     loaded = load_config(trainer.config(**changes), [])
-    plan = make_plan(loaded, scan_all(loaded, write=False)["train"].samples, 1)
+    plan, schedule = plan_run(loaded.config, scan_all(loaded, write=False)["train"].samples, 1)
     # Tokens in a batch: nine small images have more than one large one.
     tokens = {
         (sample.size, {96: 9, 192: 1}[sample.resolution]): sample.size.num_tokens * {96: 9, 192: 1}[sample.resolution]
@@ -178,7 +178,7 @@ def test_extremes_are_the_cheapest_and_the_dearest_batch(trainer, images_drawer)
     }
     assert len(tokens) == 4
     assert extremes(plan) == [min(tokens, key=tokens.get), max(tokens, key=tokens.get)]
-    alone = make_plan(loaded, plan.samples[:1], 1)
+    alone, _ = plan_run(loaded.config, plan.samples[:1], 1)
     assert extremes(alone) == [(plan.samples[0].size, 9)]
 
 

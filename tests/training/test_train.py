@@ -147,6 +147,23 @@ def test_two_processes_give_the_losses_of_one(trainer, error):
         assert error(two.weights[key], value) < 1e-3, key
 
 
+def test_padding_of_a_short_step_changes_nothing(trainer, error):
+    # Three buckets and so three micro-batches an epoch: in every second step one process has padding alone.
+    changes = {"epochs": 2, "max_steps": None, "micro_batch_size_per_gpu": 3}
+    one = trainer("one", gradient_accumulation_steps=2, **changes)
+    two = trainer.processes(2, "two", **changes)
+    assert [line["examples"] for line in two.metrics] == [line["examples"] for line in one.metrics]
+    assert len(one.metrics) == 4
+    for name in ("loss", "grad_norm"):
+        assert [line[name] for line in two.metrics] == pytest.approx([line[name] for line in one.metrics], rel=1e-6)
+    for line, other in zip(one.metrics, two.metrics, strict=True):
+        assert [(place, number) for place, _, number in other["loss_by_t"]] == [
+            (place, number) for place, _, number in line["loss_by_t"]
+        ]
+    for key, value in one.weights.items():
+        assert error(two.weights[key], value) < 1e-6, key
+
+
 @pytest.mark.parametrize("adapter", ["lora", "full"])
 def test_resume_is_bitwise(trainer, adapter):
     changes = {"max_steps": 6, "uncond_fraction": 0.2, "checkpoint_every_n_steps": 2, "warmup_steps": 3}
