@@ -7,7 +7,7 @@ import typer
 
 from anima_train.cli.train import ConfigPath, Overrides
 from anima_train.config.load import load_config
-from anima_train.distributed.consistency import Together, settled
+from anima_train.distributed.consistency import check_same_config
 from anima_train.run.accelerator import make_accelerator
 from anima_train.training.prepare import prepare_data
 
@@ -27,6 +27,5 @@ def cache(
     """Fill the cache of latents and text without training. Several of these may fill one cache together."""
     loaded = load_config(config, overrides or [])
     accelerator = make_accelerator(loaded.config, Path(loaded.config.output_dir) / loaded.run_name)
-    with Together(accelerator):
-        prepare_data(settled(loaded, accelerator), accelerator, prune, verify)
+    prepare_data(check_same_config(loaded, accelerator), accelerator, prune, verify)
     accelerator.end_training()

@@ -1,7 +1,6 @@
 """`anima-train` and `anima`: prints user errors without a traceback, and ends with their exit code."""
 
 import sys
-import time
 from collections.abc import Callable
 
 import typer
@@ -16,15 +15,11 @@ from anima_train.cli.sample import sample
 from anima_train.cli.streams import outlive_readers
 from anima_train.cli.tiny import tiny
 from anima_train.cli.train import train, with_resume_path
-from anima_train.core.errors import Interrupted, UserError
-from anima_train.core.format import printable_lines
-from anima_train.distributed.launcher import rank
+from anima_train.distributed.failures import run_program
 
 COMMANDS: tuple[Callable[..., None], ...] = (
     train, check, report, sample, cache, convert, tiny, download, reference,
 )  # fmt: skip
-
-HEAD_START = 15.0  # seconds that process 0 has to say what is wrong
 
 
 def application(commands: tuple[Callable[..., None], ...], text: str) -> typer.Typer:
@@ -48,16 +43,4 @@ def train_main() -> None:
 def run(app: typer.Typer) -> None:
     """Run an application; a user's mistake is a message, a fault of ours a traceback."""
     outlive_readers()
-    try:
-        app(args=with_resume_path(sys.argv[1:]))
-    except UserError as error:
-        if rank() == 0:
-            for problem in error.problems:
-                print(f"{error.label}: {printable_lines(problem)}", file=sys.stderr)
-        elif not isinstance(error, Interrupted):
-            # The processes do not know each other yet. What process 0 finds wrong as well, it says, and the launcher
-            # ends this one meanwhile.
-            time.sleep(HEAD_START)
-            for problem in error.problems:
-                print(f"{error.label} (process {rank()}): {printable_lines(problem)}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    run_program(lambda: app(args=with_resume_path(sys.argv[1:])))

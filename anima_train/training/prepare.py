@@ -25,6 +25,7 @@ from anima_train.data.cache import SCHEMA, Cache
 from anima_train.data.loader import CachedData
 from anima_train.data.samples import Sample
 from anima_train.data.scan import Scan, scan
+from anima_train.distributed.collectives import main_process_first, patient_barrier
 from anima_train.distributed.consistency import check_same_data
 from anima_train.evaluation.evaluate import EvalSet
 from anima_train.model.loading import ModelFiles
@@ -59,7 +60,7 @@ def prepare_data(
         trains: whether a run follows, whose first files must have room beside the cache.
     """
     config = loaded.config
-    with accelerator.main_process_first():  # one process downloads and reads the images, the others find it done
+    with main_process_first(accelerator):  # one process downloads and reads the images, the others find it done
         files = find_model_files(loaded)
         files.check_headers()
         scans = scan_all(loaded, write=accelerator.is_main_process)
@@ -76,6 +77,7 @@ def prepare_data(
         accelerator.print(line)
         warnings.append(line)
 
+    patient_barrier(accelerator)  # the others have looked at the images too
     check_same_data(scans, accelerator)
     for cache in caches_of(loaded):
         if (newest := cache.newest_schema()) > SCHEMA:
@@ -120,7 +122,7 @@ def prepare_data(
             accelerator.print,
             first_files(loaded, files) if trains and accelerator.is_main_process else [],
         )
-    accelerator.wait_for_everyone()  # soon: no process comes here before all entries are there
+    patient_barrier(accelerator)
     print(f"cache: {done.num_latents:,} latents, {done.num_masks:,} masks and {done.num_texts:,} texts added")
     repair = Repair(files, bool(text_id.adapter), dtype)
     bad_fractions = {dataset.name: dataset.settings.max_bad_fraction for dataset in (loaded.train, *loaded.evals)}

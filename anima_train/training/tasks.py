@@ -20,7 +20,8 @@ from anima_train.core.errors import Interrupted
 from anima_train.core.files import write_text
 from anima_train.core.format import count
 from anima_train.data.plan import Plan, Timetable
-from anima_train.distributed.signals import Abandoned, Stopping
+from anima_train.distributed.collectives import patient_barrier
+from anima_train.distributed.signals import Abandoned, SignalHandler
 from anima_train.evaluation.evaluate import EvalSet, base_text, evaluate, read_base
 from anima_train.evaluation.previews import Previews
 from anima_train.model.dit import MiniTrainDIT
@@ -61,7 +62,7 @@ class Outputs:
     config: Config
     run: RunFolder
     accelerator: Accelerator
-    stopping: Stopping
+    stopping: SignalHandler
     writer: Writer
     progress: Progress
     trackers: Trackers
@@ -79,13 +80,14 @@ class Outputs:
         makers: dict[str, Callable[[Moment], None]] = {"evaluation": self.evaluate, "preview": self.preview}
         left = []
         for name in names:
-            if self.stopping.is_asked(self.accelerator):
+            if self.stopping.is_requested(self.accelerator):
                 left.append(name)
                 continue
             try:
                 makers[name](moment)
             except Abandoned:
                 left.append(name)
+            patient_barrier(self.accelerator)  # one process draws
         return left
 
     def evaluate(self, moment: Moment) -> None:
@@ -128,7 +130,7 @@ class Outputs:
         model = self.accelerator.unwrap_model(trained.model, keep_fp32_wrapper=True)
 
         def forward(latents: Tensor, t: Tensor, context: Tensor) -> Tensor:
-            self.stopping.leave_if_asked()
+            self.stopping.leave_if_requested()
             velocity: Tensor = model(latents, t, context)
             return velocity
 

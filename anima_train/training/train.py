@@ -28,9 +28,9 @@ from anima_train.core.format import printable
 from anima_train.core.random import derive
 from anima_train.data.loader import Batch, read_ahead
 from anima_train.data.plan import MicroBatch, Plan, Timetable
-from anima_train.distributed.collectives import from_main
-from anima_train.distributed.consistency import Together, check_same_plan, settled
-from anima_train.distributed.signals import Abandoned, Stopping
+from anima_train.distributed.collectives import any_rank, broadcast_from_main, patient_barrier, process_group
+from anima_train.distributed.consistency import check_same_config, check_same_plan
+from anima_train.distributed.signals import SignalHandler
 from anima_train.evaluation.previews import Previews
 from anima_train.model.loading import ModelFiles
 from anima_train.objective.step import compute_loss
@@ -103,18 +103,13 @@ def run_training(
             files.check_headers()
             print(report(loaded, files, scan_all(loaded, write=True), accelerator.num_processes))
         return None
-    with contextlib.ExitStack() as stack, Together(accelerator):  # which hears of a failure before the stack does
-        # `end_training` would also close the trackers: their thread does, or warns where they cannot be opened.
-        stack.callback(accelerator.state.destroy_process_group)
-        loaded = settled(loaded, accelerator)
-        deadline = config.stop_within_seconds if accelerator.num_processes == 1 else None
-        if deadline != config.stop_within_seconds:
-            note = "stop_within_seconds: has no effect, as several processes always finish the step"
-            loaded = replace(loaded, notes=(*loaded.notes, note))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(process_group(accelerator))
+        loaded = check_same_config(loaded, accelerator)
         for note in loaded.notes:
             accelerator.print(f"note: {printable(note)}")
         warnings: list[str] = []
-        origin = from_main(accelerator, lambda: find_origin(loaded, resume, resume_path, warnings.append))
+        origin = broadcast_from_main(accelerator, lambda: find_origin(loaded, resume, resume_path, warnings.append))
         for line in (*(f"warning: {warning}" for warning in warnings), *origin.notes):
             accelerator.print(printable(line))
         loaded = replace(loaded, run_name=origin.run_name)
@@ -124,14 +119,12 @@ def run_training(
         if accelerator.is_main_process:
             run.open()
             stack.callback(run.close)
-        return train(
-            loaded, run, accelerator, origin, warnings, stack, stack.enter_context(Stopping(run.path, deadline))
-        )
+        return train(loaded, run, accelerator, origin, warnings, stack, stack.enter_context(SignalHandler(run.path)))
 
 
 def train(
     loaded: LoadedConfig, run: RunFolder, accelerator: Accelerator, origin: Origin, warnings: list[str],
-    stack: contextlib.ExitStack, stopping: Stopping,
+    stack: contextlib.ExitStack, stopping: SignalHandler,
 ) -> Path:  # fmt: skip
     """The run, from the images to the last saved file; what has to be closed at its end goes on the stack.
 
@@ -171,6 +164,7 @@ def train(
     rows = group_rows(transformer, rates)
     accelerator.print("\n".join(groups_text(rows)))
     parameters = [parameter for group in groups for parameter in group["params"]]
+    patient_barrier(accelerator)  # one process has encoded the previews' prompts, each has read the model
     model = accelerator.prepare(transformer)
     optimizer = config.optimizer.build(groups)
     average = None if config.ema is None else Average(trained_parameters(transformer), config.ema)
@@ -184,7 +178,7 @@ def train(
             check_same_content(origin.saved, facts)
         return facts
 
-    facts = from_main(accelerator, checked_facts)
+    facts = broadcast_from_main(accelerator, checked_facts)
     if origin.saved is not None:
         load_state(origin.saved, transformer, optimizer, average)
         start, pending = origin.saved.facts.step, origin.saved.facts.pending
@@ -201,7 +195,8 @@ def train(
             warnings.append(warning)
         for warning in (*warnings, *loaded.notes, *data.warnings):
             run.warn(0, warning)
-    skipped, spikes = from_main(accelerator, lambda: replay(run.metrics_path, start))  # after the records are trimmed
+    # After the records are trimmed.
+    skipped, spikes = broadcast_from_main(accelerator, lambda: replay(run.metrics_path, start))
     progress = Progress(run.name, timetable.num_steps, start, is_main)
     opens = partial(open_trackers, accelerator, config.monitoring, run.name, config.offline)
     trackers = stack.enter_context(Trackers(opens, progress.say))  # closed where the run fails, too
@@ -235,7 +230,6 @@ def train(
         return task, batch
 
     started, seen_here = time.monotonic(), 0
-    step_started, step_seconds = started, 0.0
     sums = StepSums(device, has_roles=len({sample.is_regularization for sample in data.train.samples}) > 1)
     start_peak(device)
     stopping.is_stepping = True
@@ -245,16 +239,10 @@ def train(
         # averages gradients over processes, so that what is wanted as a sum is multiplied by their number.
         attempt.doing, attempt.shape = f"step {task.step + 1}", Shape.of(task.micro_batch, plan.samples)
         torch.manual_seed(derive(config.seed, "dropout", task.step, task.index))
-        left = step_started + step_seconds - time.monotonic() + writer.seconds
-        try:
-            with stopping.leaving(left), contextlib.nullcontext() if task.last else accelerator.no_sync(model):
-                losses = compute_loss(model, batch.to(device), loss_function)
-                share = losses.sum() / task.num_samples * (1.0 if task.counts else 0.0)
-                accelerator.backward(share * accelerator.num_processes)
-        except Abandoned:
-            outputs.save_state(task.step)
-            writer.wait()
-            raise Interrupted(f"after step {task.step}; {GO_ON}", stopping.exit_code) from None
+        with contextlib.nullcontext() if task.last else accelerator.no_sync(model):
+            losses = compute_loss(model, batch.to(device), loss_function)
+            share = losses.sum() / task.num_samples * (1.0 if task.counts else 0.0)
+            accelerator.backward(share * accelerator.num_processes)
         sums.add(share, losses, batch, task.counts)
         if not task.last:
             continue
@@ -283,7 +271,7 @@ def train(
                 if is_main:
                     outputs.save_state(task.step + 1 - skipped.in_a_row)  # nothing has changed since
                     writer.wait()
-                accelerator.wait_for_everyone()  # a process that fails while another one saves would end that, too
+                patient_barrier(accelerator)  # a process that fails while another one saves would end that, too
             skipped.check()
         optimizer.zero_grad(set_to_none=True)
 
@@ -315,15 +303,14 @@ def train(
                 run.warn(step, spike)
             progress.update(step, found.loss, speed, values["memory_bytes"], what_follows(due, step, timetable))
 
-        step_seconds = time.monotonic() - step_started
-
         # Look and save.
         writer.check()
         place = (step, task.epoch, timetable.epochs_done(task.step), seen_before, seen)
         attempt.doing, attempt.shape = "an evaluation", shapes[-1]
         is_due = {name: each.after(*place) for name, each in due.items()}
         pending = outputs.make((name for name in ("evaluation", "preview") if is_due[name]), Moment(step, seen))
-        wish = stopping.after_step(accelerator)
+        wish = stopping.requested(accelerator)
+        (is_saving,) = any_rank(accelerator, [is_main and (is_due["save"] or is_due["training state"] or wish.saves)])
         if is_main:
             for warning in data.repair.take():
                 run.warn(step, warning)
@@ -333,9 +320,10 @@ def train(
                 outputs.save_state(step, pending)
         if wish.exit_code is not None and (step < timetable.num_steps or pending):
             writer.wait()
-            accelerator.wait_for_everyone()  # a process that leaves while another one saves would end that, too
+            patient_barrier(accelerator)  # a process that leaves while another one saves would end that, too
             raise Interrupted(f"after step {step}; {GO_ON}", wish.exit_code)
-        step_started = time.monotonic()
+        if is_saving:
+            patient_barrier(accelerator)  # where the disk is slower than the steps, saving waits for it
     final = run.weights_path(None)
     if is_main:
         outputs.save_weights(None)
@@ -343,7 +331,7 @@ def train(
         run.finish()
         print(f"saved {printable(str(final))}")
         write_text(run.path / "seen.json", json.dumps(seen_facts(plan, timetable, timetable.num_steps), indent=1))
-    accelerator.wait_for_everyone()
+    patient_barrier(accelerator)
     return final
 
 
