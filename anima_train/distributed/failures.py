@@ -24,7 +24,7 @@ LOST = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe",
     "remote process exited", "NCCL communicator was aborted",
 )  # fmt: skip
-LATE = ("Timed out waiting", "timed out after", "Application timeout caused pair closure")
+LATE = ("Timed out waiting", "wait timeout after", "Socket Timeout", "Application timeout caused pair closure")
 
 
 class ProcessLost(UserError):
@@ -62,7 +62,7 @@ def record_failures(work: Callable[[], None]) -> None:
             if not isinstance(e, UserError):
                 super().record_exception(e)
                 return
-            facts = {"message": printable_lines(str(e)), "extraInfo": {"timestamp": str(int(time.time()))}}
+            facts = {"message": printable_lines(f"{e.label}: {e}"), "extraInfo": {"timestamp": str(int(time.time()))}}
             with contextlib.suppress(OSError), open(os.environ[ERROR_FILE], "w", encoding="utf-8") as file:
                 json.dump({"message": facts}, file)
 
