@@ -25,12 +25,12 @@ def cache(
 
     loaded = load_config(config, overrides or [])
 
-    from anima_train.distributed.consistency import Together, settled
+    from anima_train.distributed.consistency import check_same_config
     from anima_train.run.accelerator import make_accelerator
     from anima_train.run.log import logged_to, terminal
     from anima_train.training.prepare import prepare_data
 
     accelerator = make_accelerator(loaded.config, Path(loaded.config.output_dir) / loaded.run_name)
-    with logged_to(terminal(accelerator.is_main_process)), Together(accelerator):
-        prepare_data(settled(loaded, accelerator), accelerator, prune, verify)
+    with logged_to(terminal(accelerator.is_main_process)):
+        prepare_data(check_same_config(loaded, accelerator), accelerator, prune, verify)
     accelerator.end_training()

@@ -5,7 +5,6 @@ slip of the pen need not wait for torch, nor a refused configuration for transfo
 """
 
 import sys
-import time
 from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
@@ -23,17 +22,13 @@ from anima_train.cli.sample import sample
 from anima_train.cli.streams import outlive_readers
 from anima_train.cli.tiny import tiny
 from anima_train.cli.train import train, with_resume_path
-from anima_train.core.errors import Interrupted, UserError
-from anima_train.core.format import printable_lines
-from anima_train.distributed.launcher import rank
+from anima_train.distributed.failures import run_program
 
 COMMANDS: tuple[Callable[..., None], ...] = (
     train, check, report, sample, cache, convert, tiny, download, reference,
 )  # fmt: skip
 NAMES = [command.__name__ for command in COMMANDS]
 OTHERS = f"`anima-train COMMAND` is the same as `anima COMMAND`: {', '.join(NAMES)}."
-
-HEAD_START = 15.0  # seconds that process 0 has to say what is wrong
 
 
 def application(commands: tuple[Callable[..., None], ...], text: str, more: str | None = None) -> typer.Typer:
@@ -81,16 +76,4 @@ def is_command(word: str = "") -> bool:
 def run(app: typer.Typer) -> None:
     """Run an application; a user's mistake is a message, a fault of ours a traceback."""
     outlive_readers()
-    try:
-        app(args=with_resume_path(sys.argv[1:]))
-    except UserError as error:
-        if rank() == 0:
-            for problem in error.problems:
-                print(f"{error.label}: {printable_lines(problem)}", file=sys.stderr)
-        elif not isinstance(error, Interrupted):
-            # The processes do not know each other yet. What process 0 finds wrong as well, it says, and the launcher
-            # ends this one meanwhile.
-            time.sleep(HEAD_START)
-            for problem in error.problems:
-                print(f"{error.label} (process {rank()}): {printable_lines(problem)}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    run_program(lambda: app(args=with_resume_path(sys.argv[1:])))

@@ -61,8 +61,9 @@ DATASET = Keys(
     not_yet={},
 )
 
-# Names from other trainers -> what to write here.
+# Names from other trainers, and those of earlier versions -> what to write here.
 FOREIGN = {
+    "stop_within_seconds": "a signal to stop always lets the step finish first: remove the key",
     "learning_rate": "it is called lr, in [optimizer]",
     "unet_lr": "it is called lr, in [optimizer]",
     "text_encoder_lr": "the text encoder is not trained; the LLM adapter is llm_adapter_lr, in [model]",

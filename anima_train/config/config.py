@@ -298,9 +298,6 @@ class Config(Settings):
     num_workers: int = Field(default=2, ge=0)
     """Threads that read the cache, and encode captions drawn at run time, ahead of the step; 0: the step waits for
     it. Results do not depend on it."""
-    stop_within_seconds: float | None = Field(default=None, gt=0)
-    """Seconds that a cluster leaves between the signal to stop and the kill. A step that would take longer is left, and
-    the state before it saved (one process; several always finish the step). Absent: the step is finished."""
     offline: bool = False
     """Open no connection: nothing is looked up or downloaded, and W&B only writes files, for `wandb sync` to send."""
     x_axis_examples: bool = False

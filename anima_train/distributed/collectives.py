@@ -1,19 +1,67 @@
-"""Values that all processes agree on."""
+"""Values that all processes agree on, and the place where they wait for long work of one of them.
 
-from collections.abc import Callable
+A collective operation of training must end within `run.accelerator.TIMEOUT`: a process that hangs ends the run. So
+whatever one process may do for longer, while the others wait, is followed by a `patient_barrier`.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from anima_train.core.errors import UserError
 
+PATIENCE = timedelta(days=30)
+
 Made = TypeVar("Made")
 
 
-def from_main(accelerator: Accelerator, make: Callable[[], Made]) -> Made:
-    """What the main process makes, on all processes; a `UserError` in making it is raised on all of them."""
+@functools.cache
+def patient_group() -> torch.distributed.ProcessGroup:
+    """Return the process group of patient barriers; all processes have to make it at the same time."""
+    group = torch.distributed.new_group(timeout=PATIENCE, backend="gloo")
+    assert isinstance(group, torch.distributed.ProcessGroup)
+    return group
+
+
+def patient_barrier(accelerator: Accelerator) -> None:
+    """Wait until all processes are here, however long one of them works."""
+    if accelerator.num_processes > 1:
+        torch.distributed.barrier(patient_group())
+
+
+@contextlib.contextmanager
+def main_process_first(accelerator: Accelerator) -> Iterator[None]:
+    """Have the main process do what is inside before the others do it, however long that takes."""
+    if not accelerator.is_main_process:
+        patient_barrier(accelerator)
+    yield
+    if accelerator.is_main_process:
+        patient_barrier(accelerator)
+
+
+@contextlib.contextmanager
+def process_group(accelerator: Accelerator) -> Iterator[None]:
+    """Close the process group at the end of a run; after a failure that may hang, and the end of the process does it.
+
+    `Accelerator.end_training` would also close the trackers: their thread does that.
+    """
+    yield
+    accelerator.state.destroy_process_group()
+
+
+def broadcast_from_main(accelerator: Accelerator, make: Callable[[], Made]) -> Made:
+    """Return on all processes what the main process makes, however long that takes.
+
+    Raises:
+        UserError: on all processes, if making it has raised one.
+    """
     made: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
@@ -21,6 +69,7 @@ def from_main(accelerator: Accelerator, make: Callable[[], Made]) -> Made:
         except UserError as error:
             made[1] = (type(error), error.problems)
     if accelerator.num_processes > 1:
+        patient_barrier(accelerator)
         broadcast_object_list(made)
     if made[1] is not None:
         kind, problems = made[1]
@@ -29,9 +78,9 @@ def from_main(accelerator: Accelerator, make: Callable[[], Made]) -> Made:
     return result
 
 
-def votes(accelerator: Accelerator, asked: list[bool]) -> list[bool]:
-    """For each question, whether the answer of any process is yes."""
+def any_rank(accelerator: Accelerator, answers: list[bool]) -> list[bool]:
+    """Return for each answer True if it is True on any process."""
     if accelerator.num_processes == 1:
-        return asked
-    numbers = torch.tensor(asked, dtype=torch.float32, device=accelerator.device)
+        return answers
+    numbers = torch.tensor(answers, dtype=torch.float32, device=accelerator.device)
     return [number > 0 for number in accelerator.reduce(numbers, "sum").tolist()]

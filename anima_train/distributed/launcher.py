@@ -4,5 +4,10 @@ import os
 
 
 def rank() -> int:
-    """This process's number, from what `accelerate launch` and `torchrun` set."""
+    """Return this process's number, from what `accelerate launch` and `torchrun` set."""
     return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Return the number of processes, from what `accelerate launch` and `torchrun` set."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from anima_train.core.random import stream
 from anima_train.data.loader import CachedData, read_ahead
 from anima_train.data.plan import BatchSizes, batch_size_for
-from anima_train.distributed.signals import Abandoned, Stopping
+from anima_train.distributed.signals import Abandoned, SignalHandler
 from anima_train.objective.losses import Loss
 from anima_train.objective.step import compute_loss
 from anima_train.objective.timesteps import Timesteps
@@ -82,7 +82,7 @@ def evaluate(
     timesteps: Timesteps,
     accelerator: Accelerator,
     num_workers: int,
-    stopping: Stopping,
+    stopping: SignalHandler,
 ) -> Evaluation:
     """Measure the losses of one set, of which each process takes its share of the batches.
 
@@ -117,7 +117,7 @@ def evaluate(
     num_rounds = math.ceil(len(batches) / accelerator.num_processes) * len(QUANTILES)
     try:
         for _ in range(num_rounds):  # as many on every process, as all are asked in each
-            if stopping.is_asked(accelerator):
+            if stopping.is_requested(accelerator):
                 raise Abandoned
             for indices, column, batch in itertools.islice(made, 1):
                 values = compute_loss(transformer, batch.to(accelerator.device), loss)

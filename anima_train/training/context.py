@@ -13,9 +13,9 @@ from accelerate import Accelerator
 from anima_train.checkpoint.resume import Origin, find_origin
 from anima_train.config.config import Config
 from anima_train.config.load import LoadedConfig
-from anima_train.distributed.collectives import from_main
-from anima_train.distributed.consistency import Together, settled
-from anima_train.distributed.signals import Stopping
+from anima_train.distributed.collectives import broadcast_from_main, process_group
+from anima_train.distributed.consistency import check_same_config
+from anima_train.distributed.signals import SignalHandler
 from anima_train.run.accelerator import make_accelerator
 from anima_train.run.folder import RunFolder
 from anima_train.run.log import WarningsHandler, logged_to, terminal
@@ -35,7 +35,7 @@ class RunContext:
     accelerator: Accelerator
     folder: RunFolder
     resume_point: Origin
-    signals: Stopping
+    signals: SignalHandler
     warnings: WarningsHandler
     stack: contextlib.ExitStack
     memory: Attempt
@@ -72,13 +72,12 @@ def run_context(loaded: LoadedConfig, resume: bool, resume_path: Path | None) ->
     accelerator = make_accelerator(config, Path(config.output_dir) / loaded.run_name)
     warnings = WarningsHandler()
     handlers = logged_to(terminal(accelerator.is_main_process), *([warnings] if accelerator.is_main_process else []))
-    with handlers, contextlib.ExitStack() as stack, Together(accelerator):  # hears of a failure before the stack
-        # `end_training` would also close the trackers: their thread does, or warns where they cannot be opened.
-        stack.callback(accelerator.state.destroy_process_group)
-        loaded = settled(loaded, accelerator)
+    with handlers, contextlib.ExitStack() as stack:
+        stack.enter_context(process_group(accelerator))
+        loaded = check_same_config(loaded, accelerator)
         for note in loaded.notes:
             logger.info("note: %s", note)
-        point = from_main(accelerator, partial(find_origin, loaded, resume, resume_path))
+        point = broadcast_from_main(accelerator, partial(find_origin, loaded, resume, resume_path))
         for note in point.notes:
             logger.info("%s", note)
         loaded = replace(loaded, run_name=point.run_name)
@@ -88,5 +87,5 @@ def run_context(loaded: LoadedConfig, resume: bool, resume_path: Path | None) ->
         if accelerator.is_main_process:
             folder.open()
             stack.callback(folder.close)
-        signals = stack.enter_context(Stopping(folder.path))
+        signals = stack.enter_context(SignalHandler(folder.path))
         yield RunContext(loaded, accelerator, folder, point, signals, warnings, stack, Attempt("loading the model"))

@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -24,6 +25,7 @@ from anima_train.data.cache import SCHEMA, Cache
 from anima_train.data.loader import CachedData
 from anima_train.data.samples import Sample
 from anima_train.data.scan import Scan, scan
+from anima_train.distributed.collectives import main_process_first, patient_barrier
 from anima_train.distributed.consistency import check_same_data
 from anima_train.evaluation.evaluate import EvalSet
 from anima_train.model.loading import ModelSpec
@@ -60,12 +62,13 @@ def prepare_data(
     """
     config, is_main = loaded.config, bool(accelerator.is_main_process)
     caches = caches_of((loaded.train, *loaded.evals))
-    with accelerator.main_process_first():  # one process downloads and reads the images, the others find it done
+    with main_process_first(accelerator):  # one process downloads and reads the images, the others find it done
         spec = build_model_spec(loaded, accelerator.device)
         scans = scan_all(loaded, write=is_main)
         if is_main:
             for cache in caches:
                 cache.retry()
+    patient_barrier(accelerator)  # the others have looked at the images too
     warnings = tell_scans(scans)
     check_same_data(scans, accelerator)
     note_newer_entries(caches)
@@ -86,13 +89,14 @@ def prepare_data(
     if prune and is_main:
         prune_caches(caches, needed)
     if verify:
-        found = sum_over_ranks(verify_cache(needed, ranks))  # before the first look for what is missing, too
-        logger.info(
-            "cache: %s read, %s damaged and removed to be rebuilt", count(found[0], "entry", "entries"), found[1]
-        )
+        numbers = verify_cache(needed, ranks)
+        patient_barrier(accelerator)  # before the first look for what is missing
+        num_read, num_damaged = sum_over_ranks(numbers)
+        read = count(num_read, "entry", "entries")
+        logger.info("cache: %s read, %d damaged and removed to be rebuilt", read, num_damaged)
     with memory_errors(accelerator.device, Attempt("filling the cache"), lambda _: cache_savings(config)):
         first = first_files(loaded, spec) if trains and is_main else []
-        made = fill_cache(needed, spec, ranks, config.caching_batch_size, accelerator.wait_for_everyone, first)
+        made = fill_cache(needed, spec, ranks, config.caching_batch_size, partial(patient_barrier, accelerator), first)
     num_latents, num_masks, num_texts = sum_over_ranks(astuple(made))
     logger.info(
         "cache: %s latents, %s masks and %s texts added", f"{num_latents:,}", f"{num_masks:,}", f"{num_texts:,}"

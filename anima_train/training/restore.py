@@ -9,7 +9,7 @@ from anima_train.checkpoint.resume import check_same_content, set_aside
 from anima_train.checkpoint.training_state import load_state, saved_states
 from anima_train.core.files import write_text
 from anima_train.data.plan import EpochSchedule, Plan
-from anima_train.distributed.collectives import from_main
+from anima_train.distributed.collectives import broadcast_from_main, patient_barrier
 from anima_train.optim.groups import group_rows
 from anima_train.run.manifest import config_toml, manifest
 from anima_train.training.anomalies import replay
@@ -39,7 +39,8 @@ def restore(run: RunContext, state: TrainState, data: Prepared, plan: Plan, sche
             check_same_content(saved, facts)
         return facts
 
-    facts = from_main(run.accelerator, checked)
+    patient_barrier(run.accelerator)  # one process has encoded prompts, each has read the model
+    facts = broadcast_from_main(run.accelerator, checked)
     if saved is not None:
         load_state(saved, state.transformer, state.optimizer, state.ema)
         state.step = saved.facts.step
@@ -52,7 +53,7 @@ def restore(run: RunContext, state: TrainState, data: Prepared, plan: Plan, sche
         planned = planned_writings(run.loaded, spec.files, plan, schedule, state.transformer, state.step, num_states)
         if warning := space_warning(planned, config):
             logger.warning("%s", warning)
-    state.skipped = from_main(run.accelerator, lambda: replay(run.folder.metrics_path, state.step)[0])
+    state.skipped = broadcast_from_main(run.accelerator, lambda: replay(run.folder.metrics_path, state.step)[0])
     return facts
 
 

@@ -20,6 +20,7 @@ from anima_train.core.errors import Interrupted
 from anima_train.core.files import write_text
 from anima_train.core.format import count
 from anima_train.data.plan import EpochSchedule, Plan
+from anima_train.distributed.collectives import patient_barrier
 from anima_train.distributed.signals import Abandoned
 from anima_train.evaluation.evaluate import base_text, evaluate, read_base
 from anima_train.evaluation.previews import Previews
@@ -89,7 +90,8 @@ class PeriodicTasks:
         place = (state.step, step.epoch, self.schedule.epochs_done(step.index), seen_before, state.samples_seen)
         due = {name: interval.after(*place) for name, interval in self.intervals.items()}
         pending = self.run(name for name in ("evaluation", "preview") if due[name])
-        request = context.signals.after_step(context.accelerator)
+        writes = context.is_main and (due["save"] or due["training state"])
+        request = context.signals.requested(context.accelerator, writes)
         is_last = state.step == self.schedule.num_steps
         if context.is_main:
             if (due["save"] or request.saves) and not is_last:
@@ -99,13 +101,15 @@ class PeriodicTasks:
         if request.exit_code is not None and (pending or not is_last):
             self.wait_for_writes()
             raise Interrupted(f"after step {state.step}; {RESUME_HINT}", request.exit_code)
+        if request.waits:
+            patient_barrier(context.accelerator)  # where the disk is slower than the steps, saving waits for it
 
     def run(self, names: Iterable[str]) -> list[str]:
         """Evaluate or draw; returns the names of what is left to the process that goes on, as this one is to stop."""
         makers: dict[str, Callable[[], None]] = {"evaluation": self.evaluate, "preview": self.preview}
         left = []
         for name in names:
-            if self.context.signals.is_asked(self.context.accelerator):
+            if self.context.signals.is_requested(self.context.accelerator):
                 left.append(name)
                 continue
             self.context.memory.doing = "an evaluation" if name == "evaluation" else "a preview"
@@ -113,6 +117,7 @@ class PeriodicTasks:
                 makers[name]()
             except Abandoned:
                 left.append(name)
+            patient_barrier(self.context.accelerator)  # one process draws
         return left
 
     def evaluate(self) -> None:
@@ -155,7 +160,7 @@ class PeriodicTasks:
         model = self.context.accelerator.unwrap_model(state.model, keep_fp32_wrapper=True)
 
         def forward(latents: Tensor, t: Tensor, context: Tensor) -> Tensor:
-            signals.leave_if_asked()
+            signals.leave_if_requested()
             velocity: Tensor = model(latents, t, context)
             return velocity
 
@@ -236,13 +241,13 @@ class PeriodicTasks:
             write_text(folder.path / "seen.json", json.dumps(seen, indent=1))
             folder.finish()
             logger.info("saved %s", folder.weights_path(None))
-        self.context.accelerator.wait_for_everyone()
+        patient_barrier(self.context.accelerator)
         return folder.weights_path(None)
 
     def wait_for_writes(self) -> None:
         """Wait until all is written: a process that leaves while another one saves would end that, too."""
         self.writer.wait()
-        self.context.accelerator.wait_for_everyone()
+        patient_barrier(self.context.accelerator)
 
 
 def all_intervals(config: Config, now: float) -> dict[str, Due]:

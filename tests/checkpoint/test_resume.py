@@ -284,28 +284,6 @@ def test_a_signal_in_any_phase_saves_and_what_was_left_is_made_later(trainer, pi
     assert pictures_of(run) == pictures_of(whole.path)
 
 
-def test_a_step_that_the_deadline_would_cut_is_left(trainer, monkeypatch):
-    whole = trainer("whole", **RANDOM)
-    real = train_module.compute_loss
-    number = 0
-
-    def slow(*arguments):
-        nonlocal number
-        number += 1
-        if number == 3:
-            signal.raise_signal(signal.SIGTERM)
-        time.sleep(0.5)
-        return real(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_module, "compute_loss", slow)
-        with pytest.raises(Interrupted, match="after step 2"):
-            trainer("run", stop_within_seconds=1.1, **RANDOM)
-    assert number == 3
-    assert states(trainer.folder / "runs" / "run") == ["step-000002"]
-    assert same(whole, trainer("run", **RANDOM, stop_within_seconds=1.1))
-
-
 # Every step, in new processes ----------------------------------------------------------------------------------------
 
 EVERYTHING = {

@@ -170,7 +170,7 @@ def test_extremes_are_the_cheapest_and_the_dearest_batch(trainer, images_drawer)
         "micro_batch_size_per_gpu": [[96, 9], [192, 1]],
     }
     loaded = load_config(trainer.config(**changes), [])
-    plan, schedule = plan_run(loaded.config, scan_all(loaded, write=False)["train"].samples, 1)
+    plan, _ = plan_run(loaded.config, scan_all(loaded, write=False)["train"].samples, 1)
     # Tokens in a batch: nine small images have more than one large one.
     tokens = {
         (sample.size, {96: 9, 192: 1}[sample.resolution]): sample.size.num_tokens * {96: 9, 192: 1}[sample.resolution]

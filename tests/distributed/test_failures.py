@@ -1,33 +1,76 @@
-"""Several processes: one that fails ends all at once and says why; they start from the same facts, or not at all."""
+"""Several processes: one that fails ends all and says why; they start from the same facts, or not at all."""
 
 import os
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 
 from anima_train.config.load import load_config
 from anima_train.training.build import plan_run
+from anima_train.training.prefetch import rank_steps
 from anima_train.training.prepare import scan_all
-from anima_train.training.train import tasks
 
 LIMIT = 30.0  # seconds from the fault to the end of all processes
+KILL = 30.0  # seconds after which the launcher kills a process that takes no notice of SIGTERM
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 ACCELERATE = (
     "-m", "accelerate.commands.launch", "--multi_gpu", "--mixed_precision", "no", "--num_machines", "1",
     "--dynamo_backend", "no", "--main_process_port", "0", "--num_processes",
 )  # fmt: skip
 
+# A program that has nothing to do but to fail: argument 1 on the process that is argument 2, on all if that is absent.
+PROGRAM = """
+import ctypes, os, signal, sys, time
+from datetime import timedelta
+from accelerate import Accelerator, InitProcessGroupKwargs
+from anima_train.core.errors import DataError
+from anima_train.distributed import failures
+from anima_train.distributed.collectives import any_rank, patient_barrier
+
+failures.HEAD_START = 3.0
+
+def user():
+    raise DataError("cats/a.png: is gone")
+
+def bug():
+    raise RuntimeError("a fault of ours")
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def leave():
+    sys.exit(7)
+
+def stop():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+def wait():
+    time.sleep(10.0)
+
+def work():
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=6))])
+    patient_barrier(accelerator)
+    if accelerator.process_index == int((*sys.argv, accelerator.process_index)[2]):
+        globals()[sys.argv[1]]()
+    if sys.argv[1] == "wait":
+        patient_barrier(accelerator)
+    print(any_rank(accelerator, [accelerator.is_main_process, False]), flush=True)
+
+failures.run_program(work)
+"""
+
 # `anima-train`, something in it changed first, on some process or on all.
 SCRIPT = """
 import ctypes, json, os, signal, sys, time
+from datetime import timedelta
 from pathlib import Path
 import anima_train.config.load
 from anima_train.cli.main import train_main
 from anima_train.core.errors import ConfigError, DataError
 from anima_train.data.loader import CachedData
-from anima_train.training import outputs, prepare, train
+from anima_train.run import accelerator
+from anima_train.training import prepare, setup, tasks, train
 
 RANK, FOLDER = int(os.environ["RANK"]), Path(__file__).parent
 
@@ -56,6 +99,9 @@ def bug():
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 
+def stop():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
 def wait():
     ctypes.CDLL(None).sleep(600)  # no exception reaches it, as in NCCL
 
@@ -69,8 +115,17 @@ def before(act):
     anima_train.config.load.load_config = fault(act)
 
 def at(name, act):
-    (module,) = (module for module in (outputs, prepare) if hasattr(module, name))
+    module = next(module for module in (tasks, prepare, setup) if hasattr(module, name))
     setattr(module, name, fault(act))
+
+def slowly(name):
+    module = next(module for module in (prepare, setup, tasks, train) if hasattr(module, name))
+    real = getattr(module, name)
+    def call(*arguments, **keys):
+        print(f"slow: {name}", flush=True)
+        time.sleep(25.0)
+        return real(*arguments, **keys)
+    setattr(module, name, call)
 
 """
 
@@ -89,6 +144,18 @@ def launch(trainer, command, monkeypatch):
     return run
 
 
+@pytest.fixture
+def program(tmp_path, command, monkeypatch):
+    """Runs PROGRAM on several processes; returns the result."""
+    monkeypatch.setenv("PYTHONPATH", os.getcwd())
+    (tmp_path / "program.py").write_text(PROGRAM)
+
+    def run(*arguments, number=2):
+        return command([sys.executable, *TORCHRUN, str(number), str(tmp_path / "program.py"), *arguments])
+
+    return run
+
+
 def seconds_since_fault(trainer):
     return time.time() - float((trainer.folder / "faults.txt").read_text().split()[0])
 
@@ -96,18 +163,75 @@ def seconds_since_fault(trainer):
 def messages(result):
     """The lines that speak of errors, without those of the launcher's own traceback, which comes last."""
     ours = result.stderr.partition('Traceback (most recent call last):\n  File "<frozen runpy>"')[0]
-    starts = ("error", "stop", "Traceback", "[rank", "RuntimeError")
+    starts = ("error", "Traceback", "[rank", "RuntimeError")
     return [line for line in ours.splitlines() if line.startswith(starts)]
 
 
 def root_cause(result):
-    """What `torchrun` names as the first failure: its exit code and text."""
+    """What `torchrun` names as the first failure: its process, exit code and text."""
     lines = result.stderr.split("Root Cause")[1].splitlines()
     facts = dict(line.strip().split(":", 1) for line in lines if ":" in line)
-    return int(facts["exitcode  "].split()[0]), facts["traceback "].strip()
+    return int(facts["rank      "].split()[0]), int(facts["exitcode  "].split()[0]), facts["traceback "].strip()
 
 
 GONE = "cats/a.png: is gone"
+ENDED = "another process has ended"
+LATE = "no answer from another process: it hangs, or the network between them is gone"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("user", "1"),
+        pytest.param(("user", "0"), marks=pytest.mark.slow),
+        pytest.param(("user",), marks=pytest.mark.slow),  # on all at once
+    ],
+)
+def test_a_mistake_is_said_once_and_is_what_the_launcher_names(program, arguments):
+    result = program(*arguments)
+    rank = int((*arguments, "0")[1])
+    assert messages(result) == [f"error (process {rank}): {GONE}"], result.stderr
+    assert root_cause(result) == (rank, 3, f"error: {GONE}")
+
+
+@pytest.mark.parametrize(
+    ("act", "faulty", "code"),
+    [
+        ("kill", 0, -9),
+        *(
+            pytest.param(*values, marks=pytest.mark.slow)
+            for values in [("kill", 1, -9), ("leave", 0, 7), ("leave", 1, 7), ("bug", 0, 1), ("bug", 1, 1)]
+        ),
+    ],
+)
+def test_however_a_process_ends_the_others_end_as_well_and_without_a_traceback(program, act, faulty, code):
+    result = program(act, str(faulty))
+    assert root_cause(result)[:2] == (faulty, code), result.stderr
+    last = f"error (process {faulty}): RuntimeError: a fault of ours"
+    own = ["Traceback (most recent call last):", "RuntimeError: a fault of ours", last] if act == "bug" else []
+    assert messages(result) == own, result.stderr
+    followers = [line for line in result.stderr.splitlines() if line.startswith("stopped")]
+    assert set(followers) <= {f"stopped (process {1 - faulty}): {ENDED}"}
+
+
+def test_a_patient_barrier_outlives_the_timeout_of_the_process_group(program):
+    result = program("wait", "1")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["[True, False]"] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("faulty", [0, 1])
+def test_a_process_that_hangs_ends_the_run_at_the_timeout(program, faulty):
+    started = time.time()
+    result = program("stop", str(faulty))
+    (line,) = messages(result)
+    assert line.startswith(f"error (process {1 - faulty}): {LATE} (")
+    assert root_cause(result)[:2] == (1 - faulty, 1)
+    assert time.time() - started < LIMIT + KILL
+
+
+# The training
 
 
 @pytest.mark.slow
@@ -135,9 +259,9 @@ GONE = "cats/a.png: is gone"
 )
 def test_a_process_that_fails_ends_all_with_one_message(launch, trainer, change, faulty, options):
     result = launch(change, **options)
-    assert seconds_since_fault(trainer) < LIMIT
+    assert seconds_since_fault(trainer) < (LIMIT + KILL if "wait" in change else LIMIT)
     assert messages(result) == [f"error (process {faulty}): {GONE}"], result.stderr
-    assert root_cause(result) == (3, f"error (process {faulty}): {GONE}")
+    assert root_cause(result) == (faulty, 3, f"error: {GONE}")
     assert result.returncode == 1  # the launcher's own
 
 
@@ -150,24 +274,56 @@ def test_a_fault_of_ours_has_one_traceback(launch, trainer, pictures, faulty):
     last = f"error (process {faulty}): RuntimeError: a fault of ours"
     first = "Traceback (most recent call last):"
     assert messages(result) == [first, "RuntimeError: a fault of ours", last], result.stderr
-    assert root_cause(result) == (1, last)
+    assert root_cause(result) == (faulty, 1, first)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("faulty", [0, 1, 2])
-def test_a_process_that_is_killed_ends_all_with_one_message(launch, trainer, faulty):
+def test_a_process_that_is_killed_ends_all_and_the_launcher_names_it(launch, trainer, faulty):
     result = launch(f"if RANK == {faulty}: in_step(kill)", number=3)
     assert seconds_since_fault(trainer) < LIMIT
-    (line,) = messages(result)
-    assert line.startswith(f"error (process {faulty}): it ended without a message: it was killed")
+    assert messages(result) == [], result.stderr
+    rank, code, text = root_cause(result)
+    assert (rank, code) == (faulty, -9)
+    assert text.startswith("Signal 9 (SIGKILL) received")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "name"), [([1], " (process 1)"), ([0, 1], "")])
-def test_what_is_wrong_with_a_config_is_said_once(launch, trainer, ranks, name):
+def test_a_process_that_hangs_in_a_step_ends_the_training_at_the_timeout(launch, trainer):
+    change = "accelerator.TIMEOUT = timedelta(seconds=20)\nif RANK == 1: in_step(stop)"
+    result = launch(change)
+    assert seconds_since_fault(trainer) < 20.0 + LIMIT + KILL
+    (line,) = messages(result)
+    assert line.startswith(f"error (process 0): {LATE} (")
+
+
+@pytest.mark.slow
+def test_long_work_of_one_process_does_not_fall_under_the_timeout(launch):
+    change = """
+accelerator.TIMEOUT = timedelta(seconds=15)
+for name in (("scan_all", "find_origin", "save_weights"), ("fill_cache", "load_trained"))[RANK]: slowly(name)
+if RANK == 0:
+    real = train.Previews.draw
+    def draw(*arguments):
+        print("slow: draw", flush=True)
+        time.sleep(25.0)
+        return real(*arguments)
+    train.Previews.draw = draw
+"""
+    sampling = {"prompts": ["a cat"], "steps": 1, "width": 64, "height": 64, "before_first_step": False}
+    result = launch(change, max_steps=2, sampling=sampling | {"every_n_steps": 1})
+    assert result.returncode == 0, result.stderr
+    slow = {line for line in result.stdout.splitlines() if line.startswith("slow: ")}
+    names = ("scan_all", "find_origin", "save_weights", "fill_cache", "load_trained", "draw")
+    assert slow == {f"slow: {name}" for name in names}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "speaker"), [([1], 1), ([0, 1], 0)])
+def test_what_is_wrong_with_a_config_is_said_once(launch, trainer, ranks, speaker):
     result = launch(f"if RANK in {ranks}: before(config)")
     assert seconds_since_fault(trainer) < LIMIT
-    assert messages(result) == [f"error{name}: run.toml: seed: is wrong"]
+    assert messages(result) == [f"error (process {speaker}): run.toml: seed: is wrong"]
     assert "exitcode  : 2 " in result.stderr
 
 
@@ -175,10 +331,8 @@ def test_what_is_wrong_with_a_config_is_said_once(launch, trainer, ranks, name):
 def test_a_signal_to_one_process_before_the_first_step_stops_all(launch, trainer):
     result = launch("if RANK == 1: at('fill_cache', lambda: os.kill(os.getpid(), signal.SIGTERM))")
     assert seconds_since_fault(trainer) < LIMIT
-    (line,) = messages(result)
-    assert line.startswith("stopped")
-    assert line.endswith(": before the first step; what is in the cache stays")
-    assert "exitcode  : 143 " in result.stderr
+    assert messages(result) == []
+    assert root_cause(result) == (1, 143, "stopped: before the first step; what is in the cache stays")
 
 
 # What they start from
@@ -224,12 +378,12 @@ sys.addaudithook(note)
 if RANK == 1:
     from datetime import datetime, timedelta
     from anima_train.config import load
-    from anima_train.training import processes
+    from anima_train.distributed import consistency
     class Later(datetime):
         @classmethod
         def now(cls): return datetime.now() + timedelta(hours=1)
     load.datetime = Later
-    processes.__version__ = "0.0.1"
+    consistency.__version__ = "0.0.1"
 """
     keys = {
         "checkpoint_every_n_steps": 2,
@@ -251,18 +405,11 @@ def test_every_process_has_the_same_steps_and_none_loses_a_micro_batch(trainer):
     loaded = load_config(trainer.config("three", max_steps=20))
     samples = scan_all(loaded, write=False)["train"].samples
     plan, schedule = plan_run(loaded.config, samples, 3)
-    timetable = schedule
-    shares = [
-        list(tasks(plan, timetable, 0, SimpleNamespace(process_index=rank, num_processes=3))) for rank in range(3)
-    ]
-    meetings = [[(task.step, task.epoch, task.num_samples, task.last) for task in share] for share in shares]
+    shares = [list(rank_steps(plan, schedule, 0, rank, 3)) for rank in range(3)]
+    meetings = [[(step.index, step.epoch, len(step.micro_batches)) for step in share] for share in shares]
     assert meetings[0] == meetings[1] == meetings[2]
-    assert [step for step, *_, last in meetings[0] if last] == list(range(20))
-    for step in range(20):
-        counted = sum(
-            len(task.micro_batch.refs)
-            for share in shares
-            for task in share
-            if task.step == step and not task.is_padding
-        )
-        assert counted == next(task.num_samples for task in shares[0] if task.step == step)
+    assert [index for index, *_ in meetings[0]] == list(range(20))
+    for steps in zip(*shares, strict=True):
+        mine = [each for step in steps for each in step.micro_batches]
+        assert len({each.address for each in mine}) == len(mine)
+        assert sum(len(each.micro_batch.refs) for each in mine if not each.is_padding) == steps[0].planned.num_samples
