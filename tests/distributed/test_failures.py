@@ -21,7 +21,7 @@ ACCELERATE = (
 
 # A program that has nothing to do but to fail: argument 1 on the process that is argument 2, on all if that is absent.
 PROGRAM = """
-import ctypes, os, signal, sys, time
+import os, signal, sys, time
 from datetime import timedelta
 from accelerate import Accelerator, InitProcessGroupKwargs
 from anima_train.core.errors import DataError
@@ -103,7 +103,8 @@ def stop():
     os.kill(os.getpid(), signal.SIGSTOP)
 
 def wait():
-    ctypes.CDLL(None).sleep(600)  # no exception reaches it, as in NCCL
+    while True:  # SIGTERM wakes it, and no exception reaches it, as in NCCL
+        ctypes.CDLL(None).sleep(600)
 
 def in_step(act):
     train.compute_loss = third_time(act, train.compute_loss)
@@ -123,7 +124,7 @@ def slowly(name):
     real = getattr(module, name)
     def call(*arguments, **keys):
         print(f"slow: {name}", flush=True)
-        time.sleep(25.0)
+        time.sleep(16.0)
         return real(*arguments, **keys)
     setattr(module, name, call)
 
@@ -300,13 +301,13 @@ def test_a_process_that_hangs_in_a_step_ends_the_training_at_the_timeout(launch,
 @pytest.mark.slow
 def test_long_work_of_one_process_does_not_fall_under_the_timeout(launch):
     change = """
-accelerator.TIMEOUT = timedelta(seconds=15)
+accelerator.TIMEOUT = timedelta(seconds=12)
 for name in (("scan_all", "find_origin", "save_weights"), ("fill_cache", "load_trained"))[RANK]: slowly(name)
 if RANK == 0:
     real = train.Previews.draw
     def draw(*arguments):
         print("slow: draw", flush=True)
-        time.sleep(25.0)
+        time.sleep(16.0)
         return real(*arguments)
     train.Previews.draw = draw
 """
