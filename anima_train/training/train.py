@@ -27,7 +27,7 @@ from anima_train.core.files import write_text
 from anima_train.core.format import printable
 from anima_train.core.random import derive
 from anima_train.data.loader import Batch, read_ahead
-from anima_train.data.plan import MicroBatch, Plan, Timetable
+from anima_train.data.plan import MicroBatch, Plan, Timetable, times_seen
 from anima_train.distributed.collectives import from_main
 from anima_train.distributed.consistency import Together, check_same_plan, settled
 from anima_train.distributed.signals import Abandoned, Stopping
@@ -218,7 +218,7 @@ def train(
         try_shape(shape, loaded, data.files, model, optimizer, accelerator)
 
     # Before the first step, or what a process that had to stop has left.
-    seen = images_before(plan, timetable, start)
+    seen = sum(times_seen(plan, timetable, start))
     if origin.saved is None:
         sampling = config.sampling
         starts = {"evaluation": config.eval_before_first_step, "preview": sampling and sampling.before_first_step}
@@ -378,10 +378,3 @@ def make_previews(loaded: LoadedConfig, files: ModelFiles, run: RunFolder, devic
         text_device(config, device),
         DTYPES[config.model.dtype],
     )
-
-
-def images_before(plan: Plan, timetable: Timetable, step: int) -> int:
-    """Images seen in the steps before this one."""
-    epoch, place = timetable.place(step) if step else (0, 0)
-    whole = sum(plan.shown_before(index, epoch) for index in range(len(plan.samples)))
-    return whole + sum(planned.num_samples for planned in plan.epoch(epoch)[:place])
