@@ -1,13 +1,12 @@
 """How much memory a device has had in use, and what is said when there is not enough."""
 
 import contextlib
-import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 from anima_train.core.errors import SpaceError
@@ -36,18 +35,12 @@ def peak_bytes(device: torch.device) -> int:
         return torch.mps.driver_allocated_memory()  # of the pool, which keeps what it once held
     if device.type != "cpu":
         return torch.accelerator.max_memory_allocated(device)
-    if sys.platform == "linux":
-        # Not `ru_maxrss`, which begins with that of the process that started this one.
+    if psutil.LINUX:
+        # psutil has no peak here, and `ru_maxrss` begins with that of the process that started this one.
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    elif sys.platform == "win32":  # noqa: RET505  # mypy knows which branch it can reach
-        import psutil  # which Accelerate needs
-
-        return psutil.Process().memory_info().peak_wset
-    else:
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes, on a Mac
+    memory = psutil.Process().memory_info()
+    return int(getattr(memory, "peak_wset", memory.rss))  # on a Mac, which has no peak, what is in use now
 
 
 @dataclass(frozen=True)
@@ -133,14 +126,7 @@ def limits(device: torch.device) -> str:
         free, total = torch.accelerator.get_memory_info(device)
         others = max(0, total - free - torch.accelerator.memory_reserved(device))
         return f"the device has {readable(total)}, {readable(others)} of it in use for other things than this training"
-    if sys.platform == "win32":
-        import psutil  # which Accelerate needs
-
-        return f"the computer has {readable(psutil.virtual_memory().total)}"
-    else:  # noqa: RET505  # mypy knows which branch it can reach
-        import resource
-
-        text = f"the computer has {readable(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))}"
-        if (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
-            text += f", of which a process may take {readable(limit)} (ulimit -v)"
-        return text
+    text = f"the computer has {readable(psutil.virtual_memory().total)}"
+    if psutil.LINUX and (limit := psutil.Process().rlimit(psutil.RLIMIT_AS)[0]) != psutil.RLIM_INFINITY:
+        text += f", of which a process may take {readable(limit)} (ulimit -v)"
+    return text
