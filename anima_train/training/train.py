@@ -310,7 +310,7 @@ def train(
             run.log(run.metrics_path, values | {"loss_by_t": found.by_t})
             shown = {key: value for key, value in values.items() if key not in ("step", "examples")}
             trackers.log(shown, seen if config.x_axis_examples else step)
-            if spike := spikes.after(step, found.loss, norm):
+            if spike := spikes.after(step, norm):
                 progress.say(f"warning: step {step}: {spike}")
                 run.warn(step, spike)
             progress.update(step, found.loss, speed, values["memory_bytes"], what_follows(due, step, timetable))

@@ -16,9 +16,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from anima_train.cli.main import COMMANDS, application
+from anima_train.core.averages import ExponentialAverage
 from anima_train.core.errors import ConfigError
 from anima_train.reports.charts import HEIGHT, WIDTH, Axis, Line, chart, line_of, value_axis
-from anima_train.core.averages import ExponentialAverage
 from anima_train.reports.html import TEMPLATES
 from anima_train.reports.run import MAX_PREVIEWS, MIN_WINDOW, PREVIEW_SIDE, collect_run
 from anima_train.reports.run_page import histogram, render_run, write_run_report
