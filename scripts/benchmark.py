@@ -43,7 +43,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
 
 from anima_train.adapters.lora import Lora
-from anima_train.checkpoint.async_writer import Groups, Writer, on_host
+from anima_train.checkpoint.async_writer import AsyncWriter, Groups, on_host
 from anima_train.checkpoint.training_state import StateFacts, save_state
 from anima_train.data.buckets import aspect_ratios, nearest, size_of
 from anima_train.data.images import Crop, cover_box
@@ -273,7 +273,7 @@ def benchmark_save(options: argparse.Namespace, device: torch.device, dtype: tor
     }
     facts = StateFacts(step=1, optimizer="")
     rows = []
-    with tempfile.TemporaryDirectory() as name, Writer() as writer:
+    with tempfile.TemporaryDirectory() as name, AsyncWriter() as writer:
         folder = Path(name)
 
         def job(copies: Groups) -> None:

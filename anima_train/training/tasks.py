@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from anima_train.adapters.full import Full
-from anima_train.checkpoint.async_writer import Groups, Writer
+from anima_train.checkpoint.async_writer import AsyncWriter, Groups
 from anima_train.checkpoint.training_state import StateFacts, save_state, state_tensors
 from anima_train.checkpoint.weights import save_weights, weights_metadata
 from anima_train.config.config import Config
@@ -62,7 +62,7 @@ class Outputs:
     run: RunFolder
     accelerator: Accelerator
     stopping: Stopping
-    writer: Writer
+    writer: AsyncWriter
     progress: Progress
     trackers: Trackers
     trained: Trained

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from anima_train.caching.text_encoding import has_live_texts, text_device
-from anima_train.checkpoint.async_writer import Writer
+from anima_train.checkpoint.async_writer import AsyncWriter
 from anima_train.checkpoint.disk_space import space_warning
 from anima_train.checkpoint.resume import Origin, check_same_content, find_origin, set_aside
 from anima_train.checkpoint.training_state import load_state, saved_states, trained_parameters
@@ -204,9 +204,9 @@ def train(
     skipped, spikes = from_main(accelerator, lambda: replay(run.metrics_path, start))  # after the records are trimmed
     progress = Progress(run.name, timetable.num_steps, start, is_main)
     opens = partial(open_trackers, accelerator, config.monitoring, run.name, config.offline)
-    trackers = stack.enter_context(Trackers(opens, progress.say))  # closed where the run fails, too
+    trackers = stack.enter_context(Trackers(opens))  # closed where the run fails, too
     stack.callback(progress.close)
-    writer = stack.enter_context(Writer())
+    writer = stack.enter_context(AsyncWriter())
     outputs = Outputs(
         config, run, accelerator, stopping, writer, progress, trackers,
         Trained(transformer, model, optimizer, average), data.files, plan, timetable, data.evals, previews, facts,
