@@ -4,16 +4,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from anima_train.adapters.full import Full
 from anima_train.caching.sizes import latent_bytes, mask_bytes, text_bytes
 from anima_train.config.config import Config
+from anima_train.core.device import DTYPES
 from anima_train.core.format import readable
 from anima_train.data.buckets import Size
 from anima_train.data.samples import Sample, View
 from anima_train.model.dit import TransformerShape
 from anima_train.model.text import TokenCounts
 from anima_train.optim.optimizers import AnyOptimizer
+from anima_train.optim.state_shapes import optimizer_state
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 # Values kept for the backward pass per image token, block and channel: 16 GiB for one image of 1024 pixels in the 28
@@ -116,11 +119,10 @@ def memory_cost(config: Config, model: ModelStats, size: Size, batch_size: int) 
 
 
 def gradient_and_state_bytes(optimizer: AnyOptimizer, dtype: str) -> int:
-    """Bytes per trained parameter of this dtype: the gradient, two moments, the Kahan compensation of bf16."""
-    value = DTYPE_BYTES[dtype]
-    if optimizer.type == "adamw_optimi":
-        return value + 2 * DTYPE_BYTES[optimizer.moments_dtype] + (value if dtype == "bfloat16" else 0)
-    return value + 2 * value
+    """Return the bytes per trained parameter of this dtype: its gradient, and what the optimizer keeps."""
+    weight = torch.empty(2**10, dtype=DTYPES[dtype], device="meta")  # so many that the count of steps adds no byte
+    (state,) = optimizer_state(optimizer, [weight])
+    return (weight.nbytes + sum(tensor.nbytes for tensor in state.values())) // weight.numel()
 
 
 @dataclass(frozen=True)

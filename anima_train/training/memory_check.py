@@ -25,7 +25,8 @@ from anima_train.model.llm_adapter import LLMAdapterShape
 from anima_train.model.loading import ModelFiles
 from anima_train.model.text import MAX_TOKENS
 from anima_train.objective.step import compute_loss
-from anima_train.optim.optimizers import AnyOptimizer, Groups
+from anima_train.optim.optimizers import AnyOptimizer
+from anima_train.optim.state_shapes import optimizer_state
 from anima_train.run.accelerator import make_accelerator
 from anima_train.training.build import load_trained
 from anima_train.training.costs import Measured
@@ -59,7 +60,8 @@ def try_shape(
     start_peak(device)
     # Without what exchanges gradients, but with autocast.
     transformer = accelerator.unwrap_model(model, keep_fp32_wrapper=True)
-    held = [] if optimizer.state else state_like(loaded.config.optimizer, optimizer.param_groups)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    held = [] if optimizer.state else state_like(loaded.config.optimizer, parameters, device)
     batch = random_batch(loaded, files, shape.size, shape.batch_size).to(device)
     loss_function = loaded.config.loss()
     if shape.is_evaluation:
@@ -69,25 +71,20 @@ def try_shape(
         transformer.train()
     else:
         if loaded.config.gradient_accumulation_steps > 1:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    parameter.grad = torch.zeros_like(parameter)
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter)
         accelerator.backward(compute_loss(transformer, batch, loss_function).mean())
     optimizer.zero_grad(set_to_none=True)
     del held  # was in memory until now
 
 
-def state_like(settings: AnyOptimizer, groups: Groups) -> list[Tensor]:
-    """Tensors that take the memory of an optimizer's state: the state of updates to copies, one parameter at a time."""
-    state: list[Tensor] = []
-    for group in groups:
-        for parameter in group["params"]:
-            copy = nn.Parameter(torch.zeros_like(parameter))
-            copy.grad = torch.zeros_like(copy)
-            optimizer = settings.build([{**group, "params": [copy]}])
-            optimizer.step()
-            state.extend(value for value in optimizer.state[copy].values() if isinstance(value, Tensor))
-    return state
+def state_like(settings: AnyOptimizer, parameters: Iterable[Tensor], device: torch.device) -> list[Tensor]:
+    """Return tensors that take the memory of an optimizer's state."""
+    return [
+        torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+        for state in optimizer_state(settings, parameters)
+        for tensor in state.values()
+    ]
 
 
 def random_batch(loaded: LoadedConfig, files: ModelFiles, size: Size, batch_size: int) -> Batch:
