@@ -30,7 +30,7 @@ from anima_train.caching.sizes import (
 from anima_train.caching.text_encoding import ConditionEncoder, Say, report_truncated
 from anima_train.core.device import free
 from anima_train.core.errors import SpaceError
-from anima_train.core.files import Need, require_space
+from anima_train.core.files import DiskRequirement, require_space
 from anima_train.data.cache import Claims
 from anima_train.data.images import (
     BadImage,
@@ -265,7 +265,7 @@ def encode_texts(
 def fill_cache(
     needed: Needed, files: ModelFiles, with_adapter: bool, share: Share, device: torch.device,
     text_device: torch.device, dtype: torch.dtype, batch_size: int, progress: bool, say: Say,
-    also: Sequence[Need] = (),
+    also: Sequence[DiskRequirement] = (),
 ) -> Encoded:  # fmt: skip
     """Make every missing entry, together with all other processes that do so; returns when none is missing.
 

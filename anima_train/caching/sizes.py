@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from anima_train.core.files import BLOCK, Need, on_disk
+from anima_train.core.files import BLOCK, DiskRequirement, on_disk
 from anima_train.core.format import count
 from anima_train.core.shapes import LATENT_CHANNELS, LATENT_PIXELS
 from anima_train.data.buckets import Size
@@ -56,7 +56,7 @@ def view_bytes(entry: Entry) -> int:
     return latent_bytes(size) if entry.kind == "latent" else mask_bytes(size)
 
 
-def cache_needs(sizes: Iterable[tuple[Entry, int]]) -> list[Need]:
+def cache_needs(sizes: Iterable[tuple[Entry, int]]) -> list[DiskRequirement]:
     """What missing entries will take of the disk, for each cache.
 
     Args:
@@ -71,7 +71,7 @@ def cache_needs(sizes: Iterable[tuple[Entry, int]]) -> list[Need]:
         numbers[cache.folder] += 1
         folders[cache.folder].add(cache.path(entry.kind, entry.key).parent)
     return [
-        Need(
+        DiskRequirement(
             folder,
             num_bytes[folder] + (len(folders[folder]) + NUM_CLAIMS) * BLOCK,
             count(number, "missing cache entry", "missing cache entries"),

@@ -8,10 +8,15 @@ import torch
 from torch import Tensor
 
 from anima_train import __version__
+from anima_train.adapters.full import Full
+from anima_train.adapters.lora import Lora
 from anima_train.config.config import Config
 from anima_train.core.errors import ModelFileError, NumericError
 from anima_train.core.files import atomic_path
 from anima_train.core.format import count
+from anima_train.model.dit import MiniTrainDIT
+from anima_train.model.file_kinds import ADAPTER_PREFIX
+from anima_train.model.loading import ModelFiles
 from anima_train.model.safetensors_io import file_bytes, match_keys, open_header, read_tensors, write_tensors
 
 
@@ -32,6 +37,32 @@ def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         for name, tensor in read_tensors(found):
             if not torch.equal(tensor, tensors[name].detach().cpu()):
                 raise ModelFileError(f"{path}: {name} reads back with other values than were written; check the disk")
+
+
+def weights_to_save(
+    adapter: Lora | Full, transformer: MiniTrainDIT, files: ModelFiles, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """Return the LoRA or the whole model under the names of its file; of a transformer on the meta device, the shapes.
+
+    Args:
+        adapter: what is trained.
+        transformer: with it.
+        files: of the model; the frozen LLM adapter of a whole model, which is not in memory, comes from there.
+        dtype: of the file; None: as trained.
+    """
+    tensors = adapter.tensors(transformer)
+    if isinstance(adapter, Full) and not hasattr(transformer, "llm_adapter"):
+        on_meta = any(tensor.is_meta for tensor in tensors.values())
+        tensors |= adapter.outside(adapter_shapes(files) if on_meta else files.adapter_tensors())
+    return tensors if dtype is None else {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+def adapter_shapes(files: ModelFiles) -> dict[str, Tensor]:
+    """Return the LLM adapter's weights as `ModelFiles.adapter_tensors` does, on the meta device."""
+    entries = files.adapter_header.entries.items()
+    return {
+        ADAPTER_PREFIX + name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in entries
+    }
 
 
 def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -54,7 +54,7 @@ def free_bytes(folder: Path) -> float:
 
 
 @dataclass(frozen=True)
-class Need:
+class DiskRequirement:
     """Bytes that are about to be written in a folder, which need not be there."""
 
     folder: Path
@@ -62,7 +62,7 @@ class Need:
     what: str  # "the training state"
 
 
-def require_space(needs: Iterable[Need], remedy: str) -> None:
+def require_space(needs: Iterable[DiskRequirement], remedy: str) -> None:
     """Refuse to begin what a disk has no room for; what folders on the same disk need is summed.
 
     A quota is not seen ahead: the system tells of it only when a write fails.
@@ -74,7 +74,7 @@ def require_space(needs: Iterable[Need], remedy: str) -> None:
     Raises:
         SpaceError: for each such disk the bytes needed, free and missing; or a folder cannot be written at all.
     """
-    by_disk: dict[int, list[Need]] = defaultdict(list)
+    by_disk: dict[int, list[DiskRequirement]] = defaultdict(list)
     problems = []
     for need in needs:
         if need.num_bytes == 0:

@@ -36,6 +36,11 @@ class Due:
             due = True
         return due
 
+    def count(self, steps: range, epochs: range, examples: range) -> int:
+        """Return how often it is due, at most, while these numbers go from the start of their range to its stop."""
+        passed = ((self.steps, steps), (self.epochs, epochs), (self.examples, examples))
+        return sum(each.stop // every - each.start // every for every, each in passed if every is not None)
+
     def following(self, step: int, timetable: Timetable) -> int | None:
         """The next step after which it is due, as far as steps and epochs tell; None: not before the end."""
         steps = []

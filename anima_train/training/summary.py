@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from anima_train.checkpoint.disk_space import space_warning
 from anima_train.config.config import Config
 from anima_train.config.load import LoadedConfig
 from anima_train.core.format import count, listed, printable, readable
@@ -12,7 +11,14 @@ from anima_train.data.plan import Plan, Timetable, batch_size_for, short_by
 from anima_train.data.scan import Scan
 from anima_train.model.loading import ModelFiles
 from anima_train.optim.groups import GroupRow
-from anima_train.training.build import group_rows, make_plan, make_timetable, planned_writings, trainable_transformer
+from anima_train.training.build import (
+    disk_plan,
+    file_sizes,
+    group_rows,
+    make_plan,
+    make_timetable,
+    trainable_transformer,
+)
 
 
 def lr_text(row: GroupRow) -> str:
@@ -88,8 +94,8 @@ def report(loaded: LoadedConfig, files: ModelFiles, scans: dict[str, Scan], num_
     lines.extend(plan_text(plan, timetable, loaded.config))
     transformer = trainable_transformer(loaded, files)
     lines.extend(groups_text(group_rows(transformer, rates)))
-    planned = planned_writings(loaded, files, plan, timetable, transformer)
+    planned = disk_plan(loaded, file_sizes(loaded, files), plan, timetable)
     lines.append(f"files: {planned.described()}: {readable(planned.num_bytes)} in all")
-    if warning := space_warning(planned, loaded.config):
+    if warning := planned.warning(loaded.config.keep_last):
         lines.append(f"warning: {warning}")
     return Report(lines)

@@ -10,10 +10,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from anima_train.adapters.full import Full
 from anima_train.checkpoint.async_writer import AsyncWriter, Groups
 from anima_train.checkpoint.training_state import StateFacts, save_state, state_tensors
-from anima_train.checkpoint.weights import save_weights, weights_metadata
+from anima_train.checkpoint.weights import save_weights, weights_metadata, weights_to_save
 from anima_train.config.config import Config
 from anima_train.core.device import DTYPES
 from anima_train.core.errors import Interrupted
@@ -166,7 +165,8 @@ class Outputs:
                 self.progress.say(f"step {step}: saved {path}")
 
         with self.trained.averaged():
-            tensors = weights_to_save(self.config, self.trained.transformer, self.files)
+            dtype = None if self.config.save_dtype is None else DTYPES[self.config.save_dtype]
+            tensors = weights_to_save(self.config.adapter, self.trained.transformer, self.files, dtype)
             self.writer.write({"weights": tensors}, write)
         return path
 
@@ -187,13 +187,3 @@ class Outputs:
             save_state(self.run.checkpoints, facts, groups, self.config.keep_last)
 
         self.writer.write(state_tensors(trained.transformer, trained.optimizer, trained.average), write)
-
-
-def weights_to_save(config: Config, transformer: MiniTrainDIT, files: ModelFiles) -> dict[str, Tensor]:
-    """The LoRA, or the whole model; a frozen LLM adapter that is not in memory comes from its file."""
-    tensors = config.adapter.tensors(transformer)
-    if isinstance(config.adapter, Full) and config.learning_rates().by_component["llm_adapter"] == 0:
-        tensors |= config.adapter.outside(files.adapter_tensors())
-    if config.save_dtype is None:
-        return tensors
-    return {name: tensor.to(DTYPES[config.save_dtype]) for name, tensor in tensors.items()}

@@ -15,7 +15,6 @@ from accelerate import Accelerator
 
 from anima_train.caching.text_encoding import has_live_texts, text_device
 from anima_train.checkpoint.async_writer import AsyncWriter
-from anima_train.checkpoint.disk_space import space_warning
 from anima_train.checkpoint.resume import Origin, check_same_content, find_origin, set_aside
 from anima_train.checkpoint.training_state import load_state, saved_states, trained_parameters
 from anima_train.config.config import Config
@@ -43,7 +42,7 @@ from anima_train.run.manifest import config_toml, manifest, seen_facts
 from anima_train.run.progress import Progress
 from anima_train.run.trackers import Trackers, open_trackers
 from anima_train.training.anomalies import naming, replay, step_names
-from anima_train.training.build import group_rows, load_trained, make_plan, make_timetable, planned_writings
+from anima_train.training.build import disk_plan, file_sizes, group_rows, load_trained, make_plan, make_timetable
 from anima_train.training.costs import savings
 from anima_train.training.memory import Attempt, Shape, memory_errors, peak_bytes, start_peak
 from anima_train.training.memory_check import largest_shapes, try_shape
@@ -195,8 +194,8 @@ def train(
         write_text(run.path / "config.toml", config_toml(config))
         write_text(run.manifest_path, json.dumps(facts, indent=1))
         num_states = len(saved_states(run.checkpoints))
-        expected = planned_writings(loaded, data.files, plan, timetable, transformer, start, num_states)
-        if warning := space_warning(expected, config):
+        expected = disk_plan(loaded, file_sizes(loaded, data.files), plan, timetable, start, num_states)
+        if warning := expected.warning(config.keep_last):
             accelerator.print(f"warning: {printable(warning)}")
             warnings.append(warning)
         for warning in (*warnings, *loaded.notes, *data.warnings):

@@ -15,7 +15,7 @@ import pytest
 from anima_train.core.errors import SpaceError
 from anima_train.core.files import (
     HASH_CHUNK,
-    Need,
+    DiskRequirement,
     atomic_folder,
     atomic_path,
     current_umask,
@@ -262,9 +262,9 @@ def test_what_folders_of_one_disk_need_is_summed_and_each_disk_is_reported(disk)
     first, second = disk(64 * 1024, "first"), disk(64 * 1024, "second")
     (first / "a").mkdir()
     needs = [
-        Need(first / "a", 40_960, "the cache"),
-        Need(first / "b", 40_960, "a state"),
-        Need(second, 131_072, "weights"),
+        DiskRequirement(first / "a", 40_960, "the cache"),
+        DiskRequirement(first / "b", 40_960, "a state"),
+        DiskRequirement(second, 131_072, "weights"),
     ]
     with pytest.raises(SpaceError) as caught:
         require_space(needs, "free some space")
@@ -275,12 +275,12 @@ def test_what_folders_of_one_disk_need_is_summed_and_each_disk_is_reported(disk)
         "missing; free some space",
     ]
     require_space(needs[:1], "")
-    require_space([Need(first, 65_536, "all of it")], "")
+    require_space([DiskRequirement(first, 65_536, "all of it")], "")
 
 
 def test_a_read_only_disk_is_refused_with_the_bytes_if_any_are_needed(disk):
     folder = disk(64 * 1024)
     subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
-    require_space([Need(folder, 0, "nothing")], "")
+    require_space([DiskRequirement(folder, 0, "nothing")], "")
     with pytest.raises(SpaceError, match=r"disk/b: cannot be written, where 1\.0 KiB are needed for the cache; move"):
-        require_space([Need(folder / "b", 1024, "the cache")], "move")
+        require_space([DiskRequirement(folder / "b", 1024, "the cache")], "move")
