@@ -44,7 +44,7 @@ from PIL import Image
 
 from anima_train.adapters.lora import Lora
 from anima_train.checkpoint.async_writer import AsyncWriter, Groups, on_host
-from anima_train.checkpoint.training_state import StateFacts, save_state
+from anima_train.checkpoint.training_state import StateManifest, save_state
 from anima_train.data.buckets import aspect_ratios, nearest, size_of
 from anima_train.data.images import Crop, cover_box
 from anima_train.data.loader import read_ahead
@@ -271,7 +271,7 @@ def benchmark_save(options: argparse.Namespace, device: torch.device, dtype: tor
         "weights": weights,
         "optimizer": {f"{name}.{key}": torch.randn_like(tensor) for name, tensor in weights.items() for key in "ab"},
     }
-    facts = StateFacts(step=1, optimizer="")
+    facts = StateManifest(step=1, optimizer="")
     rows = []
     with tempfile.TemporaryDirectory() as name, AsyncWriter() as writer:
         folder = Path(name)

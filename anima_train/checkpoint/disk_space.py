@@ -70,7 +70,7 @@ def require_room(path: Path, *files: Mapping[str, Tensor]) -> None:
     """
     require_space(
         [DiskRequirement(path.parent, state_bytes(*files), f"the training state {path.name}")],
-        "free some space, then go on with --resume; earlier files are intact",
+        "free some space, then resume with the same command or --resume; earlier files are intact",
     )
 
 

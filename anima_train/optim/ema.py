@@ -28,7 +28,7 @@ class Ema(Settings):
         return min(self.decay, (1 + num_updates) / (10 + num_updates))
 
 
-class Average:
+class WeightAverage:
     """The running average of some parameters; it begins as what they are now.
 
     Always in float32: an average in bfloat16 stands still, because what one step adds to it, (1 - decay) times the

@@ -72,7 +72,7 @@ class RunFolder:
             return tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"{path}: missing or damaged, so that it cannot be compared; go on with --resume "
+                f"{path}: missing or damaged, so that it cannot be compared; resume with --resume "
                 f"{self.checkpoints}, or set another run_name"
             ) from error
 

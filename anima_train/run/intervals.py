@@ -7,7 +7,7 @@ from anima_train.data.plan import Timetable
 
 
 @dataclass
-class Due:
+class Interval:
     """Whether something that happens every n epochs, steps, images or minutes is due after a step."""
 
     epochs: int | None = None
@@ -52,7 +52,7 @@ class Due:
         return min((each for each in steps if each <= timetable.num_steps), default=None)
 
 
-def what_follows(events: dict[str, Due], step: int, timetable: Timetable) -> str:
+def next_event(events: dict[str, Interval], step: int, timetable: Timetable) -> str:
     """The event that is due next, as "evaluation at 200"; "" where the end comes first."""
     found = [(at, name) for name, due in events.items() if (at := due.following(step, timetable)) is not None]
     return "{1} at {0:,}".format(*min(found)) if found else ""

@@ -34,7 +34,7 @@ class Trend:
         return "level" if abs(change) < LEVEL else "falling" if change < 0 else "rising"
 
 
-class Progress:
+class ProgressBar:
     """Tells how far a run is, to a terminal as one live line, to anything else as a line every half minute.
 
     Args:

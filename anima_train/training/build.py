@@ -26,7 +26,7 @@ from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
 from anima_train.model.loading import ModelFiles, load_transformer
 from anima_train.optim.groups import GroupRow, LearningRates, group_table, optimizer_groups
-from anima_train.run.intervals import Due
+from anima_train.run.intervals import Interval
 
 
 def make_plan(loaded: LoadedConfig, samples: Sequence[Sample], num_processes: int) -> Plan:
@@ -113,15 +113,15 @@ def disk_plan(
         range(timetable.place(start)[0], timetable.place(end)[0]),
         range(*(sum(times_seen(plan, timetable, step)) for step in (start, end))),
     )
-    saves = Due(config.save_every_n_epochs, config.save_every_n_steps, config.save_every_n_examples)
-    states = Due(config.checkpoint_every_n_epochs, config.checkpoint_every_n_steps)
+    saves = Interval(config.save_every_n_epochs, config.save_every_n_steps, config.save_every_n_examples)
+    states = Interval(config.checkpoint_every_n_epochs, config.checkpoint_every_n_steps)
     # The newest states and the best are kept, and one more is there while it is written.
     num_kept = max(1, config.keep_last + 2 - num_states)
     by_time = config.checkpoint_every_n_minutes is not None
     sampling = config.sampling
     previews = 0
     if sampling is not None:
-        previews = Due(sampling.every_n_epochs, sampling.every_n_steps).count(*passed)
+        previews = Interval(sampling.every_n_epochs, sampling.every_n_steps).count(*passed)
         previews += sampling.before_first_step and start == 0
     return DiskPlan(
         run_path(loaded),

@@ -90,12 +90,12 @@ class MemoryCost:
 
     weights: int
     trained: int  # gradients and the optimizer's state, and the weights that a LoRA adds
-    kept: int  # activations for the backward pass
+    activations: int  # kept for the backward pass
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.weights + self.trained + self.kept
+        return self.weights + self.trained + self.activations
 
 
 def memory_cost(config: Config, model: ModelStats, size: Size, batch_size: int) -> MemoryCost:
@@ -111,11 +111,11 @@ def memory_cost(config: Config, model: ModelStats, size: Size, batch_size: int) 
     shape = model.transformer
     per_block = batch_size * size.num_tokens * shape.width * DTYPE_BYTES[config.model.dtype]
     if config.activation_checkpointing:
-        kept = per_block * (shape.num_blocks * KEPT_VALUES_CHECKPOINTED + KEPT_VALUES)
+        activations = per_block * (shape.num_blocks * KEPT_VALUES_CHECKPOINTED + KEPT_VALUES)
     else:
-        kept = per_block * shape.num_blocks * KEPT_VALUES
+        activations = per_block * shape.num_blocks * KEPT_VALUES
     weights = model.num_weights * DTYPE_BYTES[weights_dtype] + model.num_text_weights * DTYPE_BYTES["float32"]
-    return MemoryCost(weights, model.num_trained * trained, kept)
+    return MemoryCost(weights, model.num_trained * trained, activations)
 
 
 def gradient_and_state_bytes(optimizer: AnyOptimizer, dtype: str) -> int:
@@ -142,7 +142,7 @@ class Measured:
         return f"{self.seconds_per_step:.3g} s"
 
 
-def savings(
+def memory_suggestions(
     config: Config, resolution: int, batch_size: int, has_text_encoder: bool, is_evaluation: bool = False
 ) -> list[str]:
     """What makes the micro-batches of a bucket need less memory and is not done yet, that of least cost first.
@@ -186,7 +186,7 @@ def savings(
     return found
 
 
-def cache_savings(config: Config) -> list[str]:
+def cache_suggestions(config: Config) -> list[str]:
     """What makes filling the cache need less memory and is not done yet, that of least cost first."""
     found = []
     if config.caching_batch_size > 1:

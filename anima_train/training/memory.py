@@ -44,7 +44,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 @dataclass(frozen=True)
-class Shape:
+class MicroBatchShape:
     """What goes through the transformer at once."""
 
     resolution: int
@@ -53,7 +53,7 @@ class Shape:
     is_evaluation: bool = False  # without a backward pass
 
     @classmethod
-    def of(cls, micro_batch: MicroBatch, samples: Sequence[Sample]) -> "Shape":
+    def of(cls, micro_batch: MicroBatch, samples: Sequence[Sample]) -> "MicroBatchShape":
         """That of a micro-batch of the plan of these samples."""
         first = samples[micro_batch.draws[0].sample]
         return cls(first.resolution, micro_batch.size, len(micro_batch.draws))
@@ -68,11 +68,11 @@ class Shape:
 
 
 @dataclass
-class Attempt:
+class MemoryContext:
     """What the memory is being used for; it changes as the run goes on."""
 
     doing: str
-    shape: Shape | None = None  # None: nothing goes through the transformer
+    shape: MicroBatchShape | None = None  # None: nothing goes through the transformer
 
     def __str__(self) -> str:
         return self.doing if self.shape is None else f"{self.doing}, with {self.shape}"
@@ -80,14 +80,14 @@ class Attempt:
 
 @contextlib.contextmanager
 def memory_errors(
-    device: torch.device, attempt: Attempt, savings: Callable[[Shape | None], Sequence[str]]
+    device: torch.device, attempt: MemoryContext, suggestions: Callable[[MicroBatchShape | None], Sequence[str]]
 ) -> Iterator[None]:
     """Report memory that runs out as a `SpaceError` about what was being done then.
 
     Args:
         device: that trains.
         attempt: kept up to date by the caller.
-        savings: what to change where this shape does not fit, that of least cost first.
+        suggestions: what to change where this shape does not fit, that of least cost first.
     """
     try:
         yield
@@ -98,7 +98,7 @@ def memory_errors(
         need = f"{readable(peak)} in use at most until then"
         if asked is not None:
             need = f"more than {readable(peak + asked)} ({need}, {readable(asked)} more asked for)"
-        changes = [f"\n  {number}. {saving}" for number, saving in enumerate(savings(attempt.shape), start=1)]
+        changes = [f"\n  {number}. {saving}" for number, saving in enumerate(suggestions(attempt.shape), start=1)]
         raise SpaceError(
             f"out of memory in {attempt}. Needed: {need}; {limits(device)}. What to change, in order of least cost:"
             f"{''.join(changes)}"

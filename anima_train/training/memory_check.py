@@ -30,24 +30,25 @@ from anima_train.optim.state_shapes import optimizer_state
 from anima_train.run.accelerator import make_accelerator
 from anima_train.training.build import load_trained
 from anima_train.training.costs import Measured
-from anima_train.training.memory import Shape, is_out_of_memory, peak_bytes, start_peak
+from anima_train.training.memory import MicroBatchShape, is_out_of_memory, peak_bytes, start_peak
 
 
-def largest_shapes(plan: Plan, num_epochs: int, evals: Iterable[EvalSet]) -> list[Shape]:
+def largest_shapes(plan: Plan, num_epochs: int, evals: Iterable[EvalSet]) -> list[MicroBatchShape]:
     """The micro-batch that needs most memory in training, and that in evaluation if there is any."""
     trained = [
-        Shape(resolution, size, number) for (resolution, size), number in plan.largest_batches(num_epochs).items()
+        MicroBatchShape(resolution, size, number)
+        for (resolution, size), number in plan.largest_batches(num_epochs).items()
     ]
     evaluated = []
     for eval_set in evals:
         for indices in eval_set.batches():
             sample = eval_set.data.samples[indices[0]]
-            evaluated.append(Shape(sample.resolution, sample.size, len(indices), is_evaluation=True))
+            evaluated.append(MicroBatchShape(sample.resolution, sample.size, len(indices), is_evaluation=True))
     return [max(shapes, key=lambda shape: shape.cost) for shapes in (trained, evaluated) if shapes]
 
 
 def try_shape(
-    shape: Shape, loaded: LoadedConfig, files: ModelFiles, model: nn.Module, optimizer: Optimizer,
+    shape: MicroBatchShape, loaded: LoadedConfig, files: ModelFiles, model: nn.Module, optimizer: Optimizer,
     accelerator: Accelerator,
 ) -> None:  # fmt: skip
     """Run the forward pass on random values and, unless it is an evaluation's, the backward pass.

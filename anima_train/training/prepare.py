@@ -30,8 +30,8 @@ from anima_train.evaluation.evaluate import EvalSet
 from anima_train.model.loading import ModelFiles
 from anima_train.model.text import count_tokens
 from anima_train.training.build import first_files
-from anima_train.training.costs import cache_savings
-from anima_train.training.memory import Attempt, memory_errors
+from anima_train.training.costs import cache_suggestions
+from anima_train.training.memory import MemoryContext, memory_errors
 from anima_train.training.summary import data_text
 
 
@@ -106,7 +106,7 @@ def prepare_data(
         num_read, num_damaged = verify_cache(needed, share)
         # Not `accelerator.print`: each process has read others.
         print(f"cache: {count(num_read, 'entry', 'entries')} read, {num_damaged:,} damaged and removed to be rebuilt")
-    with memory_errors(accelerator.device, Attempt("filling the cache"), lambda _: cache_savings(config)):
+    with memory_errors(accelerator.device, MemoryContext("filling the cache"), lambda _: cache_suggestions(config)):
         done = fill_cache(
             needed,
             files,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from anima_train.checkpoint.async_writer import AsyncWriter, Groups
-from anima_train.checkpoint.training_state import StateFacts, save_state, state_tensors
+from anima_train.checkpoint.training_state import StateManifest, save_state, state_tensors
 from anima_train.checkpoint.weights import save_weights, weights_metadata, weights_to_save
 from anima_train.config.config import Config
 from anima_train.core.device import DTYPES
@@ -24,10 +24,10 @@ from anima_train.evaluation.evaluate import EvalSet, base_text, evaluate, read_b
 from anima_train.evaluation.previews import Previews
 from anima_train.model.dit import MiniTrainDIT
 from anima_train.model.loading import ModelFiles
-from anima_train.optim.ema import Average
+from anima_train.optim.ema import WeightAverage
 from anima_train.run.folder import RunFolder
 from anima_train.run.manifest import plain
-from anima_train.run.progress import Progress
+from anima_train.run.progress import ProgressBar
 from anima_train.run.trackers import Trackers
 
 
@@ -46,7 +46,7 @@ class Trained:
     transformer: MiniTrainDIT
     model: nn.Module  # the same, as the device and the processes need it
     optimizer: Optimizer
-    average: Average | None
+    average: WeightAverage | None
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """While entered, the weights are those that are looked at and saved: with [ema], their average."""
@@ -62,7 +62,7 @@ class Outputs:
     accelerator: Accelerator
     stopping: Stopping
     writer: AsyncWriter
-    progress: Progress
+    progress: ProgressBar
     trackers: Trackers
     trained: Trained
     files: ModelFiles
@@ -173,7 +173,7 @@ class Outputs:
     def save_state(self, step: int, pending: Sequence[str] = ()) -> None:
         """Have the training state after a step written."""
         trained = self.trained
-        facts = StateFacts(
+        facts = StateManifest(
             step=step,
             optimizer=type(trained.optimizer).__name__,
             pending=list(pending),

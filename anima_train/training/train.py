@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from accelerate import Accelerator
 
 from anima_train.caching.text_encoding import has_live_texts, text_device
 from anima_train.checkpoint.async_writer import AsyncWriter
-from anima_train.checkpoint.resume import Origin, check_same_content, find_origin, set_aside
+from anima_train.checkpoint.resume import ResumePoint, check_same_content, find_resume_point, retire_states
 from anima_train.checkpoint.training_state import load_state, saved_states, trained_parameters
 from anima_train.config.config import Config
 from anima_train.config.load import LoadedConfig
@@ -33,25 +34,25 @@ from anima_train.distributed.signals import Abandoned, Stopping
 from anima_train.evaluation.previews import Previews
 from anima_train.model.loading import ModelFiles
 from anima_train.objective.step import compute_loss
-from anima_train.optim.ema import Average
+from anima_train.optim.ema import WeightAverage
 from anima_train.optim.lr_schedules import lr_factor
 from anima_train.run.accelerator import make_accelerator
 from anima_train.run.folder import RunFolder
-from anima_train.run.intervals import Due, what_follows
-from anima_train.run.manifest import config_toml, manifest, seen_facts
-from anima_train.run.progress import Progress
+from anima_train.run.intervals import Interval, next_event
+from anima_train.run.manifest import config_toml, manifest, plain, seen_facts
+from anima_train.run.progress import ProgressBar
 from anima_train.run.trackers import Trackers, open_trackers
 from anima_train.training.anomalies import naming, replay, step_names
 from anima_train.training.build import disk_plan, file_sizes, group_rows, load_trained, make_plan, make_timetable
-from anima_train.training.costs import savings
-from anima_train.training.memory import Attempt, Shape, memory_errors, peak_bytes, start_peak
+from anima_train.training.costs import memory_suggestions
+from anima_train.training.memory import MemoryContext, MicroBatchShape, memory_errors, peak_bytes, start_peak
 from anima_train.training.memory_check import largest_shapes, try_shape
 from anima_train.training.metrics import StepSums
 from anima_train.training.prepare import prepare_data, scan_all, with_live_texts
 from anima_train.training.summary import groups_text, plan_text, report
 from anima_train.training.tasks import Moment, Outputs, Trained
 
-GO_ON = "the same command, or --resume, goes on from there"
+GO_ON = "resume with the same command or --resume"
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,10 @@ def run_training(
             loaded = replace(loaded, notes=(*loaded.notes, note))
         for note in loaded.notes:
             accelerator.print(f"note: {printable(note)}")
-        warnings: list[str] = []
-        origin = from_main(accelerator, lambda: find_origin(loaded, resume, resume_path, warnings.append))
+        with collected_warnings() as warnings:
+            origin = from_main(
+                accelerator, lambda: find_resume_point(plain(loaded.config), loaded.run_name, resume, resume_path)
+            )
         for line in (*(f"warning: {warning}" for warning in warnings), *origin.notes):
             accelerator.print(printable(line))
         loaded = replace(loaded, run_name=origin.run_name)
@@ -129,7 +132,7 @@ def run_training(
 
 
 def train(
-    loaded: LoadedConfig, run: RunFolder, accelerator: Accelerator, origin: Origin, warnings: list[str],
+    loaded: LoadedConfig, run: RunFolder, accelerator: Accelerator, origin: ResumePoint, warnings: list[str],
     stack: contextlib.ExitStack, stopping: Stopping,
 ) -> Path:  # fmt: skip
     """The run, from the images to the last saved file; what has to be closed at its end goes on the stack.
@@ -152,12 +155,12 @@ def train(
 
     # Memory: whatever runs out of it from here on says what to change.
     shapes = largest_shapes(plan, len(timetable.first_steps) - 1, data.evals)
-    attempt = Attempt("loading the model")
+    attempt = MemoryContext("loading the model")
     encodes_here = has_live_texts(config, data.train.samples) and text_device(config, device).type != "cpu"
 
-    def changes(tried: Shape | None) -> list[str]:
+    def changes(tried: MicroBatchShape | None) -> list[str]:
         shape = tried or shapes[0]
-        return savings(config, shape.resolution, shape.batch_size, encodes_here, shape.is_evaluation)
+        return memory_suggestions(config, shape.resolution, shape.batch_size, encodes_here, shape.is_evaluation)
 
     stack.enter_context(memory_errors(device, attempt, changes))
 
@@ -172,7 +175,7 @@ def train(
     parameters = [parameter for group in groups for parameter in group["params"]]
     model = accelerator.prepare(transformer)
     optimizer = config.optimizer.build(groups)
-    average = None if config.ema is None else Average(trained_parameters(transformer), config.ema)
+    average = None if config.ema is None else WeightAverage(trained_parameters(transformer), config.ema)
 
     # Where to start.
     start, pending = 0, []
@@ -186,9 +189,9 @@ def train(
     facts = from_main(accelerator, checked_facts)
     if origin.saved is not None:
         load_state(origin.saved, transformer, optimizer, average)
-        start, pending = origin.saved.facts.step, origin.saved.facts.pending
+        start, pending = origin.saved.manifest.step, origin.saved.manifest.pending
     if is_main:
-        for path in set_aside(run.checkpoints, start):
+        for path in retire_states(run.checkpoints, start):
             accelerator.print(f"note: {printable(str(path))} is of a step that is made again; it is not read any more")
         run.start_records(origin.source, start, pending)
         write_text(run.path / "config.toml", config_toml(config))
@@ -201,7 +204,7 @@ def train(
         for warning in (*warnings, *loaded.notes, *data.warnings):
             run.warn(0, warning)
     skipped, spikes = from_main(accelerator, lambda: replay(run.metrics_path, start))  # after the records are trimmed
-    progress = Progress(run.name, timetable.num_steps, start, is_main)
+    progress = ProgressBar(run.name, timetable.num_steps, start, is_main)
     opens = partial(open_trackers, accelerator, config.monitoring, run.name, config.offline)
     trackers = stack.enter_context(Trackers(opens))  # closed where the run fails, too
     stack.callback(progress.close)
@@ -242,7 +245,7 @@ def train(
     for task, batch in batches:
         # Forward and backward. Each sample weighs the same in the step, whatever the sizes of the micro-batches. DDP
         # averages gradients over processes, so that what is wanted as a sum is multiplied by their number.
-        attempt.doing, attempt.shape = f"step {task.step + 1}", Shape.of(task.micro_batch, plan.samples)
+        attempt.doing, attempt.shape = f"step {task.step + 1}", MicroBatchShape.of(task.micro_batch, plan.samples)
         torch.manual_seed(derive(config.seed, "dropout", task.step, task.index))
         left = step_started + step_seconds - time.monotonic() + writer.seconds
         try:
@@ -312,7 +315,7 @@ def train(
             if spike := spikes.after(step, norm):
                 progress.say(f"warning: step {step}: {spike}")
                 run.warn(step, spike)
-            progress.update(step, found.loss, speed, values["memory_bytes"], what_follows(due, step, timetable))
+            progress.update(step, found.loss, speed, values["memory_bytes"], next_event(due, step, timetable))
 
         step_seconds = time.monotonic() - step_started
 
@@ -346,17 +349,28 @@ def train(
     return final
 
 
-def all_due(config: Config, now: float) -> dict[str, Due]:
+@contextlib.contextmanager
+def collected_warnings() -> Iterator[list[str]]:
+    """Yield a list to which warnings are appended, until there is a folder to log them in."""
+    texts: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("anima_train").addHandler(handler)
+    yield texts
+    logging.getLogger("anima_train").removeHandler(handler)
+
+
+def all_due(config: Config, now: float) -> dict[str, Interval]:
     """What happens after some steps, by its name."""
     sampling = config.sampling
     return {
-        "evaluation": Due(config.eval_every_n_epochs, config.eval_every_n_steps, config.eval_every_n_examples),
-        "preview": Due() if sampling is None else Due(sampling.every_n_epochs, sampling.every_n_steps),
-        "save": Due(
+        "evaluation": Interval(config.eval_every_n_epochs, config.eval_every_n_steps, config.eval_every_n_examples),
+        "preview": Interval() if sampling is None else Interval(sampling.every_n_epochs, sampling.every_n_steps),
+        "save": Interval(
             config.save_every_n_epochs, config.save_every_n_steps, config.save_every_n_examples,
             config.save_every_n_minutes, now,
         ),
-        "training state": Due(
+        "training state": Interval(
             config.checkpoint_every_n_epochs, config.checkpoint_every_n_steps, None,
             config.checkpoint_every_n_minutes, now,
         ),

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from anima_train.caching import fill as encode_module
 from anima_train.checkpoint.disk_space import MANIFEST, DiskPlan, FileSizes, first_state_bytes, state_bytes
-from anima_train.checkpoint.training_state import StateFacts, save_state, state_tensors, trained_parameters
+from anima_train.checkpoint.training_state import StateManifest, save_state, state_tensors, trained_parameters
 from anima_train.checkpoint.weights import save_weights, weights_to_save
 from anima_train.config.load import load_config
 from anima_train.config.model_files import find_model_files
@@ -85,7 +85,7 @@ def test_estimates_are_what_is_written_and_hardly_more(trainer, tmp_path, optimi
     for parameter in trained_parameters(transformer).values():
         parameter.grad = torch.ones_like(parameter)
     built.step()
-    facts = StateFacts(step=1, optimizer="", config=plain(config))
+    facts = StateManifest(step=1, optimizer="", config=plain(config))
     state = save_state(tmp_path / "states", facts, state_tensors(transformer, built), keep_last=2)
     dtype = None if config.save_dtype is None else DTYPES[config.save_dtype]
     save_weights(tmp_path / "a.safetensors", weights_to_save(config.adapter, transformer, files, dtype), {"a": "b"})
@@ -280,7 +280,9 @@ def test_a_run_fills_its_disk_with_the_file_it_was_warned_of(trainer, disk, caps
 def test_a_state_that_does_not_fit_leaves_all_earlier_ones_as_they_are_and_the_run_resumes(trainer, disk):
     folder = disk(800 * KIB)
     changes = {"output_dir": str(folder), "checkpoint_every_n_steps": 1, "max_steps": 5}
-    with pytest.raises(SpaceError, match=r"training state step-000003 in \S+ .* missing; .* go on with --resume"):
+    with pytest.raises(
+        SpaceError, match=r"training state step-000003 in \S+ .* missing; .* resume with the same command or --resume"
+    ):
         trainer(**changes)
     states = folder / "run" / "checkpoints"
     assert sorted(os.listdir(states)) == ["step-000001", "step-000002"]

@@ -13,11 +13,11 @@ from anima_train.core.errors import SpaceError
 from anima_train.data.buckets import Size
 from anima_train.optim.optimizers import AdamWKahan, AnyOptimizer
 from anima_train.training import train as train_module
-from anima_train.training.memory import Attempt, Shape, asked_bytes, is_out_of_memory, memory_errors
+from anima_train.training.memory import MemoryContext, MicroBatchShape, asked_bytes, is_out_of_memory, memory_errors
 from anima_train.training.memory_check import state_like
 
 CPU = torch.device("cpu")
-SHAPE = Shape(1024, Size(1152, 896), 4)
+SHAPE = MicroBatchShape(1024, Size(1152, 896), 4)
 
 # Imports all, then lets the process take this many MiB more: what the system refuses is a real failure.
 LIMITED = """
@@ -29,9 +29,9 @@ train_main()
 """
 
 
-def said(fail, doing="step 7", savings=("one", "two")):
+def said(fail, doing="step 7", suggestions=("one", "two")):
     """The message about memory that runs out in a function."""
-    with pytest.raises(SpaceError) as caught, memory_errors(CPU, Attempt(doing, SHAPE), lambda _: savings):
+    with pytest.raises(SpaceError) as caught, memory_errors(CPU, MemoryContext(doing, SHAPE), lambda _: suggestions):
         fail()
     assert caught.value.exit_code == 6
     return str(caught.value)
@@ -55,10 +55,10 @@ def test_memory_that_python_cannot_have_is_told_too():
 
 
 def test_savings_are_those_of_the_shape_at_that_time():
-    attempt = Attempt("a trial", SHAPE)
+    attempt = MemoryContext("a trial", SHAPE)
 
     def later():
-        attempt.doing, attempt.shape = "step 3", Shape(64, Size(64, 64), 1)
+        attempt.doing, attempt.shape = "step 3", MicroBatchShape(64, Size(64, 64), 1)
         torch.empty(2**50)
 
     with pytest.raises(SpaceError) as caught, memory_errors(CPU, attempt, lambda shape: [f"not {shape.resolution}"]):
@@ -70,7 +70,7 @@ def test_savings_are_those_of_the_shape_at_that_time():
 
 @pytest.mark.parametrize("fail", [lambda: torch.ones(2) @ torch.ones(3), lambda: [][1]])
 def test_other_errors_stay_what_they_are(fail):
-    with pytest.raises((RuntimeError, IndexError)), memory_errors(CPU, Attempt("step 7", SHAPE), lambda _: []):
+    with pytest.raises((RuntimeError, IndexError)), memory_errors(CPU, MemoryContext("step 7", SHAPE), lambda _: []):
         fail()
 
 
@@ -218,6 +218,6 @@ def test_memory_of_the_gpu_that_runs_out_is_told(trainer):
     total = torch.accelerator.get_memory_info(device)[1]
     with (
         pytest.raises(SpaceError, match=r"Needed: more than .* more asked for\); the device has .* GiB"),
-        memory_errors(device, Attempt("step 7", SHAPE), lambda _: ["one"]),
+        memory_errors(device, MemoryContext("step 7", SHAPE), lambda _: ["one"]),
     ):
         torch.empty(2 * total, dtype=torch.int8, device=device)
