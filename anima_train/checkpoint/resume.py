@@ -34,7 +34,7 @@ def find_resume_point(config: Mapping[str, Any], run_name: str, resume: bool, pa
     Args:
         config: the resolved configuration, as `plain` gives it.
         run_name: the configuration's, or one made from the time.
-        resume: True to go on with this run.
+        resume: True to resume this run.
         path: a state, or a run whose newest state is meant.
 
     Raises:

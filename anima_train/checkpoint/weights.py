@@ -10,7 +10,6 @@ from torch import Tensor
 from anima_train import __version__
 from anima_train.adapters.full import Full
 from anima_train.adapters.lora import Lora
-from anima_train.config.config import Config
 from anima_train.core.errors import ModelFileError, NumericError
 from anima_train.core.files import atomic_path
 from anima_train.core.format import count
@@ -18,6 +17,7 @@ from anima_train.model.dit import MiniTrainDIT
 from anima_train.model.file_kinds import ADAPTER_PREFIX
 from anima_train.model.loading import ModelFiles
 from anima_train.model.safetensors_io import file_bytes, match_keys, open_header, read_tensors, write_tensors
+from anima_train.optim.optimizers import AnyOptimizer
 
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -74,8 +74,11 @@ def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def weights_metadata(config: Config, title: str, step: int, epoch: int, num_samples: int) -> dict[str, str]:
-    """The safetensors metadata of the weights after `step` steps, in the `epoch`-th epoch."""
+def weights_metadata(
+    title: str, step: int, epoch: int, num_samples: int, seed: int, adapter: Lora | Full, optimizer: AnyOptimizer,
+    lr_schedule: str,
+) -> dict[str, str]:  # fmt: skip
+    """Return the safetensors metadata of the weights after `step` steps, in the `epoch`-th epoch."""
     return {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.implementation": "anima-train",
@@ -87,10 +90,10 @@ def weights_metadata(config: Config, title: str, step: int, epoch: int, num_samp
         "ss_output_name": title,
         "ss_steps": str(step),
         "ss_epoch": str(epoch),
-        "ss_seed": str(config.seed),
-        "ss_learning_rate": str(config.optimizer.lr),
-        "ss_optimizer": config.optimizer.type,
-        "ss_lr_scheduler": config.lr_scheduler.type,
+        "ss_seed": str(seed),
+        "ss_learning_rate": str(optimizer.lr),
+        "ss_optimizer": optimizer.type,
+        "ss_lr_scheduler": lr_schedule,
         "ss_num_train_images": str(num_samples),
-        **config.adapter.metadata(),
+        **adapter.metadata(),
     }

@@ -1,4 +1,4 @@
-"""When evaluations and saves are due."""
+"""The steps after which evaluations and saves are due."""
 
 import time
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from anima_train.data.plan import Timetable
 
 @dataclass
 class Interval:
-    """Whether something that happens every n epochs, steps, images or minutes is due after a step."""
+    """The interval of something that happens every n epochs, steps, images or minutes."""
 
     epochs: int | None = None
     steps: int | None = None
@@ -17,7 +17,7 @@ class Interval:
     last_time: float = 0.0
 
     def after(self, step: int, epochs_before: int, epochs_done: int, seen_before: int, seen: int) -> bool:
-        """After a step.
+        """Return True if it is due after a step.
 
         Args:
             step: how many steps there were in all.
@@ -42,7 +42,7 @@ class Interval:
         return sum(each.stop // every - each.start // every for every, each in passed if every is not None)
 
     def following(self, step: int, timetable: Timetable) -> int | None:
-        """The next step after which it is due, as far as steps and epochs tell; None: not before the end."""
+        """Return the next step after which it is due, as far as steps and epochs tell; None: not before the end."""
         steps = []
         if self.steps is not None:
             steps.append((step // self.steps + 1) * self.steps)
@@ -53,6 +53,6 @@ class Interval:
 
 
 def next_event(events: dict[str, Interval], step: int, timetable: Timetable) -> str:
-    """The event that is due next, as "evaluation at 200"; "" where the end comes first."""
+    """Return the event that is due next, as "evaluation at 200"; "" where the end comes first."""
     found = [(at, name) for name, due in events.items() if (at := due.following(step, timetable)) is not None]
     return "{1} at {0:,}".format(*min(found)) if found else ""

@@ -1,4 +1,4 @@
-"""What the person at the terminal sees of a run: a live line, or in a log now and then a line that says the same."""
+"""The progress of a run at the terminal: a live line, or in a log now and then a line that says the same."""
 
 import sys
 import time
@@ -35,7 +35,7 @@ class Trend:
 
 
 class ProgressBar:
-    """Tells how far a run is, to a terminal as one live line, to anything else as a line every half minute.
+    """The progress of a run: in a terminal one live line, in anything else a line every half minute.
 
     Args:
         name: of the run.
@@ -61,7 +61,7 @@ class ProgressBar:
         self.bar = tqdm(total=num_steps, initial=start, desc=name, unit="step", file=self.stream) if is_live else None
 
     def update(self, step: int, loss: float, images_per_second: float, memory: int, following: str) -> None:
-        """After a step.
+        """Show a step.
 
         Args:
             step: how many there were in all.
@@ -88,7 +88,7 @@ class ProgressBar:
             self.say(f"{self.name}: step {step:,} of {self.num_steps:,} ({percent}): {', '.join(parts)}")
 
     def say(self, line: str) -> None:
-        """A line of its own, above the live one."""
+        """Write a line of its own, above the live one."""
         if self.is_shown:
             tqdm.write(printable_lines(line), file=self.stream)
 

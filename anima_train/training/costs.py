@@ -1,4 +1,4 @@
-"""What a run costs: the cache's tensors to the byte, the device's memory as an estimate or as measured, the time."""
+"""The costs of a run: the cache's tensors to the byte, the device's memory as an estimate or measured, the time."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ KEPT_VALUES_CHECKPOINTED = 1  # the block's input; one block at a time is recomp
 
 @dataclass(frozen=True)
 class ModelStats:
-    """What the costs depend on, read off the headers."""
+    """The numbers that the costs depend on, read off the headers."""
 
     transformer: TransformerShape
     num_weights: int  # in memory while training, without what an adapter adds
@@ -94,12 +94,12 @@ class MemoryCost:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum of all."""
         return self.weights + self.trained + self.activations
 
 
 def memory_cost(config: Config, model: ModelStats, size: Size, batch_size: int) -> MemoryCost:
-    """The estimate for one micro-batch of a bucket."""
+    """Estimate the memory of one micro-batch of a bucket."""
     weights_dtype = config.model.transformer_dtype or config.model.dtype
     if isinstance(config.adapter, Full):
         trained = gradient_and_state_bytes(config.optimizer, weights_dtype)
@@ -127,7 +127,7 @@ def gradient_and_state_bytes(optimizer: AnyOptimizer, dtype: str) -> int:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a training step on micro-batches of one bucket costs, as it was found."""
+    """The measured cost of a training step on micro-batches of one bucket."""
 
     size: Size
     batch_size: int
@@ -136,7 +136,7 @@ class Measured:
 
     @property
     def described(self) -> str:
-        """The time of a step, or that there was none."""
+        """The time of a step, or that there was none, in words."""
         if self.seconds_per_step is None:
             return f"out of memory with {readable(self.peak_bytes)} in use"
         return f"{self.seconds_per_step:.3g} s"
@@ -145,14 +145,14 @@ class Measured:
 def memory_suggestions(
     config: Config, resolution: int, batch_size: int, has_text_encoder: bool, is_evaluation: bool = False
 ) -> list[str]:
-    """What makes the micro-batches of a bucket need less memory and is not done yet, that of least cost first.
+    """Return what makes the micro-batches of a bucket need less memory and is not done yet, that of least cost first.
 
     Args:
         config: of the run.
         resolution: of the bucket.
         batch_size: of the micro-batch.
-        has_text_encoder: whether captions are encoded on the device while it trains.
-        is_evaluation: whether the bucket is that of an evaluation set: nothing is kept for a backward pass.
+        has_text_encoder: True if captions are encoded on the device while it trains.
+        is_evaluation: True if the bucket is that of an evaluation set: nothing is kept for a backward pass.
     """
     trains_all = isinstance(config.adapter, Full)
     has_float32_weights = config.model.dtype == "bfloat16" and config.model.transformer_dtype == "float32"
@@ -187,7 +187,7 @@ def memory_suggestions(
 
 
 def cache_suggestions(config: Config) -> list[str]:
-    """What makes filling the cache need less memory and is not done yet, that of least cost first."""
+    """Return what makes filling the cache need less memory and is not done yet, that of least cost first."""
     found = []
     if config.caching_batch_size > 1:
         found.append(f"caching_batch_size below {config.caching_batch_size}")
@@ -199,7 +199,9 @@ def cache_suggestions(config: Config) -> list[str]:
 def estimated_seconds(
     measured: Sequence[Measured], micro_batches_per_step: int, num_steps: int, num_tokens: int
 ) -> float | None:
-    """How long a run takes: a step's time is linear in its image tokens, and constant outside of what was measured.
+    """Estimate the seconds that a run takes.
+
+    A step's time is linear in its image tokens, and constant outside of what was measured.
 
     Args:
         measured: of one or more buckets.
@@ -223,5 +225,5 @@ def estimated_seconds(
 
 
 def total_bytes(costs: Iterable[CacheCost]) -> int:
-    """Bytes of all kinds."""
+    """Return the bytes of all kinds."""
     return sum(cost.num_bytes for cost in costs)

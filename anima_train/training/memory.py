@@ -1,4 +1,4 @@
-"""How much memory a device has had in use, and what is said when there is not enough."""
+"""The peak of a device's memory, and the message when there is not enough."""
 
 import contextlib
 import re
@@ -30,7 +30,7 @@ def start_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory that was in use: on the CPU by the process since it began, else by tensors since `start_peak`."""
+    """Return the most bytes that were in use: on the CPU by the process so far, else by tensors since `start_peak`."""
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()  # of the pool, which keeps what it once held
     if device.type != "cpu":
@@ -45,7 +45,7 @@ def peak_bytes(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class MicroBatchShape:
-    """What goes through the transformer at once."""
+    """The shape of what goes through the transformer at once."""
 
     resolution: int
     size: Size
@@ -54,7 +54,7 @@ class MicroBatchShape:
 
     @classmethod
     def of(cls, micro_batch: MicroBatch, samples: Sequence[Sample]) -> "MicroBatchShape":
-        """That of a micro-batch of the plan of these samples."""
+        """Return that of a micro-batch of the plan of these samples."""
         first = samples[micro_batch.draws[0].sample]
         return cls(first.resolution, micro_batch.size, len(micro_batch.draws))
 
@@ -69,7 +69,7 @@ class MicroBatchShape:
 
 @dataclass
 class MemoryContext:
-    """What the memory is being used for; it changes as the run goes on."""
+    """The present use of the memory; it changes as the run goes on."""
 
     doing: str
     shape: MicroBatchShape | None = None  # None: nothing goes through the transformer
@@ -80,13 +80,13 @@ class MemoryContext:
 
 @contextlib.contextmanager
 def memory_errors(
-    device: torch.device, attempt: MemoryContext, suggestions: Callable[[MicroBatchShape | None], Sequence[str]]
+    device: torch.device, context: MemoryContext, suggestions: Callable[[MicroBatchShape | None], Sequence[str]]
 ) -> Iterator[None]:
     """Report memory that runs out as a `SpaceError` about what was being done then.
 
     Args:
         device: that trains.
-        attempt: kept up to date by the caller.
+        context: kept up to date by the caller.
         suggestions: what to change where this shape does not fit, that of least cost first.
     """
     try:
@@ -98,28 +98,30 @@ def memory_errors(
         need = f"{readable(peak)} in use at most until then"
         if asked is not None:
             need = f"more than {readable(peak + asked)} ({need}, {readable(asked)} more asked for)"
-        changes = [f"\n  {number}. {saving}" for number, saving in enumerate(suggestions(attempt.shape), start=1)]
+        changes = [
+            f"\n  {number}. {suggestion}" for number, suggestion in enumerate(suggestions(context.shape), start=1)
+        ]
         raise SpaceError(
-            f"out of memory in {attempt}. Needed: {need}; {limits(device)}. What to change, in order of least cost:"
+            f"out of memory in {context}. Needed: {need}; {limits(device)}. What to change, in order of least cost:"
             f"{''.join(changes)}"
         ) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on any device; only some of them have a class of errors for it."""
+    """Return True if memory ran out, on any device; only some of them have a class of errors for it."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
         sign in str(error).lower() for sign in OUT_OF_MEMORY
     )
 
 
 def asked_bytes(message: str) -> int | None:
-    """The bytes that could not be had, if torch's message says so; CUDA rounds them."""
+    """Return the bytes that could not be had; None if torch's message does not say. CUDA rounds them."""
     found = ASKED.search(message)
     return None if found is None else round(float(found[1]) * UNITS[found[2]])
 
 
 def limits(device: torch.device) -> str:
-    """How much memory there is, in words."""
+    """Describe how much memory there is."""
     if device.type == "mps":
         return f"the device has {readable(torch.mps.recommended_max_memory())}"
     if device.type != "cpu":

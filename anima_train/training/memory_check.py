@@ -4,6 +4,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from anima_train.caching.text_encoding import live_encoder
+from anima_train.config.config import Config
 from anima_train.config.load import LoadedConfig
 from anima_train.core.device import DTYPES
 from anima_train.core.random import stream
@@ -24,6 +26,7 @@ from anima_train.evaluation.evaluate import EvalSet
 from anima_train.model.llm_adapter import LLMAdapterShape
 from anima_train.model.loading import ModelFiles
 from anima_train.model.text import MAX_TOKENS
+from anima_train.objective.losses import Loss
 from anima_train.objective.step import compute_loss
 from anima_train.optim.optimizers import AnyOptimizer
 from anima_train.optim.state_shapes import optimizer_state
@@ -34,7 +37,7 @@ from anima_train.training.memory import MicroBatchShape, is_out_of_memory, peak_
 
 
 def largest_shapes(plan: Plan, num_epochs: int, evals: Iterable[EvalSet]) -> list[MicroBatchShape]:
-    """The micro-batch that needs most memory in training, and that in evaluation if there is any."""
+    """Return the micro-batch that needs most memory in training, and that in evaluation if there is any."""
     trained = [
         MicroBatchShape(resolution, size, number)
         for (resolution, size), number in plan.largest_batches(num_epochs).items()
@@ -47,31 +50,49 @@ def largest_shapes(plan: Plan, num_epochs: int, evals: Iterable[EvalSet]) -> lis
     return [max(shapes, key=lambda shape: shape.cost) for shapes in (trained, evaluated) if shapes]
 
 
+@dataclass(frozen=True)
+class TextInput:
+    """The kind of text that the transformer reads."""
+
+    shape: LLMAdapterShape
+    trains_llm_adapter: bool  # True: it reads what the LLM adapter reads
+    dtype: torch.dtype
+
+
 def try_shape(
-    shape: MicroBatchShape, loaded: LoadedConfig, files: ModelFiles, model: nn.Module, optimizer: Optimizer,
-    accelerator: Accelerator,
+    shape: MicroBatchShape, model: nn.Module, optimizer: Optimizer, accelerator: Accelerator, settings: AnyOptimizer,
+    loss_function: Loss, text: TextInput, accumulates: bool,
 ) -> None:  # fmt: skip
     """Run the forward pass on random values and, unless it is an evaluation's, the backward pass.
 
     In memory is what training will hold, too: the optimizer's state, and the gradients of a step's earlier
     micro-batches. All of it is dropped again: weights, optimizer and later steps are as if this had not been. The
     process does this alone: none waits for another.
+
+    Args:
+        shape: of the micro-batch.
+        model: that trains, as the accelerator prepared it.
+        optimizer: that trains.
+        accelerator: device and processes.
+        settings: of the optimizer.
+        loss_function: of the run.
+        text: of the run.
+        accumulates: True if a step has several micro-batches.
     """
     device = accelerator.device
     start_peak(device)
     # Without what exchanges gradients, but with autocast.
     transformer = accelerator.unwrap_model(model, keep_fp32_wrapper=True)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    held = [] if optimizer.state else state_like(loaded.config.optimizer, parameters, device)
-    batch = random_batch(loaded, files, shape.size, shape.batch_size).to(device)
-    loss_function = loaded.config.loss()
+    held = [] if optimizer.state else state_like(settings, parameters, device)
+    batch = random_batch(shape.size, shape.batch_size, text).to(device)
     if shape.is_evaluation:
         transformer.eval()
         with torch.no_grad():
             compute_loss(transformer, batch, loss_function)
         transformer.train()
     else:
-        if loaded.config.gradient_accumulation_steps > 1:
+        if accumulates:
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
         accelerator.backward(compute_loss(transformer, batch, loss_function).mean())
@@ -88,35 +109,38 @@ def state_like(settings: AnyOptimizer, parameters: Iterable[Tensor], device: tor
     ]
 
 
-def random_batch(loaded: LoadedConfig, files: ModelFiles, size: Size, batch_size: int) -> Batch:
-    """A batch as the loader would make it from the cache, in shapes and dtypes."""
-    generator = stream(loaded.config.seed, "measure")
+def random_batch(size: Size, batch_size: int, text: TextInput) -> Batch:
+    """Return a batch as the loader would make it from the cache, in shapes and dtypes."""
+    generator = stream(0, "measure")
     shape = (batch_size, LATENT_CHANNELS, 1, size.height // LATENT_PIXELS, size.width // LATENT_PIXELS)
     return Batch(
         latents=torch.randn(shape, generator=generator),
         noise=torch.randn(shape, generator=generator),
         t=torch.rand(batch_size, generator=generator),
-        text=random_text(loaded, files, batch_size, generator),
+        text=random_text(batch_size, text, generator),
         mask=None,
         names=(str(size),) * batch_size,
     )
 
 
-def random_text(
-    loaded: LoadedConfig, files: ModelFiles, batch_size: int, generator: torch.Generator
-) -> Tensor | TextStates:
-    """The frozen LLM adapter's output, or what a trained one reads."""
-    dtype = DTYPES[loaded.config.model.dtype]
-    shape = LLMAdapterShape.of(files.adapter_header.entries)
-    if loaded.config.learning_rates().by_component["llm_adapter"] == 0:
-        return torch.randn(batch_size, CONTEXT_ROWS, shape.target_width, generator=generator).to(dtype)
-    qwen = torch.randn(MAX_TOKENS, shape.source_width, generator=generator).to(dtype)
+def random_text(batch_size: int, text: TextInput, generator: torch.Generator) -> Tensor | TextStates:
+    """Return what a frozen LLM adapter gives, or what a trained one reads."""
+    shape = text.shape
+    if not text.trains_llm_adapter:
+        return torch.randn(batch_size, CONTEXT_ROWS, shape.target_width, generator=generator).to(text.dtype)
+    qwen = torch.randn(MAX_TOKENS, shape.source_width, generator=generator).to(text.dtype)
     t5_ids = torch.randint(shape.vocab_size, (MAX_TOKENS,), generator=generator)
     return pad_states([EncodedText(qwen, t5_ids)] * batch_size)
 
 
+def text_input(config: Config, files: ModelFiles) -> TextInput:
+    """Return the kind of text that the transformer of this configuration reads."""
+    trains_llm_adapter = config.learning_rates().by_component["llm_adapter"] != 0
+    return TextInput(LLMAdapterShape.of(files.adapter_header.entries), trains_llm_adapter, DTYPES[config.model.dtype])
+
+
 def extremes(plan: Plan) -> list[tuple[Size, int]]:
-    """Size and micro-batch size of the buckets with the fewest and the most image tokens in a batch; one if equal."""
+    """Return size and micro-batch size of the cheapest and the dearest bucket, by image tokens; one if equal."""
     buckets = {(sample.size, batch_size_for(plan.batch_sizes, sample.resolution)) for sample in plan.samples}
     ordered = sorted(buckets, key=lambda bucket: (bucket[0].num_tokens * bucket[1], bucket))
     return list(dict.fromkeys((ordered[0], ordered[-1])))
@@ -136,7 +160,7 @@ def measure(
         buckets: size and micro-batch size of each. The CPU's peak is that of the process so far, so that the cheapest
             bucket must come first.
         num_steps: for each bucket. The first of several is not timed: kernels are chosen in it.
-        has_live_texts: whether captions are encoded during training: the text encoder is in memory then, but does
+        has_live_texts: True if captions are encoded during training: the text encoder is in memory then, but does
             nothing here.
     """
     config = loaded.config
@@ -149,9 +173,9 @@ def measure(
         if not is_out_of_memory(error):
             raise
         return [Measured(size, batch_size, None, peak_bytes(device)) for size, batch_size in buckets]
-    measured = []
+    measured, text = [], text_input(config, files)
     for size, batch_size in buckets:
-        batch = random_batch(loaded, files, size, batch_size)
+        batch = random_batch(size, batch_size, text)
         start_peak(device)
         try:
             seconds = [timed(step, batch, device) for _ in range(num_steps)]
@@ -191,7 +215,7 @@ def training_step(loaded: LoadedConfig, files: ModelFiles, accelerator: Accelera
 
 
 def timed(step: Callable[[Batch], None], batch: Batch, device: torch.device) -> float:
-    """Seconds until the device is done."""
+    """Return the seconds that a step takes, until the device is done."""
     started = time.perf_counter()
     step(batch)
     if device.type != "cpu":

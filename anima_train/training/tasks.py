@@ -153,7 +153,11 @@ class Outputs:
         path = self.run.weights_path(step)
         done = self.timetable.num_steps if step is None else step
         epoch = self.timetable.place(max(0, done - 1))[0] + 1
-        metadata = weights_metadata(self.config, self.run.name, done, epoch, len(self.plan.samples))
+        config = self.config
+        metadata = weights_metadata(
+            self.run.name, done, epoch, len(self.plan.samples), config.seed, config.adapter, config.optimizer,
+            config.lr_scheduler.type,
+        )  # fmt: skip
 
         def write(groups: Groups) -> None:
             save_weights(path, groups["weights"], metadata)

@@ -46,7 +46,7 @@ from anima_train.training.anomalies import naming, replay, step_names
 from anima_train.training.build import disk_plan, file_sizes, group_rows, load_trained, make_plan, make_timetable
 from anima_train.training.costs import memory_suggestions
 from anima_train.training.memory import MemoryContext, MicroBatchShape, memory_errors, peak_bytes, start_peak
-from anima_train.training.memory_check import largest_shapes, try_shape
+from anima_train.training.memory_check import largest_shapes, text_input, try_shape
 from anima_train.training.metrics import StepSums
 from anima_train.training.prepare import prepare_data, scan_all, with_live_texts
 from anima_train.training.summary import groups_text, plan_text, report
@@ -181,7 +181,11 @@ def train(
     start, pending = 0, []
 
     def checked_facts() -> dict[str, Any]:
-        facts = manifest(config, run.name, data.files, data.train, rows, timetable.num_steps, accelerator.num_processes)
+        facts = manifest(
+            run.name, data.files, data.train, rows, config.seed, timetable.num_steps, accelerator.num_processes,
+            config.gradient_accumulation_steps,
+        )  # fmt: skip
+
         if origin.saved is not None:
             check_same_content(origin.saved, facts)
         return facts
@@ -217,7 +221,10 @@ def train(
     # The largest micro-batches first, so that a run that does not fit into the memory ends here.
     for shape in shapes:
         attempt.doing, attempt.shape = "a trial before the first step", shape
-        try_shape(shape, loaded, data.files, model, optimizer, accelerator)
+        try_shape(
+            shape, model, optimizer, accelerator, config.optimizer, loss_function, text_input(config, data.files),
+            config.gradient_accumulation_steps > 1,
+        )  # fmt: skip
 
     # Before the first step, or what a process that had to stop has left.
     seen = sum(times_seen(plan, timetable, start))

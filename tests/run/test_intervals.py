@@ -45,6 +45,9 @@ def steps_of(due: Interval, table: Timetable) -> list[int]:
 def test_things_are_due_at_their_multiples_and_said_to_be(due: Interval, expected: list[int]):
     table = timetable()
     assert steps_of(due, table) == expected
+    whole = due.count(range(table.num_steps), range(12), range(table.num_steps))
+    parts = [due.count(range(*step), range(step[0] // 5, step[1] // 5), range(*step)) for step in ((0, 25), (25, 60))]
+    assert len(expected) <= whole == sum(parts) <= len(expected) + 1  # two reasons at one step are counted twice
     if due.examples is None:
         for step in range(table.num_steps):
             assert due.following(step, table) == min((at for at in expected if at > step), default=None)

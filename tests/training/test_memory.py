@@ -123,9 +123,9 @@ def shapes_spy(monkeypatch):
 
     def try_shape(shape, *rest):
         real["try_shape"](shape, *rest)
-        optimizer = rest[3]
+        model, optimizer, *_ = rest
         assert all(parameter.grad is None for group in optimizer.param_groups for parameter in group["params"])
-        assert rest[2].training
+        assert model.training
         seen.append(("tried", shape.batch_size * shape.size.num_tokens))
 
     def compute_loss(model, batch, loss):
