@@ -92,7 +92,7 @@ class WeightAverage:
 
 
 def chunks(averages: Iterable[Tensor], parameters: Iterable[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Yield (averages, parameters) of one dtype and device, about `CHUNK` elements together: few kernels for many tensors.
+    """Yield (averages, parameters) of one dtype and device, about `CHUNK` elements together: few kernels for many.
 
     `_foreach_copy_` of torch 2.10 takes all that it writes to for the dtype of the first.
     """
