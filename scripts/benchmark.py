@@ -45,8 +45,8 @@ from PIL import Image
 
 from anima_train.adapters.lora import Lora
 from anima_train.caching.fill import decoded
-from anima_train.checkpoint.async_writer import Groups, Writer, on_host
-from anima_train.checkpoint.training_state import StateFacts, save_state
+from anima_train.checkpoint.async_writer import AsyncWriter, Groups, on_host
+from anima_train.checkpoint.training_state import StateManifest, save_state
 from anima_train.data.buckets import aspect_ratios, nearest, size_of
 from anima_train.data.cache import Cache
 from anima_train.data.decoding import pixels
@@ -294,9 +294,9 @@ def benchmark_save(options: argparse.Namespace, device: torch.device, dtype: tor
         "weights": weights,
         "optimizer": {f"{name}.{key}": torch.randn_like(tensor) for name, tensor in weights.items() for key in "ab"},
     }
-    facts = StateFacts(step=1, optimizer="")
+    facts = StateManifest(step=1, optimizer="")
     rows = []
-    with tempfile.TemporaryDirectory() as name, Writer() as writer:
+    with tempfile.TemporaryDirectory() as name, AsyncWriter() as writer:
         folder = Path(name)
 
         def job(copies: Groups) -> None:

@@ -1,1 +1,1 @@
-"""Files that a run leaves to go on from, or to load elsewhere."""
+"""The files that a run leaves to resume from, or to load elsewhere."""

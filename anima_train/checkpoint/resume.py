@@ -1,67 +1,57 @@
-"""Where a run begins: anew, or after the step of a state that was saved."""
+"""The point at which a run begins: anew, or after the step of a state that was saved."""
 
-import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from anima_train.checkpoint.training_state import STATE_FOLDER, Saved, check_state, newest_state, saved_states
+from anima_train.checkpoint.training_state import STATE_FOLDER, SavedState, check_state, newest_state, saved_states
 from anima_train.config.changes import Changes, compare, refusal
-from anima_train.config.load import LoadedConfig
 from anima_train.core.errors import ConfigError, ModelFileError
 from anima_train.run.folder import RunFolder
-from anima_train.run.manifest import plain
-
-logger = logging.getLogger(__name__)
 
 TIMED = re.compile(r"(.+)-\d{8}-\d{6}")  # a run's name that was made from the config's and the time
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Where a run begins."""
+class ResumePoint:
+    """The point at which a run begins."""
 
     run_name: str
-    saved: Saved | None = None  # the state it goes on from
+    saved: SavedState | None = None  # the state it goes on from
     source: Path | None = None  # folder of the run whose records it continues; None: there are none
     notes: Sequence[str] = ()
 
 
-def find_origin(
-    loaded: LoadedConfig, resume: bool, path: Path | None, warn: Callable[[str], None] = logger.warning
-) -> Origin:
+def find_resume_point(config: Mapping[str, Any], run_name: str, resume: bool, path: Path | None) -> ResumePoint:
     """Decide whether a run goes on from a state, and from which.
 
     Without `resume` and `path` it goes on where the same command was stopped: an unfinished run, nothing changed.
 
     Args:
-        loaded: the configuration.
-        resume: go on with this run.
+        config: the resolved configuration, as `plain` gives it.
+        run_name: the configuration's, or one made from the time.
+        resume: True to resume this run.
         path: a state, or a run whose newest state is meant.
-        warn: gets a line for each damaged state that is passed over.
 
     Raises:
         ConfigError: there is nothing to resume, or a run that is not this one.
         ModelFileError: every state is damaged.
     """
     if path is not None:
-        return from_path(loaded, path, warn)
-    now = plain(loaded.config)
-    output_dir = Path(loaded.config.output_dir)
-    if loaded.config.run_name is None:
-        run = newest_run(output_dir, loaded.run_name, None if resume else now)
-    else:
-        run = RunFolder(output_dir, loaded.run_name)
+        return resume_from_path(config, run_name, path)
+    output_dir = Path(config["output_dir"])
+    is_named = "run_name" in config
+    run = RunFolder(output_dir, run_name) if is_named else newest_run(output_dir, run_name, None if resume else config)
     if run is None or not run.exists:
         if resume:
             folder = output_dir if run is None else run.path
             raise ConfigError(f"{folder}: there is no run to resume; set run_name to that of the run")
-        return Origin(loaded.run_name)
-    changes = compare(run.config(), now)
+        return ResumePoint(run_name)
+    changes = compare(run.config(), config)
     if run.is_finished and not saved_states(run.checkpoints):
         raise ConfigError(
             f"{run.path}: already holds a run that is finished and has no training state to train it further from; "
@@ -77,13 +67,13 @@ def find_origin(
             raise ConfigError(
                 [
                     *(f"{run.path}: holds an unfinished run with other settings: {line}" for line in changes.allowed),
-                    "go on with it and these settings with --resume, or set another run_name",
+                    "resume it with these settings with --resume, or set another run_name",
                 ]
             )
-    return go_on(run, newest_state(run.checkpoints, warn), changes)
+    return resume_from(run, newest_state(run.checkpoints), changes)
 
 
-def from_path(loaded: LoadedConfig, path: Path, warn: Callable[[str], None]) -> Origin:
+def resume_from_path(config: Mapping[str, Any], run_name: str, path: Path) -> ResumePoint:
     """Go on from a state of this run, or begin another run with that of another.
 
     Raises:
@@ -94,36 +84,38 @@ def from_path(loaded: LoadedConfig, path: Path, warn: Callable[[str], None]) -> 
         folder, saved = path.parent, check_state(path)
     else:
         folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-        found = newest_state(folder, warn)
+        found = newest_state(folder)
         if found is None:
             raise ConfigError(f"--resume {path}: there is no training state (a folder step-...) in it")
         saved = found
-    source = RunFolder(folder.parent.parent, folder.parent.name)
-    config = loaded.config
-    name = loaded.run_name
-    is_timed = config.run_name is None and stem(source.name) == stem(name)
-    if is_timed and source.path.resolve().parent == Path(config.output_dir).resolve():
-        name = source.name
-    run = RunFolder(Path(config.output_dir), name)
+    source, output_dir = RunFolder(folder.parent.parent, folder.parent.name), Path(config["output_dir"])
+    is_timed = "run_name" not in config and stem(source.name) == stem(run_name)
+    name = source.name if is_timed and source.path.resolve().parent == output_dir.resolve() else run_name
+    run = RunFolder(output_dir, name)
     if run.path.resolve() != source.path.resolve() and run.exists:
         raise ConfigError(f"{run.path}: already holds a run; set another run_name, or remove it")
-    changes = compare(saved.facts.config, plain(config) | ({"run_name": name} if config.run_name else {}))
-    origin = go_on(source, saved, changes)
-    return Origin(name, origin.saved, origin.source, origin.notes)
+    changes = compare(saved.manifest.config, dict(config) | ({"run_name": name} if "run_name" in config else {}))
+    return replace(resume_from(source, saved, changes), run_name=name)
 
 
-def go_on(run: RunFolder, saved: Saved | None, changes: Changes) -> Origin:
-    """The origin in a run, if what was changed may change."""
+def resume_from(run: RunFolder, saved: SavedState | None, changes: Changes) -> ResumePoint:
+    """Return the resume point in a run.
+
+    Raises:
+        ConfigError: something was changed that may not change.
+    """
     if changes.refused:
         raise ConfigError(refusal(changes, str(run.path)))
     notes = [f"changed: {line}" for line in changes.allowed]
     if saved is None:
-        return Origin(run.name, None, None, [*notes, f"{run.path}: starts again, as no training state was saved"])
-    return Origin(run.name, saved, run.path, [*notes, f"resuming after step {saved.facts.step} ({saved.folder})"])
+        notes.append(f"{run.path}: starts again, as no training state was saved")
+        return ResumePoint(run.name, notes=notes)
+    notes.append(f"resuming after step {saved.manifest.step} ({saved.folder})")
+    return ResumePoint(run.name, saved, run.path, notes)
 
 
 def newest_run(output_dir: Path, name: str, config: Mapping[str, Any] | None) -> RunFolder | None:
-    """The newest run whose name was made from the same config's and the time.
+    """Return the newest run whose name was made from the same config's and the time.
 
     Args:
         output_dir: where to look.
@@ -142,13 +134,13 @@ def newest_run(output_dir: Path, name: str, config: Mapping[str, Any] | None) ->
 
 
 def stem(name: str) -> str | None:
-    """What of a run's name is the config's; None if the name was given."""
+    """Return the part of a run's name that is the config's; None if the name was given."""
     match = TIMED.fullmatch(name)
     return match and match[1]
 
 
 def is_locked(run: RunFolder) -> bool:
-    """Whether a process trains in a run's folder now."""
+    """Return True if a process trains in a run's folder now."""
     try:
         with FileLock(run.lock.lock_file, timeout=0):
             return False
@@ -156,33 +148,38 @@ def is_locked(run: RunFolder) -> bool:
         return True
 
 
-def check_same_content(saved: Saved, facts: Mapping[str, Any]) -> None:
-    """Refuse to go on from a state of other files, images or components than those of this run.
+def check_same_content(saved: SavedState, manifest: Mapping[str, Any]) -> None:
+    """Refuse to resume from a state of other files, images or components than those of this run.
+
+    Args:
+        saved: the state.
+        manifest: of this run.
 
     Raises:
         ModelFileError: which of them differ, and what they were.
     """
-    before = saved.facts.run
+    before = saved.manifest.run
     problems = [
         f"{saved.folder}: cannot resume: {name} was {was}, and is {now}"
         for name, was, now in (
-            *hashes(before, facts),
-            *((name, before.get(name), facts[name]) for name in ("dataset_sha256", "seed", "trained")),
+            *hashes(before, manifest),
+            *((name, before.get(name), manifest[name]) for name in ("dataset_sha256", "seed", "trained")),
         )
         if was != now
     ]
-    was, now = before.get("micro_batches_per_step"), facts["micro_batches_per_step"]
+    was, now = before.get("micro_batches_per_step"), manifest["micro_batches_per_step"]
     if was != now:
         problems.append(
             f"{saved.folder}: cannot resume: a step had {was} micro-batches, and has {now}; set "
-            f"gradient_accumulation_steps so that it times the number of processes ({facts['num_processes']}) is {was}"
+            "gradient_accumulation_steps so that it times the number of processes "
+            f"({manifest['num_processes']}) is {was}"
         )
     if problems:
         raise ModelFileError(problems)
 
 
 def hashes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """(name, hash before, hash now) of the model's files and tokenizers; what the files are called does not matter."""
+    """Yield (name, hash before, hash now) of the model's files and tokenizers, whatever the files are called."""
     old, new = before.get("model_files", {}), now["model_files"]
     for slot in dict.fromkeys((*new, *old)):
         was, is_now = (str(files.get(slot, {}).get("sha256", "absent")) for files in (old, new))
@@ -191,8 +188,8 @@ def hashes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[
         yield f"the {name}", before.get("tokenizers", {}).get(name, "absent"), value
 
 
-def set_aside(folder: Path, step: int) -> list[Path]:
-    """Give the states after a step, which the run will make again, names that are not read; returns the new ones."""
+def retire_states(folder: Path, step: int) -> list[Path]:
+    """Give the states after a step, which the run will make again, names that are not read; return the new ones."""
     renamed = []
     for path in saved_states(folder):
         if int(path.name.removeprefix("step-")) > step:

@@ -1,12 +1,13 @@
-"""Training states: all that a run needs to go on, in folders that are either whole or not there.
+"""Training states: all that a run needs to be resumed, in folders that are either whole or not there.
 
 A folder `step-000123` holds `weights`, `optimizer` and, with [ema], `average` as safetensors, and `state.json`, which
 is written last: what the state is of, and the size and SHA-256 of each file. Nothing in it is ever unpickled.
 """
 
+import logging
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,22 +24,24 @@ from anima_train.core.errors import ModelFileError
 from anima_train.core.files import disk_errors, sha256_file, sync, write_text
 from anima_train.core.settings import Settings
 from anima_train.model.safetensors_io import match_keys, open_header, read_tensors, write_tensors
-from anima_train.optim.ema import Average
+from anima_train.optim.ema import WeightAverage
+
+logger = logging.getLogger(__name__)
 
 STATE_FOLDER = re.compile(r"step-(\d+)")
 MANIFEST = "state.json"
 VERSION = 2  # of the layout; raise it when an older one cannot be read any more
 
 
-class FileFacts(Settings):
+class FileEntry(Settings):
     """One file of a state."""
 
     bytes: int = Field(ge=0)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-class StateFacts(Settings):
-    """What `state.json` says."""
+class StateManifest(Settings):
+    """The content of `state.json`."""
 
     version: Literal[2] = 2
     step: int = Field(ge=0)
@@ -46,31 +49,31 @@ class StateFacts(Settings):
     optimizer: str
     """Class of the optimizer."""
     pending: list[str] = Field(default=[])
-    """What was due after the step but left for the process that goes on."""
+    """Tasks that were due after the step but left for the process that resumes."""
     score: float | None = None
     """Mean loss of the evaluation sets after the step, where it was measured."""
     run: dict[str, Any] = Field(default={})
     """What the run was made from, as in its manifest."""
     config: dict[str, Any] = Field(default={})
     """The resolved configuration."""
-    files: dict[str, FileFacts] = Field(default={})
+    files: dict[str, FileEntry] = Field(default={})
     """Those beside this one."""
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedState:
     """A state on disk."""
 
     folder: Path
-    facts: StateFacts
+    manifest: StateManifest
 
 
 class DamagedState(ModelFileError):
     """A state that is not what was written; the one before may be."""
 
 
-def state_tensors(transformer: nn.Module, optimizer: Optimizer, average: Average | None = None) -> Groups:
-    """The tensors of a state as they are in memory, nothing converted or copied."""
+def state_tensors(transformer: nn.Module, optimizer: Optimizer, average: WeightAverage | None = None) -> Groups:
+    """Return the tensors of a state as they are in memory, nothing converted or copied."""
     weights = trained_parameters(transformer)
     groups: dict[str, Mapping[str, Tensor]] = {"weights": weights, "optimizer": optimizer_tensors(optimizer, weights)}
     if average is not None:
@@ -78,7 +81,7 @@ def state_tensors(transformer: nn.Module, optimizer: Optimizer, average: Average
     return groups
 
 
-def save_state(folder: Path, facts: StateFacts, groups: Groups, keep_last: int) -> Path:
+def save_state(folder: Path, manifest: StateManifest, groups: Groups, keep_last: int) -> Path:
     """Write a state, then remove all but the newest `keep_last` and the best.
 
     The folder gets its name only when everything in it is on disk. A whole state of this step that is there stays.
@@ -87,13 +90,13 @@ def save_state(folder: Path, facts: StateFacts, groups: Groups, keep_last: int) 
         NumericError: a weight or a moment is not finite; earlier states are intact.
         SpaceError: the disk is full; earlier states are intact.
     """
-    final = folder / f"step-{facts.step:06d}"
+    final = folder / f"step-{manifest.step:06d}"
     temporary = folder / f".{final.name}.tmp"
     for abandoned in folder.glob(".step-*.tmp"):  # of a process that was killed
         shutil.rmtree(abandoned)
     for tensors in groups.values():
         check_finite(final, tensors)
-    if final.exists() and not faults(final):
+    if final.exists() and not verify_state(final):
         return final
     require_room(final, *groups.values())
     with disk_errors(final, state_bytes(*groups.values())):
@@ -104,19 +107,19 @@ def save_state(folder: Path, facts: StateFacts, groups: Groups, keep_last: int) 
                 path = temporary / f"{name}.safetensors"
                 write_tensors(path, tensors, {})
                 sync(path)
-                files[path.name] = FileFacts(bytes=path.stat().st_size, sha256=sha256_file(path))
-            write_text(temporary / MANIFEST, facts.model_copy(update={"files": files}).model_dump_json(indent=1))
+                files[path.name] = FileEntry(bytes=path.stat().st_size, sha256=sha256_file(path))
+            write_text(temporary / MANIFEST, manifest.model_copy(update={"files": files}).model_dump_json(indent=1))
             sync(temporary)
             remove(final)
             temporary.rename(final)
             sync(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        rotate(folder, final, keep_last)
+        prune_states(folder, final, keep_last)
     return final
 
 
-def rotate(folder: Path, newest: Path, keep_last: int) -> None:
+def prune_states(folder: Path, newest: Path, keep_last: int) -> None:
     """Remove all states but the newest `keep_last`, the one just saved, and that of the lowest evaluation loss."""
     states = saved_states(folder)
     scores = {path: score for path in states if (score := score_of(path)) is not None}
@@ -127,9 +130,9 @@ def rotate(folder: Path, newest: Path, keep_last: int) -> None:
 
 
 def score_of(folder: Path) -> float | None:
-    """The evaluation loss of a state, if it can be read and has one."""
+    """Return the evaluation loss of a state; None if it has none or cannot be read."""
     try:
-        return read_facts(folder).score
+        return read_manifest(folder).score
     except ModelFileError:
         return None
 
@@ -141,17 +144,19 @@ def remove(folder: Path) -> None:
 
 
 def saved_states(folder: Path) -> list[Path]:
-    """The training states in a folder, oldest first."""
+    """Return the training states in a folder, oldest first."""
     found = [(int(match[1]), path) for path in folder.glob("step-*") if (match := STATE_FOLDER.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
 
 
-def newest_state(folder: Path, warn: Callable[[str], None]) -> Saved | None:
-    """The newest state in a folder that is as it was written; None if there is no state at all.
+def newest_state(folder: Path) -> SavedState | None:
+    """Return the newest state in a folder that is as it was written, with a warning for each damaged one after it.
 
     Args:
         folder: the run's `checkpoints`.
-        warn: gets a line for each damaged state that is passed over.
+
+    Returns:
+        None if there is no state at all.
 
     Raises:
         ModelFileError: all are damaged, or one is of another version.
@@ -164,33 +169,35 @@ def newest_state(folder: Path, warn: Callable[[str], None]) -> Saved | None:
             problems.extend(error.problems)
             continue
         for problem in problems:
-            warn(f"{problem}; going back to step {found.facts.step}")
+            logger.warning("%s; going back to step %d", problem, found.manifest.step)
         return found
     if problems:
         raise ModelFileError([f"{problem}; there is no earlier one" for problem in problems])
     return None
 
 
-def check_state(folder: Path) -> Saved:
-    """Read a state's manifest and compare size and hash of every file.
+def check_state(folder: Path) -> SavedState:
+    """Read a state's manifest and verify its files.
 
     Raises:
         DamagedState: something is missing or differs.
         ModelFileError: it is of another version.
     """
-    if problems := faults(folder):
+    if problems := verify_state(folder):
         raise DamagedState(f"{folder}: damaged: {'; '.join(problems)}")
-    return Saved(folder, read_facts(folder))
+    return SavedState(folder, read_manifest(folder))
 
 
-def faults(folder: Path) -> list[str]:
-    """What is wrong with a state's files, one entry each."""
+def verify_state(folder: Path) -> list[str]:
+    """Compare size and hash of every file with the manifest; return what is wrong, one entry each."""
     try:
-        facts = read_facts(folder)
+        manifest = read_manifest(folder)
     except DamagedState as error:
         return [problem.removeprefix(f"{folder}: ") for problem in error.problems]
-    problems = [] if {"weights.safetensors", "optimizer.safetensors"} <= facts.files.keys() else ["files are missing"]
-    for name, expected in facts.files.items():
+    problems = (
+        [] if {"weights.safetensors", "optimizer.safetensors"} <= manifest.files.keys() else ["files are missing"]
+    )
+    for name, expected in manifest.files.items():
         path = folder / name
         if Path(name).name != name or not path.is_file():
             problems.append(f"{name} is missing")
@@ -201,8 +208,8 @@ def faults(folder: Path) -> list[str]:
     return problems
 
 
-def read_facts(folder: Path) -> StateFacts:
-    """A state's manifest.
+def read_manifest(folder: Path) -> StateManifest:
+    """Read a state's manifest.
 
     Raises:
         DamagedState: it is missing or cannot be read.
@@ -216,11 +223,11 @@ def read_facts(folder: Path) -> StateFacts:
         raise DamagedState(f"{folder}: {MANIFEST} is missing or cannot be read") from error
     if version != VERSION:
         raise ModelFileError(
-            f"{folder}: a training state of version {version}, and this anima-train reads version {VERSION}; go on "
-            "with the anima-train that wrote it"
+            f"{folder}: a training state of version {version}, and this anima-train reads version {VERSION}; "
+            "resume with the anima-train that wrote it"
         )
     try:
-        return StateFacts.model_validate_json(text)
+        return StateManifest.model_validate_json(text)
     except ValueError as error:
         raise DamagedState(f"{folder}: {MANIFEST} is damaged") from error
 
@@ -232,11 +239,13 @@ class Versioned(Settings, extra="ignore"):
 
 
 def version_of(text: str) -> int:
-    """The version a manifest names; ValueError if it has none."""
+    """Return the version a manifest names; ValueError if it has none."""
     return Versioned.model_validate_json(text).version
 
 
-def load_state(saved: Saved, transformer: nn.Module, optimizer: Optimizer, average: Average | None = None) -> None:
+def load_state(
+    saved: SavedState, transformer: nn.Module, optimizer: Optimizer, average: WeightAverage | None = None
+) -> None:
     """Put a checked state back. Nothing is changed unless all of it can be read.
 
     Raises:
@@ -244,10 +253,10 @@ def load_state(saved: Saved, transformer: nn.Module, optimizer: Optimizer, avera
     """
     folder = saved.folder
     kind = type(optimizer).__name__
-    if saved.facts.optimizer != kind:
+    if saved.manifest.optimizer != kind:
         raise ModelFileError(
-            f"{folder}: saved with the optimizer {saved.facts.optimizer}, and the configuration makes {kind}; resume "
-            "with the configuration the run was started with"
+            f"{folder}: saved with the optimizer {saved.manifest.optimizer}, and the configuration makes {kind}; "
+            "resume with the configuration the run was started with"
         )
     trained = trained_parameters(transformer)
     header = open_header(folder / "weights.safetensors")
@@ -260,7 +269,7 @@ def load_state(saved: Saved, transformer: nn.Module, optimizer: Optimizer, avera
     weights = dict(read_tensors(header))
     averages = None
     if average is not None:
-        if "average.safetensors" not in saved.facts.files:
+        if "average.safetensors" not in saved.manifest.files:
             raise ModelFileError(f"{folder}: saved by a run without [ema]; remove it, or start another run")
         averages = dict(read_tensors(open_header(folder / "average.safetensors")))
     state: dict[int, dict[str, Tensor]] = {}
@@ -280,18 +289,18 @@ def load_state(saved: Saved, transformer: nn.Module, optimizer: Optimizer, avera
 
 
 def trained_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that get updates, by name."""
+    """Return the parameters that get updates, by name."""
     return {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
 
 
 def names_in_order(optimizer: Optimizer, trained: Mapping[str, nn.Parameter]) -> list[str]:
-    """The name of each of the optimizer's parameters, in the order in which its state counts them."""
+    """Return the name of each of the optimizer's parameters, in the order in which its state counts them."""
     names = {id(parameter): name for name, parameter in trained.items()}
     return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def optimizer_tensors(optimizer: Optimizer, trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Every state tensor as `PARAMETER.NAME`."""
+    """Return every state tensor of the optimizer as `PARAMETER.NAME`."""
     names = names_in_order(optimizer, trained)
     state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
     return {f"{names[index]}.{key}": tensor for index, entry in state.items() for key, tensor in entry.items()}

@@ -8,11 +8,16 @@ import torch
 from torch import Tensor
 
 from anima_train import __version__
-from anima_train.config.config import Config
+from anima_train.adapters.full import Full
+from anima_train.adapters.lora import Lora
 from anima_train.core.errors import ModelFileError, NumericError
 from anima_train.core.files import atomic_path
 from anima_train.core.format import count
+from anima_train.model.dit import MiniTrainDIT
+from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX
+from anima_train.model.loading import ModelFiles
 from anima_train.model.safetensors_io import file_bytes, match_keys, open_header, read_tensors, write_tensors
+from anima_train.optim.optimizers import AnyOptimizer
 
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -34,6 +39,32 @@ def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
                 raise ModelFileError(f"{path}: {name} reads back with other values than were written; check the disk")
 
 
+def weights_to_save(
+    adapter: Lora | Full, transformer: MiniTrainDIT, files: ModelFiles, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """Return the LoRA or the whole model under the names of its file; of a transformer on the meta device, the shapes.
+
+    Args:
+        adapter: what is trained.
+        transformer: with it.
+        files: of the model; the frozen LLM adapter of a whole model, which is not in memory, comes from there.
+        dtype: of the file; None: as trained.
+    """
+    tensors = adapter.tensors(transformer)
+    if isinstance(adapter, Full) and not hasattr(transformer, "llm_adapter"):
+        on_meta = any(tensor.is_meta for tensor in tensors.values())
+        tensors |= adapter.outside(adapter_shapes(files) if on_meta else files.llm_adapter_tensors())
+    return tensors if dtype is None else {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+def adapter_shapes(files: ModelFiles) -> dict[str, Tensor]:
+    """Return the LLM adapter's weights as `ModelFiles.adapter_tensors` does, on the meta device."""
+    entries = files.llm_adapter_header.entries.items()
+    return {
+        LLM_ADAPTER_PREFIX + name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in entries
+    }
+
+
 def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raise NumericError if any tensor that is about to be saved holds NaN or infinity."""
     if broken := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
@@ -43,8 +74,11 @@ def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def weights_metadata(config: Config, title: str, step: int, epoch: int, num_samples: int) -> dict[str, str]:
-    """The safetensors metadata of the weights after `step` steps, in the `epoch`-th epoch."""
+def weights_metadata(
+    title: str, step: int, epoch: int, num_samples: int, seed: int, adapter: Lora | Full, optimizer: AnyOptimizer,
+    lr_schedule: str,
+) -> dict[str, str]:  # fmt: skip
+    """Return the safetensors metadata of the weights after `step` steps, in the `epoch`-th epoch."""
     return {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.implementation": "anima-train",
@@ -56,10 +90,10 @@ def weights_metadata(config: Config, title: str, step: int, epoch: int, num_samp
         "ss_output_name": title,
         "ss_steps": str(step),
         "ss_epoch": str(epoch),
-        "ss_seed": str(config.seed),
-        "ss_learning_rate": str(config.optimizer.lr),
-        "ss_optimizer": config.optimizer.type,
-        "ss_lr_scheduler": config.lr_scheduler.type,
+        "ss_seed": str(seed),
+        "ss_learning_rate": str(optimizer.lr),
+        "ss_optimizer": optimizer.type,
+        "ss_lr_scheduler": lr_schedule,
         "ss_num_train_images": str(num_samples),
-        **config.adapter.metadata(),
+        **adapter.metadata(),
     }

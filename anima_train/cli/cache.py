@@ -1,5 +1,6 @@
 """`anima cache`."""
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,7 @@ def cache(
 
     loaded = load_config(config, overrides or [])
 
+    from anima_train.core.device import DTYPES, describe_device
     from anima_train.distributed.consistency import check_same_config
     from anima_train.run.accelerator import make_accelerator
     from anima_train.run.log import logged_to, terminal
@@ -32,5 +34,6 @@ def cache(
 
     accelerator = make_accelerator(loaded.config, Path(loaded.config.output_dir) / loaded.run_name)
     with logged_to(terminal(accelerator.is_main_process)):
+        logging.getLogger(__name__).info("%s", describe_device(accelerator.device, DTYPES[loaded.config.model.dtype]))
         prepare_data(check_same_config(loaded, accelerator), accelerator, prune, verify)
     accelerator.end_training()

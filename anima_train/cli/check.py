@@ -71,7 +71,7 @@ def report_check(loaded: "LoadedConfig", title: str, measure_steps: int | None, 
     if measure_steps is not None:  # before any picture is decoded: the CPU's peak is that of the process
         plan, _ = plan_run(loaded.config, scans["train"].samples, num_processes=1)
         is_online = encodes_online(loaded.config.model.cache_text_embeddings, scans["train"].samples)
-        measured = measure(loaded, spec.files, extremes(plan), measure_steps, is_online)
+        measured = measure(loaded.config, spec, extremes(plan), measure_steps, is_online)
     found = dataset_report(title, loaded, spec, scans, 0 if page is None else MAX_THUMBNAILS, measured)
     show(summary(found))
     if page is not None:

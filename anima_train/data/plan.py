@@ -134,12 +134,6 @@ class Plan:
         width = self.micro_batches_per_step
         return [Step(tuple(mixed[start : start + width])) for start in range(0, len(mixed), width)]
 
-    def samples_before(self, schedule: "EpochSchedule", step: int) -> int:
-        """Return the number of samples seen in the steps before this one."""
-        epoch, place = schedule.locate(step) if step else (0, 0)
-        whole = sum(self.shown_before(index, epoch) for index in range(len(self.samples)))
-        return whole + sum(planned.num_samples for planned in self.epoch(epoch)[:place])
-
     def steps_in(self, epoch: int) -> int:
         """Return the number of steps in an epoch, without planning it."""
         micro_batches = sum(

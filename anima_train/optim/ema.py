@@ -24,11 +24,11 @@ class Ema(Settings):
     would change nothing. Smaller for an average that follows faster."""
 
     def decay_after(self, num_updates: int) -> float:
-        """The share that is kept at the update with this number; the first is 1."""
+        """Return the share that is kept at the update with this number; the first is 1."""
         return min(self.decay, (1 + num_updates) / (10 + num_updates))
 
 
-class Average:
+class WeightAverage:
     """The running average of some parameters; it begins as what they are now.
 
     Always in float32: an average in bfloat16 stands still, because what one step adds to it, (1 - decay) times the
@@ -92,7 +92,7 @@ class Average:
 
 
 def chunks(averages: Iterable[Tensor], parameters: Iterable[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """(averages, parameters) of one dtype and device, about `CHUNK` elements together: few kernels for many tensors.
+    """Yield (averages, parameters) of one dtype and device, about `CHUNK` elements together: few kernels for many.
 
     `_foreach_copy_` of torch 2.10 takes all that it writes to for the dtype of the first.
     """

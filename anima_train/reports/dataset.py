@@ -33,7 +33,7 @@ from anima_train.training.costs import (
     ModelStats,
     estimated_seconds,
     memory_cost,
-    savings,
+    memory_suggestions,
 )
 
 MAX_THUMBNAILS = 160
@@ -158,7 +158,7 @@ def collect(
             memory = memory_cost(config, model, size, width) if is_trained else None
             cost = costs.get((size, width)) if is_trained else None
             ran_out = cost is not None and cost.seconds_per_step is None
-            advice = savings(config, resolution, width, model.num_text_weights > 0) if ran_out else []
+            advice = memory_suggestions(config, resolution, width, model.num_text_weights > 0) if ran_out else []
             pictures = small[resolution, size]
             buckets.append(
                 Bucket(resolution, size, len(members), width, short_by(shown, width), memory, cost, advice, pictures)

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from anima_train.core.averages import ExponentialAverage
+
 Item = TypeVar("Item")
 
 MAX_POINTS = 1000  # of a curve
@@ -30,28 +32,6 @@ def number(value: object) -> float:
     return float(value)
 
 
-class Average:
-    """The exponential moving average of finite numbers, bias-corrected.
-
-    After n numbers it is sum(decay^(n-i) x_i) / sum(decay^(n-i)): what weighs is what was seen, not a start at zero.
-    """
-
-    def __init__(self, decay: float) -> None:
-        self.decay = decay
-        self.total = 0.0
-        self.weight = 0.0
-
-    def add(self, value: float) -> None:
-        """Take one more number into account."""
-        self.total = self.decay * self.total + value
-        self.weight = self.decay * self.weight + 1
-
-    @property
-    def value(self) -> float:
-        """The average; NaN of nothing."""
-        return self.total / self.weight if self.weight else math.nan
-
-
 @dataclass(slots=True)
 class Point:
     """A point of a curve that stands for neighbouring values; NaN where none of them is finite."""
@@ -69,7 +49,7 @@ class Series:
     def __init__(self, num_values: int, decay: float) -> None:
         self.points: list[Point] = []
         self.values_per_point = max(1, math.ceil(num_values / MAX_POINTS))
-        self.average = Average(decay)
+        self.average = ExponentialAverage(decay)
         self.num_values = 0
         self.last = math.nan
         self.num_gaps = 0  # values that are not finite

@@ -26,43 +26,43 @@ class RunFolder:
 
     @property
     def manifest_path(self) -> Path:
-        """What the run was made from."""
+        """The file that tells what the run was made from."""
         return self.path / "manifest.json"
 
     @property
     def checkpoints(self) -> Path:
-        """Training states."""
+        """The folder of the training states."""
         return self.path / "checkpoints"
 
     def weights_path(self, step: int | None) -> Path:
-        """The file of the weights after a step, or (None) at the end of the run."""
+        """Return the file of the weights after a step, or (None) at the end of the run."""
         suffix = "" if step is None else f"-s{step:06d}"
         return self.path / "weights" / f"{self.name}{suffix}.safetensors"
 
     @property
     def base_path(self) -> Path:
-        """The base model's evaluations, which later ones are compared with."""
+        """The file of the base model's evaluations, which later ones are compared with."""
         return self.path / "base_evaluations.json"
 
     @property
     def exists(self) -> bool:
-        """Whether a run made a step here."""
+        """True if a run made a step here."""
         return self.metrics_path.exists()
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run came to its end; where its manifest is of an earlier version, whether it has its weights."""
+        """True if the run came to its end; where its manifest is of an earlier version, if it has its weights."""
         return bool(self.manifest().get("finished", self.weights_path(None).exists()))
 
     def manifest(self) -> dict[str, Any]:
-        """What the manifest says; empty if it cannot be read."""
+        """Read the manifest; empty if it cannot be read."""
         try:
             return dict(json.loads(self.manifest_path.read_text(encoding="utf-8")))
         except (OSError, ValueError):
             return {}
 
     def config(self) -> dict[str, Any]:
-        """The resolved configuration that the run was last started with.
+        """Read the resolved configuration that the run was last started with.
 
         Raises:
             ConfigError: it is missing or cannot be read.
@@ -72,7 +72,7 @@ class RunFolder:
             return tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"{path}: missing or damaged, so that it cannot be compared; go on with --resume "
+                f"{path}: missing or damaged, so that it cannot be compared; resume with --resume "
                 f"{self.checkpoints}, or set another run_name"
             ) from error
 
@@ -147,7 +147,7 @@ class RunFolder:
 
 
 def step_of(line: str) -> int:
-    """The step that a logged line is of; -1 for one that a kill has cut off."""
+    """Return the step that a logged line is of; -1 for one that a kill has cut off."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, LookupError, TypeError):

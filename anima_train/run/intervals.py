@@ -1,4 +1,4 @@
-"""When evaluations and saves are due."""
+"""The steps after which evaluations and saves are due."""
 
 import time
 from dataclasses import dataclass
@@ -7,8 +7,8 @@ from anima_train.data.plan import EpochSchedule
 
 
 @dataclass
-class Due:
-    """Whether something that happens every n epochs, steps, images or minutes is due after a step."""
+class Interval:
+    """The interval of something that happens every n epochs, steps, images or minutes."""
 
     epochs: int | None = None
     steps: int | None = None
@@ -17,7 +17,7 @@ class Due:
     last_time: float = 0.0
 
     def after(self, step: int, epochs_before: int, epochs_done: int, seen_before: int, seen: int) -> bool:
-        """After a step.
+        """Return True if it is due after a step.
 
         Args:
             step: how many steps there were in all.
@@ -36,8 +36,13 @@ class Due:
             due = True
         return due
 
+    def count(self, steps: range, epochs: range, examples: range) -> int:
+        """Return how often it is due, at most, while these numbers go from the start of their range to its stop."""
+        passed = ((self.steps, steps), (self.epochs, epochs), (self.examples, examples))
+        return sum(each.stop // every - each.start // every for every, each in passed if every is not None)
+
     def following(self, step: int, timetable: EpochSchedule) -> int | None:
-        """The next step after which it is due, as far as steps and epochs tell; None: not before the end."""
+        """Return the next step after which it is due, as far as steps and epochs tell; None: not before the end."""
         steps = []
         if self.steps is not None:
             steps.append((step // self.steps + 1) * self.steps)
@@ -47,7 +52,7 @@ class Due:
         return min((each for each in steps if each <= timetable.num_steps), default=None)
 
 
-def what_follows(events: dict[str, Due], step: int, timetable: EpochSchedule) -> str:
-    """The event that is due next, as "evaluation at 200"; "" where the end comes first."""
+def next_event(events: dict[str, Interval], step: int, timetable: EpochSchedule) -> str:
+    """Return the event that is due next, as "evaluation at 200"; "" where the end comes first."""
     found = [(at, name) for name, due in events.items() if (at := due.following(step, timetable)) is not None]
     return "{1} at {0:,}".format(*min(found)) if found else ""

@@ -24,17 +24,17 @@ LIBRARIES = ("torch", "accelerate", "peft", "transformers", "diffusers", "safete
 
 
 def config_toml(config: Config) -> str:
-    """The resolved configuration, every default in it, as TOML that can be run again; without secrets."""
+    """Return the resolved configuration, with every default and without secrets, as TOML that can be run again."""
     return tomli_w.dumps(config.model_dump(exclude_none=True, exclude={"monitoring": {"wandb_api_key"}}))
 
 
 def plain(config: Config) -> dict[str, Any]:
-    """The same in the types that TOML and JSON have."""
+    """Return the resolved configuration as `config_toml` does, in the types that TOML and JSON have."""
     return tomllib.loads(config_toml(config))
 
 
 def dataset_digest(samples: Iterable[Sample]) -> str:
-    """A hash of every image, size and caption."""
+    """Return a hash of every image, size and caption."""
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(repr((sample.id, sample.picture.sha256, str(sample.size), sample.captions(0))).encode())
@@ -44,10 +44,10 @@ def dataset_digest(samples: Iterable[Sample]) -> str:
 
 
 def manifest(
-    config: Config, run_name: str, files: ModelFiles, data: CachedData, groups: Iterable[GroupRow],
-    num_steps: int, num_processes: int,
+    run_name: str, files: ModelFiles, data: CachedData, groups: Iterable[GroupRow], seed: int, num_steps: int,
+    num_processes: int, accumulation_steps: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """What someone needs to reproduce the run, or to know what a file came from."""
+    """Return what someone needs to reproduce the run, or to know what a file came from."""
     slots = {"transformer": files.transformer, "vae": files.vae, "text_encoder": files.llm}
     if files.llm_adapter is not None:
         slots["llm_adapter"] = files.llm_adapter
@@ -68,10 +68,10 @@ def manifest(
         },
         "dataset_sha256": dataset_digest(data.samples),
         "tokenizers": {name: getattr(data.text_identity, name) for name in ("tokenizer", "t5_tokenizer")},
-        "seed": config.seed,
+        "seed": seed,
         "num_steps": num_steps,
         "num_processes": num_processes,
-        "micro_batches_per_step": config.gradient_accumulation_steps * num_processes,
+        "micro_batches_per_step": accumulation_steps * num_processes,
         "groups": [
             {"component": row.component, "lr": row.lr, "modules": row.num_modules, "parameters": row.num_parameters}
             for row in rows
@@ -82,7 +82,7 @@ def manifest(
 
 
 def seen_facts(plan: Plan, timetable: EpochSchedule, num_steps: int) -> dict[str, dict[str, int]]:
-    """How often each sample was seen in the first steps, and how many samples of each bucket (size@resolution)."""
+    """Return how often each sample was seen in the first steps, and how many of each bucket (size@resolution)."""
     times = times_seen(plan, timetable, num_steps)
     buckets: Counter[str] = Counter()
     for sample, number in zip(plan.samples, times, strict=True):

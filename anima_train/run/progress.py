@@ -1,4 +1,4 @@
-"""What the person at the terminal sees of a run: a live line, or in a log now and then a line that says the same."""
+"""The progress of a run at the terminal: a live line, or in a log now and then a line that says the same."""
 
 import sys
 import time
@@ -7,6 +7,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from anima_train.core.averages import ExponentialAverage
 from anima_train.core.format import format_bytes, format_duration, printable_lines
 
 LINE_EVERY = 30.0  # seconds between lines in a log
@@ -15,32 +16,26 @@ LEVEL = 0.01  # relative distance below which a loss neither falls nor rises
 
 
 class Trend:
-    """Whether a noisy number falls or rises: a fast moving average against a slow one, both without start-up bias."""
+    """The direction of a noisy number: a fast moving average against a slow one."""
 
     def __init__(self) -> None:
-        self.averages = {FAST: 0.0, SLOW: 0.0}
-        self.num_seen = 0
+        self.fast, self.slow = ExponentialAverage(FAST), ExponentialAverage(SLOW)
 
     def add(self, value: float) -> None:
         """Take one value in."""
-        self.num_seen += 1
-        for decay in self.averages:
-            self.averages[decay] = decay * self.averages[decay] + (1 - decay) * value
-
-    def mean(self, decay: float = FAST) -> float:
-        """The average with this decay."""
-        return self.averages[decay] / (1 - decay**self.num_seen)
+        self.fast.add(value)
+        self.slow.add(value)
 
     @property
     def word(self) -> str:
         """ "falling", "rising" or "level"."""
-        slow = self.mean(SLOW)
-        change = (self.mean(FAST) - slow) / slow if slow else 0.0
+        slow = self.slow.value
+        change = (self.fast.value - slow) / slow if slow else 0.0
         return "level" if abs(change) < LEVEL else "falling" if change < 0 else "rising"
 
 
-class Progress:
-    """Tells how far a run is, to a terminal as one live line, to anything else as a line every half minute.
+class ProgressBar:
+    """The progress of a run: in a terminal one live line, in anything else a line every half minute.
 
     Args:
         name: of the run.
@@ -66,7 +61,7 @@ class Progress:
         self.bar = tqdm(total=num_steps, initial=start, desc=name, unit="step", file=self.stream) if is_live else None
 
     def update(self, step: int, loss: float, images_per_second: float, memory: int, following: str) -> None:
-        """After a step.
+        """Show a step.
 
         Args:
             step: how many there were in all.
@@ -78,7 +73,7 @@ class Progress:
         if not self.is_shown:
             return
         self.trend.add(loss)
-        parts = [f"loss {self.trend.mean():.4f} {self.trend.word}", f"{images_per_second:.2f} images/s"]
+        parts = [f"loss {self.trend.fast.value:.4f} {self.trend.word}", f"{images_per_second:.2f} images/s"]
         parts += [format_bytes(memory), following] if following else [format_bytes(memory)]
         if self.bar is not None:
             self.bar.set_postfix_str(", ".join(parts), refresh=False)
@@ -93,7 +88,7 @@ class Progress:
             self.say(f"{self.name}: step {step:,} of {self.num_steps:,} ({percent}): {', '.join(parts)}")
 
     def say(self, line: str) -> None:
-        """A line of its own, above the live one."""
+        """Write a line of its own, above the live one."""
         if self.is_shown:
             tqdm.write(printable_lines(line), file=self.stream)
 

@@ -6,17 +6,27 @@ from typing import Any
 
 import torch
 
-from anima_train.checkpoint.disk_space import Writings, file_sizes, first_needs, writings
+from anima_train.checkpoint.disk_space import (
+    DiskPlan,
+    FileSizes,
+    first_requirements,
+    first_state_bytes,
+    picture_bytes,
+    weights_bytes,
+)
+from anima_train.checkpoint.training_state import trained_parameters
+from anima_train.checkpoint.weights import weights_to_save
 from anima_train.config.config import Config
-from anima_train.config.load import LoadedConfig
+from anima_train.core.device import DTYPES
 from anima_train.core.errors import ConfigError
 from anima_train.core.files import DiskRequirement
-from anima_train.data.plan import EpochSchedule, Plan
+from anima_train.data.plan import EpochSchedule, Plan, times_seen
 from anima_train.data.samples import Sample
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
-from anima_train.model.loading import ModelFiles, ModelSpec, load_transformer
+from anima_train.model.loading import ModelSpec, load_transformer
 from anima_train.optim.groups import optimizer_groups
+from anima_train.run.intervals import Interval
 
 
 def plan_run(config: Config, samples: Sequence[Sample], num_processes: int) -> tuple[Plan, EpochSchedule]:
@@ -57,22 +67,52 @@ def load_trained(config: Config, spec: ModelSpec) -> tuple[MiniTrainDIT, list[di
     return transformer, groups
 
 
-def first_files(loaded: LoadedConfig, spec: ModelSpec) -> list[DiskRequirement]:
+def file_sizes(config: Config, spec: ModelSpec) -> FileSizes:
+    """Return the bytes on disk of the files that a run writes, at most."""
+    transformer = trainable_transformer(config, spec)
+    dtype = None if config.save_dtype is None else DTYPES[config.save_dtype]
+    num_trackers = config.monitoring.tensorboard + config.monitoring.enable_wandb
+    prompts = () if config.sampling is None else config.sampling.prompts
+    return FileSizes(
+        weights_bytes(weights_to_save(config.adapter, transformer, spec.files, dtype)),
+        first_state_bytes(trained_parameters(transformer), config.optimizer, config.ema is not None),
+        sum(map(picture_bytes, prompts)) * (1 + num_trackers),
+    )
+
+
+def first_files(config: Config, spec: ModelSpec, folder: Path) -> list[DiskRequirement]:
     """Return what a run has to have room for before it begins, at the least."""
-    sizes = file_sizes(loaded.config, trainable_transformer(loaded.config, spec), spec.files)
-    return first_needs(Path(loaded.config.output_dir) / loaded.run_name, loaded.config, sizes)
+    saves_states = bool(
+        config.checkpoint_every_n_epochs or config.checkpoint_every_n_steps or config.checkpoint_every_n_minutes
+    )
+    return first_requirements(folder, file_sizes(config, spec), saves_states)
 
 
-def planned_writings(
-    loaded: LoadedConfig, files: ModelFiles, plan: Plan, schedule: EpochSchedule, transformer: MiniTrainDIT,
-    start: int = 0, num_states: int = 0,
-) -> Writings:  # fmt: skip
-    """What a run will write after its first `start` steps, of which `num_states` training states are there."""
-    images_per_epoch = float(sum(sample.repeats for sample in plan.samples))
-    sizes = file_sizes(loaded.config, transformer, files)
-    return writings(run_path(loaded), loaded.config, sizes, schedule, images_per_epoch, start, num_states)
-
-
-def run_path(loaded: LoadedConfig) -> Path:
-    """Return the run's folder."""
-    return Path(loaded.config.output_dir) / loaded.run_name
+def disk_plan(
+    config: Config, folder: Path, sizes: FileSizes, plan: Plan, schedule: EpochSchedule, start: int = 0,
+    num_states: int = 0,
+) -> DiskPlan:  # fmt: skip
+    """Return what a run will write after its first `start` steps, of which `num_states` training states are there."""
+    end = schedule.num_steps
+    passed = (
+        range(start, end),
+        range(schedule.locate(start)[0], schedule.locate(end)[0]),
+        range(*(sum(times_seen(plan, schedule, step)) for step in (start, end))),
+    )
+    saves = Interval(config.save_every_n_epochs, config.save_every_n_steps, config.save_every_n_examples)
+    states = Interval(config.checkpoint_every_n_epochs, config.checkpoint_every_n_steps)
+    # The newest states and the best are kept, and one more is there while it is written.
+    num_kept = max(1, config.keep_last + 2 - num_states)
+    by_time = config.checkpoint_every_n_minutes is not None
+    sampling = config.sampling
+    previews = 0
+    if sampling is not None:
+        previews = Interval(sampling.every_n_epochs, sampling.every_n_steps).count(*passed)
+        previews += sampling.before_first_step and start == 0
+    return DiskPlan(
+        folder,
+        sizes,
+        num_weights=saves.count(*passed) + 1,
+        num_states=num_kept if by_time else min(num_kept, states.count(*passed)),
+        num_previews=previews,
+    )

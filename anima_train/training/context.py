@@ -10,16 +10,18 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from anima_train.checkpoint.resume import Origin, find_origin
+from anima_train.checkpoint.resume import ResumePoint, find_resume_point
 from anima_train.config.config import Config
 from anima_train.config.load import LoadedConfig
+from anima_train.core.device import DTYPES, describe_device
 from anima_train.distributed.collectives import broadcast_from_main, process_group
 from anima_train.distributed.consistency import check_same_config
 from anima_train.distributed.signals import SignalHandler
 from anima_train.run.accelerator import make_accelerator
 from anima_train.run.folder import RunFolder
 from anima_train.run.log import WarningsHandler, logged_to, terminal
-from anima_train.training.memory import Attempt
+from anima_train.run.manifest import plain
+from anima_train.training.memory import MemoryContext
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +36,11 @@ class RunContext:
     loaded: LoadedConfig
     accelerator: Accelerator
     folder: RunFolder
-    resume_point: Origin
+    resume_point: ResumePoint
     signals: SignalHandler
     warnings: WarningsHandler
     stack: contextlib.ExitStack
-    memory: Attempt
+    memory: MemoryContext
 
     @cached_property
     def config(self) -> Config:
@@ -73,11 +75,14 @@ def run_context(loaded: LoadedConfig, resume: bool, resume_path: Path | None) ->
     warnings = WarningsHandler()
     handlers = logged_to(terminal(accelerator.is_main_process), *([warnings] if accelerator.is_main_process else []))
     with handlers, contextlib.ExitStack() as stack:
+        logger.info("%s", describe_device(accelerator.device, DTYPES[config.model.dtype]))
         stack.enter_context(process_group(accelerator))
         loaded = check_same_config(loaded, accelerator)
         for note in loaded.notes:
             logger.info("note: %s", note)
-        point = broadcast_from_main(accelerator, partial(find_origin, loaded, resume, resume_path))
+        point = broadcast_from_main(
+            accelerator, partial(find_resume_point, plain(config), loaded.run_name, resume, resume_path)
+        )
         for note in point.notes:
             logger.info("%s", note)
         loaded = replace(loaded, run_name=point.run_name)
@@ -88,4 +93,6 @@ def run_context(loaded: LoadedConfig, resume: bool, resume_path: Path | None) ->
             folder.open()
             stack.callback(folder.close)
         signals = stack.enter_context(SignalHandler(folder.path))
-        yield RunContext(loaded, accelerator, folder, point, signals, warnings, stack, Attempt("loading the model"))
+        yield RunContext(
+            loaded, accelerator, folder, point, signals, warnings, stack, MemoryContext("loading the model")
+        )

@@ -13,6 +13,7 @@ from anima_train.core.format import format_bytes
 from anima_train.data.buckets import Size
 from anima_train.model.dit import TransformerShape
 from anima_train.optim.optimizers import AnyOptimizer
+from anima_train.optim.state_shapes import optimizer_state
 
 # Values kept for the backward pass per image token, block and channel: 16 GiB for one image of 1024 pixels in the 28
 # blocks of width 2048 of Anima, what trainers that recompute nothing need.
@@ -22,7 +23,7 @@ KEPT_VALUES_CHECKPOINTED = 1  # the block's input; one block at a time is recomp
 
 @dataclass(frozen=True)
 class ModelStats:
-    """What the costs depend on, read off the headers."""
+    """The numbers that the costs depend on, read off the headers."""
 
     transformer: TransformerShape
     num_weights: int  # in memory while training, without what an adapter adds
@@ -38,16 +39,16 @@ class MemoryCost:
 
     weights: int
     trained: int  # gradients and the optimizer's state, and the weights that a LoRA adds
-    kept: int  # activations for the backward pass
+    activations: int  # kept for the backward pass
 
     @property
     def total(self) -> int:
-        """All of them."""
-        return self.weights + self.trained + self.kept
+        """The sum of all."""
+        return self.weights + self.trained + self.activations
 
 
 def memory_cost(config: Config, model: ModelStats, size: Size, batch_size: int) -> MemoryCost:
-    """The estimate for one micro-batch of a bucket."""
+    """Estimate the memory of one micro-batch of a bucket."""
     weights_dtype = config.model.transformer_dtype or config.model.dtype
     if isinstance(config.adapter, Full):
         trained = gradient_and_state_bytes(config.optimizer, weights_dtype)
@@ -59,24 +60,23 @@ def memory_cost(config: Config, model: ModelStats, size: Size, batch_size: int) 
     shape = model.transformer
     per_block = batch_size * size.num_tokens * shape.width * DTYPES[config.model.dtype].itemsize
     if config.activation_checkpointing:
-        kept = per_block * (shape.num_blocks * KEPT_VALUES_CHECKPOINTED + KEPT_VALUES)
+        activations = per_block * (shape.num_blocks * KEPT_VALUES_CHECKPOINTED + KEPT_VALUES)
     else:
-        kept = per_block * shape.num_blocks * KEPT_VALUES
+        activations = per_block * shape.num_blocks * KEPT_VALUES
     weights = model.num_weights * DTYPES[weights_dtype].itemsize + model.num_text_weights * torch.float32.itemsize
-    return MemoryCost(weights, model.num_trained * trained, kept)
+    return MemoryCost(weights, model.num_trained * trained, activations)
 
 
 def gradient_and_state_bytes(optimizer: AnyOptimizer, dtype: str) -> int:
-    """Bytes per trained parameter of this dtype: the gradient, two moments, the Kahan compensation of bf16."""
-    value = DTYPES[dtype].itemsize
-    if optimizer.type == "adamw_optimi":
-        return value + 2 * DTYPES[optimizer.moments_dtype].itemsize + (value if dtype == "bfloat16" else 0)
-    return value + 2 * value
+    """Return the bytes per trained parameter of this dtype: its gradient, and what the optimizer keeps."""
+    weight = torch.empty(2**10, dtype=DTYPES[dtype], device="meta")  # so many that the count of steps adds no byte
+    (state,) = optimizer_state(optimizer, [weight])
+    return (weight.nbytes + sum(tensor.nbytes for tensor in state.values())) // weight.numel()
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a training step on micro-batches of one bucket costs, as it was found."""
+    """The measured cost of a training step on micro-batches of one bucket."""
 
     size: Size
     batch_size: int
@@ -85,23 +85,23 @@ class Measured:
 
     @property
     def described(self) -> str:
-        """The time of a step, or that there was none."""
+        """The time of a step, or that there was none, in words."""
         if self.seconds_per_step is None:
             return f"out of memory with {format_bytes(self.peak_bytes)} in use"
         return f"{self.seconds_per_step:.3g} s"
 
 
-def savings(
+def memory_suggestions(
     config: Config, resolution: int, batch_size: int, has_text_encoder: bool, is_evaluation: bool = False
 ) -> list[str]:
-    """What makes the micro-batches of a bucket need less memory and is not done yet, that of least cost first.
+    """Return what makes the micro-batches of a bucket need less memory and is not done yet, that of least cost first.
 
     Args:
         config: of the run.
         resolution: of the bucket.
         batch_size: of the micro-batch.
-        has_text_encoder: whether captions are encoded on the device while it trains.
-        is_evaluation: whether the bucket is that of an evaluation set: nothing is kept for a backward pass.
+        has_text_encoder: True if captions are encoded on the device while it trains.
+        is_evaluation: True if the bucket is that of an evaluation set: nothing is kept for a backward pass.
     """
     trains_all = isinstance(config.adapter, Full)
     has_float32_weights = config.model.dtype == "bfloat16" and config.model.transformer_dtype == "float32"
@@ -135,8 +135,8 @@ def savings(
     return found
 
 
-def cache_savings(config: Config) -> list[str]:
-    """What makes filling the cache need less memory and is not done yet, that of least cost first."""
+def cache_suggestions(config: Config) -> list[str]:
+    """Return what makes filling the cache need less memory and is not done yet, that of least cost first."""
     found = []
     if config.caching_batch_size > 1:
         found.append(f"caching_batch_size below {config.caching_batch_size}")
@@ -148,7 +148,9 @@ def cache_savings(config: Config) -> list[str]:
 def estimated_seconds(
     measured: Sequence[Measured], micro_batches_per_step: int, num_steps: int, num_tokens: int
 ) -> float | None:
-    """How long a run takes: a step's time is linear in its image tokens, and constant outside of what was measured.
+    """Estimate the seconds that a run takes.
+
+    A step's time is linear in its image tokens, and constant outside of what was measured.
 
     Args:
         measured: of one or more buckets.

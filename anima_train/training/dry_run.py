@@ -1,14 +1,14 @@
 """What a run would do, told without doing it."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
-from anima_train.checkpoint.disk_space import space_warning
 from anima_train.config.load import LoadedConfig
 from anima_train.core.format import format_bytes
 from anima_train.data.scan import Scan
 from anima_train.model.loading import ModelSpec
 from anima_train.optim.groups import group_rows
-from anima_train.training.build import plan_run, planned_writings, trainable_transformer
+from anima_train.training.build import disk_plan, file_sizes, plan_run, trainable_transformer
 from anima_train.training.summary import data_text, groups_text, plan_text
 
 
@@ -22,8 +22,9 @@ def describe_run(loaded: LoadedConfig, spec: ModelSpec, scans: Mapping[str, Scan
     lines.extend(plan_text(plan, schedule, config.epochs, config.ema))
     transformer = trainable_transformer(config, spec)
     lines.extend(groups_text(group_rows(transformer, config.learning_rates())))
-    planned = planned_writings(loaded, spec.files, plan, schedule, transformer)
+    folder = Path(config.output_dir) / loaded.run_name
+    planned = disk_plan(config, folder, file_sizes(config, spec), plan, schedule)
     lines.append(f"files: {planned.described()}: {format_bytes(planned.num_bytes)} in all")
-    if warning := space_warning(planned, config):
+    if warning := planned.warning(config.keep_last):
         lines.append(f"warning: {warning}")
     return lines

@@ -1,13 +1,12 @@
-"""How much memory a device has had in use, and what is said when there is not enough."""
+"""The peak of a device's memory, and the message when there is not enough."""
 
 import contextlib
-import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 from anima_train.core.errors import SpaceError
@@ -31,28 +30,22 @@ def start_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory that was in use: on the CPU by the process since it began, else by tensors since `start_peak`."""
+    """Return the most bytes that were in use: on the CPU by the process so far, else by tensors since `start_peak`."""
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()  # of the pool, which keeps what it once held
     if device.type != "cpu":
         return torch.accelerator.max_memory_allocated(device)
-    if sys.platform == "linux":
-        # Not `ru_maxrss`, which begins with that of the process that started this one.
+    if psutil.LINUX:
+        # psutil has no peak here, and `ru_maxrss` begins with that of the process that started this one.
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    elif sys.platform == "win32":  # noqa: RET505  # mypy knows which branch it can reach
-        import psutil  # which Accelerate needs
-
-        return psutil.Process().memory_info().peak_wset
-    else:
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes, on a Mac
+    memory = psutil.Process().memory_info()
+    return int(getattr(memory, "peak_wset", memory.rss))  # on a Mac, which has no peak, what is in use now
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What goes through the transformer at once."""
+class MicroBatchShape:
+    """The shape of what goes through the transformer at once."""
 
     resolution: int
     size: Size
@@ -60,8 +53,8 @@ class Shape:
     is_evaluation: bool = False  # without a backward pass
 
     @classmethod
-    def of(cls, micro_batch: MicroBatch, samples: Sequence[Sample]) -> "Shape":
-        """That of a micro-batch of the plan of these samples."""
+    def of(cls, micro_batch: MicroBatch, samples: Sequence[Sample]) -> "MicroBatchShape":
+        """Return that of a micro-batch of the plan of these samples."""
         first = samples[micro_batch.refs[0].sample]
         return cls(first.resolution, micro_batch.size, len(micro_batch.refs))
 
@@ -75,11 +68,11 @@ class Shape:
 
 
 @dataclass
-class Attempt:
-    """What the memory is being used for; it changes as the run goes on."""
+class MemoryContext:
+    """The present use of the memory; it changes as the run goes on."""
 
     doing: str
-    shape: Shape | None = None  # None: nothing goes through the transformer
+    shape: MicroBatchShape | None = None  # None: nothing goes through the transformer
 
     def __str__(self) -> str:
         return self.doing if self.shape is None else f"{self.doing}, with {self.shape}"
@@ -87,14 +80,14 @@ class Attempt:
 
 @contextlib.contextmanager
 def memory_errors(
-    device: torch.device, attempt: Attempt, savings: Callable[[Shape | None], Sequence[str]]
+    device: torch.device, context: MemoryContext, suggestions: Callable[[MicroBatchShape | None], Sequence[str]]
 ) -> Iterator[None]:
     """Report memory that runs out as a `SpaceError` about what was being done then.
 
     Args:
         device: that trains.
-        attempt: kept up to date by the caller.
-        savings: what to change where this shape does not fit, that of least cost first.
+        context: kept up to date by the caller.
+        suggestions: what to change where this shape does not fit, that of least cost first.
     """
     try:
         yield
@@ -105,28 +98,30 @@ def memory_errors(
         need = f"{format_bytes(peak)} in use at most until then"
         if asked is not None:
             need = f"more than {format_bytes(peak + asked)} ({need}, {format_bytes(asked)} more asked for)"
-        changes = [f"\n  {number}. {saving}" for number, saving in enumerate(savings(attempt.shape), start=1)]
+        changes = [
+            f"\n  {number}. {suggestion}" for number, suggestion in enumerate(suggestions(context.shape), start=1)
+        ]
         raise SpaceError(
-            f"out of memory in {attempt}. Needed: {need}; {limits(device)}. What to change, in order of least cost:"
+            f"out of memory in {context}. Needed: {need}; {limits(device)}. What to change, in order of least cost:"
             f"{''.join(changes)}"
         ) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on any device; only some of them have a class of errors for it."""
+    """Return True if memory ran out, on any device; only some of them have a class of errors for it."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
         sign in str(error).lower() for sign in OUT_OF_MEMORY
     )
 
 
 def asked_bytes(message: str) -> int | None:
-    """The bytes that could not be had, if torch's message says so; CUDA rounds them."""
+    """Return the bytes that could not be had; None if torch's message does not say. CUDA rounds them."""
     found = ASKED.search(message)
     return None if found is None else round(float(found[1]) * UNITS[found[2]])
 
 
 def limits(device: torch.device) -> str:
-    """How much memory there is, in words."""
+    """Describe how much memory there is."""
     if device.type == "mps":
         return f"the device has {format_bytes(torch.mps.recommended_max_memory())}"
     if device.type != "cpu":
@@ -134,14 +129,7 @@ def limits(device: torch.device) -> str:
         others = max(0, total - free - torch.accelerator.memory_reserved(device))
         in_use = f"{format_bytes(others)} of it in use for other things than this training"
         return f"the device has {format_bytes(total)}, {in_use}"
-    if sys.platform == "win32":
-        import psutil  # which Accelerate needs
-
-        return f"the computer has {format_bytes(psutil.virtual_memory().total)}"
-    else:  # noqa: RET505  # mypy knows which branch it can reach
-        import resource
-
-        text = f"the computer has {format_bytes(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))}"
-        if (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
-            text += f", of which a process may take {format_bytes(limit)} (ulimit -v)"
-        return text
+    text = f"the computer has {format_bytes(psutil.virtual_memory().total)}"
+    if psutil.LINUX and (limit := psutil.Process().rlimit(psutil.RLIMIT_AS)[0]) != psutil.RLIM_INFINITY:
+        text += f", of which a process may take {format_bytes(limit)} (ulimit -v)"
+    return text

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from anima_train.caching.text_encoding import CaptionEncoder
-from anima_train.config.load import LoadedConfig
-from anima_train.config.model_files import build_model_spec
-from anima_train.core.device import DTYPES
+from anima_train.config.config import Config
 from anima_train.core.random import stream
 from anima_train.core.shapes import LATENT_CHANNELS, LATENT_PIXELS
 from anima_train.core.text_batch import CONTEXT_ROWS, EncodedText, TextStates, pad_states
@@ -23,110 +21,115 @@ from anima_train.data.loader import Batch
 from anima_train.data.plan import Plan, batch_size_for
 from anima_train.evaluation.evaluate import EvalSet
 from anima_train.model.llm_adapter import LLMAdapterShape
-from anima_train.model.loading import ModelFiles
+from anima_train.model.loading import ModelSpec
 from anima_train.model.text import MAX_TOKENS, load_tokenizers
+from anima_train.objective.losses import Loss
 from anima_train.objective.step import compute_loss
-from anima_train.optim.optimizers import AnyOptimizer, Groups
+from anima_train.optim.optimizers import AnyOptimizer
+from anima_train.optim.state_shapes import optimizer_state
 from anima_train.run.accelerator import make_accelerator
 from anima_train.training.build import load_trained
 from anima_train.training.costs import Measured
-from anima_train.training.memory import Shape, is_out_of_memory, peak_bytes, start_peak
+from anima_train.training.memory import MicroBatchShape, is_out_of_memory, peak_bytes, start_peak
 
 
-def largest_shapes(plan: Plan, num_epochs: int, evals: Iterable[EvalSet]) -> list[Shape]:
-    """The micro-batch that needs most memory in training, and that in evaluation if there is any."""
+def largest_shapes(plan: Plan, num_epochs: int, evals: Iterable[EvalSet]) -> list[MicroBatchShape]:
+    """Return the micro-batch that needs most memory in training, and that in evaluation if there is any."""
     trained = [
-        Shape(resolution, size, number) for (resolution, size), number in plan.largest_batches(num_epochs).items()
+        MicroBatchShape(resolution, size, number)
+        for (resolution, size), number in plan.largest_batches(num_epochs).items()
     ]
     evaluated = []
     for eval_set in evals:
         for indices in eval_set.batches():
             sample = eval_set.data.samples[indices[0]]
-            evaluated.append(Shape(sample.resolution, sample.size, len(indices), is_evaluation=True))
+            evaluated.append(MicroBatchShape(sample.resolution, sample.size, len(indices), is_evaluation=True))
     return [max(shapes, key=lambda shape: shape.cost) for shapes in (trained, evaluated) if shapes]
 
 
 def try_shape(
-    shape: Shape, loaded: LoadedConfig, files: ModelFiles, model: nn.Module, optimizer: Optimizer,
-    accelerator: Accelerator,
+    shape: MicroBatchShape, model: nn.Module, optimizer: Optimizer, accelerator: Accelerator, settings: AnyOptimizer,
+    loss_function: Loss, spec: ModelSpec, accumulates: bool,
 ) -> None:  # fmt: skip
     """Run the forward pass on random values and, unless it is an evaluation's, the backward pass.
 
     In memory is what training will hold, too: the optimizer's state, and the gradients of a step's earlier
     micro-batches. All of it is dropped again: weights, optimizer and later steps are as if this had not been. The
     process does this alone: none waits for another.
+
+    Args:
+        shape: of the micro-batch.
+        model: that trains, as the accelerator prepared it.
+        optimizer: that trains.
+        accelerator: device and processes.
+        settings: of the optimizer.
+        loss_function: of the run.
+        text: of the run.
+        accumulates: True if a step has several micro-batches.
     """
     device = accelerator.device
     start_peak(device)
     # Without what exchanges gradients, but with autocast.
     transformer = accelerator.unwrap_model(model, keep_fp32_wrapper=True)
-    held = [] if optimizer.state else state_like(loaded.config.optimizer, optimizer.param_groups)
-    batch = random_batch(loaded, files, shape.size, shape.batch_size).to(device)
-    loss_function = loaded.config.loss()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    held = [] if optimizer.state else state_like(settings, parameters, device)
+    batch = random_batch(shape.size, shape.batch_size, spec).to(device)
     if shape.is_evaluation:
         transformer.eval()
         with torch.no_grad():
             compute_loss(transformer, batch, loss_function)
         transformer.train()
     else:
-        if loaded.config.gradient_accumulation_steps > 1:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    parameter.grad = torch.zeros_like(parameter)
+        if accumulates:
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter)
         accelerator.backward(compute_loss(transformer, batch, loss_function).mean())
     optimizer.zero_grad(set_to_none=True)
     del held  # was in memory until now
 
 
-def state_like(settings: AnyOptimizer, groups: Groups) -> list[Tensor]:
-    """Tensors that take the memory of an optimizer's state: the state of updates to copies, one parameter at a time."""
-    state: list[Tensor] = []
-    for group in groups:
-        for parameter in group["params"]:
-            copy = nn.Parameter(torch.zeros_like(parameter))
-            copy.grad = torch.zeros_like(copy)
-            optimizer = settings.build([{**group, "params": [copy]}])
-            optimizer.step()
-            state.extend(value for value in optimizer.state[copy].values() if isinstance(value, Tensor))
-    return state
+def state_like(settings: AnyOptimizer, parameters: Iterable[Tensor], device: torch.device) -> list[Tensor]:
+    """Return tensors that take the memory of an optimizer's state."""
+    return [
+        torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+        for state in optimizer_state(settings, parameters)
+        for tensor in state.values()
+    ]
 
 
-def random_batch(loaded: LoadedConfig, files: ModelFiles, size: Size, batch_size: int) -> Batch:
-    """A batch as the loader would make it from the cache, in shapes and dtypes."""
-    generator = stream(loaded.config.seed, "measure")
+def random_batch(size: Size, batch_size: int, spec: ModelSpec) -> Batch:
+    """Return a batch as the loader would make it from the cache, in shapes and dtypes."""
+    generator = stream(0, "measure")
     shape = (batch_size, LATENT_CHANNELS, 1, size.height // LATENT_PIXELS, size.width // LATENT_PIXELS)
     return Batch(
         latents=torch.randn(shape, generator=generator),
         noise=torch.randn(shape, generator=generator),
         t=torch.rand(batch_size, generator=generator),
-        text=random_text(loaded, files, batch_size, generator),
+        text=random_text(batch_size, spec, generator),
         mask=None,
         names=(str(size),) * batch_size,
     )
 
 
-def random_text(
-    loaded: LoadedConfig, files: ModelFiles, batch_size: int, generator: torch.Generator
-) -> Tensor | TextStates:
-    """The frozen LLM adapter's output, or what a trained one reads."""
-    dtype = DTYPES[loaded.config.model.dtype]
-    shape = LLMAdapterShape.of(files.llm_adapter_header.entries)
-    if loaded.config.learning_rates().by_component["llm_adapter"] == 0:
-        return torch.randn(batch_size, CONTEXT_ROWS, shape.target_width, generator=generator).to(dtype)
-    qwen = torch.randn(MAX_TOKENS, shape.source_width, generator=generator).to(dtype)
+def random_text(batch_size: int, spec: ModelSpec, generator: torch.Generator) -> Tensor | TextStates:
+    """Return what a frozen LLM adapter gives, or what a trained one reads."""
+    shape = LLMAdapterShape.of(spec.files.llm_adapter_header.entries)
+    if not spec.trains_llm_adapter:
+        return torch.randn(batch_size, CONTEXT_ROWS, shape.target_width, generator=generator).to(spec.dtype)
+    qwen = torch.randn(MAX_TOKENS, shape.source_width, generator=generator).to(spec.dtype)
     t5_ids = torch.randint(shape.vocab_size, (MAX_TOKENS,), generator=generator)
     return pad_states([EncodedText(qwen, t5_ids)] * batch_size)
 
 
 def extremes(plan: Plan) -> list[tuple[Size, int]]:
-    """Size and micro-batch size of the buckets with the fewest and the most image tokens in a batch; one if equal."""
+    """Return size and micro-batch size of the cheapest and the dearest bucket, by image tokens; one if equal."""
     buckets = {(sample.size, batch_size_for(plan.batch_sizes, sample.resolution)) for sample in plan.samples}
     ordered = sorted(buckets, key=lambda bucket: (bucket[0].num_tokens * bucket[1], bucket))
     return list(dict.fromkeys((ordered[0], ordered[-1])))
 
 
 def measure(
-    loaded: LoadedConfig, files: ModelFiles, buckets: Sequence[tuple[Size, int]], num_steps: int, encodes_online: bool
+    config: Config, spec: ModelSpec, buckets: Sequence[tuple[Size, int]], num_steps: int, encodes_online: bool
 ) -> list[Measured]:
     """Run the training steps of a run of one process, and take their time and memory; the result is thrown away.
 
@@ -134,30 +137,28 @@ def measure(
     have all the tokens that are read. No file is written.
 
     Args:
-        loaded: the configuration.
-        files: of the model.
+        config: the configuration.
+        spec: the model.
         buckets: size and micro-batch size of each. The CPU's peak is that of the process so far, so that the cheapest
             bucket must come first.
         num_steps: for each bucket. The first of several is not timed: kernels are chosen in it.
-        encodes_online: whether captions are encoded during training: the text encoder is in memory then, but does
+        encodes_online: True if captions are encoded during training: the text encoder is in memory then, but does
             nothing here.
     """
-    config = loaded.config
-    accelerator = make_accelerator(config, Path(config.output_dir) / loaded.run_name)
+    accelerator = make_accelerator(config, Path(config.output_dir))
     device = accelerator.device
+    encoder = None
     try:
-        encoder = None
         if encodes_online:
-            tokenizers = load_tokenizers(files.tokenizer, files.t5_tokenizer)
-            encoder = CaptionEncoder(build_model_spec(loaded, device), tokenizers)
-        step = training_step(loaded, files, accelerator)
+            encoder = CaptionEncoder(spec, load_tokenizers(spec.files.tokenizer, spec.files.t5_tokenizer))
+        step = training_step(config, spec, accelerator)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         return [Measured(size, batch_size, None, peak_bytes(device)) for size, batch_size in buckets]
     measured = []
     for size, batch_size in buckets:
-        batch = random_batch(loaded, files, size, batch_size)
+        batch = random_batch(size, batch_size, spec)
         start_peak(device)
         try:
             seconds = [timed(step, batch, device) for _ in range(num_steps)]
@@ -171,12 +172,11 @@ def measure(
     return measured
 
 
-def training_step(loaded: LoadedConfig, files: ModelFiles, accelerator: Accelerator) -> Callable[[Batch], None]:
+def training_step(config: Config, spec: ModelSpec, accelerator: Accelerator) -> Callable[[Batch], None]:
     """Load what is trained, and return a function that makes one optimizer update as the training loop does."""
-    config = loaded.config
     num_micro_batches = config.gradient_accumulation_steps
     loss_function = config.loss()
-    transformer, groups = load_trained(config, build_model_spec(loaded, accelerator.device))
+    transformer, groups = load_trained(config, spec)
     parameters = [parameter for group in groups for parameter in group["params"]]
     model = accelerator.prepare(transformer)
     optimizer = config.optimizer.build(groups)
@@ -197,7 +197,7 @@ def training_step(loaded: LoadedConfig, files: ModelFiles, accelerator: Accelera
 
 
 def timed(step: Callable[[Batch], None], batch: Batch, device: torch.device) -> float:
-    """Seconds until the device is done."""
+    """Return the seconds that a step takes, until the device is done."""
     started = time.perf_counter()
     step(batch)
     if device.type != "cpu":

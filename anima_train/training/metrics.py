@@ -13,7 +13,7 @@ from torch import Tensor
 
 from anima_train.data.loader import Batch
 from anima_train.objective.timesteps import T_BINS
-from anima_train.run.progress import Progress
+from anima_train.run.progress import ProgressBar
 from anima_train.run.trackers import Trackers, open_trackers
 from anima_train.training.anomalies import SpikeDetector
 from anima_train.training.context import RunContext
@@ -93,7 +93,7 @@ class StepLogger:
         trackers: TensorBoard and W&B.
     """
 
-    def __init__(self, run: RunContext, state: TrainState, progress: Progress, trackers: Trackers) -> None:
+    def __init__(self, run: RunContext, state: TrainState, progress: ProgressBar, trackers: Trackers) -> None:
         self.run = run
         self.state = state
         self.progress = progress
@@ -106,7 +106,7 @@ class StepLogger:
     def open(cls, run: RunContext, state: TrainState, num_steps: int) -> "StepLogger":
         """Return a logger, whose trackers and progress bar are closed with the run."""
         config = run.config
-        progress = Progress(run.folder.name, num_steps, state.step, run.is_main)
+        progress = ProgressBar(run.folder.name, num_steps, state.step, run.is_main)
         opens = partial(open_trackers, run.accelerator, config.monitoring, run.folder.name, config.offline)
         trackers = run.stack.enter_context(Trackers(opens))  # closed where the run fails, too
         run.stack.callback(progress.close)
@@ -143,6 +143,6 @@ class StepLogger:
         }
         self.run.folder.log(self.run.folder.metrics_path, values | {"loss_by_t": losses.by_t})
         self.trackers.log({key: value for key, value in values.items() if key not in ("step", "examples")}, self.x())
-        if spike := self.spikes.after(state.step, losses.loss, result.grad_norm):
+        if spike := self.spikes.after(state.step, result.grad_norm):
             logger.warning("%s", spike, extra={"step": state.step})
         self.progress.update(state.step, losses.loss, speed, values["memory_bytes"], next_event)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from anima_train.data.loader import Batch, CachedData, read_ahead
 from anima_train.data.plan import EpochSchedule, MicroBatch, Plan, Step
-from anima_train.training.memory import Shape
+from anima_train.training.memory import MicroBatchShape
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class RankMicroBatch:
     address: int  # among the step's micro-batches of all processes
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> MicroBatchShape:
         """What of it decides about memory."""
-        return Shape(self.resolution, self.micro_batch.size, len(self.micro_batch.refs))
+        return MicroBatchShape(self.resolution, self.micro_batch.size, len(self.micro_batch.refs))
 
 
 @dataclass(frozen=True)

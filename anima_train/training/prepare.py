@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -31,8 +32,8 @@ from anima_train.evaluation.evaluate import EvalSet
 from anima_train.model.loading import ModelSpec
 from anima_train.model.text import count_tokens, load_tokenizers
 from anima_train.training.build import first_files
-from anima_train.training.costs import cache_savings
-from anima_train.training.memory import Attempt, memory_errors
+from anima_train.training.costs import cache_suggestions
+from anima_train.training.memory import MemoryContext, memory_errors
 from anima_train.training.summary import data_text
 
 logger = logging.getLogger(__name__)
@@ -94,8 +95,8 @@ def prepare_data(
         num_read, num_damaged = sum_over_ranks(numbers)
         read = count(num_read, "entry", "entries")
         logger.info("cache: %s read, %d damaged and removed to be rebuilt", read, num_damaged)
-    with memory_errors(accelerator.device, Attempt("filling the cache"), lambda _: cache_savings(config)):
-        first = first_files(loaded, spec) if trains and is_main else []
+    with memory_errors(accelerator.device, MemoryContext("filling the cache"), lambda _: cache_suggestions(config)):
+        first = first_files(config, spec, Path(config.output_dir) / loaded.run_name) if trains and is_main else []
         made = fill_cache(needed, spec, ranks, config.caching_batch_size, partial(patient_barrier, accelerator), first)
     num_latents, num_masks, num_texts = sum_over_ranks(astuple(made))
     logger.info(

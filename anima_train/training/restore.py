@@ -4,16 +4,15 @@ import json
 import logging
 from typing import Any
 
-from anima_train.checkpoint.disk_space import space_warning
-from anima_train.checkpoint.resume import check_same_content, set_aside
+from anima_train.checkpoint.resume import check_same_content, retire_states
 from anima_train.checkpoint.training_state import load_state, saved_states
 from anima_train.core.files import write_text
-from anima_train.data.plan import EpochSchedule, Plan
-from anima_train.distributed.collectives import broadcast_from_main, patient_barrier
+from anima_train.data.plan import EpochSchedule, Plan, times_seen
+from anima_train.distributed.collectives import broadcast_from_main
 from anima_train.optim.groups import group_rows
 from anima_train.run.manifest import config_toml, manifest
 from anima_train.training.anomalies import replay
-from anima_train.training.build import planned_writings
+from anima_train.training.build import disk_plan, file_sizes
 from anima_train.training.context import RunContext
 from anima_train.training.prepare import Prepared
 from anima_train.training.setup import TrainState
@@ -33,25 +32,25 @@ def restore(run: RunContext, state: TrainState, data: Prepared, plan: Plan, sche
 
     def checked() -> dict[str, Any]:
         facts = manifest(
-            config, run.folder.name, spec.files, data.train, rows, schedule.num_steps, run.accelerator.num_processes
-        )
+            run.folder.name, spec.files, data.train, rows, config.seed, schedule.num_steps,
+            run.accelerator.num_processes, config.gradient_accumulation_steps,
+        )  # fmt: skip
         if saved is not None:
             check_same_content(saved, facts)
         return facts
 
-    patient_barrier(run.accelerator)  # one process has encoded prompts, each has read the model
     facts = broadcast_from_main(run.accelerator, checked)
     if saved is not None:
         load_state(saved, state.transformer, state.optimizer, state.ema)
-        state.step = saved.facts.step
-    state.samples_seen = plan.samples_before(schedule, state.step)
+        state.step = saved.manifest.step
+    state.samples_seen = sum(times_seen(plan, schedule, state.step))
     if run.is_main:
-        for path in set_aside(run.folder.checkpoints, state.step):
+        for path in retire_states(run.folder.checkpoints, state.step):
             logger.info("note: %s is of a step that is made again; it is not read any more", path)
         start_records(run, data, facts)
         num_states = len(saved_states(run.folder.checkpoints))
-        planned = planned_writings(run.loaded, spec.files, plan, schedule, state.transformer, state.step, num_states)
-        if warning := space_warning(planned, config):
+        planned = disk_plan(config, run.folder.path, file_sizes(config, spec), plan, schedule, state.step, num_states)
+        if warning := planned.warning(config.keep_last):
             logger.warning("%s", warning)
     state.skipped = broadcast_from_main(run.accelerator, lambda: replay(run.folder.metrics_path, state.step)[0])
     return facts
@@ -60,7 +59,7 @@ def restore(run: RunContext, state: TrainState, data: Prepared, plan: Plan, sche
 def start_records(run: RunContext, data: Prepared, facts: dict[str, Any]) -> None:
     """Keep what was logged of steps that are not made again, and write the configuration, the manifest and warnings."""
     point, folder = run.resume_point, run.folder
-    step, pending = (0, []) if point.saved is None else (point.saved.facts.step, point.saved.facts.pending)
+    step, pending = (0, []) if point.saved is None else (point.saved.manifest.step, point.saved.manifest.pending)
     folder.start_records(point.source, step, pending)
     write_text(folder.path / "config.toml", config_toml(run.config))
     write_text(folder.manifest_path, json.dumps(facts, indent=1))

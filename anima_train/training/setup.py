@@ -11,18 +11,19 @@ from torch.optim import Optimizer
 from anima_train.caching.text_encoding import encodes_online
 from anima_train.checkpoint.training_state import trained_parameters
 from anima_train.data.plan import EpochSchedule, Plan
+from anima_train.distributed.collectives import patient_barrier
 from anima_train.distributed.consistency import check_same_plan
 from anima_train.evaluation.previews import Previews
 from anima_train.model.dit import MiniTrainDIT
 from anima_train.model.loading import ModelSpec
-from anima_train.optim.ema import Average
+from anima_train.optim.ema import WeightAverage
 from anima_train.optim.groups import group_rows
 from anima_train.optim.lr_schedules import lr_factor
 from anima_train.training.anomalies import SkippedUpdates
 from anima_train.training.build import load_trained, plan_run
 from anima_train.training.context import RunContext
-from anima_train.training.costs import savings
-from anima_train.training.memory import Shape, memory_errors
+from anima_train.training.costs import memory_suggestions
+from anima_train.training.memory import MicroBatchShape, memory_errors
 from anima_train.training.memory_check import largest_shapes
 from anima_train.training.prepare import Prepared
 from anima_train.training.summary import groups_text, plan_text
@@ -37,7 +38,7 @@ class TrainState:
     transformer: MiniTrainDIT
     model: nn.Module  # the same, as the device and the processes need it
     optimizer: Optimizer
-    ema: Average | None
+    ema: WeightAverage | None
     lr_factor: Callable[[int], float]  # on every group's base rate, of a step, 0 the first
     step: int = 0  # optimizer steps that are done
     samples_seen: int = 0  # in them
@@ -66,7 +67,7 @@ def build_plan(run: RunContext, data: Prepared) -> tuple[Plan, EpochSchedule]:
     return plan, schedule
 
 
-def watch_memory(run: RunContext, data: Prepared, plan: Plan, schedule: EpochSchedule) -> list[Shape]:
+def watch_memory(run: RunContext, data: Prepared, plan: Plan, schedule: EpochSchedule) -> list[MicroBatchShape]:
     """From here on, report memory that runs out with what to change; returns the largest micro-batches to come."""
     config = run.config
     shapes = largest_shapes(plan, len(schedule.epoch_starts) - 1, data.evals)
@@ -74,9 +75,9 @@ def watch_memory(run: RunContext, data: Prepared, plan: Plan, schedule: EpochSch
         encodes_online(config.model.cache_text_embeddings, data.train.samples) and data.spec.text_device.type != "cpu"
     )
 
-    def suggestions(tried: Shape | None) -> list[str]:
+    def suggestions(tried: MicroBatchShape | None) -> list[str]:
         shape = tried or shapes[0]
-        return savings(config, shape.resolution, shape.batch_size, encodes_here, shape.is_evaluation)
+        return memory_suggestions(config, shape.resolution, shape.batch_size, encodes_here, shape.is_evaluation)
 
     run.stack.enter_context(memory_errors(run.device, run.memory, suggestions))
     return shapes
@@ -103,8 +104,9 @@ def build_model(run: RunContext, spec: ModelSpec, num_steps: int) -> TrainState:
     transformer, groups = load_trained(config, spec)
     for line in groups_text(group_rows(transformer, config.learning_rates())):
         logger.info("%s", line)
+    patient_barrier(run.accelerator)  # one process has encoded prompts, each has read the model
     model = run.accelerator.prepare(transformer)
-    ema = None if config.ema is None else Average(trained_parameters(transformer), config.ema)
+    ema = None if config.ema is None else WeightAverage(trained_parameters(transformer), config.ema)
 
     def factor(step: int) -> float:
         if config.force_constant_lr is not None:

@@ -10,10 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from anima_train.adapters.full import Full
-from anima_train.checkpoint.async_writer import Groups, Writer
-from anima_train.checkpoint.training_state import StateFacts, save_state, state_tensors
-from anima_train.checkpoint.weights import save_weights, weights_metadata
+from anima_train.checkpoint.async_writer import AsyncWriter, Groups
+from anima_train.checkpoint.training_state import StateManifest, save_state, state_tensors
+from anima_train.checkpoint.weights import save_weights, weights_metadata, weights_to_save
 from anima_train.config.config import Config
 from anima_train.core.device import DTYPES
 from anima_train.core.errors import Interrupted
@@ -24,9 +23,7 @@ from anima_train.distributed.collectives import patient_barrier
 from anima_train.distributed.signals import Abandoned
 from anima_train.evaluation.evaluate import base_text, evaluate, read_base
 from anima_train.evaluation.previews import Previews
-from anima_train.model.dit import MiniTrainDIT
-from anima_train.model.loading import ModelSpec
-from anima_train.run.intervals import Due, what_follows
+from anima_train.run.intervals import Interval, next_event
 from anima_train.run.manifest import plain, seen_facts
 from anima_train.training.anomalies import naming, step_names
 from anima_train.training.context import RunContext
@@ -52,8 +49,8 @@ class PeriodicTasks:
     previews: Previews | None
     manifest: Mapping[str, Any]
     log: StepLogger
-    writer: Writer
-    intervals: dict[str, Due]
+    writer: AsyncWriter
+    intervals: dict[str, Interval]
     scores: dict[int, float] = field(default_factory=dict)  # mean evaluation loss after a step
 
     @classmethod
@@ -62,21 +59,21 @@ class PeriodicTasks:
         previews: Previews | None, manifest: Mapping[str, Any], log: StepLogger,
     ) -> "PeriodicTasks":  # fmt: skip
         """Return the tasks of a run, whose writer is closed with the run."""
-        writer = run.stack.enter_context(Writer())
+        writer = run.stack.enter_context(AsyncWriter())
         due = all_intervals(run.config, time.monotonic())
         return cls(run, state, data, plan, schedule, previews, manifest, log, writer, due)
 
     def before_first_step(self) -> list[str]:
         """Return the names of what is to be done before the first step, or was left by a process that had to stop."""
         if (saved := self.context.resume_point.saved) is not None:
-            return saved.facts.pending
+            return saved.manifest.pending
         config = self.context.config
         draws = config.sampling is not None and config.sampling.before_first_step
         return [name for name, due in (("evaluation", config.eval_before_first_step), ("preview", draws)) if due]
 
     def next_event(self) -> str:
         """Return the event that is due next, as "evaluation at 200"; "" where the end comes first."""
-        return what_follows(self.intervals, self.state.step, self.schedule)
+        return next_event(self.intervals, self.state.step, self.schedule)
 
     def run_due(self, step: RankStep) -> None:
         """Do what is due after a step, and what signals and files ask for.
@@ -182,7 +179,10 @@ class PeriodicTasks:
         done = self.schedule.num_steps if step is None else step
         epoch = self.schedule.locate(max(0, done - 1))[0] + 1
         config = self.context.config
-        metadata = weights_metadata(config, self.context.folder.name, done, epoch, len(self.plan.samples))
+        metadata = weights_metadata(
+            self.context.folder.name, done, epoch, len(self.plan.samples), config.seed, config.adapter,
+            config.optimizer, config.lr_scheduler.type,
+        )  # fmt: skip
 
         def write(groups: Groups) -> None:
             save_weights(path, groups["weights"], metadata)
@@ -193,7 +193,8 @@ class PeriodicTasks:
                 logger.info("step %d: saved %s", step, path)
 
         with self.state.averaged():
-            tensors = weights_to_save(config, self.state.transformer, self.data.spec)
+            dtype = None if config.save_dtype is None else DTYPES[config.save_dtype]
+            tensors = weights_to_save(config.adapter, self.state.transformer, self.data.spec.files, dtype)
             self.writer.write({"weights": tensors}, write)
         return path
 
@@ -201,7 +202,7 @@ class PeriodicTasks:
         """Have the training state after a step written."""
         state, folder = self.state, self.context.folder
         keep_last = self.context.config.keep_last
-        facts = StateFacts(
+        facts = StateManifest(
             step=step,
             optimizer=type(state.optimizer).__name__,
             pending=list(pending),
@@ -250,28 +251,18 @@ class PeriodicTasks:
         patient_barrier(self.context.accelerator)
 
 
-def all_intervals(config: Config, now: float) -> dict[str, Due]:
+def all_intervals(config: Config, now: float) -> dict[str, Interval]:
     """Return when each task is due, by its name."""
     sampling = config.sampling
     return {
-        "evaluation": Due(config.eval_every_n_epochs, config.eval_every_n_steps, config.eval_every_n_examples),
-        "preview": Due() if sampling is None else Due(sampling.every_n_epochs, sampling.every_n_steps),
-        "save": Due(
+        "evaluation": Interval(config.eval_every_n_epochs, config.eval_every_n_steps, config.eval_every_n_examples),
+        "preview": Interval() if sampling is None else Interval(sampling.every_n_epochs, sampling.every_n_steps),
+        "save": Interval(
             config.save_every_n_epochs, config.save_every_n_steps, config.save_every_n_examples,
             config.save_every_n_minutes, now,
         ),
-        "training state": Due(
+        "training state": Interval(
             config.checkpoint_every_n_epochs, config.checkpoint_every_n_steps, None,
             config.checkpoint_every_n_minutes, now,
         ),
     }  # fmt: skip
-
-
-def weights_to_save(config: Config, transformer: MiniTrainDIT, spec: ModelSpec) -> dict[str, Tensor]:
-    """Return the LoRA, or the whole model; a frozen LLM adapter that is not in memory comes from its file."""
-    tensors = config.adapter.tensors(transformer)
-    if isinstance(config.adapter, Full) and not spec.trains_llm_adapter:
-        tensors |= config.adapter.outside(spec.files.llm_adapter_tensors())
-    if config.save_dtype is None:
-        return tensors
-    return {name: tensor.to(DTYPES[config.save_dtype]) for name, tensor in tensors.items()}

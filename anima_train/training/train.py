@@ -10,6 +10,7 @@ import torch
 
 from anima_train.config.load import LoadedConfig
 from anima_train.config.model_files import build_model_spec
+from anima_train.core.device import describe_device
 from anima_train.core.random import derive
 from anima_train.data.loader import Batch
 from anima_train.objective.step import compute_loss
@@ -56,6 +57,7 @@ def check_only(loaded: LoadedConfig) -> None:
         return
     with logged_to(terminal(is_main=True)):
         spec = build_model_spec(loaded, accelerator.device)
+        logger.info("%s", describe_device(spec.device, spec.dtype))
         scans = scan_all(loaded, write=True)
         for line in describe_run(loaded, spec, scans, accelerator.num_processes):
             logger.info("%s", line)
@@ -67,6 +69,7 @@ def train(run: RunContext) -> Path:
     Raises:
         Interrupted: a signal or a file has asked for it; the state is saved.
     """
+    config = run.config
     # Data: everything into the cache, then the plan of every batch.
     data = prepare_data(run.loaded, run.accelerator, trains=True)
     plan, schedule = build_plan(run, data)
@@ -74,7 +77,7 @@ def train(run: RunContext) -> Path:
 
     # Prompts are encoded, and the text encoder is freed, before the transformer is loaded.
     previews = encode_previews(run, data.spec)
-    data = with_online_text_encoder(data, run.config.model.cache_text_embeddings, run.config.seed)
+    data = with_online_text_encoder(data, config.model.cache_text_embeddings, config.seed)
 
     # Model: base weights, what is trained, its optimizer; then the state that the run goes on from, if there is one.
     state = build_model(run, data.spec, schedule.num_steps)
@@ -85,12 +88,14 @@ def train(run: RunContext) -> Path:
     # The largest micro-batches first, so that a run that does not fit into the memory ends here.
     for shape in shapes:
         run.memory.doing, run.memory.shape = "a trial before the first step", shape
-        try_shape(shape, run.loaded, data.spec.files, state.model, state.optimizer, run.accelerator)
+        try_shape(
+            shape, state.model, state.optimizer, run.accelerator, config.optimizer, config.loss(), data.spec,
+            config.gradient_accumulation_steps > 1,
+        )  # fmt: skip
     tasks.run(tasks.before_first_step())
 
     sums = StepSums(run.device, has_roles=len({sample.is_regularization for sample in plan.samples}) > 1)
     steps = rank_steps(plan, schedule, state.step, run.accelerator.process_index, run.accelerator.num_processes)
-    config = run.config
     with prefetch_steps(
         steps, data.train, config.timesteps().at, config.uncond_fraction, config.num_workers
     ) as prefetched:

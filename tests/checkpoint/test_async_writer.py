@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from anima_train.checkpoint import async_writer as writer_module
-from anima_train.checkpoint.async_writer import Writer
+from anima_train.checkpoint.async_writer import AsyncWriter
 from anima_train.core.errors import SpaceError
 
 
@@ -19,7 +19,7 @@ def test_training_goes_on_while_the_values_of_then_are_written():
         assert go_on.wait(10)
         seen.append(groups["weights"]["a"])
 
-    with Writer() as writer:
+    with AsyncWriter() as writer:
         writer.write({"weights": {"a": weight}}, job)
         with torch.no_grad():
             weight.mul_(10)
@@ -31,7 +31,7 @@ def test_training_goes_on_while_the_values_of_then_are_written():
 
 def test_jobs_are_done_in_order_and_all_before_the_end():
     done = []
-    with Writer() as writer:
+    with AsyncWriter() as writer:
         for number in range(10):
             writer.write({}, lambda _, number=number: done.append(number))
     assert done == list(range(10))
@@ -41,13 +41,13 @@ def test_an_error_is_raised_in_the_training_by_the_next_check_or_at_the_end():
     def full(_):
         raise SpaceError("the disk is full")
 
-    with Writer() as writer:
+    with AsyncWriter() as writer:
         writer.write({}, full)
         with pytest.raises(SpaceError, match="the disk is full"):
             writer.wait()
         writer.check()  # once
         writer.write({}, lambda _: None)
-    with pytest.raises(SpaceError), Writer() as writer:
+    with pytest.raises(SpaceError), AsyncWriter() as writer:
         writer.write({}, full)
 
 
@@ -58,7 +58,7 @@ def test_a_run_that_fails_waits_for_what_is_being_written_and_keeps_its_own_erro
         threading.Event().wait(0.2)
         done.append(True)
 
-    with pytest.raises(ZeroDivisionError), Writer() as writer:  # noqa: PT012  # the error comes from inside
+    with pytest.raises(ZeroDivisionError), AsyncWriter() as writer:  # noqa: PT012  # the error comes from inside
         writer.write({}, slow)
         print(1 / 0)
     assert done == [True]
@@ -66,18 +66,17 @@ def test_a_run_that_fails_waits_for_what_is_being_written_and_keeps_its_own_erro
 
 def test_a_second_interruption_does_not_wait():
     never = threading.Event()
-    with pytest.raises(KeyboardInterrupt), Writer() as writer:  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), AsyncWriter() as writer:  # noqa: PT012
         writer.write({}, lambda _: never.wait())
         signal.raise_signal(signal.SIGINT)
     assert writer.thread.is_alive()
     never.set()
-    writer.jobs.put(None)
-    writer.thread.join()
+    assert writer.close()
 
 
 def test_where_memory_is_short_nothing_is_copied(monkeypatch):
     monkeypatch.setattr(writer_module, "RESERVE", 2**60)
     weight, seen = torch.zeros(3), []
-    with Writer() as writer:
+    with AsyncWriter() as writer:
         writer.write({"weights": {"a": weight}}, lambda groups: seen.append(groups["weights"]["a"]))
         assert seen[0] is weight

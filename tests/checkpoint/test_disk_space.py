@@ -8,31 +8,26 @@ import torch
 from safetensors.torch import load_file
 
 from anima_train.caching import fill as encode_module
-from anima_train.checkpoint.disk_space import (
-    MANIFEST,
-    FileSizes,
-    file_sizes,
-    space_warning,
-    state_bytes,
-    unfilled,
-    writings,
-)
-from anima_train.checkpoint.training_state import StateFacts, save_state, state_tensors, trained_parameters
-from anima_train.checkpoint.weights import save_weights
-from anima_train.config.config import Config
+from anima_train.checkpoint.disk_space import MANIFEST, DiskPlan, FileSizes, first_state_bytes, state_bytes
+from anima_train.checkpoint.training_state import StateManifest, save_state, state_tensors, trained_parameters
+from anima_train.checkpoint.weights import save_weights, weights_to_save
 from anima_train.config.load import load_config
-from anima_train.config.model_files import build_model_spec, find_model_files
+from anima_train.config.model_files import build_model_spec
+from anima_train.core.device import DTYPES
 from anima_train.core.errors import SpaceError
 from anima_train.core.files import on_disk
 from anima_train.core.format import format_bytes
-from anima_train.data.plan import EpochSchedule
-from anima_train.optim.ema import Ema
 from anima_train.run.manifest import plain
 from anima_train.training import tasks as outputs_module
-from anima_train.training.build import load_trained, trainable_transformer
+from anima_train.training.build import (
+    disk_plan,
+    file_sizes,
+    load_trained,
+    plan_run,
+    trainable_transformer,
+)
 from anima_train.training.dry_run import describe_run
 from anima_train.training.prepare import scan_all
-from anima_train.training.tasks import weights_to_save
 
 KIB = 1024
 OPTIMIZERS = [
@@ -81,18 +76,20 @@ def grow(folder, num_bytes):
 def test_estimates_are_what_is_written_and_hardly_more(trainer, tmp_path, optimizer, changes):
     loaded = load_config(trainer.config(optimizer={"lr": 1e-3, **optimizer}, **changes), ())
     config = loaded.config
-    files = find_model_files(loaded)
-    estimate = file_sizes(config, trainable_transformer(loaded, files), files)
+    spec = build_model_spec(loaded, torch.device("cpu"))
+    estimate = file_sizes(config, spec)
 
-    transformer, groups = load_trained(loaded, files, torch.device("cpu"))
-    assert file_sizes(config, transformer, files) == estimate  # the same from the real one
+    transformer, groups = load_trained(config, spec)
     built = config.optimizer.build(groups)
     for parameter in trained_parameters(transformer).values():
         parameter.grad = torch.ones_like(parameter)
     built.step()
-    facts = StateFacts(step=1, optimizer="", config=plain(config))
+    facts = StateManifest(step=1, optimizer="", config=plain(config))
     state = save_state(tmp_path / "states", facts, state_tensors(transformer, built), keep_last=2)
-    save_weights(tmp_path / "a.safetensors", weights_to_save(config, transformer, files), {"a": "b"})
+    dtype = None if config.save_dtype is None else DTYPES[config.save_dtype]
+    save_weights(
+        tmp_path / "a.safetensors", weights_to_save(config.adapter, transformer, spec.files, dtype), {"a": "b"}
+    )
 
     real = disk_bytes(*state.iterdir()) + 4 * KIB  # and the folder
     assert real <= estimate.state <= 1.1 * real + MANIFEST
@@ -102,97 +99,77 @@ def test_estimates_are_what_is_written_and_hardly_more(trainer, tmp_path, optimi
 
 def test_an_average_is_in_float32_whatever_is_trained(trainer):
     loaded = load_config(trainer.config(adapter={"dtype": "bfloat16"}), ())
-    files = find_model_files(loaded)
-    transformer = trainable_transformer(loaded, files)
-    num_trained = sum(parameter.numel() for parameter in trained_parameters(transformer).values())
-    without = file_sizes(loaded.config, transformer, files).state
-    config = loaded.config.model_copy(update={"ema": Ema()})
-    more = file_sizes(config, transformer, files).state - without
-    assert 4 * num_trained <= more <= 4 * num_trained + 16 * KIB
+    trained = trained_parameters(trainable_transformer(loaded.config, build_model_spec(loaded, torch.device("cpu"))))
+    num_trained = sum(parameter.numel() for parameter in trained.values())
+    without, with_average = (first_state_bytes(trained, loaded.config.optimizer, each) for each in (False, True))
+    assert 4 * num_trained <= with_average - without <= 4 * num_trained + 16 * KIB
 
 
 def test_tensors_without_memory_take_the_same_room(tmp_path):
     tensors = {"a": torch.zeros(3, 1000), "b": torch.zeros(5, dtype=torch.bfloat16)}
     save_weights(tmp_path / "a.safetensors", tensors, {})
     file = disk_bytes(tmp_path / "a.safetensors")
-    assert state_bytes({name: unfilled(tensor) for name, tensor in tensors.items()}) == file + MANIFEST
+    assert state_bytes({name: tensor.to("meta") for name, tensor in tensors.items()}) == file + MANIFEST
 
 
-def planned(start=0, num_states=0, num_steps=100, **changes):
-    """What a run of 100 steps in 10 epochs of 20 images each writes: weights of 10, states of 100, previews of 1."""
-    settings = {
-        "output_dir": "out", "dataset": {"directory": [{"path": "."}]}, "max_steps": num_steps,
-        "model": {"type": "anima"}, "optimizer": {"type": "adamw", "lr": 1e-3}, **changes,
-    }  # fmt: skip
-    config = Config.model_validate(settings)
-    timetable = EpochSchedule(range(0, 101, 10), num_steps)
-    found = writings(os.sep, config, FileSizes(10, 100, 1, 0), timetable, 20.0, start, num_states)
-    return {what: [each.step for each in found.files if each.what == what] for what in kinds(found)}
-
-
-def kinds(found):
-    return dict.fromkeys(each.what for each in found.files)
+def planned(trainer, pictures, start=0, num_states=0, **changes):
+    """What a run of 100 steps in 10 epochs of 20 images each writes: numbers of weights, states and previews."""
+    directory = {"path": str(pictures), "num_repeats": 20 / 6}
+    loaded = load_config(
+        trainer.config(
+            max_steps=None, epochs=10, micro_batch_size_per_gpu=1, gradient_accumulation_steps=2,
+            dataset={"resolutions": [96], "num_ar_buckets": 3, "directory": [directory]}, **changes,
+        ), ()
+    )  # fmt: skip
+    plan, schedule = plan_run(loaded.config, scan_all(loaded, write=False)["train"].samples, 1)
+    assert list(schedule.epoch_starts) == list(range(0, 101, 10))
+    found = disk_plan(loaded.config, trainer.folder, FileSizes(10, 100, 1), plan, schedule, start, num_states)
+    return found.num_weights, found.num_states, found.num_previews
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({}, {"weights": [100]}),
-        ({"save_every_n_steps": 40}, {"weights": [40, 80, 100]}),
-        ({"save_every_n_steps": 50, "save_every_n_epochs": 4}, {"weights": [40, 50, 80, 100]}),
-        ({"save_every_n_examples": 60}, {"weights": [30, 60, 90, 100]}),  # two images in a step
-        ({"checkpoint_every_n_steps": 20}, {"training state": [20, 40, 60], "weights": [100]}),
-        ({"checkpoint_every_n_steps": 40, "keep_last": 5}, {"training state": [40, 80], "weights": [100]}),
-        ({"checkpoint_every_n_epochs": 3, "start": 35, "num_states": 2}, {"training state": [60], "weights": [100]}),
-        ({"checkpoint_every_n_minutes": 5.0}, {"training state": [1, 1, 1], "weights": [100]}),
-        (
-            {"sampling": {"every_n_steps": 50, "prompts": ["a"]}},
-            {"previews": [0, 50, 100], "weights": [100]},
-        ),
-        (
-            {"sampling": {"every_n_steps": 50, "prompts": ["a"]}, "start": 50},
-            {"previews": [100], "weights": [100]},
-        ),
+        ({}, (1, 0, 0)),
+        ({"save_every_n_steps": 40}, (3, 0, 0)),
+        ({"save_every_n_steps": 50, "save_every_n_epochs": 4, "start": 40}, (4, 0, 0)),  # 50, 80, 100 twice
+        ({"save_every_n_examples": 60}, (4, 0, 0)),  # two images in a step
+        ({"save_every_n_examples": 60, "start": 30}, (3, 0, 0)),
+        ({"checkpoint_every_n_steps": 20}, (1, 4, 0)),  # the newest two, the best, and the one that is being written
+        ({"checkpoint_every_n_steps": 40, "keep_last": 5}, (1, 2, 0)),
+        ({"checkpoint_every_n_epochs": 2, "start": 35, "num_states": 2}, (1, 2, 0)),
+        ({"checkpoint_every_n_steps": 20, "start": 60, "num_states": 5}, (1, 1, 0)),
+        ({"checkpoint_every_n_minutes": 5.0}, (1, 4, 0)),
+        ({"sampling": {"every_n_steps": 50, "prompts": ["a"]}}, (1, 0, 3)),
+        ({"sampling": {"every_n_steps": 50, "prompts": ["a"]}, "start": 50}, (1, 0, 1)),
     ],
     ids=str,
 )
-def test_every_file_that_a_run_keeps_is_counted_at_its_step(changes, expected):
-    assert planned(**changes) == expected
+def test_no_file_that_a_run_keeps_is_left_out(trainer, pictures, changes, expected):
+    assert planned(trainer, pictures, **changes) == expected
 
 
-def test_the_warning_names_the_step_and_what_to_change(disk):
+def test_the_warning_says_what_is_missing_and_what_to_change(disk):
     folder = disk(1000 * KIB)
-    config = Config.model_validate(
-        {
-            "output_dir": str(folder), "dataset": {"directory": [{"path": "."}]}, "max_steps": 100,
-            "model": {"type": "anima"}, "optimizer": {"type": "adamw", "lr": 1e-3},
-            "save_every_n_steps": 10, "checkpoint_every_n_steps": 20, "keep_last": 3,
-        }
-    )  # fmt: skip
-    timetable = EpochSchedule([0, 100], 100)
-    warned = writings(folder, config, FileSizes(100 * KIB, 200 * KIB, 0, 0), timetable, 1.0)
-    assert [(each.step, each.what) for each in warned.files[:3]] == [
-        (10, "weights"), (20, "weights"), (20, "training state"),
-    ]  # fmt: skip
-    assert space_warning(warned, config) == (
-        f"{folder}: the disk will be full at step 60 of 100, with its training state: 10 x weights (1000.0 KiB), 4 x "
-        "training state (800.0 KiB), numbers (0 bytes) need 1.8 MiB, 1000.0 KiB free, 800.0 KiB missing; free "
-        "some space, save weights less often (save_every_n_...), keep_last below 3, or set another output_dir"
+    warned = DiskPlan(folder, FileSizes(100 * KIB, 200 * KIB, 10 * KIB), num_weights=10, num_states=5, num_previews=2)
+    assert warned.warning(keep_last=3) == (
+        f"{folder}: the disk may become full: 10 x weights (1000.0 KiB), 5 x training state (1000.0 KiB), 2 x previews "
+        "(20.0 KiB) need up to 2.0 MiB, 1000.0 KiB free, 1020.0 KiB missing; free some space, save weights less often "
+        "(save_every_n_...), keep_last below 3, draw previews less often, or set another output_dir"
     )
-    fits = writings(folder, config, FileSizes(50 * KIB, 100 * KIB, 0, KIB), timetable, 1.0)  # 500 + 400 + 100
-    assert space_warning(fits, config) is None
+    few = DiskPlan(folder, FileSizes(1001 * KIB, 0, 0), num_weights=1, num_states=0, num_previews=0)
+    assert few.warning(keep_last=3).endswith("1.0 KiB missing; free some space, or set another output_dir")
+    assert DiskPlan(folder, FileSizes(50 * KIB, 100 * KIB, 0), 10, 5, 0).warning(keep_last=3) is None  # 500 + 500
 
 
 def test_the_report_of_what_a_run_would_do_says_how_much_it_would_write(trainer):
     changes = {"save_every_n_steps": 2, "checkpoint_every_n_steps": 1, "max_steps": 6, "output_dir": "/"}
     loaded = load_config(trainer.config(**changes), ())
-    files = find_model_files(loaded)
-    sizes = file_sizes(loaded.config, trainable_transformer(loaded, files), files)
     spec = build_model_spec(loaded, torch.device("cpu"))
+    sizes = file_sizes(loaded.config, spec)
     text = "\n".join(describe_run(loaded, spec, scan_all(loaded, write=False), num_processes=1))
-    whole = format_bytes(3 * sizes.weights + 3 * sizes.state + 6 * sizes.numbers)
-    assert f"files: 3 x weights ({format_bytes(3 * sizes.weights)}), 3 x training state" in text
-    assert f": {whole} in all" in text
+    assert f"files: 4 x weights ({format_bytes(4 * sizes.weights)}), 4 x training state" in text
+    assert f": {format_bytes(4 * sizes.weights + 4 * sizes.state)} in all" in text
 
 
 # The cache -----------------------------------------------------------------------------------------------------------
@@ -290,7 +267,7 @@ def test_a_run_fills_its_disk_with_the_file_it_was_warned_of(trainer, disk, caps
     ) as caught:
         trainer(**changes)
     assert caught.value.exit_code == 6
-    assert "the disk will be full at step 4 of 6, with its weights" in capsys.readouterr().out
+    assert "the disk may become full: 7 x weights" in capsys.readouterr().out
     saved = sorted(path.name for path in (folder / "run" / "weights").iterdir())
     assert saved == [f"run-s00000{step}.safetensors" for step in (1, 2, 3)]
     large = trainer(save_every_n_steps=1, max_steps=6)
@@ -303,7 +280,9 @@ def test_a_run_fills_its_disk_with_the_file_it_was_warned_of(trainer, disk, caps
 def test_a_state_that_does_not_fit_leaves_all_earlier_ones_as_they_are_and_the_run_resumes(trainer, disk):
     folder = disk(800 * KIB)
     changes = {"output_dir": str(folder), "checkpoint_every_n_steps": 1, "max_steps": 5}
-    with pytest.raises(SpaceError, match=r"training state step-000003 in \S+ .* missing; .* go on with --resume"):
+    with pytest.raises(
+        SpaceError, match=r"training state step-000003 in \S+ .* missing; .* resume with the same command or --resume"
+    ):
         trainer(**changes)
     states = folder / "run" / "checkpoints"
     assert sorted(os.listdir(states)) == ["step-000001", "step-000002"]

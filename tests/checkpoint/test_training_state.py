@@ -6,10 +6,11 @@ import stat
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from anima_train.adapters.lora import Lora
 from anima_train.checkpoint.training_state import (
-    StateFacts,
+    StateManifest,
     check_state,
     load_state,
     newest_state,
@@ -19,8 +20,9 @@ from anima_train.checkpoint.training_state import (
     trained_parameters,
 )
 from anima_train.core.errors import ModelFileError, NumericError, SpaceError
+from anima_train.core.files import sha256_file
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
-from anima_train.optim.ema import Average, Ema
+from anima_train.optim.ema import Ema, WeightAverage
 from anima_train.optim.groups import COMPONENTS, LearningRates, optimizer_groups
 from anima_train.optim.optimizers import AdamW, AdamWKahan
 
@@ -37,14 +39,14 @@ def draw(*shape, seed=0):
 
 
 def save(folder, step, model, optimizer, keep_last=2, average=None, **facts):
-    facts = StateFacts(step=step, optimizer=type(optimizer).__name__, **facts)
+    facts = StateManifest(step=step, optimizer=type(optimizer).__name__, **facts)
     return save_state(folder, facts, state_tensors(model, optimizer, average), keep_last)
 
 
 def load(folder, model, optimizer, average=None):
     found = check_state(folder)
     load_state(found, model, optimizer, average)
-    return found.facts.step
+    return found.manifest.step
 
 
 def lora_model(rank=2, dtype="float32", seed=0, **frozen):
@@ -94,6 +96,69 @@ def test_a_run_that_goes_on_from_a_state_is_bitwise_the_one_that_never_stopped(t
             for key, value in state.items():
                 assert torch.equal(value, other_state[key]), (name, key)
                 assert value.dtype == other_state[key].dtype
+
+
+# `state.json` as the version before the rooms of today wrote it (837e1a9).
+OLD_MANIFEST = """{
+ "version": 2,
+ "step": 5,
+ "optimizer": "AdamW",
+ "pending": [
+  "evaluation",
+  "preview"
+ ],
+ "score": 0.25,
+ "run": {
+  "run": "style",
+  "seed": 0
+ },
+ "config": {
+  "max_steps": 10
+ },
+ "files": {
+  %s
+ }
+}"""
+
+
+def test_a_state_of_the_version_before_resumes_bitwise(tmp_path):
+    straight = lora_model()
+    optimizer, average = optimizer_for(straight), WeightAverage(trained_parameters(straight), Ema(decay=0.9))
+    train(straight, optimizer, 5)
+    average.update(5)
+    folder = tmp_path / "step-000005"
+    folder.mkdir()
+    save_file(trainable(straight), folder / "weights.safetensors")
+    names = {parameter: name for name, parameter in straight.named_parameters()}
+    moments = {
+        f"{names[parameter]}.{key}": tensor
+        for parameter, state in optimizer.state.items()
+        for key, tensor in state.items()
+    }
+    save_file(moments, folder / "optimizer.safetensors")
+    save_file(average.tensors, folder / "average.safetensors")
+    entries = [
+        f'"{path.name}": {{"bytes": {path.stat().st_size}, "sha256": "{sha256_file(path)}"}}'
+        for path in folder.iterdir()
+    ]
+    (folder / "state.json").write_text(OLD_MANIFEST % ",\n  ".join(entries))
+    train(straight, optimizer, 5, start=5)
+    average.update(10)
+
+    resumed = lora_model(seed=1)
+    second, other = optimizer_for(resumed), WeightAverage(trained_parameters(resumed), Ema(decay=0.9))
+    found = newest_state(tmp_path)
+    assert (found.manifest.step, found.manifest.pending, found.manifest.score) == (5, ["evaluation", "preview"], 0.25)
+    assert (found.manifest.run, found.manifest.config) == ({"run": "style", "seed": 0}, {"max_steps": 10})
+    load_state(found, resumed, second, other)
+    train(resumed, second, 5, start=5)
+    other.update(10)
+    expected = trainable(straight)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in trainable(resumed).items())
+    assert all(torch.equal(tensor, other.tensors[name]) for name, tensor in average.tensors.items())
+    for name, parameter in trained_parameters(straight).items():
+        state = second.state[resumed.get_parameter(name)]
+        assert all(torch.equal(tensor, state[key]) for key, tensor in optimizer.state[parameter].items())
 
 
 def test_a_state_fits_parameters_in_another_order(tmp_path):
@@ -250,19 +315,18 @@ def flip(path):
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_newest_state_is_passed_over_with_a_warning(tmp_path, damage):
+def test_a_damaged_newest_state_is_passed_over_with_a_warning(tmp_path, damage, caplog):
     model = lora_model()
     optimizer = optimizer_for(model)
     for step in (1, 2):
         train(model, optimizer, 1, start=step)
         save(tmp_path, step, model, optimizer)
     damage(tmp_path / "step-000002")
-    warnings = []
-    found = newest_state(tmp_path, warnings.append)
+    found = newest_state(tmp_path)
     assert found.folder == tmp_path / "step-000001"
-    assert len(warnings) == 1
-    assert "step-000002: damaged: " in warnings[0]
-    assert warnings[0].endswith("going back to step 1")
+    (warning,) = caplog.messages
+    assert "step-000002: damaged: " in warning
+    assert warning.endswith("going back to step 1")
 
 
 def test_where_all_are_damaged_each_is_named(tmp_path):
@@ -272,11 +336,11 @@ def test_where_all_are_damaged_each_is_named(tmp_path):
         save(tmp_path, step, model, optimizer)
         flip(tmp_path / f"step-{step:06d}" / "weights.safetensors")
     with pytest.raises(ModelFileError) as caught:
-        newest_state(tmp_path, print)
+        newest_state(tmp_path)
     first, second = caught.value.problems
     assert "step-000002: damaged: weights.safetensors has other content than was written" in first
     assert "step-000001: damaged" in second
-    assert newest_state(tmp_path / "none", print) is None
+    assert newest_state(tmp_path / "none") is None
 
 
 def test_a_state_of_another_version_is_an_error_and_not_passed_over(tmp_path):
@@ -287,7 +351,7 @@ def test_a_state_of_another_version_is_an_error_and_not_passed_over(tmp_path):
     path = folder / "state.json"
     path.write_text(path.read_text().replace('"version": 2', '"version": 3, "more": 1'))
     with pytest.raises(ModelFileError, match=r"step-000002: a training state of version 3, and this .* version 2"):
-        newest_state(tmp_path, print)
+        newest_state(tmp_path)
 
 
 def test_the_best_state_is_kept_beside_the_newest(tmp_path):
@@ -307,19 +371,19 @@ def test_a_whole_state_stays_and_a_damaged_one_is_written_again(tmp_path):
     assert (folder / "weights.safetensors").stat().st_ino == before
     flip(folder / "weights.safetensors")
     save(tmp_path, 1, model, optimizer)
-    assert check_state(folder).facts.step == 1
+    assert check_state(folder).manifest.step == 1
     assert os.listdir(tmp_path) == ["step-000001"]
 
 
 def test_the_average_comes_back_exactly_and_is_not_made_up(tmp_path):
     model = lora_model()
     optimizer = optimizer_for(model)
-    average = Average(trained_parameters(model), Ema(decay=0.9))
+    average = WeightAverage(trained_parameters(model), Ema(decay=0.9))
     train(model, optimizer, 3)
     average.update(3)
     folder = save(tmp_path, 3, model, optimizer, average=average)
     other = lora_model(seed=1)
-    second = Average(trained_parameters(other), Ema(decay=0.9))
+    second = WeightAverage(trained_parameters(other), Ema(decay=0.9))
     load(folder, other, optimizer_for(other), second)
     assert all(torch.equal(tensor, second.tensors[name]) for name, tensor in average.tensors.items())
     bare = save(tmp_path, 4, model, optimizer)

@@ -107,7 +107,10 @@ def test_metadata_has_what_file_managers_read_and_no_path_or_secret(tmp_path):
         optimizer=AdamWKahan(lr=2e-5),
         monitoring={"wandb_api_key": "s3cret"},
     )
-    metadata = weights_metadata(config, "style", step=40, epoch=2, num_samples=12)
+    metadata = weights_metadata(
+        "style", step=40, epoch=2, num_samples=12, seed=config.seed, adapter=config.adapter, optimizer=config.optimizer,
+        lr_schedule=config.lr_scheduler.type,
+    )  # fmt: skip
     assert all(isinstance(key, str) and isinstance(value, str) and value for key, value in metadata.items())
     required = {"sai_model_spec", "architecture", "implementation", "title"}  # by ModelSpec 1.0.1
     assert {f"modelspec.{key}" for key in required} <= set(metadata)

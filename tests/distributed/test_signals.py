@@ -107,7 +107,7 @@ def test_a_signal_saves_after_the_step_and_resume_is_bitwise(trainer, name, code
     assert process.returncode == code, errors
     done = num_lines(run / "metrics.jsonl")
     assert "stopping after this step; Ctrl-C stops at once" in errors
-    assert f"stopped: after step {done}; the same command" in errors
+    assert f"stopped: after step {done}; resume with the same command" in errors
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{done:06d}"]
     assert (run / "weights" / f"stopped-s{done:06d}.safetensors").exists()
     resumed = trainer("stopped", resume=True, **keys)

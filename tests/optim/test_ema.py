@@ -8,7 +8,7 @@ from torch import nn
 
 from anima_train.core.errors import ModelFileError
 from anima_train.optim import ema
-from anima_train.optim.ema import Average, Ema
+from anima_train.optim.ema import Ema, WeightAverage
 from anima_train.optim.optimizers import KahanAdamW
 
 SHAPES = {"a": (16, 8), "b": (8,), "c": (3, 4, 5)}
@@ -55,7 +55,7 @@ def follow(average, trained, num_updates, decay):
 @pytest.mark.parametrize("decay", [0.5, 0.9, 0.999])
 def test_the_average_is_the_sum_over_all_past_weights(dtype, decay, error):
     trained = parameters(dtype)
-    average = Average(trained, Ema(decay=decay))
+    average = WeightAverage(trained, Ema(decay=decay))
     expected = follow(average, trained, 60, decay)
     for name in SHAPES:
         assert average.tensors[name].dtype == torch.float32
@@ -66,7 +66,7 @@ def test_the_average_is_the_sum_over_all_past_weights(dtype, decay, error):
 def test_the_average_begins_as_the_parameters_are():
     trained = parameters(torch.bfloat16)
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
-    average = Average(trained, Ema())
+    average = WeightAverage(trained, Ema())
     walk(trained, 0)
     assert all(torch.equal(average.tensors[name], before[name].float()) for name in SHAPES)
 
@@ -81,7 +81,7 @@ def test_the_average_equals_that_of_diffusers(foreach, error):
     """Its update k is our k - 1, and its first one copies the weights."""
     trained = parameters()
     walk(trained, 0)
-    average = Average(trained, Ema(decay=0.8))
+    average = WeightAverage(trained, Ema(decay=0.8))
     theirs = EMAModel(trained.values(), decay=0.8, foreach=foreach)
     theirs.step(trained.values())
     for step in range(1, 60):
@@ -95,7 +95,7 @@ def test_the_average_equals_that_of_diffusers(foreach, error):
 def test_updates_too_small_for_bf16_are_not_lost():
     """The weight jumps by the last bit of a bf16; of that, one step adds a thousandth."""
     weight = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
-    average = Average({"weight": weight}, Ema(decay=0.999))
+    average = WeightAverage({"weight": weight}, Ema(decay=0.999))
     with torch.no_grad():
         weight.add_(2**-7)
     for step in range(500):
@@ -106,7 +106,7 @@ def test_updates_too_small_for_bf16_are_not_lost():
 
 def test_weights_that_stand_still_leave_the_average_bitwise():
     trained = parameters()
-    average = Average(trained, Ema())
+    average = WeightAverage(trained, Ema())
     for step in range(100):
         average.update(step + 1)
     assert all(torch.equal(average.tensors[name], trained[name]) for name in SHAPES)
@@ -115,7 +115,7 @@ def test_weights_that_stand_still_leave_the_average_bitwise():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_parameters_hold_the_average_in_place_and_then_what_they_held(dtype):
     trained = parameters(dtype)
-    average = Average(trained, Ema())
+    average = WeightAverage(trained, Ema())
     for step in range(5):
         walk(trained, step)
         average.update(step + 1)
@@ -136,7 +136,7 @@ def test_parameters_hold_the_average_in_place_and_then_what_they_held(dtype):
 
 def test_parameters_are_put_back_when_a_picture_fails():
     trained = parameters(torch.bfloat16)
-    average = Average(trained, Ema())
+    average = WeightAverage(trained, Ema())
     walk(trained, 0)
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
 
@@ -156,7 +156,7 @@ def test_training_goes_on_bitwise_after_the_average_was_in_place():
     for looks in (False, True):
         trained = parameters(torch.bfloat16)
         optimizer = KahanAdamW([{"params": list(trained.values())}], 1e-4, (0.9, 0.99), 1e-8)
-        average = Average(trained, Ema())
+        average = WeightAverage(trained, Ema())
         for step in range(20):
             for index, parameter in enumerate(trained.values()):
                 parameter.grad = draw(*parameter.shape, seed=100 * index + step).bfloat16()
@@ -173,10 +173,10 @@ def test_training_goes_on_bitwise_after_the_average_was_in_place():
 
 def test_a_loaded_average_goes_on_bitwise():
     trained = parameters(torch.bfloat16)
-    whole = Average(trained, Ema())
+    whole = WeightAverage(trained, Ema())
     follow(whole, trained, 10, 0.999)
     saved = {name: tensor.clone() for name, tensor in reversed(whole.tensors.items())}
-    resumed = Average(trained, Ema())
+    resumed = WeightAverage(trained, Ema())
     resumed.load(saved, "step-000010")
     assert all(torch.equal(resumed.tensors[name], saved[name]) for name in SHAPES)
     for step in range(10, 15):
@@ -187,7 +187,7 @@ def test_a_loaded_average_goes_on_bitwise():
 
 
 def test_an_average_of_other_parameters_is_refused_whole():
-    average = Average(parameters(), Ema())
+    average = WeightAverage(parameters(), Ema())
     before = {name: tensor.clone() for name, tensor in average.tensors.items()}
     with pytest.raises(ModelFileError) as caught:
         average.load({"a": torch.zeros(16, 8), "b": torch.zeros(9), "d": torch.zeros(1)}, "step-000010")
@@ -202,7 +202,7 @@ def test_an_average_of_other_parameters_is_refused_whole():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_takes_four_bytes_for_each_trained_parameter(dtype):
     trained = parameters(dtype)
-    average = Average(trained, Ema())
+    average = WeightAverage(trained, Ema())
     num_trained = sum(parameter.numel() for parameter in trained.values())
     stored = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in average.tensors.values()}
     assert sum(storage.nbytes() for storage in stored.values()) == 4 * num_trained
@@ -214,7 +214,7 @@ def test_small_and_large_parameters_of_several_dtypes_are_averaged_in_chunks(mon
     monkeypatch.setattr(ema, "CHUNK", 64)
     halves = parameters(torch.bfloat16, seed=5)
     trained = {f"{key}{name}": group[name] for name in SHAPES for key, group in (("", parameters()), ("half.", halves))}
-    average = Average(trained, Ema(decay=0.5))
+    average = WeightAverage(trained, Ema(decay=0.5))
     sizes = [sum(map(torch.numel, averages)) for averages, _ in average.chunks]
     assert sorted(sizes) == [8, 8, 60, 60, 128, 128]
     assert all(len({parameter.dtype for parameter in members}) == 1 for _, members in average.chunks)

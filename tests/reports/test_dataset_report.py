@@ -41,7 +41,7 @@ from anima_train.training.costs import (
     estimated_seconds,
     gradient_and_state_bytes,
     memory_cost,
-    savings,
+    memory_suggestions,
 )
 from anima_train.training.prepare import scan_all
 
@@ -293,10 +293,10 @@ def test_memory_of_the_real_model_is_what_was_measured_elsewhere(checked):
     cost = memory_cost(loaded.config, facts, Size(1024, 1024), 1)
     assert cost.weights / 2**30 == pytest.approx(3.64, abs=0.01)
     assert cost.trained / 2**30 == pytest.approx(1.03, abs=0.01)  # rank 32 with AdaLN
-    assert 14 <= cost.kept / 2**30 <= 18
-    assert memory_cost(loaded.config, facts, Size(1024, 1024), 3).kept == 3 * cost.kept
+    assert 14 <= cost.activations / 2**30 <= 18
+    assert memory_cost(loaded.config, facts, Size(1024, 1024), 3).activations == 3 * cost.activations
     less = load_config(checked / "run.toml", ["activation_checkpointing=true"]).config
-    assert 0.44 < memory_cost(less, facts, Size(1024, 1024), 1).kept / 2**30 < 1.1
+    assert 0.44 < memory_cost(less, facts, Size(1024, 1024), 1).activations / 2**30 < 1.1
 
 
 @pytest.mark.parametrize(
@@ -488,7 +488,7 @@ def test_memory_that_ran_out_comes_with_what_to_change(checked):
 def test_savings_name_only_what_would_help_that_of_least_cost_first(checked):
     def keys(*changes, batch_size=4, **where):
         config = load_config(checked / "run.toml", changes).config
-        advice = savings(config, 1024, batch_size, **{"has_text_encoder": False, **where})
+        advice = memory_suggestions(config, 1024, batch_size, **{"has_text_encoder": False, **where})
         return [line.split(" = ")[0].split(" below")[0].split(" (")[0] for line in advice]
 
     bfloat16 = 'model.dtype="bfloat16"'

@@ -16,12 +16,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from anima_train.cli.main import COMMANDS, application
+from anima_train.core.averages import ExponentialAverage
 from anima_train.core.errors import ConfigError
 from anima_train.reports.charts import HEIGHT, WIDTH, Axis, Line, chart, line_of, value_axis
 from anima_train.reports.html import TEMPLATES
 from anima_train.reports.run import MAX_PREVIEWS, MIN_WINDOW, PREVIEW_SIDE, collect_run
 from anima_train.reports.run_page import histogram, render_run, write_run_report
-from anima_train.reports.series import MAX_POINTS, Average, Series, number
+from anima_train.reports.series import MAX_POINTS, Series, number
 
 VOID = {"meta", "img"}
 HOSTILE = "<script>alert(1)</script>\x1b[31m\u202e\"'&"
@@ -133,7 +134,7 @@ def anima(*arguments):
 def test_average_is_that_of_the_formula():
     source = random.Random(0)
     values = [source.gauss(3, 1) for _ in range(200)]
-    average = Average(0.9)
+    average = ExponentialAverage(0.9)
     assert math.isnan(average.value)
     plain = 0.0  # of the values so far, from zero
     for n, value in enumerate(values, 1):
@@ -149,7 +150,7 @@ def test_average_is_that_of_the_formula():
 def test_thinning_keeps_the_extremes_and_the_last_step(num_values):
     source = random.Random(num_values)
     values = [source.gauss(0, 1) for _ in range(num_values)]
-    series, average = Series(num_values, 0.98), Average(0.98)
+    series, average = Series(num_values, 0.98), ExponentialAverage(0.98)
     smooth = []
     for step, value in enumerate(values, 1):
         series.add(step, value)
@@ -290,7 +291,7 @@ def test_long_runs_are_thinned_and_read_line_by_line(tmp_path):
     points = report.metrics.curves["loss"].points
     assert len(points) == MAX_POINTS
     assert max(point.high for point in points) == 9.0
-    average = Average(1 - 1 / (20_000 / 50))
+    average = ExponentialAverage(1 - 1 / (20_000 / 50))
     for loss in losses:
         average.add(loss)
     assert points[-1].smooth == average.value
@@ -300,7 +301,7 @@ def test_long_runs_are_thinned_and_read_line_by_line(tmp_path):
 
 
 def test_short_runs_are_averaged_over_the_least_window(run):
-    average = Average(1 - 1 / MIN_WINDOW)
+    average = ExponentialAverage(1 - 1 / MIN_WINDOW)
     for step in range(1, 9):
         average.add(1 / step)
     assert f"loss, averaged, at the end {average.value:.5g}" in page_of(run).text
@@ -529,7 +530,7 @@ def test_cursor_and_slider_work_without_complaint(run, tmp_path, monkeypatch):
     monkeypatch.setattr(TEMPLATES, "loader", ChoiceLoader([DictLoader({"run.js": script}), TEMPLATES.loader]))
     norms = [0.1, 0.2, 0.2, 0.4, 0.4, 0.4, 40.0]
     jsonl(run / "metrics.jsonl", [metric(step, grad_norm=norm) for step, norm in enumerate(norms, 1)])
-    average = Average(1 - 1 / MIN_WINDOW)
+    average = ExponentialAverage(1 - 1 / MIN_WINDOW)
     for norm in norms[:4]:
         average.add(norm)
     html = render_run(collect_run(run))

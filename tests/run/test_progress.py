@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from anima_train.run.progress import LINE_EVERY, Progress, Trend
+from anima_train.run.progress import LINE_EVERY, ProgressBar, Trend
 
 
 class Terminal(io.StringIO):
@@ -23,7 +23,7 @@ class Clock:
 
 def run(stream, num_steps=100, start=0, seconds=1.0, is_shown=True):
     clock = Clock()
-    progress = Progress("style", num_steps, start, is_shown, stream, clock)
+    progress = ProgressBar("style", num_steps, start, is_shown, stream, clock)
     for step in range(start + 1, num_steps + 1):
         clock.now += seconds
         progress.update(step, 1 / step, 2.5, 3 * 2**30, "evaluation at 200")
@@ -70,11 +70,11 @@ def test_the_trend_sees_through_noise_and_has_no_start_up_bias():
         level.add(1 + 0.001 * (-1) ** step)
         rising.add(1 + noise + step / 600)
         if step == 0:
-            assert falling.mean() == pytest.approx(1.05)
+            assert falling.fast.value == pytest.approx(1.05)
     assert (falling.word, level.word, rising.word) == ("falling", "level", "rising")
 
 
 def test_a_line_cannot_command_the_terminal():
     stream = io.StringIO()
-    Progress("style", 1, 0, True, stream).say("a\x1b[2J\x07.png\u202e: \x9b1A\nb")
+    ProgressBar("style", 1, 0, True, stream).say("a\x1b[2J\x07.png\u202e: \x9b1A\nb")
     assert stream.getvalue() == "a\\x1b[2J\\x07.png\\u202e: \\x9b1A\nb\n"

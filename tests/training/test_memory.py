@@ -13,11 +13,11 @@ from anima_train.core.errors import SpaceError
 from anima_train.data.buckets import Size
 from anima_train.optim.optimizers import AdamWKahan, AnyOptimizer
 from anima_train.training import train as train_module
-from anima_train.training.memory import Attempt, Shape, asked_bytes, is_out_of_memory, memory_errors
+from anima_train.training.memory import MemoryContext, MicroBatchShape, asked_bytes, is_out_of_memory, memory_errors
 from anima_train.training.memory_check import state_like
 
 CPU = torch.device("cpu")
-SHAPE = Shape(1024, Size(1152, 896), 4)
+SHAPE = MicroBatchShape(1024, Size(1152, 896), 4)
 
 # Imports all, then lets the process take this many MiB more: what the system refuses is a real failure.
 LIMITED = """
@@ -30,9 +30,9 @@ train_main()
 """
 
 
-def said(fail, doing="step 7", savings=("one", "two")):
+def said(fail, doing="step 7", suggestions=("one", "two")):
     """The message about memory that runs out in a function."""
-    with pytest.raises(SpaceError) as caught, memory_errors(CPU, Attempt(doing, SHAPE), lambda _: savings):
+    with pytest.raises(SpaceError) as caught, memory_errors(CPU, MemoryContext(doing, SHAPE), lambda _: suggestions):
         fail()
     assert caught.value.exit_code == 6
     return str(caught.value)
@@ -56,10 +56,10 @@ def test_memory_that_python_cannot_have_is_told_too():
 
 
 def test_savings_are_those_of_the_shape_at_that_time():
-    attempt = Attempt("a trial", SHAPE)
+    attempt = MemoryContext("a trial", SHAPE)
 
     def later():
-        attempt.doing, attempt.shape = "step 3", Shape(64, Size(64, 64), 1)
+        attempt.doing, attempt.shape = "step 3", MicroBatchShape(64, Size(64, 64), 1)
         torch.empty(2**50)
 
     with pytest.raises(SpaceError) as caught, memory_errors(CPU, attempt, lambda shape: [f"not {shape.resolution}"]):
@@ -71,7 +71,7 @@ def test_savings_are_those_of_the_shape_at_that_time():
 
 @pytest.mark.parametrize("fail", [lambda: torch.ones(2) @ torch.ones(3), lambda: [][1]])
 def test_other_errors_stay_what_they_are(fail):
-    with pytest.raises((RuntimeError, IndexError)), memory_errors(CPU, Attempt("step 7", SHAPE), lambda _: []):
+    with pytest.raises((RuntimeError, IndexError)), memory_errors(CPU, MemoryContext("step 7", SHAPE), lambda _: []):
         fail()
 
 
@@ -124,9 +124,9 @@ def shapes_spy(monkeypatch):
 
     def try_shape(shape, *rest):
         real["try_shape"](shape, *rest)
-        optimizer = rest[3]
+        model, optimizer, *_ = rest
         assert all(parameter.grad is None for group in optimizer.param_groups for parameter in group["params"])
-        assert rest[2].training
+        assert model.training
         seen.append(("tried", shape.batch_size * shape.size.num_tokens))
 
     def compute_loss(model, batch, loss):
@@ -169,7 +169,7 @@ def test_optimizer_state_takes_its_memory_and_the_weights_stay(kind, dtype):
         {"params": parameters[2:], "names": names[1], "lr": 0.2, "weight_decay": 0.0},
     ]
     settings = kind(lr=0.1, **({"moments_dtype": "bfloat16"} if kind is AdamWKahan else {}))
-    held = state_like(settings, groups)
+    held = state_like(settings, parameters, CPU)
     assert all(parameter.grad is None for parameter in parameters)
     assert all(torch.equal(parameter, old) for parameter, old in zip(parameters, before, strict=True))
 
@@ -177,8 +177,8 @@ def test_optimizer_state_takes_its_memory_and_the_weights_stay(kind, dtype):
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    real = [value for state in optimizer.state.values() for value in state.values()]
-    assert sum(tensor.nbytes for tensor in held) == sum(tensor.nbytes for tensor in real)
+    real = [value for parameter in parameters for value in optimizer.state[parameter].values()]
+    assert [(tensor.shape, tensor.dtype) for tensor in held] == [(tensor.shape, tensor.dtype) for tensor in real]
 
 
 @pytest.mark.slow
@@ -219,6 +219,6 @@ def test_memory_of_the_gpu_that_runs_out_is_told(trainer):
     total = torch.accelerator.get_memory_info(device)[1]
     with (
         pytest.raises(SpaceError, match=r"Needed: more than .* more asked for\); the device has .* GiB"),
-        memory_errors(device, Attempt("step 7", SHAPE), lambda _: ["one"]),
+        memory_errors(device, MemoryContext("step 7", SHAPE), lambda _: ["one"]),
     ):
         torch.empty(2 * total, dtype=torch.int8, device=device)
