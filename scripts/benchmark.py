@@ -249,7 +249,7 @@ def benchmark_cache(options: argparse.Namespace, device: torch.device, dtype: to
         for name, column in (("bare threads", 1), ("bare processes", 2)):
             ratios = sorted(row[0] / row[column] for row in rows)
             spread = f"from {ratios[0]:.3f} to {ratios[-1]:.3f}"
-            print(f"ours / {name} for {SLICE} images: median {statistics.median(ratios):.3f}, {spread}")
+            print(f"ours / {name} for {len(parts[0])} images: median {statistics.median(ratios):.3f}, {spread}")
         print(f"ours / the better of both, in all: {totals[0] / min(totals[1:]):.3f}")
 
 

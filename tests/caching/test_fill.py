@@ -378,8 +378,19 @@ def test_what_a_killed_process_was_making_the_other_makes(config, images):
 
 
 @pytest.fixture
-def fill_together(trainer, images_drawer, tiny, tmp_path):
+def fill_together(trainer, images_drawer, tmp_path, monkeypatch):
     """Fills caches from several ranks, which are threads here; returns what each has made."""
+    loading = threading.Lock()  # models are loaded under patches that hold for the whole process
+
+    def one_at_a_time(load):
+        def call(*arguments):
+            with loading:
+                return load(*arguments)
+
+        return call
+
+    for name in ("load_vae", "CaptionEncoder"):
+        monkeypatch.setattr(encode_module, name, one_at_a_time(getattr(encode_module, name)))
 
     def run(folders, ranks):
         needed, model = [], None
