@@ -138,10 +138,10 @@ def peft_config(file: TensorFile) -> dict[str, Any]:
     return config
 
 
-def peft_scale(config: Mapping[str, Any], key: str, rank: int) -> float:
+def peft_scale(peft: Mapping[str, Any], key: str, rank: int) -> float:
     """Return the factor on up times down by PEFT's settings; 1 without them."""
     component = key.partition(".")[0]  # diffusers has settings for each
-    settings = {name: config.get(f"{component}.{name}", config.get(name)) for name in ("lora_alpha", "use_rslora")}
+    settings = {name: peft.get(f"{component}.{name}", peft.get(name)) for name in ("lora_alpha", "use_rslora")}
     alpha = settings["lora_alpha"]
     if not isinstance(alpha, int | float):
         return 1.0

@@ -26,13 +26,13 @@ class ResumePoint:
     notes: Sequence[str] = ()
 
 
-def find_resume_point(config: Mapping[str, Any], run_name: str, resume: bool, path: Path | None) -> ResumePoint:
+def find_resume_point(resolved: Mapping[str, Any], run_name: str, resume: bool, path: Path | None) -> ResumePoint:
     """Decide whether a run goes on from a state, and from which.
 
     Without `resume` and `path` it goes on where the same command was stopped: an unfinished run, nothing changed.
 
     Args:
-        config: the resolved configuration, as `plain` gives it.
+        resolved: the resolved configuration, as `plain` gives it.
         run_name: the configuration's, or one made from the time.
         resume: True to resume this run.
         path: a state, or a run whose newest state is meant.
@@ -42,16 +42,18 @@ def find_resume_point(config: Mapping[str, Any], run_name: str, resume: bool, pa
         ModelFileError: every state is damaged.
     """
     if path is not None:
-        return resume_from_path(config, run_name, path)
-    output_dir = Path(config["output_dir"])
-    is_named = "run_name" in config
-    run = RunFolder(output_dir, run_name) if is_named else newest_run(output_dir, run_name, None if resume else config)
+        return resume_from_path(resolved, run_name, path)
+    output_dir = Path(resolved["output_dir"])
+    is_named = "run_name" in resolved
+    run = (
+        RunFolder(output_dir, run_name) if is_named else newest_run(output_dir, run_name, None if resume else resolved)
+    )
     if run is None or not run.exists:
         if resume:
             folder = output_dir if run is None else run.path
             raise ConfigError(f"{folder}: there is no run to resume; set run_name to that of the run")
         return ResumePoint(run_name)
-    changes = compare(run.config(), config)
+    changes = compare(run.config(), resolved)
     if run.is_finished and not saved_states(run.checkpoints):
         raise ConfigError(
             f"{run.path}: already holds a run that is finished and has no training state to train it further from; "
@@ -73,7 +75,7 @@ def find_resume_point(config: Mapping[str, Any], run_name: str, resume: bool, pa
     return resume_from(run, newest_state(run.checkpoints), changes)
 
 
-def resume_from_path(config: Mapping[str, Any], run_name: str, path: Path) -> ResumePoint:
+def resume_from_path(resolved: Mapping[str, Any], run_name: str, path: Path) -> ResumePoint:
     """Go on from a state of this run, or begin another run with that of another.
 
     Raises:
@@ -88,13 +90,13 @@ def resume_from_path(config: Mapping[str, Any], run_name: str, path: Path) -> Re
         if found is None:
             raise ConfigError(f"--resume {path}: there is no training state (a folder step-...) in it")
         saved = found
-    source, output_dir = RunFolder(folder.parent.parent, folder.parent.name), Path(config["output_dir"])
-    is_timed = "run_name" not in config and stem(source.name) == stem(run_name)
+    source, output_dir = RunFolder(folder.parent.parent, folder.parent.name), Path(resolved["output_dir"])
+    is_timed = "run_name" not in resolved and stem(source.name) == stem(run_name)
     name = source.name if is_timed and source.path.resolve().parent == output_dir.resolve() else run_name
     run = RunFolder(output_dir, name)
     if run.path.resolve() != source.path.resolve() and run.exists:
         raise ConfigError(f"{run.path}: already holds a run; set another run_name, or remove it")
-    changes = compare(saved.manifest.config, dict(config) | ({"run_name": name} if "run_name" in config else {}))
+    changes = compare(saved.manifest.config, dict(resolved) | ({"run_name": name} if "run_name" in resolved else {}))
     return replace(resume_from(source, saved, changes), run_name=name)
 
 
@@ -114,21 +116,21 @@ def resume_from(run: RunFolder, saved: SavedState | None, changes: Changes) -> R
     return ResumePoint(run.name, saved, run.path, notes)
 
 
-def newest_run(output_dir: Path, name: str, config: Mapping[str, Any] | None) -> RunFolder | None:
+def newest_run(output_dir: Path, name: str, resolved: Mapping[str, Any] | None) -> RunFolder | None:
     """Return the newest run whose name was made from the same config's and the time.
 
     Args:
         output_dir: where to look.
         name: such a name.
-        config: only an unfinished run with this configuration, in which no process trains; None: any run.
+        resolved: only an unfinished run with this configuration, in which no process trains; None: any run.
     """
     for path in sorted(output_dir.glob("*"), reverse=True):
         run = RunFolder(output_dir, path.name)
         if stem(path.name) != stem(name) or not run.exists:
             continue
-        if config is None:
+        if resolved is None:
             return run
-        if not run.is_finished and not is_locked(run) and not any(vars(compare(run.config(), config)).values()):
+        if not run.is_finished and not is_locked(run) and not any(vars(compare(run.config(), resolved)).values()):
             return run
     return None
 

@@ -65,7 +65,7 @@ def report_check(loaded: "LoadedConfig", title: str, measure_steps: int | None, 
 
     device = choose_device()
     spec = build_model_spec(loaded, device)
-    scans = scan_all(loaded, write=True)
+    scans = scan_all((loaded.train, *loaded.evals), loaded.config.seed, write=True)
     show([describe_device(device, spec.dtype), *describe_run(loaded, spec, scans, num_processes=1)])
     measured = []
     if measure_steps is not None:  # before any picture is decoded: the CPU's peak is that of the process

@@ -59,6 +59,7 @@ def batch_sizes(value: int | list[list[int]]) -> int | list[list[int]]:
 
 Dtype = Literal["bfloat16", "float32"]
 ComputeDtype = Annotated[Dtype, BeforeValidator(refuse_float16)]
+AnyAdapter = Annotated[Lora | Full, Field(discriminator="type")]
 Folder = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 BatchSizes = Annotated[int | list[list[int]], AfterValidator(batch_sizes)]
 
@@ -304,7 +305,7 @@ class Config(Settings):
     """Curves in TensorBoard and W&B over images seen instead of steps."""
     model: ModelSettings
     """The model."""
-    adapter: Annotated[Lora | Full, Field(discriminator="type")] = Full()
+    adapter: AnyAdapter = Full()
     """The thing to train: a LoRA, or (absent) the whole model."""
     optimizer: AnyOptimizer
     """The optimizer."""
@@ -407,6 +408,11 @@ class Config(Settings):
             rate = component_rate(self.model, self.optimizer, component)
             rates[component] = rate if self.force_constant_lr is None or rate == 0 else self.force_constant_lr
         return LearningRates(rates)
+
+    @property
+    def saves_states(self) -> bool:
+        """True if training states are saved without being asked for."""
+        return any(getattr(self, key) is not None for key in STATE_INTERVALS)
 
     def batch_sizes(self) -> int | list[tuple[int, int]]:
         """Return the micro-batch sizes for training."""

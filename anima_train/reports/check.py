@@ -31,7 +31,7 @@ def dataset_report(
     """
     config, files = loaded.config, spec.files
     plan, schedule = plan_run(config, scans["train"].samples, num_processes=1)
-    transformer = trainable_transformer(config, spec)
+    transformer = trainable_transformer(spec, config.adapter, config.learning_rates(), config.seed)
     groups = group_rows(transformer, config.learning_rates())
     num_trained = sum(row.num_parameters for row in groups)
     num_all = sum(parameter.numel() for parameter in transformer.parameters())

@@ -2,16 +2,12 @@
 
 import hashlib
 import platform
-import tomllib
 from collections import Counter
 from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any
 
-import tomli_w
-
 from anima_train import __version__
-from anima_train.config.config import Config
 from anima_train.core.files import sha256_file
 from anima_train.data.loader import CachedData
 from anima_train.data.plan import EpochSchedule, Plan, times_seen
@@ -21,16 +17,6 @@ from anima_train.model.loading import ModelFiles
 from anima_train.optim.groups import GroupRow
 
 LIBRARIES = ("torch", "accelerate", "peft", "transformers", "diffusers", "safetensors", "pillow", "numpy")
-
-
-def config_toml(config: Config) -> str:
-    """Return the resolved configuration, with every default and without secrets, as TOML that can be run again."""
-    return tomli_w.dumps(config.model_dump(exclude_none=True, exclude={"monitoring": {"wandb_api_key"}}))
-
-
-def plain(config: Config) -> dict[str, Any]:
-    """Return the resolved configuration as `config_toml` does, in the types that TOML and JSON have."""
-    return tomllib.loads(config_toml(config))
 
 
 def dataset_digest(samples: Iterable[Sample]) -> str:

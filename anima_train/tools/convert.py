@@ -170,12 +170,12 @@ def model_facts(kind: str) -> dict[str, Any]:
 
 
 def write_model(
-    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor],
+    folder: Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor],
     name: str = "diffusion_pytorch_model.safetensors",
 ) -> None:  # fmt: skip
     """Write one component into a new folder: its configuration and its weights."""
     folder.mkdir()
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", fields)
     write_tensors(folder / name, tensors, {"format": "pt"})
 
 

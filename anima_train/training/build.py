@@ -9,23 +9,21 @@ import torch
 from anima_train.checkpoint.disk_space import (
     DiskPlan,
     FileSizes,
-    first_requirements,
     first_state_bytes,
     picture_bytes,
     weights_bytes,
 )
 from anima_train.checkpoint.training_state import trained_parameters
 from anima_train.checkpoint.weights import weights_to_save
-from anima_train.config.config import Config
+from anima_train.config.config import AnyAdapter, Config
 from anima_train.core.device import DTYPES
 from anima_train.core.errors import ConfigError
-from anima_train.core.files import DiskRequirement
 from anima_train.data.plan import EpochSchedule, Plan, times_seen
 from anima_train.data.samples import Sample
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
 from anima_train.model.loading import ModelSpec, load_transformer
-from anima_train.optim.groups import optimizer_groups
+from anima_train.optim.groups import LearningRates, optimizer_groups
 from anima_train.run.intervals import Interval
 
 
@@ -39,29 +37,31 @@ def plan_run(config: Config, samples: Sequence[Sample], num_processes: int) -> t
     return plan, EpochSchedule.of(plan, config.epochs, config.max_steps)
 
 
-def trainable_transformer(config: Config, spec: ModelSpec) -> MiniTrainDIT:
+def trainable_transformer(spec: ModelSpec, adapter: AnyAdapter, rates: LearningRates, seed: int) -> MiniTrainDIT:
     """Return the transformer with what is trained attached, on the meta device: names, shapes, dtypes, no memory."""
     with torch.device("meta"):
         transformer = MiniTrainDIT(TransformerShape.of(spec.files.transformer_header.entries))
         if spec.trains_llm_adapter:
             transformer.llm_adapter = LLMAdapter(LLMAdapterShape.of(spec.files.llm_adapter_header.entries))
     transformer.to(spec.weights_dtype)
-    config.adapter.attach(transformer, config.learning_rates(), config.seed)
+    adapter.attach(transformer, rates, seed)
     return transformer
 
 
-def load_trained(config: Config, spec: ModelSpec) -> tuple[MiniTrainDIT, list[dict[str, Any]]]:
+def load_trained(
+    spec: ModelSpec, adapter: AnyAdapter, rates: LearningRates, seed: int, weight_decay: float,
+    activation_checkpointing: bool,
+) -> tuple[MiniTrainDIT, list[dict[str, Any]]]:  # fmt: skip
     """Return the transformer on its device with what is trained attached, ready for steps, and its parameter groups.
 
     Raises:
         ConfigError: nothing is trained.
     """
-    rates = config.learning_rates()
     transformer = load_transformer(spec.files, spec.trains_llm_adapter, spec.weights_dtype, spec.device)
-    config.adapter.attach(transformer, rates, config.seed)
-    transformer.checkpoint_blocks = config.activation_checkpointing
+    adapter.attach(transformer, rates, seed)
+    transformer.checkpoint_blocks = activation_checkpointing
     transformer.train()
-    groups = optimizer_groups(transformer.named_parameters(), rates, config.optimizer.weight_decay)
+    groups = optimizer_groups(transformer.named_parameters(), rates, weight_decay)
     if not groups:
         raise ConfigError("nothing is trained: every component that this model has is frozen")
     return transformer, groups
@@ -69,7 +69,7 @@ def load_trained(config: Config, spec: ModelSpec) -> tuple[MiniTrainDIT, list[di
 
 def file_sizes(config: Config, spec: ModelSpec) -> FileSizes:
     """Return the bytes on disk of the files that a run writes, at most."""
-    transformer = trainable_transformer(config, spec)
+    transformer = trainable_transformer(spec, config.adapter, config.learning_rates(), config.seed)
     dtype = None if config.save_dtype is None else DTYPES[config.save_dtype]
     num_trackers = config.monitoring.tensorboard + config.monitoring.enable_wandb
     prompts = () if config.sampling is None else config.sampling.prompts
@@ -78,14 +78,6 @@ def file_sizes(config: Config, spec: ModelSpec) -> FileSizes:
         first_state_bytes(trained_parameters(transformer), config.optimizer, config.ema is not None),
         sum(map(picture_bytes, prompts)) * (1 + num_trackers),
     )
-
-
-def first_files(config: Config, spec: ModelSpec, folder: Path) -> list[DiskRequirement]:
-    """Return what a run has to have room for before it begins, at the least."""
-    saves_states = bool(
-        config.checkpoint_every_n_epochs or config.checkpoint_every_n_steps or config.checkpoint_every_n_minutes
-    )
-    return first_requirements(folder, file_sizes(config, spec), saves_states)
 
 
 def disk_plan(

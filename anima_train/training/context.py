@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from anima_train.checkpoint.resume import ResumePoint, find_resume_point
 from anima_train.config.config import Config
 from anima_train.config.load import LoadedConfig
+from anima_train.config.resolved import plain
 from anima_train.core.device import DTYPES, describe_device
 from anima_train.distributed.collectives import broadcast_from_main, process_group
 from anima_train.distributed.consistency import check_same_config
@@ -20,7 +21,7 @@ from anima_train.distributed.signals import SignalHandler
 from anima_train.run.accelerator import make_accelerator
 from anima_train.run.folder import RunFolder
 from anima_train.run.log import WarningsHandler, logged_to, terminal
-from anima_train.run.manifest import plain
+from anima_train.run.trackers import tracker_names
 from anima_train.training.memory import MemoryContext
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,9 @@ def run_context(loaded: LoadedConfig, resume: bool, resume_path: Path | None) ->
         ConfigError: processes differ, there is nothing to resume, or the folder is in use.
     """
     config = loaded.config
-    accelerator = make_accelerator(config, Path(config.output_dir) / loaded.run_name)
+    accelerator = make_accelerator(
+        config.model.dtype, tracker_names(config.monitoring), Path(config.output_dir) / loaded.run_name
+    )
     warnings = WarningsHandler()
     handlers = logged_to(terminal(accelerator.is_main_process), *([warnings] if accelerator.is_main_process else []))
     with handlers, contextlib.ExitStack() as stack:

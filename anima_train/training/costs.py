@@ -135,12 +135,12 @@ def memory_suggestions(
     return found
 
 
-def cache_suggestions(config: Config) -> list[str]:
+def cache_suggestions(batch_size: int, text_encoder_device: str) -> list[str]:
     """Return what makes filling the cache need less memory and is not done yet, that of least cost first."""
     found = []
-    if config.caching_batch_size > 1:
-        found.append(f"caching_batch_size below {config.caching_batch_size}")
-    if config.model.text_encoder_device != "cpu":
+    if batch_size > 1:
+        found.append(f"caching_batch_size below {batch_size}")
+    if text_encoder_device != "cpu":
         found.append('model.text_encoder_device = "cpu"')
     return [*found, "lower resolutions"]
 

@@ -20,7 +20,7 @@ def describe_run(loaded: LoadedConfig, spec: ModelSpec, scans: Mapping[str, Scan
         lines.extend(data_text(name, found))
     plan, schedule = plan_run(config, scans["train"].samples, num_processes)
     lines.extend(plan_text(plan, schedule, config.epochs, config.ema))
-    transformer = trainable_transformer(config, spec)
+    transformer = trainable_transformer(spec, config.adapter, config.learning_rates(), config.seed)
     lines.extend(groups_text(group_rows(transformer, config.learning_rates())))
     folder = Path(config.output_dir) / loaded.run_name
     planned = disk_plan(config, folder, file_sizes(config, spec), plan, schedule)

@@ -64,7 +64,7 @@ def try_shape(
         accelerator: device and processes.
         settings: of the optimizer.
         loss_function: of the run.
-        text: of the run.
+        spec: the model.
         accumulates: True if a step has several micro-batches.
     """
     device = accelerator.device
@@ -145,13 +145,20 @@ def measure(
         encodes_online: True if captions are encoded during training: the text encoder is in memory then, but does
             nothing here.
     """
-    accelerator = make_accelerator(config, Path(config.output_dir))
+    accelerator = make_accelerator(config.model.dtype, [], Path(config.output_dir))
     device = accelerator.device
     encoder = None
     try:
         if encodes_online:
             encoder = CaptionEncoder(spec, load_tokenizers(spec.files.tokenizer, spec.files.t5_tokenizer))
-        step = training_step(config, spec, accelerator)
+        transformer, groups = load_trained(
+            spec, config.adapter, config.learning_rates(), config.seed, config.optimizer.weight_decay,
+            config.activation_checkpointing,
+        )  # fmt: skip
+        model, optimizer = accelerator.prepare(transformer), config.optimizer.build(groups)
+        step = training_step(
+            model, optimizer, config.loss(), accelerator, config.gradient_accumulation_steps, config.gradient_clipping
+        )
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -172,14 +179,12 @@ def measure(
     return measured
 
 
-def training_step(config: Config, spec: ModelSpec, accelerator: Accelerator) -> Callable[[Batch], None]:
-    """Load what is trained, and return a function that makes one optimizer update as the training loop does."""
-    num_micro_batches = config.gradient_accumulation_steps
-    loss_function = config.loss()
-    transformer, groups = load_trained(config, spec)
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    model = accelerator.prepare(transformer)
-    optimizer = config.optimizer.build(groups)
+def training_step(
+    model: nn.Module, optimizer: Optimizer, loss_function: Loss, accelerator: Accelerator, num_micro_batches: int,
+    gradient_clipping: float,
+) -> Callable[[Batch], None]:  # fmt: skip
+    """Return a function that makes one optimizer update as the training loop does, the optimizer's state in memory."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     # The optimizer's state, which all steps of a run but the first find in memory.
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
@@ -190,7 +195,7 @@ def training_step(config: Config, spec: ModelSpec, accelerator: Accelerator) -> 
         for _ in range(num_micro_batches):
             losses = compute_loss(model, batch.to(accelerator.device), loss_function)
             accelerator.backward(losses.mean() / num_micro_batches)
-        accelerator.clip_grad_norm_(parameters, config.gradient_clipping or math.inf)
+        accelerator.clip_grad_norm_(parameters, gradient_clipping or math.inf)
         optimizer.step()
 
     return step

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from anima_train.caching.text_encoding import (
     encodes_online,
     warn_of_truncated,
 )
+from anima_train.checkpoint.disk_space import first_requirements
 from anima_train.config.load import Dataset, LoadedConfig
 from anima_train.config.model_files import build_model_spec
 from anima_train.core.errors import DataError
@@ -31,7 +32,7 @@ from anima_train.distributed.consistency import check_same_data
 from anima_train.evaluation.evaluate import EvalSet
 from anima_train.model.loading import ModelSpec
 from anima_train.model.text import count_tokens, load_tokenizers
-from anima_train.training.build import first_files
+from anima_train.training.build import file_sizes
 from anima_train.training.costs import cache_suggestions
 from anima_train.training.memory import MemoryContext, memory_errors
 from anima_train.training.summary import data_text
@@ -62,10 +63,11 @@ def prepare_data(
         trains: True if a run follows, whose first files must have room beside the cache.
     """
     config, is_main = loaded.config, bool(accelerator.is_main_process)
-    caches = caches_of((loaded.train, *loaded.evals))
+    datasets = (loaded.train, *loaded.evals)
+    caches = caches_of(datasets)
     with main_process_first(accelerator):  # one process downloads and reads the images, the others find it done
         spec = build_model_spec(loaded, accelerator.device)
-        scans = scan_all(loaded, write=is_main)
+        scans = scan_all(datasets, config.seed, write=is_main)
         if is_main:
             for cache in caches:
                 cache.retry()
@@ -95,8 +97,12 @@ def prepare_data(
         num_read, num_damaged = sum_over_ranks(numbers)
         read = count(num_read, "entry", "entries")
         logger.info("cache: %s read, %d damaged and removed to be rebuilt", read, num_damaged)
-    with memory_errors(accelerator.device, MemoryContext("filling the cache"), lambda _: cache_suggestions(config)):
-        first = first_files(config, spec, Path(config.output_dir) / loaded.run_name) if trains and is_main else []
+    suggestions = cache_suggestions(config.caching_batch_size, config.model.text_encoder_device)
+    with memory_errors(accelerator.device, MemoryContext("filling the cache"), lambda _: suggestions):
+        first = []
+        if trains and is_main:
+            folder = Path(config.output_dir) / loaded.run_name
+            first = first_requirements(folder, file_sizes(config, spec), config.saves_states)
         made = fill_cache(needed, spec, ranks, config.caching_batch_size, partial(patient_barrier, accelerator), first)
     num_latents, num_masks, num_texts = sum_over_ranks(astuple(made))
     logger.info(
@@ -104,7 +110,7 @@ def prepare_data(
     )
 
     data = {}
-    for dataset in (loaded.train, *loaded.evals):
+    for dataset in datasets:
         samples, bad = usable(dataset.name, scans[dataset.name], dataset.settings.max_bad_fraction, vae_id)
         warnings.extend(bad)
         data[dataset.name] = CachedData(samples, vae_id, text_id, config.seed, config.model.cache_text_embeddings)
@@ -181,31 +187,25 @@ def usable(name: str, found: Scan, max_bad_fraction: float, vae_id: str) -> tupl
     return kept, warnings
 
 
-def scan_dataset(dataset: Dataset, seed: int, write: bool) -> Scan:
-    """Look at every image of a dataset; see `data.scan.scan`."""
-    return scan(dataset.settings, dataset.folders, dataset.masks, dataset.caches, seed, write, dataset.offline)
-
-
-def scan_all(loaded: LoadedConfig, write: bool) -> dict[str, Scan]:
-    """Look at every image of the training set and the evaluation sets.
+def scan_all(datasets: Sequence[Dataset], seed: int, write: bool) -> dict[str, Scan]:
+    """Look at every image of the training set, which is the first, and the evaluation sets.
 
     Raises:
         DataError: a set is empty, or too many of its images are bad; for all sets at once.
     """
-    scans = {}
+    scans: dict[str, Scan] = {}
     problems: list[str] = []
-    for dataset in (loaded.train, *loaded.evals):
+    for each in datasets:
         try:
-            scans[dataset.name] = scan_dataset(dataset, loaded.config.seed, write)
-            scans[dataset.name].check(dataset.settings.max_bad_fraction)
+            found = scan(each.settings, each.folders, each.masks, each.caches, seed, write, each.offline)
+            found.check(each.settings.max_bad_fraction)
+            if scans:
+                found = replace(found, warnings=[*found.warnings, *overlap(scans["train"].samples, found.samples)])
+            scans[each.name] = found
         except DataError as error:
-            problems.extend(f"dataset {dataset.name}: {problem}" for problem in error.problems)
+            problems.extend(f"dataset {each.name}: {problem}" for problem in error.problems)
     if problems:
         raise DataError(problems)
-    train = scans[loaded.train.name]
-    for dataset in loaded.evals:
-        found = scans[dataset.name]
-        scans[dataset.name] = replace(found, warnings=[*found.warnings, *overlap(train.samples, found.samples)])
     return scans
 
 

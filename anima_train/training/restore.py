@@ -6,11 +6,12 @@ from typing import Any
 
 from anima_train.checkpoint.resume import check_same_content, retire_states
 from anima_train.checkpoint.training_state import load_state, saved_states
+from anima_train.config.resolved import config_toml
 from anima_train.core.files import write_text
 from anima_train.data.plan import EpochSchedule, Plan, times_seen
 from anima_train.distributed.collectives import broadcast_from_main
 from anima_train.optim.groups import group_rows
-from anima_train.run.manifest import config_toml, manifest
+from anima_train.run.manifest import manifest
 from anima_train.training.anomalies import replay
 from anima_train.training.build import disk_plan, file_sizes
 from anima_train.training.context import RunContext

@@ -101,8 +101,11 @@ def build_model(run: RunContext, spec: ModelSpec, num_steps: int) -> TrainState:
         ConfigError: nothing is trained.
     """
     config = run.config
-    transformer, groups = load_trained(config, spec)
-    for line in groups_text(group_rows(transformer, config.learning_rates())):
+    rates = config.learning_rates()
+    transformer, groups = load_trained(
+        spec, config.adapter, rates, config.seed, config.optimizer.weight_decay, config.activation_checkpointing
+    )
+    for line in groups_text(group_rows(transformer, rates)):
         logger.info("%s", line)
     patient_barrier(run.accelerator)  # one process has encoded prompts, each has read the model
     model = run.accelerator.prepare(transformer)

@@ -14,6 +14,7 @@ from anima_train.checkpoint.async_writer import AsyncWriter, Groups
 from anima_train.checkpoint.training_state import StateManifest, save_state, state_tensors
 from anima_train.checkpoint.weights import save_weights, weights_metadata, weights_to_save
 from anima_train.config.config import Config
+from anima_train.config.resolved import plain
 from anima_train.core.device import DTYPES
 from anima_train.core.errors import Interrupted
 from anima_train.core.files import write_text
@@ -24,7 +25,7 @@ from anima_train.distributed.signals import Abandoned
 from anima_train.evaluation.evaluate import base_text, evaluate, read_base
 from anima_train.evaluation.previews import Previews
 from anima_train.run.intervals import Interval, next_event
-from anima_train.run.manifest import plain, seen_facts
+from anima_train.run.manifest import seen_facts
 from anima_train.training.anomalies import naming, step_names
 from anima_train.training.context import RunContext
 from anima_train.training.metrics import StepLogger

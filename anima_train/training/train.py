@@ -10,11 +10,11 @@ import torch
 
 from anima_train.config.load import LoadedConfig
 from anima_train.config.model_files import build_model_spec
-from anima_train.core.device import describe_device
+from anima_train.core.device import choose_device, describe_device
 from anima_train.core.random import derive
 from anima_train.data.loader import Batch
+from anima_train.distributed.launcher import rank, world_size
 from anima_train.objective.step import compute_loss
-from anima_train.run.accelerator import make_accelerator
 from anima_train.run.log import logged_to, terminal
 from anima_train.training.context import RunContext, run_context
 from anima_train.training.dry_run import describe_run
@@ -43,24 +43,18 @@ def run_training(
     Raises:
         Interrupted: a signal or a file has asked for it; the state is saved.
     """
-    if dry_run:
-        check_only(loaded)
-        return None
-    with run_context(loaded, resume, resume_path) as run:
-        return train(run)
-
-
-def check_only(loaded: LoadedConfig) -> None:
-    """Check everything a run needs, and tell what it would do."""
-    accelerator = make_accelerator(loaded.config, Path(loaded.config.output_dir) / loaded.run_name)
-    if not accelerator.is_main_process:
-        return
-    with logged_to(terminal(is_main=True)):
-        spec = build_model_spec(loaded, accelerator.device)
-        logger.info("%s", describe_device(spec.device, spec.dtype))
-        scans = scan_all(loaded, write=True)
-        for line in describe_run(loaded, spec, scans, accelerator.num_processes):
-            logger.info("%s", line)
+    if not dry_run:
+        with run_context(loaded, resume, resume_path) as run:
+            return train(run)
+    config, device = loaded.config, choose_device()
+    if rank() == 0:
+        with logged_to(terminal(is_main=True)):
+            spec = build_model_spec(loaded, device)
+            logger.info("%s", describe_device(device, spec.dtype))
+            scans = scan_all((loaded.train, *loaded.evals), config.seed, write=True)
+            for line in describe_run(loaded, spec, scans, world_size()):
+                logger.info("%s", line)
+    return None
 
 
 def train(run: RunContext) -> Path:

@@ -400,7 +400,7 @@ def fill_together(trainer, images_drawer, tmp_path, monkeypatch):
             loaded = load_config(trainer.config(dataset=dataset, cache_dir=str(folder)))
             files = find_model_files(loaded)
             model = build_model_spec(loaded, torch.device("cpu"))
-            samples = scan_all(loaded, write=True)["train"].samples
+            samples = scan_all((loaded.train, *loaded.evals), loaded.config.seed, write=True)["train"].samples
             identity = text_identity(files, True, torch.float32)
             needed.append(needed_entries(samples, [], vae_identity(files), identity, 0, False, True))
         meeting = threading.Barrier(len(ranks), timeout=60)

@@ -13,11 +13,11 @@ from anima_train.checkpoint.training_state import StateManifest, save_state, sta
 from anima_train.checkpoint.weights import save_weights, weights_to_save
 from anima_train.config.load import load_config
 from anima_train.config.model_files import build_model_spec
+from anima_train.config.resolved import plain
 from anima_train.core.device import DTYPES
 from anima_train.core.errors import SpaceError
 from anima_train.core.files import on_disk
 from anima_train.core.format import format_bytes
-from anima_train.run.manifest import plain
 from anima_train.training import tasks as outputs_module
 from anima_train.training.build import (
     disk_plan,
@@ -79,7 +79,9 @@ def test_estimates_are_what_is_written_and_hardly_more(trainer, tmp_path, optimi
     spec = build_model_spec(loaded, torch.device("cpu"))
     estimate = file_sizes(config, spec)
 
-    transformer, groups = load_trained(config, spec)
+    transformer, groups = load_trained(
+        spec, config.adapter, config.learning_rates(), config.seed, config.optimizer.weight_decay, False
+    )
     built = config.optimizer.build(groups)
     for parameter in trained_parameters(transformer).values():
         parameter.grad = torch.ones_like(parameter)
@@ -99,7 +101,14 @@ def test_estimates_are_what_is_written_and_hardly_more(trainer, tmp_path, optimi
 
 def test_an_average_is_in_float32_whatever_is_trained(trainer):
     loaded = load_config(trainer.config(adapter={"dtype": "bfloat16"}), ())
-    trained = trained_parameters(trainable_transformer(loaded.config, build_model_spec(loaded, torch.device("cpu"))))
+    trained = trained_parameters(
+        trainable_transformer(
+            build_model_spec(loaded, torch.device("cpu")),
+            loaded.config.adapter,
+            loaded.config.learning_rates(),
+            loaded.config.seed,
+        )
+    )
     num_trained = sum(parameter.numel() for parameter in trained.values())
     without, with_average = (first_state_bytes(trained, loaded.config.optimizer, each) for each in (False, True))
     assert 4 * num_trained <= with_average - without <= 4 * num_trained + 16 * KIB
@@ -121,7 +130,9 @@ def planned(trainer, pictures, start=0, num_states=0, **changes):
             dataset={"resolutions": [96], "num_ar_buckets": 3, "directory": [directory]}, **changes,
         ), ()
     )  # fmt: skip
-    plan, schedule = plan_run(loaded.config, scan_all(loaded, write=False)["train"].samples, 1)
+    plan, schedule = plan_run(
+        loaded.config, scan_all((loaded.train, *loaded.evals), loaded.config.seed, write=False)["train"].samples, 1
+    )
     assert list(schedule.epoch_starts) == list(range(0, 101, 10))
     found = disk_plan(loaded.config, trainer.folder, FileSizes(10, 100, 1), plan, schedule, start, num_states)
     return found.num_weights, found.num_states, found.num_previews
@@ -167,7 +178,11 @@ def test_the_report_of_what_a_run_would_do_says_how_much_it_would_write(trainer)
     loaded = load_config(trainer.config(**changes), ())
     spec = build_model_spec(loaded, torch.device("cpu"))
     sizes = file_sizes(loaded.config, spec)
-    text = "\n".join(describe_run(loaded, spec, scan_all(loaded, write=False), num_processes=1))
+    text = "\n".join(
+        describe_run(
+            loaded, spec, scan_all((loaded.train, *loaded.evals), loaded.config.seed, write=False), num_processes=1
+        )
+    )
     assert f"files: 4 x weights ({format_bytes(4 * sizes.weights)}), 4 x training state" in text
     assert f": {format_bytes(4 * sizes.weights + 4 * sizes.state)} in all" in text
 

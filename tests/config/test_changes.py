@@ -9,9 +9,9 @@ import pytest
 
 from anima_train.config.changes import MAY_CHANGE, MAY_NOT_CHANGE, compare, key_names, refusal, why_not
 from anima_train.config.config import Config
+from anima_train.config.resolved import config_toml
 from anima_train.core.settings import is_settings, members_of
 from anima_train.optim.groups import COMPONENTS
-from anima_train.run.manifest import config_toml
 
 RATES = [f"{component}_lr" for component in COMPONENTS if component != "base"]
 EVAL = [{"name": "held out", "config": {"directory": [{"path": "data"}]}}]

@@ -404,7 +404,7 @@ if RANK == 1:
 
 def test_every_process_has_the_same_steps_and_none_loses_a_micro_batch(trainer):
     loaded = load_config(trainer.config("three", max_steps=20))
-    samples = scan_all(loaded, write=False)["train"].samples
+    samples = scan_all((loaded.train, *loaded.evals), loaded.config.seed, write=False)["train"].samples
     plan, schedule = plan_run(loaded.config, samples, 3)
     shares = [list(rank_steps(plan, schedule, 0, rank, 3)) for rank in range(3)]
     meetings = [[(step.index, step.epoch, len(step.micro_batches)) for step in share] for share in shares]

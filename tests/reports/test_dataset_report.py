@@ -230,7 +230,9 @@ def test_tags_are_counted_and_the_mistyped_one_is_found(page):
 
 def test_exposures_are_those_of_the_planned_steps(checked, page):
     loaded = load_config(checked / "run.toml", [])
-    plan, _ = plan_run(loaded.config, scan_all(loaded, write=False)["train"].samples, 1)
+    plan, _ = plan_run(
+        loaded.config, scan_all((loaded.train, *loaded.evals), loaded.config.seed, write=False)["train"].samples, 1
+    )
     seen = Counter(dict.fromkeys(range(len(plan.samples)), 0))
     for step in plan.epoch(0)[:7]:
         seen.update(ref.sample for batch in step.micro_batches for ref in batch.refs)
@@ -418,7 +420,12 @@ def report_of(path, measured):
     """The report of a config in which these buckets were measured."""
     loaded = load_config(path, [])
     return dataset_report(
-        "x", loaded, build_model_spec(loaded, torch.device("cpu")), scan_all(loaded, write=False), 0, measured
+        "x",
+        loaded,
+        build_model_spec(loaded, torch.device("cpu")),
+        scan_all((loaded.train, *loaded.evals), loaded.config.seed, write=False),
+        0,
+        measured,
     )
 
 
@@ -435,7 +442,9 @@ def test_duration_is_that_of_all_planned_steps(checked, tmp_path, max_steps, acc
     ends = [(Size(16, 16), 1), (Size(1024, 1024), 9)]
     measured = [Measured(size, batch, seconds(size.num_tokens * batch * accumulation), 1) for size, batch in ends]
     loaded = load_config(path, [])
-    plan, schedule = plan_run(loaded.config, scan_all(loaded, write=False)["train"].samples, 1)
+    plan, schedule = plan_run(
+        loaded.config, scan_all((loaded.train, *loaded.evals), loaded.config.seed, write=False)["train"].samples, 1
+    )
     steps = [step for epoch in range(max_steps) for step in plan.epoch(epoch)][:max_steps]
     expected = sum(
         seconds(sum(len(batch.refs) * batch.size.num_tokens for batch in step.micro_batches)) for step in steps

@@ -57,7 +57,9 @@ def test_seen_is_what_the_steps_showed(trainer, directories, max_steps):
     changes = {"dataset": {"directory": directories}, "max_steps": max_steps, "gradient_accumulation_steps": 2}
     run = trainer(**changes)
     loaded = load_config(trainer.config(**changes), [])
-    plan, _ = plan_run(loaded.config, scan_all(loaded, write=False)["train"].samples, 1)
+    plan, _ = plan_run(
+        loaded.config, scan_all((loaded.train, *loaded.evals), loaded.config.seed, write=False)["train"].samples, 1
+    )
     steps = [step for epoch in range(max_steps) for step in plan.epoch(epoch)][:max_steps]
     refs = [ref for step in steps for batch in step.micro_batches for ref in batch.refs]
     samples = Counter({sample.id: 0 for sample in plan.samples})

@@ -22,7 +22,8 @@ def scanned(trainer):
             {"name": name, "config": {"resolutions": [96, 128], "directory": [{"path": str(path)}]}}
             for name, path in folders.items()
         ]
-        return scan_all(load_config(trainer.config(eval_datasets=sets), []), write=False)
+        loaded = load_config(trainer.config(eval_datasets=sets), [])
+        return scan_all((loaded.train, *loaded.evals), loaded.config.seed, write=False)
 
     return run
 
@@ -56,9 +57,18 @@ def test_only_the_set_that_overlaps_is_warned_of(scanned, trainer, pictures, ima
 def test_what_is_loaded_is_what_the_table_announced(trainer, adapter, adapter_lr):
     loaded = load_config(trainer.config(adapter=adapter, model={"llm_adapter_lr": adapter_lr, "mlp_lr": 0}), [])
     spec = build_model_spec(loaded, torch.device("cpu"))
-    transformer, groups = load_trained(loaded.config, spec)
+    transformer, groups = load_trained(
+        spec,
+        loaded.config.adapter,
+        loaded.config.learning_rates(),
+        loaded.config.seed,
+        loaded.config.optimizer.weight_decay,
+        False,
+    )
     rates = loaded.config.learning_rates()
-    announced = group_rows(trainable_transformer(loaded.config, spec), rates)
+    announced = group_rows(
+        trainable_transformer(spec, loaded.config.adapter, loaded.config.learning_rates(), loaded.config.seed), rates
+    )
     assert group_rows(transformer, rates) == announced
     numbers = Counter()
     for group in groups:

@@ -9,7 +9,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from anima_train.config.load import load_config
-from anima_train.config.model_files import find_model_files
+from anima_train.config.model_files import build_model_spec
 from anima_train.core.text_batch import TextStates
 from anima_train.data.buckets import Size
 from anima_train.training import memory_check as measure_module
@@ -31,7 +31,7 @@ def measured(trainer):
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()  # Accelerate keeps one configuration per process
         loaded = load_config(trainer.config(**changes), [])
-        return measure(loaded, find_model_files(loaded), buckets, num_steps, encodes_online=False)
+        return measure(loaded.config, build_model_spec(loaded, CPU), buckets, num_steps, encodes_online=False)
 
     return run
 
@@ -170,7 +170,9 @@ def test_extremes_are_the_cheapest_and_the_dearest_batch(trainer, images_drawer)
         "micro_batch_size_per_gpu": [[96, 9], [192, 1]],
     }
     loaded = load_config(trainer.config(**changes), [])
-    plan, _ = plan_run(loaded.config, scan_all(loaded, write=False)["train"].samples, 1)
+    plan, _ = plan_run(
+        loaded.config, scan_all((loaded.train, *loaded.evals), loaded.config.seed, write=False)["train"].samples, 1
+    )
     # Tokens in a batch: nine small images have more than one large one.
     tokens = {
         (sample.size, {96: 9, 192: 1}[sample.resolution]): sample.size.num_tokens * {96: 9, 192: 1}[sample.resolution]
