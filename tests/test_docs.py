@@ -47,3 +47,15 @@ def test_every_section_of_the_faults_names_tests_in_every_row():
     rows = [row for row in rows if not row.startswith("| what goes wrong |")]
     assert len(rows) > 70
     assert [row for row in rows if not TEST.search(row)] == []
+
+
+def test_the_map_names_every_module():
+    text = (REPO / "anima_train" / "README.md").read_text(encoding="utf-8")
+    drawn = set(re.findall(r"\w+", text.partition("```")[2].partition("```")[0]))
+    modules = [path for path in (REPO / "anima_train").glob("[a-z]*/*.py") if path.stem != "__init__"]
+    rooms = {path.parent.name for path in modules}
+    assert rooms - drawn == set()
+    helpers = {"cli", "reports", "data"}  # of these the map names the main ones
+    assert {path.stem for path in modules if path.parent.name not in helpers} - drawn == set()
+    for path in re.findall(r"`(\w+/\w+\.py)", text):
+        assert (REPO / "anima_train" / path).is_file(), path

@@ -1,4 +1,4 @@
-"""What torchrun and accelerate launch tell a process about itself."""
+"""The facts that torchrun and accelerate launch tell a process about itself."""
 
 import os
 

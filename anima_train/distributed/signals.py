@@ -1,4 +1,4 @@
-"""What signals and files ask of a run: to save its state now, and perhaps to stop there.
+"""The requests that signals and files make of a run: to save its state now, and perhaps to stop there.
 
 SIGTERM, SIGUSR1 (which clusters send before a deadline) and the first Ctrl-C save after the step that is being made and
 stop; an evaluation or preview that is being made is left, and made by the process that resumes. Before the first step,

@@ -1,1 +1,1 @@
-"""The training loop, and what surrounds it: the cache's filling, evaluation, saving, the run's folder, trackers."""
+"""The run: its story, what comes before the first step, and what happens between steps."""

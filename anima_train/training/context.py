@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunContext:
-    """What the parts of a run share; nothing in it changes with the steps.
+    """The things that the parts of a run share; nothing in it changes with the steps.
 
     What has to be closed at the run's end, in the reverse order, goes on `stack`.
     """

@@ -1,4 +1,4 @@
-"""What a run would do, told without doing it."""
+"""The description of a run, made without running it."""
 
 from collections.abc import Mapping
 from pathlib import Path

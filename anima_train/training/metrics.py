@@ -62,7 +62,7 @@ class StepSums:
             self.roles.index_add_(0, torch.tensor(batch.is_regularization, device=device).long(), values)
 
     def take(self, accelerator: Accelerator) -> StepLosses:
-        """The step's losses over all processes, which all call this; the sums begin anew."""
+        """Return the step's losses over all processes, which all call this, and begin the sums anew."""
         loss, *values = accelerator.reduce(self.sums, "sum").tolist()
         self.sums.zero_()
         pairs = list(zip(values[::2], values[1::2], strict=True))
@@ -74,7 +74,7 @@ class StepSums:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step found."""
+    """The numbers of a step."""
 
     epoch: int
     losses: StepLosses

@@ -21,7 +21,7 @@ class RankMicroBatch:
 
     @property
     def shape(self) -> MicroBatchShape:
-        """What of it decides about memory."""
+        """The facts about it that decide about memory."""
         return MicroBatchShape(self.resolution, self.micro_batch.size, len(self.micro_batch.refs))
 
 

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def restore(run: RunContext, state: TrainState, data: Prepared, plan: Plan, schedule: EpochSchedule) -> dict[str, Any]:
-    """Load the state that the run goes on from, and put the run's records in order; returns its manifest.
+    """Load the state that the run goes on from, and put the run's records in order; return its manifest.
 
     Raises:
         ModelFileError: the state is of other files, images or parameters than those of this run.

@@ -68,7 +68,7 @@ def build_plan(run: RunContext, data: Prepared) -> tuple[Plan, EpochSchedule]:
 
 
 def watch_memory(run: RunContext, data: Prepared, plan: Plan, schedule: EpochSchedule) -> list[MicroBatchShape]:
-    """From here on, report memory that runs out with what to change; returns the largest micro-batches to come."""
+    """Report memory that runs out from here on with what to change; return the largest micro-batches to come."""
     config = run.config
     shapes = largest_shapes(plan, len(schedule.epoch_starts) - 1, data.evals)
     encodes_here = (

@@ -1,4 +1,4 @@
-"""What a run does between steps: evaluations, previews, saved weights and training states."""
+"""The work of a run between steps: evaluations, previews, saved weights and training states."""
 
 import json
 import logging
@@ -103,7 +103,7 @@ class PeriodicTasks:
             patient_barrier(context.accelerator)  # where the disk is slower than the steps, saving waits for it
 
     def run(self, names: Iterable[str]) -> list[str]:
-        """Evaluate or draw; returns the names of what is left to the process that goes on, as this one is to stop."""
+        """Evaluate or draw; return the names of what is left to the process that goes on, as this one is to stop."""
         makers: dict[str, Callable[[], None]] = {"evaluation": self.evaluate, "preview": self.preview}
         left = []
         for name in names:
@@ -175,7 +175,7 @@ class PeriodicTasks:
         self.log.trackers.show(pictures, self.log.x())
 
     def save_weights(self, step: int | None) -> Path:
-        """Have the LoRA or the model written; None: after the last step. Returns its path."""
+        """Have the LoRA or the model written; None: after the last step. Return its path."""
         path = self.context.folder.weights_path(step)
         done = self.schedule.num_steps if step is None else step
         epoch = self.schedule.locate(max(0, done - 1))[0] + 1
@@ -234,7 +234,7 @@ class PeriodicTasks:
         skipped.check()
 
     def finish(self) -> Path:
-        """Save the weights after the last step, and note that the run has come to its end; returns their path."""
+        """Save the weights after the last step, and note that the run has come to its end; return their path."""
         folder = self.context.folder
         if self.context.is_main:
             self.save_weights(None)

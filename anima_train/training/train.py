@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 def run_training(
     loaded: LoadedConfig, dry_run: bool = False, resume: bool = False, resume_path: Path | None = None
 ) -> Path | None:
-    """Train as the configuration says; returns the final weights' path, or None for a dry run.
+    """Train as the configuration says; return the final weights' path, or None for a dry run.
 
     Args:
         loaded: the configuration.
@@ -58,7 +58,7 @@ def run_training(
 
 
 def train(run: RunContext) -> Path:
-    """Train; returns the path of the final weights.
+    """Train; return the path of the final weights.
 
     Raises:
         Interrupted: a signal or a file has asked for it; the state is saved.
