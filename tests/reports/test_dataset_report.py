@@ -467,7 +467,7 @@ def test_measured_buckets_replace_their_estimates(checked):
     first, *others = before.sets[0].buckets
     measured = Measured(first.size, first.batch_size, 1.25, 3 * 2**30)
     found = report_of(checked / "run.toml", [measured])
-    text, page = str(summary(found)), Page(render(found)).text
+    text, page = "\n".join(summary(found)), Page(render(found)).text
     assert f"measured {first.size}, batch 2: 1.25 s a step, 3.0 GiB of memory at most" in text
     assert "the whole run: about 8.8 s in one process" in text  # 7 steps
     assert "(an estimate)" not in text
@@ -483,7 +483,7 @@ def test_memory_that_ran_out_comes_with_what_to_change(checked):
     first, *_, last = report_of(checked / "run.toml", []).sets[0].buckets
     measured = [Measured(first.size, 2, 1.0, 2**30), Measured(last.size, 2, None, 5 * 2**30)]
     found = report_of(checked / "run.toml", measured)
-    text, page = str(summary(found)), Page(render(found)).text
+    text, page = "\n".join(summary(found)), Page(render(found)).text
     assert (
         f"measured {last.size}, batch 2: out of memory with 5.0 GiB in use; what to change, in order of cost: " in text
     )
@@ -559,7 +559,9 @@ def test_images_without_the_trigger_word_are_those_without_a_caption(missing):
     keys = {"trigger_word": "sks", "caption_prefix": "photo, ", "cache_shuffle_num": 3}
     found, report = missing((captions, keys), (captions[:1] * 4, {"trigger_word": "a, b"}))
     assert found == [(0, "sks", True, [1, 2, 4])]
-    assert "trigger words of train: 3 images of directory[0] without the trigger word sks\n" in str(summary(report))
+    assert "trigger words of train: 3 images of directory[0] without the trigger word sks\n" in "\n".join(
+        summary(report)
+    )
     page = Page(render(report)).text
     assert re.search(r"directory\[0\]: images without the trigger word sks: 3\s+0/1\.png\s+0/2\.png", page)
 
@@ -575,7 +577,7 @@ def test_images_without_the_first_tag_of_most_captions_are_found(missing):
     assert (
         "trigger words of train: 3 images of directory[0] without alice, which begins most captions of this folder; "
         "1 image of directory[1] without bob, which begins most captions of this folder"
-    ) in str(summary(report))
+    ) in "\n".join(summary(report))
     assert "directory[1]: images without bob, which begins most captions of this folder: 1" in Page(render(report)).text
 
 
@@ -592,7 +594,7 @@ def test_images_without_the_first_tag_of_most_captions_are_found(missing):
 def test_no_word_is_guessed_from_too_little(missing, captions):
     found, report = missing((captions, {}))
     assert found == []
-    assert "trigger words" not in str(summary(report))
+    assert "trigger words" not in "\n".join(summary(report))
 
 
 @pytest.mark.parametrize("number", [0, 1, 5])

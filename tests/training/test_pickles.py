@@ -164,7 +164,7 @@ def test_cache_entries(trainer, images_drawer, tmp_path, canary, capsys):
     changes = {"dataset": {"directory": [{"path": str(folder)}]}, "max_steps": 1}
     first = trainer("first", **changes)
     entries = sorted(path for path in (folder / ".anima_cache").rglob("*") if path.is_file())
-    assert {path.suffix for path in entries} == {".safetensors", ".json"}
+    assert {path.suffix or path.name for path in entries} == {".safetensors", ".json", ".lock"}
     for number, path in enumerate(entries):
         path.write_bytes(FORMATS[number % len(FORMATS)](canary))
     capsys.readouterr()
