@@ -112,14 +112,14 @@ def without_buffers(file: TensorFile) -> TensorFile:
     return TensorFile(file.path, entries, file.metadata)
 
 
-def validate_kind(file: TensorFile, slot: str, key: str, accepted: tuple[str, ...]) -> None:
-    """Check that the file given for config key `key` holds one of the accepted kinds, in a dtype to train from.
+def validate_kind(file: TensorFile, slot: str, *others: str) -> None:
+    """Check that the file given for a slot holds its kind, or one of the others, in a dtype to train from.
 
     Raises:
         ModelFileError: "slot X expects Y; this looks like Z", or what keeps the model from being built.
     """
-    kind = identify(file)
-    if kind not in accepted:
+    kind, key = identify(file), SLOT_KEYS[slot]
+    if kind not in (slot, *others):
         remedy = f"; it belongs in {SLOT_KEYS[kind]}" if kind in SLOT_KEYS else ""
         if kind == "cosmos" and slot == "transformer":
             remedy = "; give the LLM adapter as model.llm_adapter_path, or a file with it inside"

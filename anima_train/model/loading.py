@@ -45,8 +45,7 @@ class ModelFiles:
     def whole_transformer_header(self) -> TensorFile:
         """The transformer file's tensors, LLM adapter included, without prefix and buffers."""
         file = open_header(self.transformer)
-        accepted = ("transformer",) if self.llm_adapter is None else ("transformer", "cosmos")
-        validate_kind(file, "transformer", "model.transformer_path", accepted)
+        validate_kind(file, "transformer", *([] if self.llm_adapter is None else ["cosmos"]))
         return without_buffers(file.stripped(transformer_prefix(file) or ""))
 
     @cached_property
@@ -55,7 +54,7 @@ class ModelFiles:
         if self.llm_adapter is None:
             return self.whole_transformer_header.stripped(LLM_ADAPTER_PREFIX)
         file = open_header(self.llm_adapter)
-        validate_kind(file, "llm_adapter", "model.llm_adapter_path", ("llm_adapter", "transformer"))
+        validate_kind(file, "llm_adapter", "transformer")
         prefix = transformer_prefix(file)
         prefix = llm_adapter_prefix(file) if prefix is None else prefix + LLM_ADAPTER_PREFIX
         assert prefix is not None
@@ -68,12 +67,13 @@ class ModelFiles:
             ModelFileError: every wrong file at once.
         """
         problems: list[str] = []
-        checks: list[Callable[[], object]] = [lambda: self.transformer_header, lambda: self.llm_adapter_header]
-        checks.append(lambda: validate_kind(open_header(self.vae), "vae", "model.vae_path", ("vae",)))
+        checks: list[Callable[[], object]] = [
+            lambda: self.transformer_header,
+            lambda: self.llm_adapter_header,
+            lambda: validate_kind(open_header(self.vae), "vae"),
+        ]
         if not self.llm.is_dir():
-            checks.append(
-                lambda: validate_kind(open_header(self.llm), "text_encoder", "model.llm_path", ("text_encoder",))
-            )
+            checks.append(lambda: validate_kind(open_header(self.llm), "text_encoder"))
         for check in checks:
             try:
                 check()

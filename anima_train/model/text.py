@@ -229,7 +229,7 @@ def load_text_encoder(path: Path, tokenizers: Tokenizers, device: torch.device) 
     """
     files = open_shards(path)
     merged = merge(path, files)
-    validate_kind(merged, "text_encoder", KEY, ("text_encoder",))
+    validate_kind(merged, "text_encoder")
     config = read_config(path / "config.json") if path.is_dir() else infer_config(merged)
     if len(tokenizers.qwen) > config.vocab_size:
         raise ModelFileError(
