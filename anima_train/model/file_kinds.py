@@ -10,7 +10,7 @@ from anima_train.model.safetensors_io import FLOATS, Entry, TensorFile, first_fi
 
 TRANSFORMER_PREFIXES = ("net.", "model.diffusion_model.", "diffusion_model.", "")
 LLM_ADAPTER_PREFIX = "llm_adapter."
-BUFFERS = re.compile(r"(^|\.)pos_embedder\.|\.inv_freq$")  # in some files; computed here, never read
+is_buffer = re.compile(r"(^|\.)pos_embedder\.|\.inv_freq$").search  # in some files; computed here, never read
 SLOTS = {
     "transformer": "an Anima transformer",
     "cosmos": "a Cosmos-Predict2 transformer (no LLM adapter)",
@@ -106,12 +106,6 @@ def llm_adapter_prefix(file: TensorFile) -> str | None:
     return None
 
 
-def without_buffers(file: TensorFile) -> TensorFile:
-    """Return the file's header without the buffers that are computed here."""
-    entries = {name: entry for name, entry in file.entries.items() if not BUFFERS.search(name)}
-    return TensorFile(file.path, entries, file.metadata)
-
-
 def validate_kind(file: TensorFile, slot: str, *others: str) -> None:
     """Check that the file given for a slot holds its kind, or one of the others, in a dtype to train from.
 
@@ -124,7 +118,7 @@ def validate_kind(file: TensorFile, slot: str, *others: str) -> None:
         if kind == "cosmos" and slot == "transformer":
             remedy = "; give the LLM adapter as model.llm_adapter_path, or a file with it inside"
         raise ModelFileError(f"{key}: expects {SLOTS[slot]}; {file.path} looks like {SLOTS.get(kind, kind)}{remedy}")
-    kinds = Counter(entry.dtype for entry in without_buffers(file).entries.values())
+    kinds = Counter(entry.dtype for entry in file.without(is_buffer).entries.values())
     if quantised := {dtype: number for dtype, number in kinds.items() if dtype not in FLOATS}:
         listing = ", ".join(f"{number} {str(dtype).removeprefix('torch.')}" for dtype, number in quantised.items())
         raise ModelFileError(

@@ -1,6 +1,5 @@
 """The model's files: checked by their headers, and loaded."""
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,14 +12,14 @@ from anima_train.core.errors import ModelFileError
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.file_kinds import (
     LLM_ADAPTER_PREFIX,
+    is_buffer,
     llm_adapter_prefix,
     transformer_prefix,
     validate_kind,
-    without_buffers,
 )
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
 from anima_train.model.safetensors_io import TensorFile, fingerprint, load_into, open_header, read_tensors
-from anima_train.model.text import num_text_encoder_weights, text_encoder_width
+from anima_train.model.text import open_text_encoder
 
 
 @dataclass(frozen=True)
@@ -37,16 +36,14 @@ class ModelFiles:
     @cached_property
     def transformer_header(self) -> TensorFile:
         """The transformer's tensors, without prefix, LLM adapter and buffers."""
-        header = self.whole_transformer_header
-        kept = {name: entry for name, entry in header.entries.items() if not name.startswith(LLM_ADAPTER_PREFIX)}
-        return TensorFile(header.path, kept, header.metadata)
+        return self.whole_transformer_header.without(lambda name: name.startswith(LLM_ADAPTER_PREFIX))
 
     @cached_property
     def whole_transformer_header(self) -> TensorFile:
         """The transformer file's tensors, LLM adapter included, without prefix and buffers."""
         file = open_header(self.transformer)
         validate_kind(file, "transformer", *([] if self.llm_adapter is None else ["cosmos"]))
-        return without_buffers(file.stripped(transformer_prefix(file) or ""))
+        return file.stripped(transformer_prefix(file) or "").without(is_buffer)
 
     @cached_property
     def llm_adapter_header(self) -> TensorFile:
@@ -58,7 +55,7 @@ class ModelFiles:
         prefix = transformer_prefix(file)
         prefix = llm_adapter_prefix(file) if prefix is None else prefix + LLM_ADAPTER_PREFIX
         assert prefix is not None
-        return without_buffers(file.stripped(prefix))
+        return file.stripped(prefix).without(is_buffer)
 
     def check_headers(self) -> None:
         """Check every file's header.
@@ -86,7 +83,7 @@ class ModelFiles:
         """Yield the mistakes of parts that are each right, and of different models."""
         llm_adapter = LLMAdapterShape.of(self.llm_adapter_header.entries)
         transformer = TransformerShape.of(self.transformer_header.entries)
-        text_width = text_encoder_width(self.llm)
+        text_width = open_text_encoder(self.llm).entries["embed_tokens.weight"].shape[1]
         if text_width != llm_adapter.source_width:
             yield (
                 f"model.llm_path: {self.llm} gives states of width {text_width:,}, and the LLM adapter reads "
@@ -104,8 +101,8 @@ class ModelFiles:
 
     def num_text_weights(self, llm_adapter_lr: float) -> int:
         """Return the number of weights of the text encoder and, if it is frozen, the LLM adapter."""
-        entries = self.llm_adapter_header.entries.values() if llm_adapter_lr == 0 else ()
-        return num_text_encoder_weights(self.llm) + sum(math.prod(entry.shape) for entry in entries)
+        llm_adapter = self.llm_adapter_header.num_values if llm_adapter_lr == 0 else 0
+        return open_text_encoder(self.llm).num_values + llm_adapter
 
     def llm_adapter_tensors(self) -> dict[str, Tensor]:
         """Return the LLM adapter's weights under the names they have in a whole transformer."""

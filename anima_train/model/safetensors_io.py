@@ -7,7 +7,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -70,6 +70,16 @@ class TensorFile:
         """Return the file with only the keys that begin with `prefix`, which is taken away."""
         kept = {key.removeprefix(prefix): entry for key, entry in self.entries.items() if key.startswith(prefix)}
         return TensorFile(self.path, kept, self.metadata)
+
+    def without(self, unwanted: Callable[[str], object]) -> "TensorFile":
+        """Return the file without the keys for which this is true."""
+        kept = {key: entry for key, entry in self.entries.items() if not unwanted(key)}
+        return TensorFile(self.path, kept, self.metadata)
+
+    @property
+    def num_values(self) -> int:
+        """The number of elements of all tensors."""
+        return sum(math.prod(entry.shape) for entry in self.entries.values())
 
 
 def open_header(path: Path) -> TensorFile:

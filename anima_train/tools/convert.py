@@ -22,7 +22,7 @@ from anima_train.core.text_batch import CONTEXT_ROWS
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
 from anima_train.model.safetensors_io import TensorFile, match_keys, read_tensors, write_tensors
-from anima_train.model.text import Tokenizers, load_text_encoder, load_tokenizers, text_encoder_entries
+from anima_train.model.text import Tokenizers, load_text_encoder, load_tokenizers, open_text_encoder
 from anima_train.model.vae import open_vae
 
 SHIFT = 3.0  # of the noise levels, as the model is sampled
@@ -152,7 +152,7 @@ def write_vae(folder: Path, path: Path, dtype: torch.dtype | None) -> None:
 def write_text_encoder(folder: Path, path: Path, tokenizers: Tokenizers, dtype: torch.dtype | None) -> None:
     """Write Qwen3 in transformers' layout."""
     model = load_text_encoder(path, tokenizers, torch.device("cpu")).model  # in float32, which rounds nothing
-    entries = text_encoder_entries(path)
+    entries = open_text_encoder(path).entries
     tensors = {name: tensor.to(dtype or entries[name].dtype) for name, tensor in model.state_dict().items()}
     model.config.architectures = ["Qwen3Model"]
     model.config.dtype = tensors["embed_tokens.weight"].dtype
