@@ -21,6 +21,7 @@ from anima_train.core.shapes import LATENT_CHANNELS
 from anima_train.core.text_batch import CONTEXT_ROWS
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
+from anima_train.model.loading import ModelFiles
 from anima_train.model.safetensors_io import TensorFile, match_keys, read_tensors, write_tensors
 from anima_train.model.text import Tokenizers, load_text_encoder, load_tokenizers, open_text_encoder
 from anima_train.model.vae import open_vae
@@ -44,19 +45,11 @@ def expect_new(folder: Path) -> None:
         raise ConfigError(f"{folder} already exists; give a folder that does not, or remove it")
 
 
-def to_diffusers(
-    transformer: TensorFile, llm_adapter: TensorFile, vae: Path, llm: Path, tokenizer: Path, t5_tokenizer: Path,
-    folder: Path, dtype: torch.dtype | None = None,
-) -> None:  # fmt: skip
+def to_diffusers(files: ModelFiles, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Write a model as a diffusers pipeline; the folder appears when everything in it is on disk.
 
     Args:
-        transformer: its tensors, keys without prefix and without the LLM adapter's.
-        llm_adapter: its tensors, keys without prefix.
-        vae: the official file, in Wan names.
-        llm: Qwen3, a safetensors file or a folder in transformers' layout.
-        tokenizer: Qwen3's folder.
-        t5_tokenizer: T5's folder.
+        files: of the model.
         folder: to be made.
         dtype: of every tensor. None: of each as it is in its file.
 
@@ -66,12 +59,12 @@ def to_diffusers(
         SpaceError: the disk is full or read-only.
     """
     expect_new(folder)
-    tokenizers = load_tokenizers(tokenizer, t5_tokenizer)
+    tokenizers = load_tokenizers(files.tokenizer, files.t5_tokenizer)
     with atomic_folder(folder) as temporary:
-        write_transformer(temporary / "transformer", transformer, dtype)
-        write_text_conditioner(temporary / "text_conditioner", llm_adapter, dtype)
-        write_vae(temporary / "vae", vae, dtype)
-        write_text_encoder(temporary / "text_encoder", llm, tokenizers, dtype)
+        write_transformer(temporary / "transformer", files.transformer_header, dtype)
+        write_text_conditioner(temporary / "text_conditioner", files.llm_adapter_header, dtype)
+        write_vae(temporary / "vae", files.vae, dtype)
+        write_text_encoder(temporary / "text_encoder", files.llm, tokenizers, dtype)
         tokenizers.qwen.save_pretrained(temporary / "tokenizer")
         tokenizers.t5.save_pretrained(temporary / "t5_tokenizer")
         FlowMatchEulerDiscreteScheduler(shift=SHIFT).save_pretrained(temporary / "scheduler")
