@@ -109,7 +109,7 @@ def write_transformer(folder: Path, file: TensorFile, dtype: torch.dtype | None)
         "concat_padding_mask": True,
         "extra_pos_embed_type": None,
     }
-    tensors = {cosmos_key(name): cast(tensor, dtype) for name, tensor in read_tensors(file)}
+    tensors = {cosmos_key(name): tensor.to(dtype or tensor.dtype) for name, tensor in read_tensors(file)}
     write_model(folder, model_facts("CosmosTransformer3DModel") | config, tensors)
 
 
@@ -130,7 +130,7 @@ def write_text_conditioner(folder: Path, file: TensorFile, dtype: torch.dtype | 
         "use_layer_norm": False,
         "min_sequence_length": CONTEXT_ROWS,
     }
-    tensors = {name: cast(tensor, dtype) for name, tensor in read_tensors(file)}
+    tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in read_tensors(file)}
     write_model(folder, model_facts("AnimaTextConditioner") | config, tensors)
 
 
@@ -138,7 +138,7 @@ def write_vae(folder: Path, path: Path, dtype: torch.dtype | None) -> None:
     """Write the VAE, with what only video uses of it."""
     file, vae, wan_names = open_vae(path)
     names = {wan_name: name for name, wan_name in wan_names.items()}
-    tensors = {names[wan_name]: cast(tensor, dtype) for wan_name, tensor in read_tensors(file)}
+    tensors = {names[wan_name]: tensor.to(dtype or tensor.dtype) for wan_name, tensor in read_tensors(file)}
     write_model(folder, json.loads(vae.to_json_string()), tensors)
 
 
@@ -150,11 +150,6 @@ def write_text_encoder(folder: Path, path: Path, tokenizers: Tokenizers, dtype: 
     model.config.architectures = ["Qwen3Model"]
     model.config.dtype = tensors["embed_tokens.weight"].dtype
     write_model(folder, model.config.to_dict(), tensors, "model.safetensors")
-
-
-def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Return the tensor in this dtype; as it is for None."""
-    return tensor if dtype is None else tensor.to(dtype)
 
 
 def model_facts(kind: str) -> dict[str, Any]:
