@@ -53,6 +53,13 @@ SIGNATURES = tuple(
         (r"^(encoder|decoder)\.(mid_block|down_blocks|up_blocks)\.", "a VAE in diffusers names, not in Wan's"),
     )
 )
+SIGNATURE_KEYS = {  # those that every file of the kind has, without prefix
+    "transformer": "x_embedder.proj.1.weight",
+    "cosmos": "x_embedder.proj.1.weight",
+    "llm_adapter": "blocks.0.norm_cross_attn.weight",
+    "text_encoder": "layers.0.self_attn.q_norm.weight",
+    "vae": "encoder.downsamples.0.residual.0.gamma",
+}
 # Tensors that the dimensions of each model are read from, with the number of sides: no module is built without them.
 DIMENSIONS: Mapping[str, Mapping[str, int]] = {
     "transformer": {
@@ -82,32 +89,22 @@ def identify(file: TensorFile) -> str:
     names = file.entries
     kind = next((kind for pattern, kind in SIGNATURES if any(map(pattern.search, names))), None)
     if kind == "transformer":
-        prefix = f"{transformer_prefix(file)}{LLM_ADAPTER_PREFIX}"
+        prefix = key_prefix(file, kind) + LLM_ADAPTER_PREFIX
         return "transformer" if any(name.startswith(prefix) for name in names) else "cosmos"
     if kind is None:
         return "a file of unknown kind" + (f" (its first key is {min(names)})" if names else " (it holds no tensors)")
     return kind
 
 
-def transformer_prefix(file: TensorFile) -> str | None:
-    """Return the prefix under which the file holds a `MiniTrainDIT`, or None."""
-    for prefix in TRANSFORMER_PREFIXES:
-        if f"{prefix}x_embedder.proj.1.weight" in file.entries:
-            return prefix
-    return None
+def key_prefix(file: TensorFile, kind: str) -> str:
+    """Return the prefix of the keys of a file of this kind (of `SLOTS`)."""
+    key = SIGNATURE_KEYS[kind]
+    found = [name.removesuffix(key) for name in file.entries if name.endswith(key)]
+    return next((prefix for prefix in TRANSFORMER_PREFIXES if prefix in found), found[0])
 
 
-def llm_adapter_prefix(file: TensorFile) -> str | None:
-    """Return the prefix under which the file holds an LLM adapter, or None."""
-    suffix = "blocks.0.norm_cross_attn.weight"
-    for name in file.entries:
-        if name.endswith(suffix):
-            return name.removesuffix(suffix)
-    return None
-
-
-def validate_kind(file: TensorFile, slot: str, *others: str) -> None:
-    """Check that the file given for a slot holds its kind, or one of the others, in a dtype to train from.
+def validate_kind(file: TensorFile, slot: str, *others: str) -> str:
+    """Return the kind of the file given for a slot: the slot's own, or one of the others, in a dtype to train from.
 
     Raises:
         ModelFileError: "slot X expects Y; this looks like Z", or what keeps the model from being built.
@@ -126,6 +123,7 @@ def validate_kind(file: TensorFile, slot: str, *others: str) -> None:
         )
     if problems := [f"{key}: {file.path}: {problem}" for problem in layout_problems(file, kind)]:
         raise ModelFileError(problems)
+    return kind
 
 
 def layout_problems(file: TensorFile, kind: str) -> Iterator[str]:
@@ -138,17 +136,6 @@ def layout_problems(file: TensorFile, kind: str) -> Iterator[str]:
     outside = [name for name in file.entries if not name.startswith(prefix) and name != "lm_head.weight"]
     if outside:
         yield f"{len(outside)} keys unexpected: {first_five(outside)}"
-
-
-def key_prefix(file: TensorFile, kind: str) -> str:
-    """Return the prefix of the keys of a file of this kind (of `SLOTS`)."""
-    if kind in ("transformer", "cosmos"):
-        return transformer_prefix(file) or ""
-    if kind == "llm_adapter":
-        return llm_adapter_prefix(file) or ""
-    if kind == "text_encoder" and any(name.startswith("model.layers.") for name in file.entries):
-        return "model."
-    return ""
 
 
 def dimension_problems(entries: Mapping[str, Entry], kind: str) -> Iterator[str]:

@@ -13,12 +13,11 @@ from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.file_kinds import (
     LLM_ADAPTER_PREFIX,
     is_buffer,
-    llm_adapter_prefix,
-    transformer_prefix,
+    key_prefix,
     validate_kind,
 )
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
-from anima_train.model.safetensors_io import TensorFile, fingerprint, load_into, open_header, read_tensors
+from anima_train.model.safetensors_io import TensorFile, load_into, open_header, read_tensors
 from anima_train.model.text import open_text_encoder
 
 
@@ -42,8 +41,8 @@ class ModelFiles:
     def whole_transformer_header(self) -> TensorFile:
         """The transformer file's tensors, LLM adapter included, without prefix and buffers."""
         file = open_header(self.transformer)
-        validate_kind(file, "transformer", *([] if self.llm_adapter is None else ["cosmos"]))
-        return file.stripped(transformer_prefix(file) or "").without(is_buffer)
+        kind = validate_kind(file, "transformer", *([] if self.llm_adapter is None else ["cosmos"]))
+        return file.stripped(key_prefix(file, kind)).without(is_buffer)
 
     @cached_property
     def llm_adapter_header(self) -> TensorFile:
@@ -51,11 +50,9 @@ class ModelFiles:
         if self.llm_adapter is None:
             return self.whole_transformer_header.stripped(LLM_ADAPTER_PREFIX)
         file = open_header(self.llm_adapter)
-        validate_kind(file, "llm_adapter", "transformer")
-        prefix = transformer_prefix(file)
-        prefix = llm_adapter_prefix(file) if prefix is None else prefix + LLM_ADAPTER_PREFIX
-        assert prefix is not None
-        return file.stripped(prefix).without(is_buffer)
+        kind = validate_kind(file, "llm_adapter", "transformer")
+        inside = LLM_ADAPTER_PREFIX if kind == "transformer" else ""
+        return file.stripped(key_prefix(file, kind) + inside).without(is_buffer)
 
     def check_headers(self) -> None:
         """Check every file's header.
@@ -94,10 +91,6 @@ class ModelFiles:
                 f"model.llm_adapter_path: {self.llm_adapter_header.path} gives a context of width "
                 f"{llm_adapter.target_width:,}, and the transformer reads {transformer.context_width:,}"
             )
-
-    def llm_adapter_fingerprint(self) -> str:
-        """Return the hash of the LLM adapter's weights alone, whichever file they are in."""
-        return fingerprint(self.llm_adapter_header)
 
     def num_text_weights(self, llm_adapter_lr: float) -> int:
         """Return the number of weights of the text encoder and, if it is frozen, the LLM adapter."""

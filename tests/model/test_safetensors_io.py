@@ -20,8 +20,7 @@ from anima_train.model.file_kinds import (
     LLM_ADAPTER_PREFIX,
     TRANSFORMER_PREFIXES,
     identify,
-    llm_adapter_prefix,
-    transformer_prefix,
+    key_prefix,
     validate_kind,
 )
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
@@ -163,7 +162,7 @@ def test_transformer_is_recognised_under_every_accepted_prefix(tmp_path, prefix,
     kind = "transformer" if with_llm_adapter else "cosmos"
     assert identify(file) == kind
     validate_kind(file, "transformer", kind)
-    assert transformer_prefix(file) == prefix
+    assert key_prefix(file, kind) == prefix
     assert set(file.stripped(prefix).entries) == {*shapes, "pos_embedder.seq"}
 
 
@@ -171,7 +170,7 @@ def test_transformer_is_recognised_under_every_accepted_prefix(tmp_path, prefix,
 def test_adapter_is_recognised_under_any_prefix(tmp_path, prefix):
     file = open_header(saved(tmp_path, zeros(adapter_shapes(), prefix)))
     assert identify(file) == "llm_adapter"
-    assert llm_adapter_prefix(file) == prefix
+    assert key_prefix(file, "llm_adapter") == prefix
     validate_kind(file, "llm_adapter")
 
 
