@@ -58,12 +58,15 @@ class Sampler(Settings):
 
 
 class Euler(Sampler):
-    """Straight on; one evaluation a step, order 1."""
+    """Straight on, `x <- x + (s' - s) v(x, s)`; one evaluation a step, order 1."""
 
     type: Literal["euler"] = "euler"
 
     def sample(self, velocity: Velocity, noise: Tensor, sigmas: Levels, shift: float, step_noise: StepNoise) -> Tensor:
-        return euler(velocity, noise, sigmas)
+        x = noise
+        for sigma, following in pairwise(sigmas):
+            x = x + (following - sigma) * velocity(x, sigma).to(x.dtype)
+        return x
 
 
 class Heun(Sampler):
@@ -191,14 +194,6 @@ class ErSde(Denoising):
         bend = (slope - slope_before) / ((start - ratios[-4]) / 2)
         moment = sum(weight * (point - start) for weight, point in zip(weights, points, strict=True))
         return x + (1 - sigmas[-1]) * (moment + (start - end) ** 2 / 2) * bend
-
-
-def euler(velocity: Velocity, noise: Tensor, sigmas: Levels) -> Tensor:
-    """Follow `x <- x + (sigma_next - sigma) v(x, sigma)` along the noise levels."""
-    x = noise
-    for sigma, following in pairwise(sigmas):
-        x = x + (following - sigma) * velocity(x, sigma).to(x.dtype)
-    return x
 
 
 def advance(x: Tensor, denoised: Tensor, sigma: float, following: float, kept: float, step_noise: StepNoise) -> Tensor:

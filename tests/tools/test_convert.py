@@ -27,7 +27,7 @@ from anima_train.model.text import MAX_TOKENS, load_text_encoder, load_tokenizer
 from anima_train.model.tiny import CAPTIONS, SMALL, tiny_paths, write_tiny
 from anima_train.model.vae import load_vae
 from anima_train.objective.timesteps import shifted
-from anima_train.sampling.samplers import euler
+from anima_train.sampling.samplers import Euler
 from anima_train.tools.convert import COMPONENTS, to_diffusers
 
 CPU = torch.device("cpu")
@@ -200,7 +200,7 @@ def test_pipeline_makes_the_latents_and_pictures_of_our_sampler(pipeline, tiny, 
 
     with torch.no_grad():
         levels = [shifted(1 - step / STEPS, SHIFT) for step in range(STEPS + 1)]
-        latents = euler(velocity, noise, levels)
+        latents = Euler().sample(velocity, noise, levels, SHIFT, lambda: noise)
         pixels = load_vae(files.vae, torch.float32, CPU).decode(latents)
     assert error(found["latents"], latents) < 1e-5
     assert error(found["images"], pixels / 2 + 0.5) < 1e-5
