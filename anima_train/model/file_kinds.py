@@ -25,33 +25,30 @@ SLOT_KEYS = {
     "vae": "model.vae_path",
 }
 # Key pattern -> a key of `SLOTS`, or a description. The first pattern found in any name counts.
-SIGNATURES = tuple(
-    (re.compile(pattern), kind)
-    for pattern, kind in (
-        (r"(^|[._])lora[._]|\.(lokr|hada|oft|boft|glora)_", "a LoRA"),
-        (r"(^|\.)blocks\.block0\.", "a Cosmos-Predict1 transformer"),
-        (rf"^({'|'.join(map(re.escape, TRANSFORMER_PREFIXES))})x_embedder\.proj\.1\.weight$", "transformer"),
-        (r"(^|\.)x_embedder\.proj\.1\.weight$", "a transformer like Anima's, but with another prefix to its keys"),
-        (r"^conditioner\.embedders\.", "a Stable Diffusion XL checkpoint"),
-        (r"^cond_stage_model\.", "a Stable Diffusion 1 or 2 checkpoint"),
-        (r"(^|\.)input_blocks\.0\.0\.", "a Stable Diffusion U-Net"),
-        (r"(^|\.)joint_blocks\.\d+\.", "a Stable Diffusion 3 transformer"),
-        (r"(^|\.)double_blocks\.\d+\.img_attn", "a Flux transformer"),
-        (r"(^|\.)blocks\.\d+\.cross_attn\.norm_q\.weight$", "a Wan video transformer"),
-        (r"(^|\.)transformer_blocks\.\d+\.attn1?\.to_q\.", "a transformer in diffusers names, not in ComfyUI's"),
-        (r"(^|\.)blocks\.0\.norm_cross_attn\.weight$", "llm_adapter"),
-        (r"(^|\.)text_model\.(encoder|embeddings)\.", "a CLIP text encoder"),
-        (r"(^|\.)layers\.\d+\.(pre_feedforward_layernorm|post_ffw_norm)\.", "a Gemma text encoder"),
-        (r"(^|\.)layers\.\d+\.mlp\.experts\.", "a mixture-of-experts language model"),
-        (r"^(model\.)?layers\.0\.self_attn\.q_norm\.weight$", "text_encoder"),
-        (r"(^|\.)layers\.\d+\.self_attn\.q_proj\.bias$", "a Qwen2 text encoder"),
-        (r"(^|\.)layers\.\d+\.self_attn\.q_proj\.weight$", "a language model that is not Qwen3"),
-        (r"(^|\.)encoder\.block\.\d+\.layer\.0\.SelfAttention\.", "a T5 text encoder"),
-        (r"^encoder\.downsamples\.0\.residual\.0\.gamma$", "vae"),
-        (r"^encoder\.downsamples\.0\.downsamples\.", "the VAE of Wan 2.2"),
-        (r"^(first_stage_model\.|vae\.)?encoder\.down\.\d+\.block\.", "an SD or Flux VAE"),
-        (r"^(encoder|decoder)\.(mid_block|down_blocks|up_blocks)\.", "a VAE in diffusers names, not in Wan's"),
-    )
+SIGNATURES = (
+    (r"(^|[._])lora[._]|\.(lokr|hada|oft|boft|glora)_", "a LoRA"),
+    (r"(^|\.)blocks\.block0\.", "a Cosmos-Predict1 transformer"),
+    (rf"^({'|'.join(map(re.escape, TRANSFORMER_PREFIXES))})x_embedder\.proj\.1\.weight$", "transformer"),
+    (r"(^|\.)x_embedder\.proj\.1\.weight$", "a transformer like Anima's, but with another prefix to its keys"),
+    (r"^conditioner\.embedders\.", "a Stable Diffusion XL checkpoint"),
+    (r"^cond_stage_model\.", "a Stable Diffusion 1 or 2 checkpoint"),
+    (r"(^|\.)input_blocks\.0\.0\.", "a Stable Diffusion U-Net"),
+    (r"(^|\.)joint_blocks\.\d+\.", "a Stable Diffusion 3 transformer"),
+    (r"(^|\.)double_blocks\.\d+\.img_attn", "a Flux transformer"),
+    (r"(^|\.)blocks\.\d+\.cross_attn\.norm_q\.weight$", "a Wan video transformer"),
+    (r"(^|\.)transformer_blocks\.\d+\.attn1?\.to_q\.", "a transformer in diffusers names, not in ComfyUI's"),
+    (r"(^|\.)blocks\.0\.norm_cross_attn\.weight$", "llm_adapter"),
+    (r"(^|\.)text_model\.(encoder|embeddings)\.", "a CLIP text encoder"),
+    (r"(^|\.)layers\.\d+\.(pre_feedforward_layernorm|post_ffw_norm)\.", "a Gemma text encoder"),
+    (r"(^|\.)layers\.\d+\.mlp\.experts\.", "a mixture-of-experts language model"),
+    (r"^(model\.)?layers\.0\.self_attn\.q_norm\.weight$", "text_encoder"),
+    (r"(^|\.)layers\.\d+\.self_attn\.q_proj\.bias$", "a Qwen2 text encoder"),
+    (r"(^|\.)layers\.\d+\.self_attn\.q_proj\.weight$", "a language model that is not Qwen3"),
+    (r"(^|\.)encoder\.block\.\d+\.layer\.0\.SelfAttention\.", "a T5 text encoder"),
+    (r"^encoder\.downsamples\.0\.residual\.0\.gamma$", "vae"),
+    (r"^encoder\.downsamples\.0\.downsamples\.", "the VAE of Wan 2.2"),
+    (r"^(first_stage_model\.|vae\.)?encoder\.down\.\d+\.block\.", "an SD or Flux VAE"),
+    (r"^(encoder|decoder)\.(mid_block|down_blocks|up_blocks)\.", "a VAE in diffusers names, not in Wan's"),
 )
 SIGNATURE_KEYS = {  # those that every file of the kind has, without prefix
     "transformer": "x_embedder.proj.1.weight",
@@ -87,7 +84,7 @@ DIMENSIONS: Mapping[str, Mapping[str, int]] = {
 def identify(file: TensorFile) -> str:
     """Return a key of `SLOTS` for files that this trainer uses, or a description such as "a LoRA"."""
     names = file.entries
-    kind = next((kind for pattern, kind in SIGNATURES if any(map(pattern.search, names))), None)
+    kind = next((kind for pattern, kind in SIGNATURES if any(re.search(pattern, name) for name in names)), None)
     if kind == "transformer":
         prefix = key_prefix(file, kind) + LLM_ADAPTER_PREFIX
         return "transformer" if any(name.startswith(prefix) for name in names) else "cosmos"
