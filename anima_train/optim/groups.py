@@ -30,13 +30,9 @@ class LearningRates:
 
     by_component: Mapping[Component, float]
 
-    def of(self, name: str) -> float:
-        """Return the learning rate of a parameter or module, by its full name."""
-        return self.by_component[component_of(name)]
-
     def is_frozen(self, name: str) -> bool:
         """Return True if a parameter or module gets no update at all."""
-        return self.of(name) == 0
+        return self.by_component[component_of(name)] == 0
 
 
 def optimizer_groups(

@@ -124,7 +124,7 @@ def test_rate_0_freezes_a_component_and_no_other():
     chosen = rates(mod=0.0)
     assert chosen.is_frozen("blocks.0.adaln_modulation_self_attn.1.weight")
     assert not chosen.is_frozen("blocks.0.self_attn.q_proj.weight")
-    assert chosen.of("blocks.0.self_attn.q_proj") == 1e-5
+    assert chosen.by_component["self_attn"] == 1e-5
 
 
 def test_table_counts_sixteen_linears_per_block_and_ten_per_adapter_block(model):
