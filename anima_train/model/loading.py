@@ -113,11 +113,6 @@ class ModelSpec:
     device: torch.device  # of the transformer and the VAE
     text_device: torch.device  # of the text encoder and a frozen LLM adapter
 
-    @property
-    def apply_llm_adapter(self) -> bool:
-        """True if conditions are the output of the frozen LLM adapter."""
-        return not self.trains_llm_adapter
-
 
 def load_llm_adapter(files: ModelFiles, dtype: torch.dtype, device: torch.device) -> LLMAdapter:
     """Load the LLM adapter, frozen."""
