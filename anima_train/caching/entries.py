@@ -12,6 +12,7 @@ from anima_train.data.cache import Cache, DamagedEntry
 from anima_train.data.loader import Entry, Source, TextIdentity
 from anima_train.data.samples import Sample, View
 from anima_train.model.loading import ModelFiles
+from anima_train.model.safetensors_io import fingerprint
 from anima_train.model.text import text_encoder_identity, tokenizer_identity
 
 
@@ -61,7 +62,7 @@ def text_identity(files: ModelFiles, apply_llm_adapter: bool, dtype: torch.dtype
         encoder=text_encoder_identity(files.llm),
         tokenizer=tokenizer_identity(files.tokenizer),
         t5_tokenizer=tokenizer_identity(files.t5_tokenizer),
-        adapter=files.llm_adapter_fingerprint() if apply_llm_adapter else "",
+        adapter=fingerprint(files.llm_adapter_header) if apply_llm_adapter else "",
         dtype=str(dtype).removeprefix("torch."),
     )
 

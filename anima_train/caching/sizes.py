@@ -35,7 +35,7 @@ class TextFormat:
     def of(cls, model: ModelSpec) -> "TextFormat":
         """Return the format of a model's conditions."""
         shape = LLMAdapterShape.of(model.files.llm_adapter_header.entries)
-        return cls(model.apply_llm_adapter, shape.source_width, shape.target_width, model.dtype.itemsize)
+        return cls(not model.trains_llm_adapter, shape.source_width, shape.target_width, model.dtype.itemsize)
 
     def num_bytes(self, length: TokenCounts) -> int:
         """Return the bytes of the tensors of a caption of this length."""

@@ -38,7 +38,7 @@ class CaptionEncoder:
         self.dtype = model.dtype
         self.text_encoder = load_text_encoder(model.files.llm, tokenizers, self.device)
         self.llm_adapter = (
-            load_llm_adapter(model.files, torch.float32, self.device).eval() if model.apply_llm_adapter else None
+            None if model.trains_llm_adapter else load_llm_adapter(model.files, torch.float32, self.device).eval()
         )
 
     @torch.no_grad()

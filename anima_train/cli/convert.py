@@ -58,10 +58,7 @@ def convert(
     files.check_headers()
     precision = None if dtype is None else DTYPES[dtype.value]
     try:
-        to_diffusers(
-            files.transformer_header, files.llm_adapter_header, files.vae, files.llm, files.tokenizer,
-            files.t5_tokenizer, folder, precision,
-        )  # fmt: skip
+        to_diffusers(files, folder, precision)
     except OSError as error:  # a file where its folder should be, or a name that is none
         raise ConfigError(f"{folder} cannot be written ({error.strerror or error}); choose another place") from error
     print(f"{folder}: load it with {to.value}.ModularPipeline.from_pretrained('{folder}'), then .load_components()")

@@ -15,18 +15,14 @@ from pathlib import Path
 from anima_train.core.errors import SpaceError
 from anima_train.core.format import format_bytes
 
-HASH_CHUNK = 1 << 20  # bytes
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 BLOCK = 4096  # bytes; what file systems round a file's size up to
 
 
 def sha256_file(path: Path) -> str:
     """Return the SHA-256 of the file's bytes, as hex."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def current_umask() -> int:

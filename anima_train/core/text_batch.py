@@ -32,9 +32,7 @@ class TextStates:
 
     def to(self, device: torch.device) -> "TextStates":
         """Return the batch on a device."""
-        return TextStates(
-            self.qwen.to(device), self.qwen_mask.to(device), self.t5_ids.to(device), self.t5_mask.to(device)
-        )
+        return TextStates(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
 
 def pad_rows(context: Float[Tensor, "B L C"]) -> Float[Tensor, "B rows C"]:

@@ -10,7 +10,7 @@ from anima_train.model.safetensors_io import FLOATS, Entry, TensorFile, first_fi
 
 TRANSFORMER_PREFIXES = ("net.", "model.diffusion_model.", "diffusion_model.", "")
 LLM_ADAPTER_PREFIX = "llm_adapter."
-BUFFERS = re.compile(r"(^|\.)pos_embedder\.|\.inv_freq$")  # in some files; computed here, never read
+is_buffer = re.compile(r"(^|\.)pos_embedder\.|\.inv_freq$").search  # in some files; computed here, never read
 SLOTS = {
     "transformer": "an Anima transformer",
     "cosmos": "a Cosmos-Predict2 transformer (no LLM adapter)",
@@ -25,34 +25,38 @@ SLOT_KEYS = {
     "vae": "model.vae_path",
 }
 # Key pattern -> a key of `SLOTS`, or a description. The first pattern found in any name counts.
-SIGNATURES = tuple(
-    (re.compile(pattern), kind)
-    for pattern, kind in (
-        (r"(^|[._])lora[._]|\.(lokr|hada|oft|boft|glora)_", "a LoRA"),
-        (r"(^|\.)blocks\.block0\.", "a Cosmos-Predict1 transformer"),
-        (rf"^({'|'.join(map(re.escape, TRANSFORMER_PREFIXES))})x_embedder\.proj\.1\.weight$", "transformer"),
-        (r"(^|\.)x_embedder\.proj\.1\.weight$", "a transformer like Anima's, but with another prefix to its keys"),
-        (r"^conditioner\.embedders\.", "a Stable Diffusion XL checkpoint"),
-        (r"^cond_stage_model\.", "a Stable Diffusion 1 or 2 checkpoint"),
-        (r"(^|\.)input_blocks\.0\.0\.", "a Stable Diffusion U-Net"),
-        (r"(^|\.)joint_blocks\.\d+\.", "a Stable Diffusion 3 transformer"),
-        (r"(^|\.)double_blocks\.\d+\.img_attn", "a Flux transformer"),
-        (r"(^|\.)blocks\.\d+\.cross_attn\.norm_q\.weight$", "a Wan video transformer"),
-        (r"(^|\.)transformer_blocks\.\d+\.attn1?\.to_q\.", "a transformer in diffusers names, not in ComfyUI's"),
-        (r"(^|\.)blocks\.0\.norm_cross_attn\.weight$", "llm_adapter"),
-        (r"(^|\.)text_model\.(encoder|embeddings)\.", "a CLIP text encoder"),
-        (r"(^|\.)layers\.\d+\.(pre_feedforward_layernorm|post_ffw_norm)\.", "a Gemma text encoder"),
-        (r"(^|\.)layers\.\d+\.mlp\.experts\.", "a mixture-of-experts language model"),
-        (r"^(model\.)?layers\.0\.self_attn\.q_norm\.weight$", "text_encoder"),
-        (r"(^|\.)layers\.\d+\.self_attn\.q_proj\.bias$", "a Qwen2 text encoder"),
-        (r"(^|\.)layers\.\d+\.self_attn\.q_proj\.weight$", "a language model that is not Qwen3"),
-        (r"(^|\.)encoder\.block\.\d+\.layer\.0\.SelfAttention\.", "a T5 text encoder"),
-        (r"^encoder\.downsamples\.0\.residual\.0\.gamma$", "vae"),
-        (r"^encoder\.downsamples\.0\.downsamples\.", "the VAE of Wan 2.2"),
-        (r"^(first_stage_model\.|vae\.)?encoder\.down\.\d+\.block\.", "an SD or Flux VAE"),
-        (r"^(encoder|decoder)\.(mid_block|down_blocks|up_blocks)\.", "a VAE in diffusers names, not in Wan's"),
-    )
+SIGNATURES = (
+    (r"(^|[._])lora[._]|\.(lokr|hada|oft|boft|glora)_", "a LoRA"),
+    (r"(^|\.)blocks\.block0\.", "a Cosmos-Predict1 transformer"),
+    (rf"^({'|'.join(map(re.escape, TRANSFORMER_PREFIXES))})x_embedder\.proj\.1\.weight$", "transformer"),
+    (r"(^|\.)x_embedder\.proj\.1\.weight$", "a transformer like Anima's, but with another prefix to its keys"),
+    (r"^conditioner\.embedders\.", "a Stable Diffusion XL checkpoint"),
+    (r"^cond_stage_model\.", "a Stable Diffusion 1 or 2 checkpoint"),
+    (r"(^|\.)input_blocks\.0\.0\.", "a Stable Diffusion U-Net"),
+    (r"(^|\.)joint_blocks\.\d+\.", "a Stable Diffusion 3 transformer"),
+    (r"(^|\.)double_blocks\.\d+\.img_attn", "a Flux transformer"),
+    (r"(^|\.)blocks\.\d+\.cross_attn\.norm_q\.weight$", "a Wan video transformer"),
+    (r"(^|\.)transformer_blocks\.\d+\.attn1?\.to_q\.", "a transformer in diffusers names, not in ComfyUI's"),
+    (r"(^|\.)blocks\.0\.norm_cross_attn\.weight$", "llm_adapter"),
+    (r"(^|\.)text_model\.(encoder|embeddings)\.", "a CLIP text encoder"),
+    (r"(^|\.)layers\.\d+\.(pre_feedforward_layernorm|post_ffw_norm)\.", "a Gemma text encoder"),
+    (r"(^|\.)layers\.\d+\.mlp\.experts\.", "a mixture-of-experts language model"),
+    (r"^(model\.)?layers\.0\.self_attn\.q_norm\.weight$", "text_encoder"),
+    (r"(^|\.)layers\.\d+\.self_attn\.q_proj\.bias$", "a Qwen2 text encoder"),
+    (r"(^|\.)layers\.\d+\.self_attn\.q_proj\.weight$", "a language model that is not Qwen3"),
+    (r"(^|\.)encoder\.block\.\d+\.layer\.0\.SelfAttention\.", "a T5 text encoder"),
+    (r"^encoder\.downsamples\.0\.residual\.0\.gamma$", "vae"),
+    (r"^encoder\.downsamples\.0\.downsamples\.", "the VAE of Wan 2.2"),
+    (r"^(first_stage_model\.|vae\.)?encoder\.down\.\d+\.block\.", "an SD or Flux VAE"),
+    (r"^(encoder|decoder)\.(mid_block|down_blocks|up_blocks)\.", "a VAE in diffusers names, not in Wan's"),
 )
+SIGNATURE_KEYS = {  # those that every file of the kind has, without prefix
+    "transformer": "x_embedder.proj.1.weight",
+    "cosmos": "x_embedder.proj.1.weight",
+    "llm_adapter": "blocks.0.norm_cross_attn.weight",
+    "text_encoder": "layers.0.self_attn.q_norm.weight",
+    "vae": "encoder.downsamples.0.residual.0.gamma",
+}
 # Tensors that the dimensions of each model are read from, with the number of sides: no module is built without them.
 DIMENSIONS: Mapping[str, Mapping[str, int]] = {
     "transformer": {
@@ -80,51 +84,35 @@ DIMENSIONS: Mapping[str, Mapping[str, int]] = {
 def identify(file: TensorFile) -> str:
     """Return a key of `SLOTS` for files that this trainer uses, or a description such as "a LoRA"."""
     names = file.entries
-    kind = next((kind for pattern, kind in SIGNATURES if any(map(pattern.search, names))), None)
+    kind = next((kind for pattern, kind in SIGNATURES if any(re.search(pattern, name) for name in names)), None)
     if kind == "transformer":
-        prefix = f"{transformer_prefix(file)}{LLM_ADAPTER_PREFIX}"
+        prefix = key_prefix(file, kind) + LLM_ADAPTER_PREFIX
         return "transformer" if any(name.startswith(prefix) for name in names) else "cosmos"
     if kind is None:
         return "a file of unknown kind" + (f" (its first key is {min(names)})" if names else " (it holds no tensors)")
     return kind
 
 
-def transformer_prefix(file: TensorFile) -> str | None:
-    """Return the prefix under which the file holds a `MiniTrainDIT`, or None."""
-    for prefix in TRANSFORMER_PREFIXES:
-        if f"{prefix}x_embedder.proj.1.weight" in file.entries:
-            return prefix
-    return None
+def key_prefix(file: TensorFile, kind: str) -> str:
+    """Return the prefix of the keys of a file of this kind (of `SLOTS`)."""
+    key = SIGNATURE_KEYS[kind]
+    found = [name.removesuffix(key) for name in file.entries if name.endswith(key)]
+    return next((prefix for prefix in TRANSFORMER_PREFIXES if prefix in found), found[0])
 
 
-def llm_adapter_prefix(file: TensorFile) -> str | None:
-    """Return the prefix under which the file holds an LLM adapter, or None."""
-    suffix = "blocks.0.norm_cross_attn.weight"
-    for name in file.entries:
-        if name.endswith(suffix):
-            return name.removesuffix(suffix)
-    return None
-
-
-def without_buffers(file: TensorFile) -> TensorFile:
-    """Return the file's header without the buffers that are computed here."""
-    entries = {name: entry for name, entry in file.entries.items() if not BUFFERS.search(name)}
-    return TensorFile(file.path, entries, file.metadata)
-
-
-def validate_kind(file: TensorFile, slot: str, key: str, accepted: tuple[str, ...]) -> None:
-    """Check that the file given for config key `key` holds one of the accepted kinds, in a dtype to train from.
+def validate_kind(file: TensorFile, slot: str, *others: str) -> str:
+    """Return the kind of the file given for a slot: the slot's own, or one of the others, in a dtype to train from.
 
     Raises:
         ModelFileError: "slot X expects Y; this looks like Z", or what keeps the model from being built.
     """
-    kind = identify(file)
-    if kind not in accepted:
+    kind, key = identify(file), SLOT_KEYS[slot]
+    if kind not in (slot, *others):
         remedy = f"; it belongs in {SLOT_KEYS[kind]}" if kind in SLOT_KEYS else ""
         if kind == "cosmos" and slot == "transformer":
             remedy = "; give the LLM adapter as model.llm_adapter_path, or a file with it inside"
         raise ModelFileError(f"{key}: expects {SLOTS[slot]}; {file.path} looks like {SLOTS.get(kind, kind)}{remedy}")
-    kinds = Counter(entry.dtype for entry in without_buffers(file).entries.values())
+    kinds = Counter(entry.dtype for entry in file.without(is_buffer).entries.values())
     if quantised := {dtype: number for dtype, number in kinds.items() if dtype not in FLOATS}:
         listing = ", ".join(f"{number} {str(dtype).removeprefix('torch.')}" for dtype, number in quantised.items())
         raise ModelFileError(
@@ -132,6 +120,7 @@ def validate_kind(file: TensorFile, slot: str, key: str, accepted: tuple[str, ..
         )
     if problems := [f"{key}: {file.path}: {problem}" for problem in layout_problems(file, kind)]:
         raise ModelFileError(problems)
+    return kind
 
 
 def layout_problems(file: TensorFile, kind: str) -> Iterator[str]:
@@ -144,17 +133,6 @@ def layout_problems(file: TensorFile, kind: str) -> Iterator[str]:
     outside = [name for name in file.entries if not name.startswith(prefix) and name != "lm_head.weight"]
     if outside:
         yield f"{len(outside)} keys unexpected: {first_five(outside)}"
-
-
-def key_prefix(file: TensorFile, kind: str) -> str:
-    """Return the prefix of the keys of a file of this kind (of `SLOTS`)."""
-    if kind in ("transformer", "cosmos"):
-        return transformer_prefix(file) or ""
-    if kind == "llm_adapter":
-        return llm_adapter_prefix(file) or ""
-    if kind == "text_encoder" and any(name.startswith("model.layers.") for name in file.entries):
-        return "model."
-    return ""
 
 
 def dimension_problems(entries: Mapping[str, Entry], kind: str) -> Iterator[str]:

@@ -11,7 +11,7 @@ import logging
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import (
@@ -46,56 +46,41 @@ PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 
 @dataclass(frozen=True)
 class HubFile:
-    """One file in a Hub repository."""
+    """One file in a Hub repository, or several of one folder there, wanted together in one local folder."""
 
     repo: str  # owner/name
     path: str
     revision: str = MAIN  # branch, tag or commit
     sha256: str | None = None  # in hex, from the reference
+    beside: tuple[str, ...] = ()  # names of the other files
 
     @property
     def reference(self) -> str:
-        """The text a user writes for it: `hf://owner/name@revision/path#sha256=...`; the main branch is left out."""
+        """The text a user writes for it: `hf://owner/name@revision/path#sha256=...`; the main branch is left out.
+
+        Of several files, that of their folder.
+        """
+        path = self.path.rpartition("/")[0] if self.beside else self.path
         revision = "" if self.revision == MAIN else f"@{self.revision}"
         digest = "" if self.sha256 is None else f"#sha256={self.sha256}"
-        return f"{SCHEME}{self.repo}{revision}/{self.path}{digest}".rstrip("/")
+        return f"{SCHEME}{self.repo}{revision}/{path}{digest}".rstrip("/")
 
     @property
     def members(self) -> tuple["HubFile", ...]:
-        """The files to download: this one."""
-        return (self,)
+        """The files to download, each by itself."""
+        others = [str(PurePosixPath(self.path).with_name(name)) for name in self.beside]
+        return tuple(replace(self, path=path, beside=()) for path in (self.path, *others))
 
-
-@dataclass(frozen=True)
-class HubFolder:
-    """Some files of one folder in a Hub repository, on the main branch, wanted together in one local folder."""
-
-    repo: str  # owner/name
-    folder: str  # "" is the top of the repository
-    files: tuple[str, ...]  # names in that folder
-
-    @property
-    def reference(self) -> str:
-        """The folder as a reference to a file is written."""
-        return HubFile(self.repo, self.folder).reference
-
-    @property
-    def members(self) -> tuple[HubFile, ...]:
-        """The files to download."""
-        return tuple(HubFile(self.repo, str(PurePosixPath(self.folder, name))) for name in self.files)
-
-
-Source = HubFile | HubFolder
 
 ANIMA = "circlestone-labs/Anima"
-OFFICIAL: dict[str, Source] = {
+OFFICIAL = {
     "transformer_path": HubFile(ANIMA, "split_files/diffusion_models/anima-base-v1.0.safetensors"),
     "vae_path": HubFile(ANIMA, "split_files/vae/qwen_image_vae.safetensors"),
     "llm_path": HubFile(ANIMA, "split_files/text_encoders/qwen_3_06b_base.safetensors"),
-    "tokenizer_path": HubFolder(
-        "Qwen/Qwen3-0.6B", "", ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
+    "tokenizer_path": HubFile(
+        "Qwen/Qwen3-0.6B", "tokenizer.json", beside=("tokenizer_config.json", "vocab.json", "merges.txt")
     ),
-    "t5_tokenizer_path": HubFolder("google-t5/t5-11b", "", ("tokenizer.json", "spiece.model", "config.json")),
+    "t5_tokenizer_path": HubFile("google-t5/t5-11b", "tokenizer.json", beside=("spiece.model", "config.json")),
 }
 
 
@@ -156,7 +141,7 @@ def download_all() -> dict[str, Path]:
     return paths
 
 
-def fetch(source: Source, slot: str, offline: bool = False) -> Path:
+def fetch(source: HubFile, slot: str, offline: bool = False) -> Path:
     """Return the local file or folder: from huggingface_hub's cache, else downloaded into it and checked.
 
     Args:
@@ -194,7 +179,7 @@ def fetch(source: Source, slot: str, offline: bool = False) -> Path:
                 f"{file.reference}: found sha256 {found}; the file is not the one that is meant: check the reference, "
                 "or whom you have it from"
             )
-    return paths[0].parent if isinstance(source, HubFolder) else paths[0]
+    return paths[0].parent if source.beside else paths[0]
 
 
 def find_cached(files: Sequence[HubFile]) -> list[Path] | None:
@@ -309,14 +294,13 @@ def refusal(error: errors.HfHubHTTPError, file: HubFile) -> str:
     return f"the Hub answered with status {status}; try again later"
 
 
-def by_hand(source: Source, slot: str) -> str:
+def by_hand(source: HubFile, slot: str) -> str:
     """Return the steps to get the files without this program, and the key that then names them."""
-    first, is_folder = source.members[0], isinstance(source, HubFolder)
     names = ", ".join(file.path for file in source.members)
-    revision = "" if first.revision == MAIN else f" at revision {first.revision}"
-    url = hf_hub_url(first.repo, first.path, revision=first.revision) + (" and beside it" if is_folder else "")
-    put = "put them into one folder anywhere" if is_folder else "put it anywhere"
-    example = "that/folder" if is_folder else PurePosixPath(first.path).name
+    revision = "" if source.revision == MAIN else f" at revision {source.revision}"
+    url = hf_hub_url(source.repo, source.path, revision=source.revision) + (" and beside it" if source.beside else "")
+    put = "put them into one folder anywhere" if source.beside else "put it anywhere"
+    example = "that/folder" if source.beside else PurePosixPath(source.path).name
     return (
         f"get {names} from the Hub repository {source.repo}{revision} ({url}), "
         f'{put} and set model.{slot} = "/path/to/{example}"'

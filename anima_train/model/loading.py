@@ -1,6 +1,5 @@
 """The model's files: checked by their headers, and loaded."""
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,14 +12,13 @@ from anima_train.core.errors import ModelFileError
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.file_kinds import (
     LLM_ADAPTER_PREFIX,
-    llm_adapter_prefix,
-    transformer_prefix,
+    is_buffer,
+    key_prefix,
     validate_kind,
-    without_buffers,
 )
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
-from anima_train.model.safetensors_io import TensorFile, fingerprint, load_into, open_header, read_tensors
-from anima_train.model.text import num_text_encoder_weights, text_encoder_width
+from anima_train.model.safetensors_io import TensorFile, load_into, open_header, read_tensors
+from anima_train.model.text import open_text_encoder
 
 
 @dataclass(frozen=True)
@@ -37,17 +35,14 @@ class ModelFiles:
     @cached_property
     def transformer_header(self) -> TensorFile:
         """The transformer's tensors, without prefix, LLM adapter and buffers."""
-        header = self.whole_transformer_header
-        kept = {name: entry for name, entry in header.entries.items() if not name.startswith(LLM_ADAPTER_PREFIX)}
-        return TensorFile(header.path, kept, header.metadata)
+        return self.whole_transformer_header.without(lambda name: name.startswith(LLM_ADAPTER_PREFIX))
 
     @cached_property
     def whole_transformer_header(self) -> TensorFile:
         """The transformer file's tensors, LLM adapter included, without prefix and buffers."""
         file = open_header(self.transformer)
-        accepted = ("transformer",) if self.llm_adapter is None else ("transformer", "cosmos")
-        validate_kind(file, "transformer", "model.transformer_path", accepted)
-        return without_buffers(file.stripped(transformer_prefix(file) or ""))
+        kind = validate_kind(file, "transformer", *([] if self.llm_adapter is None else ["cosmos"]))
+        return file.stripped(key_prefix(file, kind)).without(is_buffer)
 
     @cached_property
     def llm_adapter_header(self) -> TensorFile:
@@ -55,11 +50,9 @@ class ModelFiles:
         if self.llm_adapter is None:
             return self.whole_transformer_header.stripped(LLM_ADAPTER_PREFIX)
         file = open_header(self.llm_adapter)
-        validate_kind(file, "llm_adapter", "model.llm_adapter_path", ("llm_adapter", "transformer"))
-        prefix = transformer_prefix(file)
-        prefix = llm_adapter_prefix(file) if prefix is None else prefix + LLM_ADAPTER_PREFIX
-        assert prefix is not None
-        return without_buffers(file.stripped(prefix))
+        kind = validate_kind(file, "llm_adapter", "transformer")
+        inside = LLM_ADAPTER_PREFIX if kind == "transformer" else ""
+        return file.stripped(key_prefix(file, kind) + inside).without(is_buffer)
 
     def check_headers(self) -> None:
         """Check every file's header.
@@ -68,12 +61,13 @@ class ModelFiles:
             ModelFileError: every wrong file at once.
         """
         problems: list[str] = []
-        checks: list[Callable[[], object]] = [lambda: self.transformer_header, lambda: self.llm_adapter_header]
-        checks.append(lambda: validate_kind(open_header(self.vae), "vae", "model.vae_path", ("vae",)))
+        checks: list[Callable[[], object]] = [
+            lambda: self.transformer_header,
+            lambda: self.llm_adapter_header,
+            lambda: validate_kind(open_header(self.vae), "vae"),
+        ]
         if not self.llm.is_dir():
-            checks.append(
-                lambda: validate_kind(open_header(self.llm), "text_encoder", "model.llm_path", ("text_encoder",))
-            )
+            checks.append(lambda: validate_kind(open_header(self.llm), "text_encoder"))
         for check in checks:
             try:
                 check()
@@ -86,7 +80,7 @@ class ModelFiles:
         """Yield the mistakes of parts that are each right, and of different models."""
         llm_adapter = LLMAdapterShape.of(self.llm_adapter_header.entries)
         transformer = TransformerShape.of(self.transformer_header.entries)
-        text_width = text_encoder_width(self.llm)
+        text_width = open_text_encoder(self.llm).entries["embed_tokens.weight"].shape[1]
         if text_width != llm_adapter.source_width:
             yield (
                 f"model.llm_path: {self.llm} gives states of width {text_width:,}, and the LLM adapter reads "
@@ -98,14 +92,10 @@ class ModelFiles:
                 f"{llm_adapter.target_width:,}, and the transformer reads {transformer.context_width:,}"
             )
 
-    def llm_adapter_fingerprint(self) -> str:
-        """Return the hash of the LLM adapter's weights alone, whichever file they are in."""
-        return fingerprint(self.llm_adapter_header)
-
     def num_text_weights(self, llm_adapter_lr: float) -> int:
         """Return the number of weights of the text encoder and, if it is frozen, the LLM adapter."""
-        entries = self.llm_adapter_header.entries.values() if llm_adapter_lr == 0 else ()
-        return num_text_encoder_weights(self.llm) + sum(math.prod(entry.shape) for entry in entries)
+        llm_adapter = self.llm_adapter_header.num_values if llm_adapter_lr == 0 else 0
+        return open_text_encoder(self.llm).num_values + llm_adapter
 
     def llm_adapter_tensors(self) -> dict[str, Tensor]:
         """Return the LLM adapter's weights under the names they have in a whole transformer."""
@@ -122,11 +112,6 @@ class ModelSpec:
     trains_llm_adapter: bool  # then it is a part of the transformer, and conditions are what it reads
     device: torch.device  # of the transformer and the VAE
     text_device: torch.device  # of the text encoder and a frozen LLM adapter
-
-    @property
-    def apply_llm_adapter(self) -> bool:
-        """True if conditions are the output of the frozen LLM adapter."""
-        return not self.trains_llm_adapter
 
 
 def load_llm_adapter(files: ModelFiles, dtype: torch.dtype, device: torch.device) -> LLMAdapter:

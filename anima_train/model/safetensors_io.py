@@ -7,9 +7,9 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from io import FileIO
+from io import BufferedReader
 from pathlib import Path
 from typing import TypeGuard
 
@@ -71,6 +71,16 @@ class TensorFile:
         kept = {key.removeprefix(prefix): entry for key, entry in self.entries.items() if key.startswith(prefix)}
         return TensorFile(self.path, kept, self.metadata)
 
+    def without(self, unwanted: Callable[[str], object]) -> "TensorFile":
+        """Return the file without the keys for which this is true."""
+        kept = {key: entry for key, entry in self.entries.items() if not unwanted(key)}
+        return TensorFile(self.path, kept, self.metadata)
+
+    @property
+    def num_values(self) -> int:
+        """The number of elements of all tensors."""
+        return sum(math.prod(entry.shape) for entry in self.entries.values())
+
 
 def open_header(path: Path) -> TensorFile:
     """Read and check a safetensors header; the tensor data is not touched.
@@ -113,8 +123,8 @@ def open_header(path: Path) -> TensorFile:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[FileIO]:
-    """Open a file for reading without a buffer.
+def opened(path: Path) -> Iterator[BufferedReader]:
+    """Open a file for reading.
 
     Raises:
         ModelFileError: it is missing, or no plain file, or reading fails.
@@ -123,7 +133,7 @@ def opened(path: Path) -> Iterator[FileIO]:
         if not path.is_file():
             found = "this is a folder" if path.is_dir() else "there is no such file"
             raise ModelFileError(f"{path}: {found}; expected a .safetensors file")
-        with open(path, "rb", buffering=0) as stream:
+        with open(path, "rb") as stream:
             yield stream
     except OSError as error:
         raise ModelFileError(f"{path}: cannot be read ({error.strerror or error})") from error
@@ -198,22 +208,18 @@ def read_tensors(file: TensorFile, names: Iterable[str] | None = None) -> Iterat
     wanted = file.entries if names is None else {name: file.entries[name] for name in names}
     with opened(file.path) as stream:
         for name, entry in sorted(wanted.items(), key=lambda item: item[1].start):
-            tensor = torch.empty(entry.shape, dtype=entry.dtype)
-            stream.seek(entry.start)
-            fill(stream, tensor, f"{file.path}: tensor {name}")
+            tensor = read_entry(stream, entry, f"{file.path}: tensor {name}")
             check_finite(tensor, f"{file.path}: tensor {name}")
             yield name, tensor
 
 
-def fill(stream: FileIO, tensor: Tensor, what: str) -> None:
-    """Read exactly the tensor's bytes from a raw file into it."""
-    view = byte_view(tensor)
-    position = 0
-    while position < len(view):
-        read = stream.readinto(view[position:])
-        if not read:
-            raise ModelFileError(f"{what}: the file ends in the middle of it; download it again")
-        position += read
+def read_entry(stream: BufferedReader, entry: Entry, what: str) -> Tensor:
+    """Read one tensor from an open file."""
+    tensor = torch.empty(entry.shape, dtype=entry.dtype)
+    stream.seek(entry.start)
+    if stream.readinto(byte_view(tensor)) < entry.end - entry.start:
+        raise ModelFileError(f"{what}: the file ends in the middle of it; download it again")
+    return tensor
 
 
 def byte_view(tensor: Tensor) -> memoryview:
@@ -238,14 +244,7 @@ def fingerprint(file: TensorFile) -> str:
     with opened(file.path) as stream:
         for name, entry in sorted(file.entries.items()):
             digest.update(repr((name, str(entry.dtype), entry.shape)).encode())
-            stream.seek(entry.start)
-            remaining = entry.end - entry.start
-            while remaining:
-                chunk = stream.read(min(remaining, 1 << 20))
-                if not chunk:
-                    raise ModelFileError(f"{file.path}: tensor {name}: the file ends in the middle of it")
-                digest.update(chunk)
-                remaining -= len(chunk)
+            digest.update(byte_view(read_entry(stream, entry, f"{file.path}: tensor {name}")))
     return digest.hexdigest()
 
 

@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qw
 from anima_train.core.errors import ModelFileError
 from anima_train.core.files import sha256_file
 from anima_train.core.text_batch import EncodedText, length_mask
-from anima_train.model.file_kinds import validate_kind, without_buffers
+from anima_train.model.file_kinds import is_buffer, validate_kind
 from anima_train.model.hub import PICKLES
 from anima_train.model.safetensors_io import Entry, TensorFile, count_blocks, match_keys, open_header, read_tensors
 
@@ -146,12 +145,8 @@ class Tokens:
 
 def tokenize(tokenizers: Tokenizers, caption: str) -> Tokens:
     """Return both streams of a raw caption, each cut at `MAX_TOKENS`; nothing is added but T5's `</s>`."""
-    qwen_ids = token_ids(tokenizers.qwen, caption)
-    t5_ids = token_ids(tokenizers.t5, caption)
-    return Tokens(
-        qwen_ids=qwen_ids[:MAX_TOKENS],
-        t5_ids=[*t5_ids[: MAX_TOKENS - 1], T5_END],
-    )
+    qwen_ids, t5_ids = token_ids(tokenizers.qwen, caption), token_ids(tokenizers.t5, caption)
+    return Tokens(qwen_ids[:MAX_TOKENS], [*t5_ids[: MAX_TOKENS - 1], T5_END])
 
 
 def token_ids(tokenizer: PreTrainedTokenizerFast, caption: str) -> list[int]:
@@ -229,7 +224,7 @@ def load_text_encoder(path: Path, tokenizers: Tokenizers, device: torch.device) 
     """
     files = open_shards(path)
     merged = merge(path, files)
-    validate_kind(merged, "text_encoder", KEY, ("text_encoder",))
+    validate_kind(merged, "text_encoder")
     config = read_config(path / "config.json") if path.is_dir() else infer_config(merged)
     if len(tokenizers.qwen) > config.vocab_size:
         raise ModelFileError(
@@ -250,19 +245,9 @@ def load_text_encoder(path: Path, tokenizers: Tokenizers, device: torch.device) 
     return TextEncoder(model.to(device).eval().requires_grad_(False), tokenizers.qwen.pad_token_id)
 
 
-def text_encoder_width(path: Path) -> int:
-    """Return the width of the states that the text encoder in a file or folder gives, from the headers alone."""
-    return text_encoder_entries(path)["embed_tokens.weight"].shape[1]
-
-
-def num_text_encoder_weights(path: Path) -> int:
-    """Return the number of weights of the text encoder in a file or folder, from the headers alone."""
-    return sum(math.prod(entry.shape) for entry in text_encoder_entries(path).values())
-
-
-def text_encoder_entries(path: Path) -> Mapping[str, Entry]:
-    """Return the tensors of the text encoder in a file or folder."""
-    return merge(path, open_shards(path)).entries
+def open_text_encoder(path: Path) -> TensorFile:
+    """Return the headers of the text encoder in a file or folder as one."""
+    return merge(path, open_shards(path))
 
 
 def open_shards(path: Path) -> list[TensorFile]:
@@ -285,11 +270,8 @@ def weight_files(path: Path) -> list[Path]:
 
 def without_prefix(file: TensorFile) -> TensorFile:
     """Return the header as `Qwen3Model` names its keys, without buffers and the output head (tied to the embedding)."""
-    entries = {
-        name.removeprefix("model."): entry
-        for name, entry in without_buffers(file).entries.items()
-        if name != "lm_head.weight"
-    }
+    model = file.without(is_buffer).without(lambda name: name == "lm_head.weight")
+    entries = {name.removeprefix("model."): entry for name, entry in model.entries.items()}
     return TensorFile(file.path, entries, file.metadata)
 
 
@@ -325,21 +307,16 @@ def read_config(path: Path) -> Qwen3Config:
 
 def infer_config(file: TensorFile) -> Qwen3Config:
     """Return the dimensions of Qwen3, read off its tensors; all that they cannot tell is the same in every Qwen3."""
-
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in file.entries:
-            raise ModelFileError(f"{KEY}: {file.path}: the tensor {name} is missing; download the file again")
-        return file.entries[name].shape
-
-    vocab_size, hidden_size = shape("embed_tokens.weight")
-    head_dim = shape("layers.0.self_attn.q_norm.weight")[0]
+    entries = file.entries
+    vocab_size, hidden_size = entries["embed_tokens.weight"].shape
+    head_dim = entries["layers.0.self_attn.q_norm.weight"].shape[0]
     return Qwen3Config(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        intermediate_size=shape("layers.0.mlp.gate_proj.weight")[0],
-        num_hidden_layers=count_blocks(file.entries, "layers"),
-        num_attention_heads=shape("layers.0.self_attn.q_proj.weight")[0] // head_dim,
-        num_key_value_heads=shape("layers.0.self_attn.k_proj.weight")[0] // head_dim,
+        intermediate_size=entries["layers.0.mlp.gate_proj.weight"].shape[0],
+        num_hidden_layers=count_blocks(entries, "layers"),
+        num_attention_heads=entries["layers.0.self_attn.q_proj.weight"].shape[0] // head_dim,
+        num_key_value_heads=entries["layers.0.self_attn.k_proj.weight"].shape[0] // head_dim,
         head_dim=head_dim,
         rms_norm_eps=RMS_EPS,
         rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},

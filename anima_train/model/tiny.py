@@ -65,39 +65,24 @@ class TinySize:
     """The dimensions of a tiny model; the vocabularies come from its tokenizers."""
 
     transformer: TransformerShape
-    llm_adapter_blocks: int
-    llm_adapter_head_dim: int
-    llm_adapter_rows: int | None  # None: as many as the tokenizer needs
-    llm_heads: int
-    llm_kv_heads: int
-    llm_head_dim: int
-    llm_intermediate: int
+    llm_adapter: Mapping[str, int]  # fields of its shape beside the widths; without vocab_size the tokenizer's
+    llm: Mapping[str, int]  # fields of Qwen3Config
 
 
 SMALL = TinySize(
     transformer=TransformerShape(
         num_blocks=2, width=64, head_dim=16, in_channels=16, context_width=64, adaln_lora_dim=16
     ),
-    llm_adapter_blocks=2,
-    llm_adapter_head_dim=16,
-    llm_adapter_rows=None,
-    llm_heads=4,
-    llm_kv_heads=2,
-    llm_head_dim=16,
-    llm_intermediate=128,
+    llm_adapter={"num_blocks": 2, "head_dim": 16},
+    llm={"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 128},
 )
 # ComfyUI derives depth and heads from the width alone, and expects the text side at its real size.
 COMFY = TinySize(
     transformer=TransformerShape(
         num_blocks=10, width=256, head_dim=16, in_channels=16, context_width=1024, adaln_lora_dim=256
     ),
-    llm_adapter_blocks=6,
-    llm_adapter_head_dim=64,
-    llm_adapter_rows=T5_ROWS,
-    llm_heads=16,
-    llm_kv_heads=8,
-    llm_head_dim=128,
-    llm_intermediate=3072,
+    llm_adapter={"num_blocks": 6, "head_dim": 64, "vocab_size": T5_ROWS},
+    llm={"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 3072},
 )
 LLM_LAYERS = 2
 VAE_BASE_DIM = 8
@@ -128,14 +113,17 @@ def write_tiny(folder: Path, seed: int = 0, comfy: bool = False) -> ModelFiles:
     """
     paths = tiny_paths(folder)
     size = COMFY if comfy else SMALL
+    width = size.transformer.context_width
     qwen, t5 = qwen_tokenizer(), t5_tokenizer()
     write_tokenizer(paths.tokenizer, qwen, {"pad_token": QWEN_PAD_TOKEN, "eos_token": QWEN_PAD_TOKEN})
     write_tokenizer(paths.t5_tokenizer, t5, {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"})
 
     with torch.device("meta"):
-        llm_adapter = LLMAdapter(llm_adapter_shape(size, t5.get_vocab_size()))
+        fields = {"vocab_size": rows_for(t5.get_vocab_size()), **size.llm_adapter}
+        llm_adapter = LLMAdapter(LLMAdapterShape(width=width, source_width=width, target_width=width, **fields))
         transformer = MiniTrainDIT(size.transformer, llm_adapter)
-        llm = Qwen3Model(llm_config(size, qwen.get_vocab_size()))
+        rows = rows_for(qwen.get_vocab_size())
+        llm = Qwen3Model(Qwen3Config(vocab_size=rows, hidden_size=width, num_hidden_layers=LLM_LAYERS, **size.llm))
         vae = AutoencoderKLQwenImage(base_dim=VAE_BASE_DIM)
     write_weights(paths.transformer, random_weights(transformer, lambda name: f"net.{name}", seed))
     write_weights(paths.llm, random_weights(llm, lambda name: f"model.{name}", seed))
@@ -173,32 +161,6 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file."""
     with atomic_path(path) as temporary:
         write_tensors(temporary, tensors, {"format": "pt"})
-
-
-def llm_adapter_shape(size: TinySize, num_t5_tokens: int) -> LLMAdapterShape:
-    """Return the shape of the LLM adapter that fits this transformer and this tokenizer."""
-    width = size.transformer.context_width
-    return LLMAdapterShape(
-        num_blocks=size.llm_adapter_blocks,
-        width=width,
-        head_dim=size.llm_adapter_head_dim,
-        source_width=width,
-        target_width=width,
-        vocab_size=size.llm_adapter_rows or rows_for(num_t5_tokens),
-    )
-
-
-def llm_config(size: TinySize, num_qwen_tokens: int) -> Qwen3Config:
-    """Return the dimensions of the text encoder that fits this LLM adapter and this tokenizer."""
-    return Qwen3Config(
-        vocab_size=rows_for(num_qwen_tokens),
-        hidden_size=size.transformer.context_width,
-        intermediate_size=size.llm_intermediate,
-        num_hidden_layers=LLM_LAYERS,
-        num_attention_heads=size.llm_heads,
-        num_key_value_heads=size.llm_kv_heads,
-        head_dim=size.llm_head_dim,
-    )
 
 
 def rows_for(num_tokens: int) -> int:

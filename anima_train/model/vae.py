@@ -126,7 +126,7 @@ def open_vae(path: Path) -> tuple[TensorFile, AutoencoderKLQwenImage, Mapping[st
         ModelFileError: as `load_vae`.
     """
     file = open_header(path)
-    validate_kind(file, "vae", "model.vae_path", ("vae",))
+    validate_kind(file, "vae")
     names: Mapping[str, str] = convert_wan_vae_to_diffusers({name: name for name in file.entries})
     found = {name: file.entries[wan_name] for name, wan_name in names.items()}
     with torch.device("meta"):

@@ -44,19 +44,15 @@ class Loss:
             target: the true velocity.
             mask: 1 where the image counts, 0 where it does not; None: it counts everywhere.
         """
-        loss = self.per_sample(prediction.float(), target.float(), mask)
+        prediction, target = prediction.float(), target.float()
+        loss = masked_mean(self.elements(prediction, target), mask)
+        height, width = target.shape[-2:]
+        if self.multiscale_weight is not None and math.sqrt(height * width) * LATENT_PIXELS >= MULTISCALE_SIDE:
+            coarse = masked_mean(coarse_errors(prediction - target, mask), None)
+            loss = (loss + self.multiscale_weight * coarse) / (1 + self.multiscale_weight)
         if self.by_mask_area and mask is not None:
             loss = loss / mask.flatten(1).mean(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
         return loss
-
-    def per_sample(self, prediction: Tensor, target: Tensor, mask: Tensor | None) -> Float[Tensor, " B"]:
-        """Return the mean over all elements of each sample, however few the mask leaves."""
-        loss = masked_mean(self.elements(prediction, target), mask)
-        height, width = target.shape[-2:]
-        if self.multiscale_weight is None or math.sqrt(height * width) * LATENT_PIXELS < MULTISCALE_SIDE:
-            return loss
-        coarse = masked_mean(coarse_errors(prediction - target, mask), None)
-        return (loss + self.multiscale_weight * coarse) / (1 + self.multiscale_weight)
 
     def elements(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Return the loss of each element."""

@@ -1,5 +1,6 @@
 """Parameter groups: the component of each parameter, its learning rate, and its weight decay."""
 
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,13 +30,9 @@ class LearningRates:
 
     by_component: Mapping[Component, float]
 
-    def of(self, name: str) -> float:
-        """Return the learning rate of a parameter or module, by its full name."""
-        return self.by_component[component_of(name)]
-
     def is_frozen(self, name: str) -> bool:
         """Return True if a parameter or module gets no update at all."""
-        return self.of(name) == 0
+        return self.by_component[component_of(name)] == 0
 
 
 def optimizer_groups(
@@ -46,27 +43,21 @@ def optimizer_groups(
     1-D parameters (norms, biases) and embeddings get no weight decay. Each group carries `component` and `base_lr`,
     from which the loop sets `lr` at every step.
     """
-    groups: dict[tuple[Component, bool], dict[str, Any]] = {}
+    groups: dict[tuple[Component, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in parameters:
-        if not parameter.requires_grad:
-            continue
-        decays = parameter.ndim > 1 and not name.endswith("embed.weight")
-        component = component_of(name)
-        lr = rates.of(name)
-        group = groups.setdefault(
-            (component, decays),
-            {
-                "params": [],
-                "names": [],
-                "component": component,
-                "base_lr": lr,
-                "lr": lr,
-                "weight_decay": weight_decay if decays else 0.0,
-            },
-        )
-        group["params"].append(parameter)
-        group["names"].append(name)
-    return [groups[key] for key in sorted(groups, key=lambda key: (COMPONENTS.index(key[0]), not key[1]))]
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and not name.endswith("embed.weight")
+            groups[component_of(name), decays].append(parameter)
+    return [
+        {
+            "params": groups[component, decays],
+            "component": component,
+            "base_lr": rates.by_component[component],
+            "lr": rates.by_component[component],
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        for component, decays in sorted(groups, key=lambda key: (COMPONENTS.index(key[0]), not key[1]))
+    ]
 
 
 @dataclass(frozen=True)
@@ -79,32 +70,22 @@ class GroupRow:
     num_parameters: int
 
 
-def group_table(
-    trainable: Iterable[tuple[str, nn.Parameter]], present: Iterable[str], rates: LearningRates
-) -> list[GroupRow]:
-    """Return the numbers of modules and parameters trained per component; components without any have zero.
+def group_rows(transformer: nn.Module, rates: LearningRates) -> list[GroupRow]:
+    """Return the numbers of modules and parameters trained per component; frozen components have zero.
 
-    Args:
-        trainable: names and parameters that get updates. A LoRA's A and B count as one module.
-        present: parameter names of the whole model, to leave out components that it does not have.
-        rates: learning rates before the schedule.
+    A LoRA's A and B count as one module. Components that the model does not have are left out, but not the LLM adapter:
+    frozen, it is not in memory.
     """
-    modules: dict[Component, set[str]] = {component: set() for component in COMPONENTS}
-    numbers: dict[Component, int] = dict.fromkeys(COMPONENTS, 0)
-    for name, parameter in trainable:
+    modules: dict[Component, set[str]] = {"llm_adapter": set()}
+    numbers: Counter[Component] = Counter()
+    for name, parameter in transformer.named_parameters():
         component = component_of(name)
-        modules[component].add(name.split(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0])
-        numbers[component] += parameter.numel()
-    existing = {component_of(name) for name in present}
+        trained = modules.setdefault(component, set())
+        if parameter.requires_grad:
+            trained.add(name.split(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0])
+            numbers[component] += parameter.numel()
     return [
         GroupRow(component, rates.by_component[component], len(modules[component]), numbers[component])
         for component in COMPONENTS
-        if component in existing
+        if component in modules
     ]
-
-
-def group_rows(transformer: nn.Module, rates: LearningRates) -> list[GroupRow]:
-    """Return the table of what is trained, a frozen LLM adapter that is not in memory included."""
-    parameters = list(transformer.named_parameters())
-    trained = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
-    return group_table(trained, [*(name for name, _ in parameters), "llm_adapter."], rates)

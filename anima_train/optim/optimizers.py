@@ -16,23 +16,14 @@ CHUNK = 2**24  # elements updated at once; half a GB of temporary float32 tensor
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class OptimizerSettings(Settings):
-    """The settings of every optimizer."""
+class AdamSettings(Settings):
+    """The settings of the Adam family."""
 
     lr: float = Field(ge=0)
     """Peak learning rate of every component that has none of its own in [model].
     Style LoRA: 2e-5 to 5e-5; full fine-tune: 1e-6 to 1e-5."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Decoupled weight decay (times lr, per step). Never on norms, biases and embeddings."""
-
-    def build(self, groups: Groups) -> Optimizer:
-        """Return the torch optimizer over these parameter groups."""
-        raise NotImplementedError
-
-
-class AdamSettings(OptimizerSettings):
-    """The settings of the Adam family."""
-
     betas: list[Beta] = Field(default=[0.9, 0.99], min_length=2, max_length=2)
     """Decay of the running means of gradient and squared gradient, each in [0, 1)."""
     eps: float = Field(default=1e-8, gt=0)
@@ -42,6 +33,10 @@ class AdamSettings(OptimizerSettings):
     def beta_pair(self) -> tuple[float, float]:
         """The betas in the form that torch wants."""
         return self.betas[0], self.betas[1]
+
+    def build(self, groups: Groups) -> Optimizer:
+        """Return the torch optimizer over these parameter groups."""
+        raise NotImplementedError
 
     def torch_adamw(self, groups: Groups) -> Optimizer:
         """Return torch's AdamW with these settings."""

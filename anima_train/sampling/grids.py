@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -227,17 +228,15 @@ def make_grid(
         more = "add --grid y=prompt, or give one prompt" if given else "give --prompt TEXT, or --grid y=prompt:TEXT,..."
         raise ConfigError(f"--grid: found {len(given)} prompts, expected one; {more}")
     check_number(math.prod(len(axis.values) for axis in axes), "--grid")
-    x, y = by_name.get("x"), by_name.get("y")
+    rows_first = sorted(axes, key=lambda axis: axis.name, reverse=True)
     start = Cell(given[0] if given else template, tuple(loras))
     cells = []
-    for row in y.values if y else [None]:
-        for column in x.values if x else [None]:
-            here = [(axis, value) for axis, value in ((y, row), (x, column)) if axis is not None]
-            cell = start
-            for axis, value in sorted(here, key=lambda pair: PLACE.get(pair[0].key, 1)):
-                cell = changed(cell, axis, value)
-            cells.append(cell)
-    return Sheet(cells, x, y)
+    for values in product(*(axis.values for axis in rows_first)):
+        cell = start
+        for axis, value in sorted(zip(rows_first, values, strict=True), key=lambda pair: PLACE.get(pair[0].key, 1)):
+            cell = changed(cell, axis, value)
+        cells.append(cell)
+    return Sheet(cells, by_name.get("x"), by_name.get("y"))
 
 
 def changed(cell: Cell, axis: Axis, value: Value) -> Cell:

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -77,9 +77,7 @@ def in_quotes(value: str) -> str:
 
 def settings_text(request: Request, weights: UsedWeights) -> str:
     """Return everything that a picture was made from, as JSON."""
-    loras = [{"name": lora.name, "strength": lora.strength, "sha256": lora.sha256} for lora in weights.loras]
-    facts = {**request.model_dump(), "model": weights.model, "loras": loras, "version": __version__}
-    return json.dumps(facts, ensure_ascii=False)
+    return json.dumps({**request.model_dump(), **asdict(weights), "version": __version__}, ensure_ascii=False)
 
 
 def save_picture(folder: Path, image: Image.Image, request: Request, weights: UsedWeights) -> Path:

@@ -128,24 +128,19 @@ def linear_shapes(files: ModelFiles) -> dict[str, tuple[int, ...]]:
     }
 
 
-def encode_all(files: ModelFiles, shapes: Shapes, texts: Iterable[tuple[Loras, str]], device: torch.device) -> Contexts:
+def encode_all(files: ModelFiles, shapes: Shapes, texts: Sequence[tuple[Loras, str]], device: torch.device) -> Contexts:
     """Return the context of each text with the LoRAs on the LLM adapter, in float32 on the CPU; models are freed."""
     tokenizers = load_tokenizers(files.tokenizer, files.t5_tokenizer)
     text_encoder = load_text_encoder(files.llm, tokenizers, device)
-    groups: dict[Loras, dict[str, None]] = {}
-    for loras, text in texts:
-        groups.setdefault(loras, {})[text] = None
-    states = {
-        text: prompt_states(text, tokenizers, text_encoder)
-        for text in dict.fromkeys(text for group in groups.values() for text in group)
-    }
+    states = {text: prompt_states(text, tokenizers, text_encoder) for text in dict.fromkeys(text for _, text in texts)}
     del text_encoder
     llm_adapter = load_llm_adapter(files, torch.float32, device).eval()
-    switch = LoraSwitch(llm_adapter, shapes, LLM_ADAPTER_PREFIX, keeps=len(groups) > 1)
+    combinations = list(dict.fromkeys(loras for loras, _ in texts))
+    switch = LoraSwitch(llm_adapter, shapes, LLM_ADAPTER_PREFIX, keeps=len(combinations) > 1)
     contexts: dict[tuple[Loras, str], Tensor] = {}
-    for loras, group in groups.items():
+    for loras, text in sorted(dict.fromkeys(texts), key=lambda pair: combinations.index(pair[0])):
         switch.set(loras)
-        contexts |= {(loras, text): context_of(states[text], llm_adapter) for text in group}
+        contexts[loras, text] = context_of(states[text], llm_adapter)
     del llm_adapter, switch
     release_memory(device)
     return contexts

@@ -31,14 +31,6 @@ EMPHASIS = 1.1  # of parentheses without a number
 OPEN, CLOSE = "\ufdd0", "\ufdd1"  # stand for escaped parentheses: Unicode keeps these for use inside a program
 
 
-@dataclass(frozen=True)
-class PromptTokens:
-    """The tokens of a prompt, with their weights."""
-
-    tokens: Tokens
-    weights: list[float]  # one for each T5 id; Qwen3's tokens have none
-
-
 def weighted_pieces(prompt: str) -> list[tuple[str, float]]:
     """Return the pieces of a prompt with their weights, escapes resolved.
 
@@ -88,8 +80,8 @@ def emphasized(inside: str, weight: float) -> tuple[str, float]:
     return inside, weight * EMPHASIS
 
 
-def tokenize_prompt(tokenizers: Tokenizers, prompt: str) -> PromptTokens:
-    """Return the two token streams of a prompt, of any length, with the weights of T5's.
+def tokenize_prompt(tokenizers: Tokenizers, prompt: str) -> tuple[Tokens, list[float]]:
+    """Return the two token streams of a prompt, of any length, and the weights of T5's; Qwen3's have none.
 
     Raises:
         ConfigError: a weight is not finite, as "infinity" and "nan" are numbers behind a colon.
@@ -107,10 +99,7 @@ def tokenize_prompt(tokenizers: Tokenizers, prompt: str) -> PromptTokens:
         found = token_ids(tokenizers.t5, text)
         t5_ids += found
         weights += [weight] * len(found)
-    if not qwen_ids:
-        qwen_ids = [tokenizers.qwen.pad_token_id]
-    tokens = Tokens(qwen_ids=qwen_ids, t5_ids=[*t5_ids, T5_END])
-    return PromptTokens(tokens, [*weights, 1.0])
+    return Tokens(qwen_ids or [tokenizers.qwen.pad_token_id], [*t5_ids, T5_END]), [*weights, 1.0]
 
 
 @dataclass(frozen=True)
@@ -127,8 +116,8 @@ def prompt_states(prompt: str, tokenizers: Tokenizers, text_encoder: TextEncoder
     Raises:
         ConfigError: a weight is not finite.
     """
-    found = tokenize_prompt(tokenizers, prompt)
-    return PromptStates(text_encoder.encode([found.tokens])[0], found.weights)
+    tokens, weights = tokenize_prompt(tokenizers, prompt)
+    return PromptStates(text_encoder.encode([tokens])[0], weights)
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from anima_train.core.settings import Settings, expand_name
 from anima_train.objective.timesteps import shifted
 
 Velocity = Callable[[Tensor, float], Tensor]  # (latents, t) -> velocity
+Levels = Sequence[float]  # noise levels of the steps, falling
 StepNoise = Callable[[], Tensor]  # standard normal noise like the latents, new at each call
 
 FIRST_T = 1 - 1e-4  # stands for t = 1 where that has no signal-to-noise ratio
@@ -43,9 +44,7 @@ def step_noise(latents: Tensor, seed: int) -> StepNoise:
 class Sampler(Settings):
     """A way to follow the velocity."""
 
-    def sample(
-        self, velocity: Velocity, noise: Tensor, sigmas: Sequence[float], shift: float, step_noise: StepNoise
-    ) -> Tensor:
+    def sample(self, velocity: Velocity, noise: Tensor, sigmas: Levels, shift: float, step_noise: StepNoise) -> Tensor:
         """Return clean latents from noise.
 
         Args:
@@ -59,14 +58,15 @@ class Sampler(Settings):
 
 
 class Euler(Sampler):
-    """Straight on; one evaluation a step, order 1."""
+    """Straight on, `x <- x + (s' - s) v(x, s)`; one evaluation a step, order 1."""
 
     type: Literal["euler"] = "euler"
 
-    def sample(
-        self, velocity: Velocity, noise: Tensor, sigmas: Sequence[float], shift: float, step_noise: StepNoise
-    ) -> Tensor:
-        return euler(velocity, noise, sigmas)
+    def sample(self, velocity: Velocity, noise: Tensor, sigmas: Levels, shift: float, step_noise: StepNoise) -> Tensor:
+        x = noise
+        for sigma, following in pairwise(sigmas):
+            x = x + (following - sigma) * velocity(x, sigma).to(x.dtype)
+        return x
 
 
 class Heun(Sampler):
@@ -74,9 +74,7 @@ class Heun(Sampler):
 
     type: Literal["heun"] = "heun"
 
-    def sample(
-        self, velocity: Velocity, noise: Tensor, sigmas: Sequence[float], shift: float, step_noise: StepNoise
-    ) -> Tensor:
+    def sample(self, velocity: Velocity, noise: Tensor, sigmas: Levels, shift: float, step_noise: StepNoise) -> Tensor:
         x = noise
         for sigma, following in pairwise(sigmas):
             slope = velocity(x, sigma).to(x.dtype)
@@ -92,9 +90,7 @@ class Denoising(Sampler):
 
     needs_snr: ClassVar[bool] = False  # True if (1 - sigma) / sigma must not be 0
 
-    def sample(
-        self, velocity: Velocity, noise: Tensor, sigmas: Sequence[float], shift: float, step_noise: StepNoise
-    ) -> Tensor:
+    def sample(self, velocity: Velocity, noise: Tensor, sigmas: Levels, shift: float, step_noise: StepNoise) -> Tensor:
         x = noise
         if self.needs_snr and sigmas[0] == 1:
             sigmas = [shifted(FIRST_T, shift), *sigmas[1:]]
@@ -105,7 +101,7 @@ class Denoising(Sampler):
             x = denoised if following == 0 else self.step(x, history, sigmas[: step + 2], step_noise)
         return x
 
-    def step(self, x: Tensor, history: Sequence[Tensor], sigmas: Sequence[float], step_noise: StepNoise) -> Tensor:
+    def step(self, x: Tensor, history: Sequence[Tensor], sigmas: Levels, step_noise: StepNoise) -> Tensor:
         """Return the latents after one step, from level sigmas[-2] to sigmas[-1] > 0.
 
         Args:
@@ -127,7 +123,7 @@ class EulerAncestral(Denoising):
     eta: float = Field(default=1.0, ge=0, le=1)
     """Strength of the renewal of noise; 0 is euler."""
 
-    def step(self, x: Tensor, history: Sequence[Tensor], sigmas: Sequence[float], step_noise: StepNoise) -> Tensor:
+    def step(self, x: Tensor, history: Sequence[Tensor], sigmas: Levels, step_noise: StepNoise) -> Tensor:
         sigma, following = sigmas[-2:]
         down = following * (1 + self.eta * (following / sigma - 1))
         kept = noise_ratio(down) / noise_ratio(following)
@@ -142,7 +138,7 @@ class Dpmpp2M(Denoising):
 
     type: Literal["dpmpp_2m"] = "dpmpp_2m"
 
-    def step(self, x: Tensor, history: Sequence[Tensor], sigmas: Sequence[float], step_noise: StepNoise) -> Tensor:
+    def step(self, x: Tensor, history: Sequence[Tensor], sigmas: Levels, step_noise: StepNoise) -> Tensor:
         denoised = half_a_step_on(history, [-math.log(sigma) for sigma in sigmas[-3:]])
         return advance(x, denoised, sigmas[-2], sigmas[-1], 1.0, step_noise)
 
@@ -158,7 +154,7 @@ class Dpmpp2MSde(Denoising):
     eta: float = Field(default=1.0, ge=0)
     """Speed of the renewal of noise; 0 is an ODE solver like dpmpp_2m."""
 
-    def step(self, x: Tensor, history: Sequence[Tensor], sigmas: Sequence[float], step_noise: StepNoise) -> Tensor:
+    def step(self, x: Tensor, history: Sequence[Tensor], sigmas: Levels, step_noise: StepNoise) -> Tensor:
         log_snrs = [-math.log(noise_ratio(sigma)) for sigma in sigmas[-3:]]
         kept = math.exp(-self.eta * (log_snrs[-1] - log_snrs[-2]))
         return advance(x, half_a_step_on(history, log_snrs), sigmas[-2], sigmas[-1], kept, step_noise)
@@ -181,7 +177,7 @@ class ErSde(Denoising):
     type: Literal["er_sde"] = "er_sde"
     needs_snr: ClassVar[bool] = True
 
-    def step(self, x: Tensor, history: Sequence[Tensor], sigmas: Sequence[float], step_noise: StepNoise) -> Tensor:
+    def step(self, x: Tensor, history: Sequence[Tensor], sigmas: Levels, step_noise: StepNoise) -> Tensor:
         ratios = [noise_ratio(sigma) for sigma in sigmas[-4:]]
         start, end = ratios[-2:]
         x = advance(x, history[-1], sigmas[-2], sigmas[-1], er_growth(end) / er_growth(start), step_noise)
@@ -198,14 +194,6 @@ class ErSde(Denoising):
         bend = (slope - slope_before) / ((start - ratios[-4]) / 2)
         moment = sum(weight * (point - start) for weight, point in zip(weights, points, strict=True))
         return x + (1 - sigmas[-1]) * (moment + (start - end) ** 2 / 2) * bend
-
-
-def euler(velocity: Velocity, noise: Tensor, sigmas: Sequence[float]) -> Tensor:
-    """Follow `x <- x + (sigma_next - sigma) v(x, sigma)` along the noise levels."""
-    x = noise
-    for sigma, following in pairwise(sigmas):
-        x = x + (following - sigma) * velocity(x, sigma).to(x.dtype)
-    return x
 
 
 def advance(x: Tensor, denoised: Tensor, sigma: float, following: float, kept: float, step_noise: StepNoise) -> Tensor:
@@ -234,8 +222,5 @@ def er_growth(ratio: float) -> float:
     return math.exp(ratio**0.3) + 10
 
 
-AnySampler = Annotated[
-    Euler | EulerAncestral | Heun | ErSde | Dpmpp2M | Dpmpp2MSde,
-    Field(discriminator="type"),
-]
+AnySampler = Annotated[Euler | EulerAncestral | Heun | ErSde | Dpmpp2M | Dpmpp2MSde, Field(discriminator="type")]
 SamplerSetting = Annotated[AnySampler, BeforeValidator(expand_name, json_schema_input_type=str | AnySampler)]

@@ -21,8 +21,9 @@ from anima_train.core.shapes import LATENT_CHANNELS
 from anima_train.core.text_batch import CONTEXT_ROWS
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
+from anima_train.model.loading import ModelFiles
 from anima_train.model.safetensors_io import TensorFile, match_keys, read_tensors, write_tensors
-from anima_train.model.text import Tokenizers, load_text_encoder, load_tokenizers, text_encoder_entries
+from anima_train.model.text import Tokenizers, load_text_encoder, load_tokenizers, open_text_encoder
 from anima_train.model.vae import open_vae
 
 SHIFT = 3.0  # of the noise levels, as the model is sampled
@@ -44,19 +45,11 @@ def expect_new(folder: Path) -> None:
         raise ConfigError(f"{folder} already exists; give a folder that does not, or remove it")
 
 
-def to_diffusers(
-    transformer: TensorFile, llm_adapter: TensorFile, vae: Path, llm: Path, tokenizer: Path, t5_tokenizer: Path,
-    folder: Path, dtype: torch.dtype | None = None,
-) -> None:  # fmt: skip
+def to_diffusers(files: ModelFiles, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Write a model as a diffusers pipeline; the folder appears when everything in it is on disk.
 
     Args:
-        transformer: its tensors, keys without prefix and without the LLM adapter's.
-        llm_adapter: its tensors, keys without prefix.
-        vae: the official file, in Wan names.
-        llm: Qwen3, a safetensors file or a folder in transformers' layout.
-        tokenizer: Qwen3's folder.
-        t5_tokenizer: T5's folder.
+        files: of the model.
         folder: to be made.
         dtype: of every tensor. None: of each as it is in its file.
 
@@ -66,12 +59,12 @@ def to_diffusers(
         SpaceError: the disk is full or read-only.
     """
     expect_new(folder)
-    tokenizers = load_tokenizers(tokenizer, t5_tokenizer)
+    tokenizers = load_tokenizers(files.tokenizer, files.t5_tokenizer)
     with atomic_folder(folder) as temporary:
-        write_transformer(temporary / "transformer", transformer, dtype)
-        write_text_conditioner(temporary / "text_conditioner", llm_adapter, dtype)
-        write_vae(temporary / "vae", vae, dtype)
-        write_text_encoder(temporary / "text_encoder", llm, tokenizers, dtype)
+        write_transformer(temporary / "transformer", files.transformer_header, dtype)
+        write_text_conditioner(temporary / "text_conditioner", files.llm_adapter_header, dtype)
+        write_vae(temporary / "vae", files.vae, dtype)
+        write_text_encoder(temporary / "text_encoder", files.llm, tokenizers, dtype)
         tokenizers.qwen.save_pretrained(temporary / "tokenizer")
         tokenizers.t5.save_pretrained(temporary / "t5_tokenizer")
         FlowMatchEulerDiscreteScheduler(shift=SHIFT).save_pretrained(temporary / "scheduler")
@@ -116,7 +109,7 @@ def write_transformer(folder: Path, file: TensorFile, dtype: torch.dtype | None)
         "concat_padding_mask": True,
         "extra_pos_embed_type": None,
     }
-    tensors = {cosmos_key(name): cast(tensor, dtype) for name, tensor in read_tensors(file)}
+    tensors = {cosmos_key(name): tensor.to(dtype or tensor.dtype) for name, tensor in read_tensors(file)}
     write_model(folder, model_facts("CosmosTransformer3DModel") | config, tensors)
 
 
@@ -137,7 +130,7 @@ def write_text_conditioner(folder: Path, file: TensorFile, dtype: torch.dtype | 
         "use_layer_norm": False,
         "min_sequence_length": CONTEXT_ROWS,
     }
-    tensors = {name: cast(tensor, dtype) for name, tensor in read_tensors(file)}
+    tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in read_tensors(file)}
     write_model(folder, model_facts("AnimaTextConditioner") | config, tensors)
 
 
@@ -145,23 +138,18 @@ def write_vae(folder: Path, path: Path, dtype: torch.dtype | None) -> None:
     """Write the VAE, with what only video uses of it."""
     file, vae, wan_names = open_vae(path)
     names = {wan_name: name for name, wan_name in wan_names.items()}
-    tensors = {names[wan_name]: cast(tensor, dtype) for wan_name, tensor in read_tensors(file)}
+    tensors = {names[wan_name]: tensor.to(dtype or tensor.dtype) for wan_name, tensor in read_tensors(file)}
     write_model(folder, json.loads(vae.to_json_string()), tensors)
 
 
 def write_text_encoder(folder: Path, path: Path, tokenizers: Tokenizers, dtype: torch.dtype | None) -> None:
     """Write Qwen3 in transformers' layout."""
     model = load_text_encoder(path, tokenizers, torch.device("cpu")).model  # in float32, which rounds nothing
-    entries = text_encoder_entries(path)
+    entries = open_text_encoder(path).entries
     tensors = {name: tensor.to(dtype or entries[name].dtype) for name, tensor in model.state_dict().items()}
     model.config.architectures = ["Qwen3Model"]
     model.config.dtype = tensors["embed_tokens.weight"].dtype
     write_model(folder, model.config.to_dict(), tensors, "model.safetensors")
-
-
-def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Return the tensor in this dtype; as it is for None."""
-    return tensor if dtype is None else tensor.to(dtype)
 
 
 def model_facts(kind: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from anima_train.checkpoint.weights import save_weights
 from anima_train.core.text_batch import TextStates
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
-from anima_train.optim.groups import COMPONENTS, LearningRates, component_of, group_table
+from anima_train.optim.groups import COMPONENTS, GroupRow, LearningRates, component_of, group_rows
 
 SMALL = TransformerShape(2, 48, 24, 16, 20, 8)
 SMALL_ADAPTER = LLMAdapterShape(2, 20, 10, 12, 20, 30)
@@ -93,8 +93,8 @@ def test_targets_are_sixteen_linears_per_block_and_ten_per_adapter_block(real):
 def test_real_layout_at_rank_32_has_the_known_numbers_of_modules_and_parameters(real):
     model = copy.deepcopy(real)
     Lora(rank=32).attach(model, rates(), seed=0)
-    parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    rows = {row.component: row for row in group_table(parameters, [name for name, _ in parameters], rates())}
+    rows = {row.component: row for row in group_rows(model, rates())}
+    assert rows.pop("base") == GroupRow("base", 1e-5, 0, 0)
     adapter = rows.pop("llm_adapter")
     assert (sum(row.num_modules for row in rows.values()), adapter.num_modules) == (448, 60)
     assert (sum(row.num_parameters for row in rows.values()), adapter.num_parameters) == (69_271_552, 5_111_808)

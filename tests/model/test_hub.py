@@ -21,8 +21,6 @@ from anima_train.model import hub as model_hub
 from anima_train.model.hub import (
     OFFICIAL,
     HubFile,
-    HubFolder,
-    Source,
     download_all,
     fetch,
     is_reference,
@@ -34,7 +32,7 @@ from anima_train.model.hub import (
 COMMIT = "c0ffee" + "0" * 34
 LATER = "badcab" + "0" * 34
 VAE = HubFile("owner/model", "split_files/vae/vae.safetensors")
-TOKENIZER = HubFolder("owner/text", "", ("tokenizer.json", "vocab.json"))
+TOKENIZER = HubFile("owner/text", "tokenizer.json", beside=("vocab.json",))
 LARGE = bytes(range(256)) * 400
 
 
@@ -182,7 +180,7 @@ def disconnect(monkeypatch: pytest.MonkeyPatch) -> str:
     return endpoint
 
 
-def get(source: Source, offline: bool = False) -> Path:
+def get(source: HubFile, offline: bool = False) -> Path:
     """Fetch a source for the slot of the VAE."""
     return fetch(source, "vae_path", offline)
 
@@ -531,7 +529,7 @@ def test_offline_environment_opens_no_connection(hub: Hub, tmp_path: Path) -> No
 
 def add_tokenizer(hub: Hub) -> dict[str, bytes]:
     """Serve both files; return their contents."""
-    contents = {name: json.dumps({"file": name}).encode() for name in TOKENIZER.files}
+    contents = {file.path: json.dumps({"file": file.path}).encode() for file in TOKENIZER.members}
     for file in TOKENIZER.members:
         hub.add(file, Served(contents[file.path]))
     return contents
@@ -547,11 +545,13 @@ def test_folder_holds_all_its_files(hub: Hub) -> None:
 
 
 def test_folder_below_the_top_of_a_repository(hub: Hub) -> None:
-    source = HubFolder("owner/text", "tokenizer", ("vocab.json",))
+    source = HubFile("owner/text", "tokenizer/vocab.json", beside=("config.json",))
     hub.add(HubFile("owner/text", "tokenizer/vocab.json"), Served(b"{}"))
+    hub.add(HubFile("owner/text", "tokenizer/config.json"), Served(b"[]"))
     folder = get(source)
     assert folder.name == "tokenizer"
     assert (folder / "vocab.json").read_bytes() == b"{}"
+    assert (folder / "config.json").read_bytes() == b"[]"
     assert source.reference == "hf://owner/text/tokenizer"
 
 

@@ -20,8 +20,7 @@ from anima_train.model.file_kinds import (
     LLM_ADAPTER_PREFIX,
     TRANSFORMER_PREFIXES,
     identify,
-    llm_adapter_prefix,
-    transformer_prefix,
+    key_prefix,
     validate_kind,
 )
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
@@ -151,7 +150,7 @@ def test_each_kind_is_recognised_and_accepted_in_its_slot(tmp_path, kind):
     file = open_header(saved(tmp_path, OURS[kind]))
     assert identify(file) == kind
     slot = "transformer" if kind == "cosmos" else kind
-    validate_kind(file, slot, SLOTS[slot][0], (kind,))
+    validate_kind(file, slot, kind)
 
 
 @pytest.mark.parametrize("prefix", TRANSFORMER_PREFIXES)
@@ -162,8 +161,8 @@ def test_transformer_is_recognised_under_every_accepted_prefix(tmp_path, prefix,
     file = open_header(saved(tmp_path, tensors))
     kind = "transformer" if with_llm_adapter else "cosmos"
     assert identify(file) == kind
-    validate_kind(file, "transformer", "model.transformer_path", (kind,))
-    assert transformer_prefix(file) == prefix
+    validate_kind(file, "transformer", kind)
+    assert key_prefix(file, kind) == prefix
     assert set(file.stripped(prefix).entries) == {*shapes, "pos_embedder.seq"}
 
 
@@ -171,14 +170,14 @@ def test_transformer_is_recognised_under_every_accepted_prefix(tmp_path, prefix,
 def test_adapter_is_recognised_under_any_prefix(tmp_path, prefix):
     file = open_header(saved(tmp_path, zeros(adapter_shapes(), prefix)))
     assert identify(file) == "llm_adapter"
-    assert llm_adapter_prefix(file) == prefix
-    validate_kind(file, "llm_adapter", "model.llm_adapter_path", ("llm_adapter",))
+    assert key_prefix(file, "llm_adapter") == prefix
+    validate_kind(file, "llm_adapter")
 
 
 @pytest.mark.parametrize("prefix", ["model.", ""])
 def test_qwen3_is_recognised_with_and_without_its_prefix_and_head(tmp_path, prefix):
     tensors = zeros(llm_shapes(), prefix) | {"lm_head.weight": torch.zeros(32, 8)}
-    validate_kind(open_header(saved(tmp_path, tensors)), "text_encoder", "model.llm_path", ("text_encoder",))
+    validate_kind(open_header(saved(tmp_path, tensors)), "text_encoder")
 
 
 @pytest.mark.parametrize("slot", SLOTS)
@@ -191,7 +190,7 @@ def test_our_own_files_in_the_wrong_slot_are_named(tmp_path, slot, kind):
     with pytest.raises(
         ModelFileError, match=f"^{key}: expects {expected}; .*model.safetensors looks like {LOOKS[kind]}"
     ):
-        validate_kind(open_header(path), slot, key, accepted)
+        validate_kind(open_header(path), slot, *accepted)
 
 
 @pytest.mark.parametrize(("looks", "tensors"), [(looks, file) for looks, files in FOREIGN.items() for file in files])
@@ -199,16 +198,16 @@ def test_foreign_files_are_named_in_every_slot(tmp_path, looks, tensors):
     file = open_header(saved(tmp_path, tensors))
     for slot, (key, accepted, expected) in SLOTS.items():
         with pytest.raises(ModelFileError, match=f"^{key}: expects {expected}; .* looks like .*{looks}"):
-            validate_kind(file, slot, key, accepted)
+            validate_kind(file, slot, *accepted)
 
 
 def test_wrong_slot_tells_where_the_file_belongs(tmp_path):
     file = open_header(saved(tmp_path, OURS["vae"]))
     with pytest.raises(ModelFileError, match=r"it belongs in model\.vae_path$"):
-        validate_kind(file, "transformer", "model.transformer_path", ("transformer",))
+        validate_kind(file, "transformer")
     file = open_header(saved(tmp_path, OURS["cosmos"]))
     with pytest.raises(ModelFileError, match=r"give the LLM adapter as model\.llm_adapter_path"):
-        validate_kind(file, "transformer", "model.transformer_path", ("transformer",))
+        validate_kind(file, "transformer")
 
 
 def test_kind_is_told_from_the_header_alone(tmp_path):
@@ -220,8 +219,8 @@ def test_kind_is_told_from_the_header_alone(tmp_path):
     os.truncate(path, path.stat().st_size + sum(2 * (2**36 if shape == [2**36] else 1) for shape in shapes.values()))
     started = time.monotonic()
     with pytest.raises(ModelFileError, match="looks like an Anima transformer"):
-        validate_kind(open_header(path), "vae", "model.vae_path", ("vae",))
-    validate_kind(open_header(path), "transformer", "model.transformer_path", ("transformer",))
+        validate_kind(open_header(path), "vae")
+    validate_kind(open_header(path), "transformer")
     assert time.monotonic() - started < 2
 
 
@@ -457,8 +456,8 @@ def test_flipped_bytes_give_an_error_of_ours_or_a_file_that_reads(tmp_path):
             file = open_header(path)
             dict(read_tensors(file))
             fingerprint(file)
-            for slot, (key, accepted, _) in SLOTS.items():
-                validate_kind(file, slot, key, accepted)
+            for slot, (_, accepted, _) in SLOTS.items():
+                validate_kind(file, slot, *accepted)
         except ModelFileError:
             outcomes["refused"] += 1
         else:
@@ -489,9 +488,9 @@ def test_files_from_which_no_module_can_be_built_are_refused(tmp_path, kind, cha
     tensors = OURS[kind] | zeros({name: shape for name, shape in changes.items() if shape is not None})
     for name in [name for name, shape in changes.items() if shape is None]:
         del tensors[name]
-    key, accepted, _ = SLOTS[kind]
+    _, accepted, _ = SLOTS[kind]
     with pytest.raises(ModelFileError, match=message):
-        validate_kind(open_header(saved(tmp_path, tensors)), kind, key, accepted)
+        validate_kind(open_header(saved(tmp_path, tensors)), kind, *accepted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8])
@@ -501,7 +500,7 @@ def test_quantised_files_are_refused(tmp_path, dtype):
         tensors[name] = tensors[name].to(dtype)
     kind = str(dtype).removeprefix("torch.")
     with pytest.raises(ModelFileError, match=rf"model.transformer_path: .* is quantised \(2 {kind} tensors\).*bf16"):
-        validate_kind(open_header(saved(tmp_path, tensors)), "transformer", "model.transformer_path", ("transformer",))
+        validate_kind(open_header(saved(tmp_path, tensors)), "transformer")
 
 
 def small():

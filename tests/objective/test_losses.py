@@ -134,7 +134,7 @@ def test_by_mask_area_a_half_masked_image_weighs_as_much_as_what_is_left_of_it(l
     prediction, target = torch.randn(2, 2, 16, 1, 128, 128, generator=generator)
     half = torch.zeros(2, 1, 1, 128, 128)
     half[..., :64, :] = 1
-    cut = loss.per_sample(prediction[..., :64, :], target[..., :64, :], None)
+    cut = loss(prediction[..., :64, :], target[..., :64, :])
     if loss.multiscale_weight is not None:  # the cut image is too small for the coarse term
         coarse = coarse_errors((prediction - target)[..., :64, :], None).flatten(1).mean(1)
         cut = (cut + 0.5 * coarse) / 1.5

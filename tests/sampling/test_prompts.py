@@ -108,15 +108,15 @@ def test_a_weight_that_is_not_finite_is_an_error_with_a_remedy(tokenizers, numbe
 
 
 def check_tokens(tokenizers):
-    found = tokenize_prompt(tokenizers, r"1girl, (solo, smile:1.3), name \(series\) (x)")
+    tokens, weights = tokenize_prompt(tokenizers, r"1girl, (solo, smile:1.3), name \(series\) (x)")
     texts = ["1girl, ", "solo, smile", ", name (series) ", "x"]
-    assert found.tokens.qwen_ids == [
+    assert tokens.qwen_ids == [
         token for text in texts for token in tokenizers.qwen(text, add_special_tokens=False)["input_ids"]
     ]
     t5 = [tokenizers.t5(text)["input_ids"][:-1] for text in texts]
     weighted = [(token, weight) for ids, weight in zip(t5, [1.0, 1.3, 1.0, 1.1], strict=True) for token in ids]
-    assert list(zip(found.tokens.t5_ids, found.weights, strict=True)) == [*weighted, (1, 1.0)]
-    assert found.tokens.t5_ids != tokenize(tokenizers, "1girl, solo, smile, name (series) x").t5_ids
+    assert list(zip(tokens.t5_ids, weights, strict=True)) == [*weighted, (1, 1.0)]
+    assert tokens.t5_ids != tokenize(tokenizers, "1girl, solo, smile, name (series) x").t5_ids
 
 
 def test_each_piece_is_tokenized_by_itself_in_both_streams(tokenizers):
@@ -128,22 +128,22 @@ def test_the_same_with_the_real_tokenizers():
         pytest.skip("the real tokenizers are not here; ANIMA_TOKENIZERS names their folder")
     real = load_tokenizers(REAL / "qwen3_06b", REAL / "t5")
     check_tokens(real)
-    assert tokenize_prompt(real, "").tokens.qwen_ids == [151643]
-    assert tokenize_prompt(real, "").tokens.t5_ids == [1]
+    assert tokenize_prompt(real, "")[0].qwen_ids == [151643]
+    assert tokenize_prompt(real, "")[0].t5_ids == [1]
 
 
 @pytest.mark.parametrize("prompt", ["", "()"])
 def test_an_empty_prompt_is_one_padding_token_and_the_end_of_t5(tokenizers, prompt):
-    found = tokenize_prompt(tokenizers, prompt)
-    assert found.tokens.qwen_ids == [tokenizers.qwen.pad_token_id]
-    assert (found.tokens.t5_ids, found.weights) == ([1], [1.0])
+    tokens, weights = tokenize_prompt(tokenizers, prompt)
+    assert tokens.qwen_ids == [tokenizers.qwen.pad_token_id]
+    assert (tokens.t5_ids, weights) == ([1], [1.0])
 
 
 def test_nothing_is_cut_off(tokenizers):
-    found = tokenize_prompt(tokenizers, LONG)
-    assert found.tokens.qwen_ids == tokenizers.qwen(LONG, add_special_tokens=False)["input_ids"]
-    assert found.tokens.t5_ids == tokenizers.t5(LONG)["input_ids"]
-    assert min(len(found.tokens.qwen_ids), len(found.tokens.t5_ids)) > 512
+    tokens, _ = tokenize_prompt(tokenizers, LONG)
+    assert tokens.qwen_ids == tokenizers.qwen(LONG, add_special_tokens=False)["input_ids"]
+    assert tokens.t5_ids == tokenizers.t5(LONG)["input_ids"]
+    assert min(len(tokens.qwen_ids), len(tokens.t5_ids)) > 512
 
 
 # Contexts
@@ -162,7 +162,7 @@ def test_the_empty_prompt_is_not_what_training_caches_for_the_empty_caption(enco
 
 
 def test_a_long_prompt_has_a_row_for_each_token(encode, trained, tokenizers):
-    assert encode(LONG).shape[1] == len(tokenize_prompt(tokenizers, LONG).tokens.t5_ids) > 512
+    assert encode(LONG).shape[1] == len(tokenize_prompt(tokenizers, LONG)[0].t5_ids) > 512
     assert len(trained(LONG)) == 512
 
 

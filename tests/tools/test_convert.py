@@ -27,7 +27,7 @@ from anima_train.model.text import MAX_TOKENS, load_text_encoder, load_tokenizer
 from anima_train.model.tiny import CAPTIONS, SMALL, tiny_paths, write_tiny
 from anima_train.model.vae import load_vae
 from anima_train.objective.timesteps import shifted
-from anima_train.sampling.samplers import euler
+from anima_train.sampling.samplers import Euler
 from anima_train.tools.convert import COMPONENTS, to_diffusers
 
 CPU = torch.device("cpu")
@@ -37,14 +37,6 @@ GUIDANCE = 4.0  # the pipeline's own
 MODELS = ("transformer", "text_conditioner", "vae", "text_encoder")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' own deprecations
-
-
-def convert(files, folder, dtype=None):
-    """Convert the model files that `ModelFiles` names."""
-    to_diffusers(
-        files.transformer_header, files.llm_adapter_header, files.vae, files.llm, files.tokenizer, files.t5_tokenizer,
-        folder, dtype,
-    )  # fmt: skip
 
 
 def model_files(folder):
@@ -65,7 +57,7 @@ def tiny(tmp_path_factory):
 def converted(tiny, tmp_path_factory):
     """The tiny model as a pipeline's folder, moved to another place after it was written."""
     folder = tmp_path_factory.mktemp("converted")
-    convert(model_files(tiny), folder / "first")
+    to_diffusers(model_files(tiny), folder / "first")
     (folder / "first").rename(folder / "pipeline")
     return folder / "pipeline"
 
@@ -164,7 +156,7 @@ def test_tokenizers_as_the_official_folders_hold_them_keep_their_tokens(copy, tm
     (copy.t5_tokenizer / "config.json").write_text('{"model_type": "t5"}')
     config = (copy.tokenizer / "tokenizer_config.json").read_text()
     (copy.tokenizer / "tokenizer_config.json").write_text(config.replace("PreTrainedTokenizerFast", "Qwen2Tokenizer"))
-    convert(copy, tmp_path / "out")
+    to_diffusers(copy, tmp_path / "out")
     tokenizers = load_tokenizers(copy.tokenizer, copy.t5_tokenizer)
     qwen = Qwen2Tokenizer.from_pretrained(tmp_path / "out" / "tokenizer", local_files_only=True)
     t5 = T5Tokenizer.from_pretrained(tmp_path / "out" / "t5_tokenizer", local_files_only=True)
@@ -176,7 +168,7 @@ def test_tokenizers_as_the_official_folders_hold_them_keep_their_tokens(copy, tm
 
 def test_parts_of_a_pipeline_can_be_converted_again(copy, converted, tmp_path):
     folders = {"llm": "text_encoder", "tokenizer": "tokenizer", "t5_tokenizer": "t5_tokenizer"}
-    convert(replace(copy, **{part: converted / name for part, name in folders.items()}), tmp_path / "out")
+    to_diffusers(replace(copy, **{part: converted / name for part, name in folders.items()}), tmp_path / "out")
     for path in (path for path in converted.rglob("*") if path.is_file()):
         assert (tmp_path / "out" / path.relative_to(converted)).read_bytes() == path.read_bytes(), path
 
@@ -208,7 +200,7 @@ def test_pipeline_makes_the_latents_and_pictures_of_our_sampler(pipeline, tiny, 
 
     with torch.no_grad():
         levels = [shifted(1 - step / STEPS, SHIFT) for step in range(STEPS + 1)]
-        latents = euler(velocity, noise, levels)
+        latents = Euler().sample(velocity, noise, levels, SHIFT, lambda: noise)
         pixels = load_vae(files.vae, torch.float32, CPU).decode(latents)
     assert error(found["latents"], latents) < 1e-5
     assert error(found["images"], pixels / 2 + 0.5) < 1e-5
@@ -218,8 +210,8 @@ def test_pipeline_makes_the_latents_and_pictures_of_our_sampler(pipeline, tiny, 
 def test_each_tensor_keeps_its_dtype_unless_told_otherwise(copy, tmp_path):
     change(copy.llm, **{"model.norm.weight": torch.Tensor.float})
     change(copy.transformer, **{"net.t_embedding_norm.weight": torch.Tensor.half})
-    convert(copy, tmp_path / "kept")
-    convert(copy, tmp_path / "float32", torch.float32)
+    to_diffusers(copy, tmp_path / "kept")
+    to_diffusers(copy, tmp_path / "float32", torch.float32)
 
     def dtypes(folder, name):
         (path,) = (folder / name).glob("*.safetensors")
@@ -239,7 +231,7 @@ def test_folder_that_is_there_is_left_alone(copy, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
     with pytest.raises(ConfigError, match="out already exists"):
-        convert(copy, tmp_path / "out")
+        to_diffusers(copy, tmp_path / "out")
     assert os.listdir(tmp_path / "out") == ["mine"]
 
 
@@ -256,14 +248,14 @@ def test_damaged_file_leaves_nothing_behind(copy, tmp_path, part):
     else:
         change(path, **{[*open_header(path).entries][-1]: nan})
     with pytest.raises(ModelFileError, match=str(path)):
-        convert(copy, tmp_path / "out")
+        to_diffusers(copy, tmp_path / "out")
     assert os.listdir(tmp_path) == ["tiny"]
 
 
 def test_model_with_a_mask_channel_is_refused(copy, tmp_path):
     change(copy.transformer, **{"net.x_embedder.proj.1.weight": lambda x: F.pad(x, (0, 4))})
     with pytest.raises(ModelFileError, match="reads 17 channels"):
-        convert(copy, tmp_path / "out")
+        to_diffusers(copy, tmp_path / "out")
     assert os.listdir(tmp_path) == ["tiny"]
 
 
@@ -272,4 +264,4 @@ def test_file_without_a_tensor_is_refused(copy, tmp_path):
     del weights["net.blocks.1.mlp.layer2.weight"]
     save_file(weights, copy.transformer)
     with pytest.raises(ModelFileError, match=r"1 keys missing: blocks\.1\.mlp\.layer2\.weight"):
-        convert(copy, tmp_path / "out")
+        to_diffusers(copy, tmp_path / "out")

@@ -17,7 +17,7 @@ from anima_train.objective.step import compute_loss
 from anima_train.objective.timesteps import Timesteps, shifted
 from anima_train.optim.groups import COMPONENTS, LearningRates, optimizer_groups
 from anima_train.optim.optimizers import AdamW
-from anima_train.sampling.samplers import euler
+from anima_train.sampling.samplers import Euler
 
 SHAPE = TransformerShape(num_blocks=2, width=96, head_dim=24, in_channels=16, context_width=32, adaln_lora_dim=32)
 TIMESTEPS = Timesteps(sigmoid_scale=1.3)
@@ -68,7 +68,7 @@ def train(model, adapter, latents, context, num_steps, lr):
 def sample(model, context, seed):
     noise = torch.randn(2, 16, 1, 8, 8, generator=stream(seed, "sampling"))
     levels = [shifted(1 - step / 50, 3.0) for step in range(51)]
-    return euler(lambda x, t: model(x, torch.full((2, 1), t), context), noise, levels)
+    return Euler().sample(lambda x, t: model(x, torch.full((2, 1), t), context), noise, levels, 1.0, lambda: noise)
 
 
 @pytest.fixture(scope="module")
