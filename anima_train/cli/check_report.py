@@ -54,7 +54,7 @@ def report_check(loaded: LoadedConfig, title: str, measure_steps: int | None, pa
         UserError: what is wrong with the model files or the images.
     """
     config, device = loaded.config, choose_device()
-    spec = build_model_spec(loaded, device)
+    spec = build_model_spec(loaded.config, device)
     scans = scan_all(loaded, write=True)
     show([describe_device(device, spec.dtype), *describe_run(loaded, spec, scans, num_processes=1)])
     measured = []

@@ -52,7 +52,7 @@ def convert(
     from anima_train.tools.convert import expect_new, to_diffusers
 
     expect_new(folder)  # before anything is downloaded
-    files = find_model_files(loaded)
+    files = find_model_files(loaded.config)
     if checkpoint is not None:
         files = replace(files, transformer=checkpoint, llm_adapter=None)
     files.check_headers()

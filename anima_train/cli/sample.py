@@ -55,7 +55,7 @@ def sample(
     """Draw pictures with the model of a config, with or without LoRAs, as ComfyUI does."""
     from anima_train.config.load import load_model_part
 
-    loaded = load_model_part(config, overrides or [], checkpoint)
+    model = load_model_part(config, overrides or [], checkpoint)
 
     from anima_train.cli.draw import choose_requests, choose_sheet, draw, given_settings, save_all
     from anima_train.sampling.grids import Cell, parse_lora
@@ -63,9 +63,9 @@ def sample(
     settings = given_settings(
         size, negative_prompt=negative, seed=seed, steps=steps, cfg=cfg, shift=shift, sampler=sampler, schedule=schedule
     )
-    requests = choose_requests(prompt or [], prompts, settings, loaded.config.sampling)
+    requests = choose_requests(prompt or [], prompts, settings, model.sampling)
     loras = [parse_lora(text) for text in lora or []]
     sheet = choose_sheet(grid or [], gallery, requests, settings, loras)
-    pictures = draw(loaded, sheet.cells if sheet else [Cell(request, tuple(loras)) for request in requests], out)
+    pictures = draw(model, sheet.cells if sheet else [Cell(request, tuple(loras)) for request in requests], out)
     if sheet:
         save_all(sheet, pictures, out)

@@ -55,12 +55,6 @@ class LoadedConfig:
     train: Dataset
     evals: tuple[Dataset, ...]
     notes: tuple[str, ...]  # one for each key that changes nothing
-    base: Path  # folder of the config file: relative paths are also looked up there
-
-    def model_path(self, key: str) -> str | None:
-        """Return a path from [model]: found, an hf:// reference, or None."""
-        path: str | None = getattr(self.config.model, key)
-        return path
 
 
 class ModelPart(Settings):
@@ -69,18 +63,6 @@ class ModelPart(Settings):
     model: ModelSettings
     offline: bool = False
     sampling: Sampling | None = None
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A `ModelPart` with its files found."""
-
-    config: ModelPart
-
-    def model_path(self, key: str) -> str | None:
-        """Return a path from [model]: found, an hf:// reference, or None."""
-        path: str | None = getattr(self.config.model, key)
-        return path
 
 
 @dataclass(frozen=True)
@@ -292,11 +274,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     for key, why in without_effect(config):
         loader.add_note(loader.main, key, why)
     run_name = config.run_name or f"{path.stem}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
-    return LoadedConfig(config, run_name, train, found, tuple(dict.fromkeys(loader.notes)), path.parent)
+    return LoadedConfig(config, run_name, train, found, tuple(dict.fromkeys(loader.notes)))
 
 
-def load_model_part(path: Path, overrides: Sequence[str] = (), transformer: Path | None = None) -> LoadedModel:
-    """Read what a configuration says about its model; its datasets need not exist.
+def load_model_part(path: Path, overrides: Sequence[str] = (), transformer: Path | None = None) -> ModelPart:
+    """Read what a configuration says about its model, with its files found; its datasets need not exist.
 
     Args:
         path: the main TOML.
@@ -330,7 +312,7 @@ def load_model_part(path: Path, overrides: Sequence[str] = (), transformer: Path
         part = part.model_copy(update={"model": model})
     if loader.problems or part is None:
         raise ConfigError(loader.problems)
-    return LoadedModel(part)
+    return part
 
 
 def expected_kind(text: str) -> str:

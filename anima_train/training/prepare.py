@@ -64,7 +64,7 @@ def prepare_data(
     config, is_main = loaded.config, bool(accelerator.is_main_process)
     caches = caches_of((loaded.train, *loaded.evals))
     with main_process_first(accelerator):  # one process downloads and reads the images, the others find it done
-        spec = build_model_spec(loaded, accelerator.device)
+        spec = build_model_spec(loaded.config, accelerator.device)
         scans = scan_all(loaded, write=is_main)
         if is_main:
             for cache in caches:

@@ -56,7 +56,7 @@ def check_only(loaded: LoadedConfig) -> None:
     if not accelerator.is_main_process:
         return
     with logged_to(terminal(is_main=True)):
-        spec = build_model_spec(loaded, accelerator.device)
+        spec = build_model_spec(loaded.config, accelerator.device)
         logger.info("%s", describe_device(spec.device, spec.dtype))
         scans = scan_all(loaded, write=True)
         for line in describe_run(loaded, spec, scans, accelerator.num_processes):

@@ -419,7 +419,7 @@ def report_of(path, measured):
     """The report of a config in which these buckets were measured."""
     loaded = load_config(path, [])
     return make_report(
-        "x", loaded, build_model_spec(loaded, torch.device("cpu")), scan_all(loaded, write=False), 0, measured
+        "x", loaded, build_model_spec(loaded.config, torch.device("cpu")), scan_all(loaded, write=False), 0, measured
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from anima_train.config.load import load_config
-from anima_train.config.model_files import find_model_files
+from anima_train.config.model_files import build_model_spec
 from anima_train.core.text_batch import TextStates
 from anima_train.data.buckets import Size
 from anima_train.training import memory_check as measure_module
@@ -30,8 +30,8 @@ def measured(trainer):
     def run(buckets=(SMALL, LARGE), num_steps=1, **changes):
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()  # Accelerate keeps one configuration per process
-        loaded = load_config(trainer.config(**changes), [])
-        return measure(loaded, find_model_files(loaded), buckets, num_steps, encodes_online=False)
+        config = load_config(trainer.config(**changes), []).config
+        return measure(config, build_model_spec(config, CPU), buckets, num_steps, encodes_online=False)
 
     return run
 
