@@ -88,6 +88,16 @@ class Loader:
         self.notes: list[str] = []
         self.named: set[str] = set()  # keys with a problem; the first one found says the most
 
+    def read(self, path: Path, overrides: Sequence[str]) -> Table:
+        """Return the main file's table with what --set changes; later ones win."""
+        data = read_toml(path)
+        for text in overrides:
+            try:
+                self.overridden.append(apply_override(data, text))
+            except ConfigError as error:
+                self.problems.extend(error.problems)
+        return data
+
     def key_name(self, place: Place, key: str) -> str:
         """Return a key as messages name it: with its file, or with --set."""
         path = (place.prefix + key).strip(".")
@@ -195,6 +205,7 @@ class Loader:
 
     def find_model_files(self, model: ModelSettings) -> ModelSettings:
         """Return the model's settings with its files found; those that are missing are filed."""
+        self.check_folder("model.tiny_path", model.tiny_path)
         place = self.main.inside("model")
         found = {}
         for key in MODEL_PATHS:
@@ -210,15 +221,10 @@ class Loader:
                 found[key] = str(self.find(place, key, text, "file or folder"))
         return model.model_copy(update=found)
 
-    def check_folders(self, config: Config) -> None:
-        """File the folders that would be made if they were missing, but are something else."""
-        for key, text in (
-            ("output_dir", config.output_dir),
-            ("cache_dir", config.cache_dir),
-            ("model.tiny_path", config.model.tiny_path),
-        ):
-            if text is not None and os.path.exists(text):
-                self.find(self.main, key, text, "folder")
+    def check_folder(self, key: str, text: str | None) -> None:
+        """File a folder that would be made if it were missing, but is something else."""
+        if text is not None and os.path.exists(text):
+            self.find(self.main, key, text, "folder")
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
@@ -232,25 +238,20 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
         ConfigError: everything that is wrong, at once.
     """
     loader = Loader(path)
-    data = read_toml(path)
-    for text in overrides:
-        try:
-            loader.overridden.append(apply_override(data, text))
-        except ConfigError as error:
-            loader.problems.extend(error.problems)
-    data = loader.translate(data, MAIN, loader.main)
+    data = loader.translate(loader.read(path, overrides), MAIN, loader.main)
 
     # Datasets are checked on their own, so that their messages name their own file; until then the config has paths.
     entries = data.get("eval_datasets")
-    entries = entries if isinstance(entries, list) else []
+    tables = {
+        i: entry for i, entry in enumerate(entries if isinstance(entries, list) else []) if isinstance(entry, dict)
+    }
     config = loader.validate(Config, replace_tables(data), loader.main, MAIN_HINTS)
     train = loader.load_dataset("train", data.get("dataset"), "dataset", config)
     evals = [
         loader.load_dataset(str(entry.get("name")), entry.get("config"), f"eval_datasets[{index}].config", config)
-        for index, entry in enumerate(entries)
-        if isinstance(entry, dict)
+        for index, entry in tables.items()
     ]
-    for entry, dataset in zip(filter(lambda entry: isinstance(entry, dict), entries), evals, strict=True):
+    for entry, dataset in zip(tables.values(), evals, strict=True):
         if dataset is not None and entry.get("config") != data.get("dataset"):  # else they are meant for training
             loader.notes.extend(
                 f"evaluation set {dataset.name}: {key} has no effect, as each image is shown once, with its first "
@@ -258,7 +259,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
                 for key in dataset.settings.unused_in_evaluation()
             )
     if config is not None:
-        loader.check_folders(config)
+        for key, text in (("output_dir", config.output_dir), ("cache_dir", config.cache_dir)):
+            loader.check_folder(key, text)
         config = config.model_copy(update={"model": loader.find_model_files(config.model)})
     if loader.problems or config is None or train is None:
         raise ConfigError(loader.problems)
@@ -289,23 +291,14 @@ def load_model_part(path: Path, overrides: Sequence[str] = (), transformer: Path
         ConfigError: everything that is wrong in [model], at once; or an override of something else.
     """
     loader = Loader(path)
-    data = read_toml(path)
-    for text in overrides:
-        try:
-            loader.overridden.append(made := apply_override(data, text))
-        except ConfigError as error:
-            loader.problems.extend(error.problems)
-            continue
+    data = {key: value for key, value in loader.read(path, overrides).items() if key in ModelPart.model_fields}
+    for made in loader.overridden:
         if made.partition(".")[0] not in ModelPart.model_fields:
             loader.problems.append(f"--set {made}: has no effect here; only [model], [sampling] and offline are read")
-    data = {key: value for key, value in data.items() if key in ModelPart.model_fields}
     if transformer is not None and isinstance(data.get("model"), dict):
         data["model"] = {key: value for key, value in data["model"].items() if key != "transformer_path"}
     part = loader.validate(ModelPart, loader.translate(data, MAIN, loader.main), loader.main, MAIN_HINTS)
     if part is not None:
-        tiny_path = part.model.tiny_path
-        if tiny_path is not None and os.path.exists(tiny_path):
-            loader.find(loader.main, "model.tiny_path", tiny_path, "folder")
         model = loader.find_model_files(part.model)
         if transformer is not None:
             model = model.model_copy(update={"transformer_path": str(transformer)})
