@@ -242,9 +242,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
 
     # Datasets are checked on their own, so that their messages name their own file; until then the config has paths.
     entries = data.get("eval_datasets")
-    tables = {
-        i: entry for i, entry in enumerate(entries if isinstance(entries, list) else []) if isinstance(entry, dict)
-    }
+    listed = enumerate(entries) if isinstance(entries, list) else ()
+    tables = {index: entry for index, entry in listed if isinstance(entry, dict)}
     config = loader.validate(Config, replace_tables(data), loader.main, MAIN_HINTS)
     train = loader.load_dataset("train", data.get("dataset"), "dataset", config)
     evals = [
