@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from anima_train.cli.options import ConfigPath, Overrides
+from anima_train.cli.options import ConfigPath, Option, Overrides
 from anima_train.core.errors import ConfigError
 
 
@@ -13,19 +13,15 @@ def check(
     config: ConfigPath,
     overrides: Overrides = None,
     html: Annotated[
-        Path | None,
-        typer.Option(
-            dir_okay=False, help="The page to write. Absent: check_CONFIG.html in output_dir.", show_default=False
-        ),
+        Path | None, Option(dir_okay=False, help="The page to write. Absent: check_CONFIG.html in output_dir.")
     ] = None,
     measure_steps: Annotated[
         int | None,
-        typer.Option(
+        Option(
             "--measure",
             min=1,
             metavar="N",
             help="Run N training steps each on the smallest and the largest bucket: memory, time.",
-            show_default=False,
         ),
     ] = None,
     no_html: Annotated[bool, typer.Option("--no-html", help="Write no page, and decode no image for it.")] = False,
