@@ -175,22 +175,19 @@ class Loader:
         caches: list[Cache] = []
         for index, directory in enumerate(settings.directory):
             here = place.inside(f"directory[{index}]")
+            found = {}
             if directory.hf_dataset is not None:
-                folder = self.find_table(here, directory.hf_dataset)
-                found = {"hf_dataset": str(folder)}
-            elif directory.path is not None:
-                folder = self.find(here, "path", directory.path, expected_kind(directory.path))
-                found = {"path": str(folder)}
-            mask = None
-            if directory.mask_path is not None:
-                mask = self.find(here, "mask_path", directory.mask_path, expected_kind(directory.mask_path))
+                found["hf_dataset"] = self.find_table(here, directory.hf_dataset)
+            for key, text in (("path", directory.path), ("mask_path", directory.mask_path)):
+                if text is not None:
+                    found[key] = self.find(here, key, text, expected_kind(text))
+            folder = found["path" if directory.hf_dataset is None else "hf_dataset"]
             folders.append(folder)
-            masks.append(mask)
+            masks.append(found.get("mask_path"))
+            directories.append(directory.model_copy(update={key: str(path) for key, path in found.items()}))
             # What is on the Hub has no place of its own here.
             beside = folder if folder.is_dir() else folder.parent if folder.exists() else output_dir
             caches.append(Cache(beside / CACHE_FOLDER if cache_dir is None else Path(cache_dir)))
-            found |= {} if mask is None else {"mask_path": str(mask)}
-            directories.append(directory.model_copy(update=found))
             self.notes.extend(f"{place.file}: {place.prefix}{text}" for text in settings.without_effect(index))
         settings = settings.model_copy(update={"directory": directories})
         offline = config is not None and config.offline

@@ -19,7 +19,7 @@ def find_model_files(config: Config | ModelPart) -> ModelFiles:
     """Return every model file the configuration names or implies; missing official ones are downloaded.
 
     Raises:
-        ModelFileError: every file that is missing and cannot be downloaded, and every wrong one, at once.
+        ModelFileError: every file that is missing and cannot be downloaded, at once.
     """
     model = config.model
     if model.tiny_path is not None:
@@ -54,12 +54,10 @@ def find_model_files(config: Config | ModelPart) -> ModelFiles:
         resolve("llm_adapter_path", model.llm_adapter_path)
     if problems:
         raise ModelFileError(problems)
-    files = ModelFiles(
+    return ModelFiles(
         found["transformer_path"], found["vae_path"], found["llm_path"], found["tokenizer_path"],
         found["t5_tokenizer_path"], found.get("llm_adapter_path"),
     )  # fmt: skip
-    files.check_headers()
-    return files
 
 
 def build_model_spec(config: Config | ModelPart, device: torch.device) -> ModelSpec:
