@@ -476,7 +476,7 @@ def test_a_diffusion_pipe_config_runs_with_only_its_paths_changed(project):
         )
     ] + [["diffusion_pipe_dataset.toml", "frame_buckets"]]  # fmt: skip
     config = loaded.config
-    assert config.batch_sizes() == [(512, 4), (1024, 1)]
+    assert config.micro_batch_size_per_gpu == [[512, 4], [1024, 1]]
     assert config.eval_batch_sizes() == 1
     assert config.learning_rates().by_component == {
         "self_attn": 2e-5, "cross_attn": 2e-5, "mlp": 2e-5, "mod": 1e-5, "llm_adapter": 0, "base": 2e-5
