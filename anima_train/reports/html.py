@@ -32,8 +32,9 @@ def sha256_base64(script: str) -> str:
 
 def small_jpeg(image: Image.Image, side: int) -> str:
     """Return the image as a JPEG in base64, its longer side at most `side` pixels."""
-    small = image.copy()
-    small.thumbnail((side, side), Image.Resampling.BOX)
+    width, height = image.size
+    factor = min(1.0, side / max(width, height))
+    small = image.resize((max(1, round(width * factor)), max(1, round(height * factor))), Image.Resampling.BOX)
     file = io.BytesIO()
     small.save(file, "JPEG", quality=70)
     return base64.b64encode(file.getvalue()).decode("ascii")
