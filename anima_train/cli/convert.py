@@ -5,9 +5,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from anima_train.cli.options import ConfigPath, Overrides
+from anima_train.cli.options import Argument, ConfigPath, Option, Overrides
 from anima_train.core.errors import ConfigError
 
 # Converting needs no images: those that the config names may be on another machine.
@@ -29,17 +27,12 @@ class Precision(StrEnum):
 
 def convert(
     config: ConfigPath,
-    folder: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.", show_default=False)],
-    to: Annotated[Layout, typer.Option("--to", help="The layout to write.", show_default=False)],
+    folder: Annotated[Path, Argument(metavar="OUT", help="The folder to make.")],
+    to: Annotated[Layout, Option("--to", help="The layout to write.")],
     checkpoint: Annotated[
-        Path | None,
-        typer.Option(
-            help="A whole transformer, with the LLM adapter inside, instead of the config's.", show_default=False
-        ),
+        Path | None, Option(help="A whole transformer, with the LLM adapter inside, instead of the config's.")
     ] = None,
-    dtype: Annotated[
-        Precision | None, typer.Option(help="Of every tensor. Absent: as in the files.", show_default=False)
-    ] = None,
+    dtype: Annotated[Precision | None, Option(help="Of every tensor. Absent: as in the files.")] = None,
     overrides: Overrides = None,
 ) -> None:
     """Write a config's model in the layout of another library."""
@@ -52,7 +45,7 @@ def convert(
     from anima_train.tools.convert import expect_new, to_diffusers
 
     expect_new(folder)  # before anything is downloaded
-    files = find_model_files(loaded)
+    files = find_model_files(loaded.config)
     if checkpoint is not None:
         files = replace(files, transformer=checkpoint, llm_adapter=None)
     files.check_headers()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from anima_train.config.config import Sampling
-from anima_train.config.load import LoadedModel
+from anima_train.config.load import ModelPart
 from anima_train.config.prompt_files import HINTS, make_requests, read_lines, read_requests
 from anima_train.core.device import choose_device, describe_device
 from anima_train.core.errors import ConfigError
@@ -97,7 +97,7 @@ def choose_sheet(
     return sheet
 
 
-def draw(loaded: LoadedModel, cells: Sequence[Cell], out: Path) -> list[Path]:
+def draw(model: ModelPart, cells: Sequence[Cell], out: Path) -> list[Path]:
     """Draw each cell into the folder, print each path when it is written, and return them in the order of the cells.
 
     Raises:
@@ -113,7 +113,7 @@ def draw(loaded: LoadedModel, cells: Sequence[Cell], out: Path) -> list[Path]:
     except OSError as error:
         raise ConfigError(f"--out: {out} cannot be a folder ({error.strerror}); choose another place") from error
     device = choose_device()
-    spec = build_model_spec(loaded, device)
+    spec = build_model_spec(model, device)
     print(describe_device(device, spec.dtype), file=sys.stderr)
     pictures = {}
     for place, path in sample(spec, cells, out):

@@ -1,5 +1,6 @@
 """Arguments and options that several commands share."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -15,10 +16,12 @@ def print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The TOML file.", show_default=False)]
+# Of those that need no default in the help: none is there, or the help says what holds without it.
+Argument = partial(typer.Argument, show_default=False)
+Option = partial(typer.Option, show_default=False)
+ConfigPath = Annotated[Path, Argument(metavar="CONFIG", help="The TOML file.")]
 Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one key; the value is TOML.", show_default=False),
+    list[str] | None, Option("--set", metavar="KEY.PATH=VALUE", help="Change one key; the value is TOML.")
 ]
 Version = Annotated[
     bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version, and end.")

@@ -3,16 +3,14 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
+from anima_train.cli.options import Argument, Option
 from anima_train.core.errors import ConfigError
 
 
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.", show_default=False)],
+    run: Annotated[Path, Argument(metavar="RUN", help="The run's folder.")],
     html: Annotated[
-        Path | None,
-        typer.Option(dir_okay=False, help="The page to write. Absent: report.html in the folder.", show_default=False),
+        Path | None, Option(dir_okay=False, help="The page to write. Absent: report.html in the folder.")
     ] = None,
 ) -> None:
     """Show a run as a page: losses, evaluations, costs, previews, data; whether it has ended or not."""

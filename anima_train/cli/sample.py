@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from anima_train.cli.options import ConfigPath, Overrides
+from anima_train.cli.options import ConfigPath, Option, Overrides
 from anima_train.sampling.names import SAMPLER_NAMES, SCHEDULE_NAMES
 
 GRID = (
@@ -16,38 +16,27 @@ GRID = (
 
 def sample(
     config: ConfigPath,
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="What to draw, as in ComfyUI; may be repeated.", show_default=False)
-    ] = None,
+    prompt: Annotated[list[str] | None, Option(help="What to draw, as in ComfyUI; may be repeated.")] = None,
     prompts: Annotated[
-        Path | None,
-        typer.Option(
-            help="A .txt file, a prompt in each line; or .toml, a table called prompt for each.", show_default=False
-        ),
+        Path | None, Option(help="A .txt file, a prompt in each line; or .toml, a table called prompt for each.")
     ] = None,
-    negative: Annotated[str | None, typer.Option(help="What not to draw.", show_default=False)] = None,
+    negative: Annotated[str | None, Option(help="What not to draw.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the noise, as in ComfyUI.", show_default="0")] = None,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="In pixels.", show_default="1024x1024")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps.", show_default="30")] = None,
     cfg: Annotated[float | None, typer.Option(help="Strength of the prompt.", show_default="4")] = None,
     shift: Annotated[float | None, typer.Option(help="Of the noise levels.", show_default="3")] = None,
-    sampler: Annotated[str | None, typer.Option(help=", ".join(SAMPLER_NAMES), show_default=False)] = None,
-    schedule: Annotated[str | None, typer.Option(help=", ".join(SCHEDULE_NAMES), show_default=False)] = None,
+    sampler: Annotated[str | None, Option(help=", ".join(SAMPLER_NAMES))] = None,
+    schedule: Annotated[str | None, Option(help=", ".join(SCHEDULE_NAMES))] = None,
     lora: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATH[:STRENGTH]", help="A LoRA to apply; may be repeated.", show_default=False),
+        list[str] | None, Option(metavar="PATH[:STRENGTH]", help="A LoRA to apply; may be repeated.")
     ] = None,
     checkpoint: Annotated[
-        Path | None,
-        typer.Option(help="A transformer instead of the config's.", exists=True, dir_okay=False, show_default=False),
+        Path | None, Option(help="A transformer instead of the config's.", exists=True, dir_okay=False)
     ] = None,
-    grid: Annotated[
-        list[str] | None,
-        typer.Option(metavar="x=KEY:V1,V2,...", help=GRID, show_default=False),
-    ] = None,
+    grid: Annotated[list[str] | None, Option(metavar="x=KEY:V1,V2,...", help=GRID)] = None,
     gallery: Annotated[
-        Path | None,
-        typer.Option(help="A text file; the prompt is drawn with each line in the place of {}.", show_default=False),
+        Path | None, Option(help="A text file; the prompt is drawn with each line in the place of {}.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the pictures.")] = Path("samples"),
     overrides: Overrides = None,
@@ -55,7 +44,7 @@ def sample(
     """Draw pictures with the model of a config, with or without LoRAs, as ComfyUI does."""
     from anima_train.config.load import load_model_part
 
-    loaded = load_model_part(config, overrides or [], checkpoint)
+    model = load_model_part(config, overrides or [], checkpoint)
 
     from anima_train.cli.draw import choose_requests, choose_sheet, draw, given_settings, save_all
     from anima_train.sampling.grids import Cell, parse_lora
@@ -63,9 +52,9 @@ def sample(
     settings = given_settings(
         size, negative_prompt=negative, seed=seed, steps=steps, cfg=cfg, shift=shift, sampler=sampler, schedule=schedule
     )
-    requests = choose_requests(prompt or [], prompts, settings, loaded.config.sampling)
+    requests = choose_requests(prompt or [], prompts, settings, model.sampling)
     loras = [parse_lora(text) for text in lora or []]
     sheet = choose_sheet(grid or [], gallery, requests, settings, loras)
-    pictures = draw(loaded, sheet.cells if sheet else [Cell(request, tuple(loras)) for request in requests], out)
+    pictures = draw(model, sheet.cells if sheet else [Cell(request, tuple(loras)) for request in requests], out)
     if sheet:
         save_all(sheet, pictures, out)

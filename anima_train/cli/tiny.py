@@ -5,9 +5,11 @@ from typing import Annotated
 
 import typer
 
+from anima_train.cli.options import Argument
+
 
 def tiny(
-    folder: Annotated[Path, typer.Argument(help="Where to write it.", show_default=False)],
+    folder: Annotated[Path, Argument(help="Where to write it.")],
     seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
     comfy: Annotated[bool, typer.Option("--comfy", help="The smallest shapes unmodified ComfyUI accepts.")] = False,
 ) -> None:

@@ -3,13 +3,13 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_args, get_origin
+from typing import Any
 
 from pydantic.fields import FieldInfo
 
 from anima_train.config.config import Config
 from anima_train.core.format import printable
-from anima_train.core.settings import Location, Settings, is_settings, key_path, members_of, type_name
+from anima_train.core.settings import Location, Settings, is_settings, item_types, key_path, type_name
 from anima_train.data.settings import DatasetSettings, DirectoryOptions
 from anima_train.optim.groups import COMPONENTS, Component
 
@@ -130,7 +130,7 @@ def key_names(table: type[Settings], prefix: str = "") -> Iterator[str]:
     """Yield every key of a settings class and of the tables in it: `seed`, `dataset.directory.path`."""
     for key, setting in table.model_fields.items():
         yield prefix + key
-        for inner in tables_of(setting):
+        for inner in filter(is_settings, item_types(setting.annotation)):
             yield from key_names(inner, f"{prefix}{key}.")
 
 
@@ -161,15 +161,9 @@ def spread_options(dataset: Mapping[str, Any]) -> dict[str, Any]:
 
 def fill_table(data: Mapping[str, Any], setting: FieldInfo) -> dict[str, Any]:
     """Return a table that is the value of a key, or in its list, with its defaults; one of no known type as it is."""
-    choices = list(tables_of(setting))
+    choices = list(filter(is_settings, item_types(setting.annotation)))
     chosen = choices if len(choices) == 1 else [choice for choice in choices if type_name(choice) == data.get("type")]
     return fill_defaults(data, chosen[0]) if chosen else dict(data)
-
-
-def tables_of(setting: FieldInfo) -> Iterator[type[Settings]]:
-    """Yield the settings classes that the value of a key, or an item of its list, may have."""
-    for member in members_of(setting.annotation):
-        yield from filter(is_settings, members_of(get_args(member)[0]) if get_origin(member) is list else [member])
 
 
 def find_differences(before: Any, now: Any, location: Location = ()) -> Iterator[tuple[Location, Any, Any]]:

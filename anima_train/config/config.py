@@ -414,22 +414,13 @@ class Config(Settings):
         """True if training states are saved without being asked for."""
         return any(getattr(self, key) is not None for key in STATE_INTERVALS)
 
-    def batch_sizes(self) -> int | list[tuple[int, int]]:
-        """Return the micro-batch sizes for training."""
-        return as_pairs(self.micro_batch_size_per_gpu)
-
-    def eval_batch_sizes(self) -> int | list[tuple[int, int]]:
+    def eval_batch_sizes(self) -> int | list[list[int]]:
         """Return the micro-batch sizes for evaluation."""
         own = self.eval_micro_batch_size_per_gpu
-        return as_pairs(self.micro_batch_size_per_gpu if own is None else own)
+        return self.micro_batch_size_per_gpu if own is None else own
 
 
 def component_rate(model: ModelSettings, optimizer: AnyOptimizer, component: Component) -> float:
     """Return a component's learning rate: its own, else the optimizer's."""
     own = None if component == "base" else getattr(model, f"{component}_lr")
     return optimizer.lr if own is None else own
-
-
-def as_pairs(sizes: int | list[list[int]]) -> int | list[tuple[int, int]]:
-    """Return TOML's lists as pairs."""
-    return sizes if isinstance(sizes, int) else [(entry[0], entry[1]) for entry in sizes]

@@ -55,12 +55,6 @@ class LoadedConfig:
     train: Dataset
     evals: tuple[Dataset, ...]
     notes: tuple[str, ...]  # one for each key that changes nothing
-    base: Path  # folder of the config file: relative paths are also looked up there
-
-    def model_path(self, key: str) -> str | None:
-        """Return a path from [model]: found, an hf:// reference, or None."""
-        path: str | None = getattr(self.config.model, key)
-        return path
 
 
 class ModelPart(Settings):
@@ -69,18 +63,6 @@ class ModelPart(Settings):
     model: ModelSettings
     offline: bool = False
     sampling: Sampling | None = None
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A `ModelPart` with its files found."""
-
-    config: ModelPart
-
-    def model_path(self, key: str) -> str | None:
-        """Return a path from [model]: found, an hf:// reference, or None."""
-        path: str | None = getattr(self.config.model, key)
-        return path
 
 
 @dataclass(frozen=True)
@@ -105,6 +87,16 @@ class Loader:
         self.problems: list[str] = []
         self.notes: list[str] = []
         self.named: set[str] = set()  # keys with a problem; the first one found says the most
+
+    def read(self, path: Path, overrides: Sequence[str]) -> Table:
+        """Return the main file's table with what --set changes; later ones win."""
+        data = read_toml(path)
+        for text in overrides:
+            try:
+                self.overridden.append(apply_override(data, text))
+            except ConfigError as error:
+                self.problems.extend(error.problems)
+        return data
 
     def key_name(self, place: Place, key: str) -> str:
         """Return a key as messages name it: with its file, or with --set."""
@@ -183,22 +175,19 @@ class Loader:
         caches: list[Cache] = []
         for index, directory in enumerate(settings.directory):
             here = place.inside(f"directory[{index}]")
+            found = {}
             if directory.hf_dataset is not None:
-                folder = self.find_table(here, directory.hf_dataset)
-                found = {"hf_dataset": str(folder)}
-            elif directory.path is not None:
-                folder = self.find(here, "path", directory.path, expected_kind(directory.path))
-                found = {"path": str(folder)}
-            mask = None
-            if directory.mask_path is not None:
-                mask = self.find(here, "mask_path", directory.mask_path, expected_kind(directory.mask_path))
+                found["hf_dataset"] = self.find_table(here, directory.hf_dataset)
+            for key, text in (("path", directory.path), ("mask_path", directory.mask_path)):
+                if text is not None:
+                    found[key] = self.find(here, key, text, expected_kind(text))
+            folder = found["path" if directory.hf_dataset is None else "hf_dataset"]
             folders.append(folder)
-            masks.append(mask)
+            masks.append(found.get("mask_path"))
+            directories.append(directory.model_copy(update={key: str(path) for key, path in found.items()}))
             # What is on the Hub has no place of its own here.
             beside = folder if folder.is_dir() else folder.parent if folder.exists() else output_dir
             caches.append(Cache(beside / CACHE_FOLDER if cache_dir is None else Path(cache_dir)))
-            found |= {} if mask is None else {"mask_path": str(mask)}
-            directories.append(directory.model_copy(update=found))
             self.notes.extend(f"{place.file}: {place.prefix}{text}" for text in settings.without_effect(index))
         settings = settings.model_copy(update={"directory": directories})
         offline = config is not None and config.offline
@@ -213,6 +202,7 @@ class Loader:
 
     def find_model_files(self, model: ModelSettings) -> ModelSettings:
         """Return the model's settings with its files found; those that are missing are filed."""
+        self.check_folder("model.tiny_path", model.tiny_path)
         place = self.main.inside("model")
         found = {}
         for key in MODEL_PATHS:
@@ -228,15 +218,10 @@ class Loader:
                 found[key] = str(self.find(place, key, text, "file or folder"))
         return model.model_copy(update=found)
 
-    def check_folders(self, config: Config) -> None:
-        """File the folders that would be made if they were missing, but are something else."""
-        for key, text in (
-            ("output_dir", config.output_dir),
-            ("cache_dir", config.cache_dir),
-            ("model.tiny_path", config.model.tiny_path),
-        ):
-            if text is not None and os.path.exists(text):
-                self.find(self.main, key, text, "folder")
+    def check_folder(self, key: str, text: str | None) -> None:
+        """File a folder that would be made if it were missing, but is something else."""
+        if text is not None and os.path.exists(text):
+            self.find(self.main, key, text, "folder")
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
@@ -250,25 +235,19 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
         ConfigError: everything that is wrong, at once.
     """
     loader = Loader(path)
-    data = read_toml(path)
-    for text in overrides:
-        try:
-            loader.overridden.append(apply_override(data, text))
-        except ConfigError as error:
-            loader.problems.extend(error.problems)
-    data = loader.translate(data, MAIN, loader.main)
+    data = loader.translate(loader.read(path, overrides), MAIN, loader.main)
 
     # Datasets are checked on their own, so that their messages name their own file; until then the config has paths.
     entries = data.get("eval_datasets")
-    entries = entries if isinstance(entries, list) else []
+    listed = enumerate(entries) if isinstance(entries, list) else ()
+    tables = {index: entry for index, entry in listed if isinstance(entry, dict)}
     config = loader.validate(Config, replace_tables(data), loader.main, MAIN_HINTS)
     train = loader.load_dataset("train", data.get("dataset"), "dataset", config)
     evals = [
         loader.load_dataset(str(entry.get("name")), entry.get("config"), f"eval_datasets[{index}].config", config)
-        for index, entry in enumerate(entries)
-        if isinstance(entry, dict)
+        for index, entry in tables.items()
     ]
-    for entry, dataset in zip(filter(lambda entry: isinstance(entry, dict), entries), evals, strict=True):
+    for entry, dataset in zip(tables.values(), evals, strict=True):
         if dataset is not None and entry.get("config") != data.get("dataset"):  # else they are meant for training
             loader.notes.extend(
                 f"evaluation set {dataset.name}: {key} has no effect, as each image is shown once, with its first "
@@ -276,7 +255,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
                 for key in dataset.settings.unused_in_evaluation()
             )
     if config is not None:
-        loader.check_folders(config)
+        for key, text in (("output_dir", config.output_dir), ("cache_dir", config.cache_dir)):
+            loader.check_folder(key, text)
         config = config.model_copy(update={"model": loader.find_model_files(config.model)})
     if loader.problems or config is None or train is None:
         raise ConfigError(loader.problems)
@@ -292,11 +272,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     for key, why in without_effect(config):
         loader.add_note(loader.main, key, why)
     run_name = config.run_name or f"{path.stem}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
-    return LoadedConfig(config, run_name, train, found, tuple(dict.fromkeys(loader.notes)), path.parent)
+    return LoadedConfig(config, run_name, train, found, tuple(dict.fromkeys(loader.notes)))
 
 
-def load_model_part(path: Path, overrides: Sequence[str] = (), transformer: Path | None = None) -> LoadedModel:
-    """Read what a configuration says about its model; its datasets need not exist.
+def load_model_part(path: Path, overrides: Sequence[str] = (), transformer: Path | None = None) -> ModelPart:
+    """Read what a configuration says about its model, with its files found; its datasets need not exist.
 
     Args:
         path: the main TOML.
@@ -307,30 +287,21 @@ def load_model_part(path: Path, overrides: Sequence[str] = (), transformer: Path
         ConfigError: everything that is wrong in [model], at once; or an override of something else.
     """
     loader = Loader(path)
-    data = read_toml(path)
-    for text in overrides:
-        try:
-            loader.overridden.append(made := apply_override(data, text))
-        except ConfigError as error:
-            loader.problems.extend(error.problems)
-            continue
+    data = {key: value for key, value in loader.read(path, overrides).items() if key in ModelPart.model_fields}
+    for made in loader.overridden:
         if made.partition(".")[0] not in ModelPart.model_fields:
             loader.problems.append(f"--set {made}: has no effect here; only [model], [sampling] and offline are read")
-    data = {key: value for key, value in data.items() if key in ModelPart.model_fields}
     if transformer is not None and isinstance(data.get("model"), dict):
         data["model"] = {key: value for key, value in data["model"].items() if key != "transformer_path"}
     part = loader.validate(ModelPart, loader.translate(data, MAIN, loader.main), loader.main, MAIN_HINTS)
     if part is not None:
-        tiny_path = part.model.tiny_path
-        if tiny_path is not None and os.path.exists(tiny_path):
-            loader.find(loader.main, "model.tiny_path", tiny_path, "folder")
         model = loader.find_model_files(part.model)
         if transformer is not None:
             model = model.model_copy(update={"transformer_path": str(transformer)})
         part = part.model_copy(update={"model": model})
     if loader.problems or part is None:
         raise ConfigError(loader.problems)
-    return LoadedModel(part)
+    return part
 
 
 def expected_kind(text: str) -> str:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from anima_train.config.load import LoadedConfig, LoadedModel
+from anima_train.config.config import Config
+from anima_train.config.load import ModelPart
 from anima_train.core.device import DTYPES
 from anima_train.core.errors import ModelFileError, UserError
 from anima_train.model import hub
@@ -14,20 +15,20 @@ from anima_train.model.text import find_tokenizer_folder
 from anima_train.model.tiny import tiny_paths, write_tiny
 
 
-def find_model_files(loaded: LoadedConfig | LoadedModel) -> ModelFiles:
+def find_model_files(config: Config | ModelPart) -> ModelFiles:
     """Return every model file the configuration names or implies; missing official ones are downloaded.
 
     Raises:
-        ModelFileError: every file that is missing and cannot be downloaded, and every wrong one, at once.
+        ModelFileError: every file that is missing and cannot be downloaded, at once.
     """
-    config = loaded.config
-    if config.model.tiny_path is not None:
-        folder = Path(config.model.tiny_path)
+    model = config.model
+    if model.tiny_path is not None:
+        folder = Path(model.tiny_path)
         files = tiny_paths(folder)
         if not all(path.exists() for path in astuple(files) if path is not None):
             files = write_tiny(folder)
-        other = loaded.model_path("transformer_path")  # for pictures alone: a configuration has only one of the two
-        llm_adapter = loaded.model_path("llm_adapter_path")
+        other = model.transformer_path  # for pictures alone: a configuration has only one of the two
+        llm_adapter = model.llm_adapter_path
         return replace(
             files,
             transformer=files.transformer if other is None else Path(other),
@@ -44,33 +45,31 @@ def find_model_files(loaded: LoadedConfig | LoadedModel) -> ModelFiles:
             problems.extend(error.problems)
 
     for slot in ("transformer_path", "vae_path", "llm_path"):
-        resolve(slot, loaded.model_path(slot))
+        resolve(slot, getattr(model, slot))
     for slot, name in (("tokenizer_path", "tokenizer"), ("t5_tokenizer_path", "t5_tokenizer")):
-        path = loaded.model_path(slot)
+        path = getattr(model, slot)
         near = None if path is not None or "llm_path" not in found else find_tokenizer_folder(name, found["llm_path"])
         resolve(slot, path if near is None else str(near))
-    if config.model.llm_adapter_path is not None:
-        resolve("llm_adapter_path", loaded.model_path("llm_adapter_path"))
+    if model.llm_adapter_path is not None:
+        resolve("llm_adapter_path", model.llm_adapter_path)
     if problems:
         raise ModelFileError(problems)
-    files = ModelFiles(
+    return ModelFiles(
         found["transformer_path"], found["vae_path"], found["llm_path"], found["tokenizer_path"],
         found["t5_tokenizer_path"], found.get("llm_adapter_path"),
     )  # fmt: skip
-    files.check_headers()
-    return files
 
 
-def build_model_spec(loaded: LoadedConfig | LoadedModel, device: torch.device) -> ModelSpec:
+def build_model_spec(config: Config | ModelPart, device: torch.device) -> ModelSpec:
     """Find the model's files, check their headers, and say how the configuration uses them.
 
     Raises:
         ModelFileError: every file that is missing or wrong, at once.
     """
-    files = find_model_files(loaded)
+    files = find_model_files(config)
     files.check_headers()
-    model = loaded.config.model
-    trains = isinstance(loaded, LoadedConfig) and loaded.config.learning_rates().by_component["llm_adapter"] != 0
+    model = config.model
+    trains = isinstance(config, Config) and config.learning_rates().by_component["llm_adapter"] != 0
     return ModelSpec(
         files,
         dtype=DTYPES[model.dtype],

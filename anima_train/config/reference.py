@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from anima_train.config.config import Config
 from anima_train.core.files import write_text
-from anima_train.core.settings import Settings, is_settings, members_of, type_name
+from anima_train.core.settings import Settings, is_list, is_settings, item_types, members_of, type_name
 from anima_train.data.settings import DatasetSettings
 
 WIDTH = 118
@@ -60,11 +60,10 @@ def settings_lines(root: type[Settings], path: str = "", above: type[Settings] =
         yield ""
     for name, field in fields:
         choices = [] if name in shared else choices_of(field)
-        is_list = get_origin(members_of(field.annotation)[0]) is list
         for number, choice in enumerate(choices):
             yield from comment(field.description or "") if number == 0 else ()
             yield from comment((choice.__doc__ or "").partition("\n\n")[0]) if len(choices) > 1 else ()
-            yield f"#[[{path}{name}]]" if is_list else f"#[{path}{name}]"
+            yield f"#[[{path}{name}]]" if any(map(is_list, members_of(field.annotation))) else f"#[{path}{name}]"
             yield from () if type_name(choice) else ("",)  # a choice starts with its type
             yield from settings_lines(choice, f"{path}{name}.", root)
 
@@ -76,10 +75,8 @@ def is_same(field: FieldInfo, other: FieldInfo | None) -> bool:
 
 def choices_of(field: FieldInfo) -> list[type[Settings]]:
     """Return the settings classes of a key that is a table or a list of tables; none if a path can stand instead."""
-    members = members_of(field.annotation)
-    if get_origin(members[0]) is list:
-        members = members_of(get_args(members[0])[0])
-    return [] if str in members else [member for member in members if is_settings(member)]
+    members = item_types(field.annotation)
+    return [] if str in members else list(filter(is_settings, members))
 
 
 def accepts_name(field: FieldInfo) -> bool:
@@ -103,7 +100,7 @@ def kind_text(annotation: Any) -> str:
     """Return a type in TOML's words."""
     kinds = []
     for member in members_of(annotation):
-        if get_origin(member) is list:
+        if is_list(member):
             kinds.append(f"[{kind_text(get_args(member)[0])}, ...]")
         elif get_origin(member) is Literal:
             kinds.extend(map(json.dumps, get_args(member)))

@@ -201,7 +201,7 @@ class ErrorPlace:
                 field = member.model_fields.get(str(part))
                 here = [] if field is None else members_of(field.annotation)
             else:
-                here = members_of(get_args(member)[0]) if get_origin(member) is list else []
+                here = members_of(get_args(member)[0]) if is_list(member) else []
         return cls(tuple(real), table, choices, here)
 
 
@@ -214,6 +214,17 @@ def members_of(annotation: Any) -> list[Any]:
     return [annotation]
 
 
+def item_types(annotation: Any) -> list[Any]:
+    """Return the types that a value, or where it is a list an item of it, may have."""
+    members = members_of(annotation)
+    return [item for member in members for item in (members_of(get_args(member)[0]) if is_list(member) else [member])]
+
+
+def is_list(annotation: Any) -> bool:
+    """Return True if this type is a list of something."""
+    return get_origin(annotation) is list
+
+
 def is_settings(annotation: Any) -> TypeGuard[type[Settings]]:
     """Return True if this type is a settings class."""
     return isinstance(annotation, type) and issubclass(annotation, Settings)
@@ -223,7 +234,7 @@ def is_named_like(member: Any, name: int | str) -> bool:
     """Return True if pydantic calls this member of a union by this name."""
     if is_settings(member):
         return name in (member.__name__, type_name(member))
-    return get_origin(member) is list and str(name).startswith("list[")
+    return is_list(member) and str(name).startswith("list[")
 
 
 def type_name(table: type[Settings]) -> str:
@@ -232,16 +243,13 @@ def type_name(table: type[Settings]) -> str:
     return "" if field is None or field.is_required() else str(field.default)
 
 
-def tables(root: type[Settings], name: str = "", is_list: bool = False) -> Iterator[tuple[str, type[Settings]]]:
+def tables(root: type[Settings], name: str = "", in_list: bool = False) -> Iterator[tuple[str, type[Settings]]]:
     """Yield (place in the file, class) for every table below a settings class, itself included."""
-    place = f"in [[{name}]]" if is_list else f"in [{name}]"
+    place = f"in [[{name}]]" if in_list else f"in [{name}]"
     yield place if name else "at the top of the file, above the first [table]", root
     for key, field in root.model_fields.items():
-        for member in members_of(field.annotation):
-            in_list = get_origin(member) is list
-            for inner in members_of(get_args(member)[0]) if in_list else [member]:
-                if is_settings(inner):
-                    yield from tables(inner, f"{name}.{key}" if name else key, in_list)
+        for inner in filter(is_settings, item_types(field.annotation)):
+            yield from tables(inner, f"{name}.{key}" if name else key, any(map(is_list, members_of(field.annotation))))
 
 
 def value_at(data: object, location: Location) -> object:

@@ -22,7 +22,7 @@ from anima_train.core.random import shuffled
 from anima_train.data.buckets import Size
 from anima_train.data.samples import Sample
 
-BatchSizes = int | Sequence[tuple[int, int]]
+BatchSizes = int | Sequence[Sequence[int]]  # one for all resolutions, or (resolution, number)
 
 
 @dataclass(frozen=True, slots=True)

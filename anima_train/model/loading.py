@@ -92,9 +92,9 @@ class ModelFiles:
                 f"{llm_adapter.target_width:,}, and the transformer reads {transformer.context_width:,}"
             )
 
-    def num_text_weights(self, llm_adapter_lr: float) -> int:
+    def num_text_weights(self, trains_llm_adapter: bool) -> int:
         """Return the number of weights of the text encoder and, if it is frozen, the LLM adapter."""
-        llm_adapter = self.llm_adapter_header.num_values if llm_adapter_lr == 0 else 0
+        llm_adapter = 0 if trains_llm_adapter else self.llm_adapter_header.num_values
         return open_text_encoder(self.llm).num_values + llm_adapter
 
     def llm_adapter_tensors(self) -> dict[str, Tensor]:

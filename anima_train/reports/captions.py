@@ -4,6 +4,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from anima_train.data.samples import Sample
 from anima_train.data.scan_warnings import SPECIAL_TOKEN
@@ -125,15 +126,17 @@ def shortened(tag: str) -> set[str]:
     return {tag, *(tag[:place] + tag[place + 1 :] for place in range(len(tag)))}
 
 
+def num_same(one: str, other: str) -> int:
+    """Return the number of letters that are the same from the start on."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
 def one_edit(tag: str, other: str) -> bool:
     """Return True if one edit makes one tag of the other; not where digits differ, as in 1girl and 2girl."""
-    start = 0
-    while tag[start : start + 1] == other[start : start + 1] != "":
-        start += 1
-    end = 0
-    while end < min(len(tag), len(other)) - start and tag[-1 - end] == other[-1 - end]:
-        end += 1
-    left, right = tag[start : len(tag) - end], other[start : len(other) - end]
+    start = num_same(tag, other)
+    left, right = tag[start:], other[start:]
+    end = num_same(left[::-1], right[::-1])
+    left, right = left[: len(left) - end], right[: len(right) - end]
     if any(letter.isdigit() for letter in left + right):
         return False
     return max(len(left), len(right)) == 1 or (len(left) == 2 and left == right[::-1])

@@ -1,4 +1,4 @@
-"""Curves over steps as SVG inside a page; all text in what is marked as markup goes through `text`."""
+"""Curves over steps as SVG inside a page, made from `chart.html`."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -7,7 +7,7 @@ from itertools import groupby
 
 from markupsafe import Markup
 
-from anima_train.reports.html import text
+from anima_train.reports.html import TEMPLATES, finalize
 from anima_train.reports.series import Series
 
 WIDTH, HEIGHT = 640, 180
@@ -91,65 +91,32 @@ def chart(label: str, lines: Sequence[Line], from_zero: bool = False) -> Markup:
     steps = [step for line in lines for step, *_ in (*line.points, *line.band)]
     values = [v for line in lines for v in (*(v for _, v in line.points), *(v for _, *pair in line.band for v in pair))]
     if not any(map(math.isfinite, values)):
-        return Markup(f'<p class="note">{text(label)}: no finite number was logged.</p>')
+        return Markup('<p class="note">{}: no finite number was logged.</p>').format(finalize(label))
     first, last = min(steps), max(steps)
-    x_axis = Axis(first, max(last, first + 1), WIDTH)
-    y_axis = value_axis(values, from_zero)
-    grid = "".join(f"M0 {HEIGHT - y_axis.place(tick):.1f}H{WIDTH}" for tick in y_axis.ticks())
-    drawn = [curve(line, place % NUM_COLOURS, x_axis, y_axis) for place, line in enumerate(lines)]
-    labels = [
-        f'<text x="-6" y="{HEIGHT - y_axis.place(tick) + 4:.1f}" text-anchor="end">{tick or 0.0:.4g}</text>'
-        for tick in y_axis.ticks()
-    ] + [
-        f'<text x="{x_axis.place(tick):.1f}" y="{HEIGHT + 16}" text-anchor="middle">{tick:,.0f}</text>'
-        for tick in x_axis.ticks()
-        if tick == int(tick)
-    ]
-    return Markup(
-        f'<div class="graph">{legend(lines) if len(lines) > 1 else ""}'
-        f'<svg class="chart" role="img" aria-label="{text(label)}" viewBox="-60 -8 {WIDTH + 80} {HEIGHT + 30}" '
-        f'data-left="{x_axis.low:.0f}" data-right="{x_axis.high:.0f}" data-low="{y_axis.low!r}" '
-        f'data-high="{y_axis.high!r}" data-log="{int(y_axis.is_log)}" data-width="{WIDTH}" data-height="{HEIGHT}">'
-        f'<path d="{grid}"/><path d="M0 0V{HEIGHT}H{WIDTH}"/>{"".join(drawn)}{"".join(labels)}'
-        f'<path class="cursor" d="M0 0"/></svg>{LOG_NOTE if y_axis.is_log else ""}</div>'
-    )
+    html = TEMPLATES.get_template("chart.html").render(
+        label=label, lines=lines, width=WIDTH, height=HEIGHT, num_colours=NUM_COLOURS,
+        x_axis=Axis(first, max(last, first + 1), WIDTH), y_axis=value_axis(values, from_zero),
+        bands_of=bands_of, stretches_of=stretches_of,
+    )  # fmt: skip
+    return Markup(html)
 
 
-LOG_NOTE = '<p class="note">The axis is logarithmic.</p>'
-
-
-def legend(lines: Sequence[Line]) -> str:
-    """Return the name of each colour."""
-    items = (
-        f'<span><i class="c{place % NUM_COLOURS}"></i>{text(line.name)}</span>' for place, line in enumerate(lines)
-    )
-    return f'<p class="legend">{"".join(items)}</p>'
-
-
-def curve(line: Line, colour: int, x_axis: Axis, y_axis: Axis) -> str:
-    """Return a curve over its band, and the marks below it."""
-
-    def at(step: int, value: float) -> str:
-        return f"{x_axis.place(step):.2f},{HEIGHT - y_axis.place(value):.2f}"
-
-    parts = []
+def bands_of(line: Line, x_axis: Axis, y_axis: Axis) -> Iterator[list[str]]:
+    """Yield the corners of each part of a curve's band: along its high edge, and back along the low one."""
     for stretch in stretches(line.band):
-        corners = [at(step, high) for step, _, high in stretch] + [at(step, low) for step, low, _ in stretch[::-1]]
-        parts.append(f'<polygon class="c{colour}" points="{" ".join(corners)}"/>')
+        edges = [(step, high) for step, _, high in stretch] + [(step, low) for step, low, _ in stretch[::-1]]
+        yield [place_of(*corner, x_axis, y_axis) for corner in edges]
+
+
+def stretches_of(line: Line, x_axis: Axis, y_axis: Axis) -> Iterator[list[str]]:
+    """Yield the places of each part of a curve."""
     for stretch in stretches(line.points):
-        places = [at(step, value) for step, value in stretch]
-        parts.append(
-            f'<polyline class="c{colour}" data-name="{text(line.name)}" points="{" ".join(places)}"/>'
-            + "".join(dot(place, colour) for place in places if len(places) == 1)
-        )
-    marks = "".join(f"M{x_axis.place(step):.1f} {HEIGHT - 6}V{HEIGHT}" for step in line.marks)
-    return "".join(parts) + (f'<path class="mark" d="{marks}"/>' if marks else "")
+        yield [place_of(step, value, x_axis, y_axis) for step, value in stretch]
 
 
-def dot(place: str, colour: int) -> str:
-    """Return a point that no line leads to."""
-    x, y = place.split(",")
-    return f'<circle class="c{colour}" cx="{x}" cy="{y}" r="2.5"/>'
+def place_of(step: int, value: float, x_axis: Axis, y_axis: Axis) -> str:
+    """Return the place of a value in the picture."""
+    return f"{x_axis.place(step):.2f},{HEIGHT - y_axis.place(value):.2f}"
 
 
 def stretches(points: Sequence[tuple]) -> Iterator[list[tuple]]:

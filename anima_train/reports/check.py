@@ -1,57 +1,8 @@
-"""The report of `anima check`, as lines for the terminal and as values for the page."""
+"""The findings of `anima check` as lines for the terminal."""
 
-from collections.abc import Sequence
-
-from anima_train.adapters.full import Full
 from anima_train.caching.sizes import total_bytes
-from anima_train.caching.text_encoding import encodes_online
-from anima_train.config.load import LoadedConfig
 from anima_train.core.format import count, format_bytes, printable
-from anima_train.data.scan import Scan
-from anima_train.model.dit import TransformerShape
-from anima_train.model.llm_adapter import LLMAdapterShape
-from anima_train.model.loading import ModelSpec
-from anima_train.model.text import load_tokenizers
-from anima_train.optim.groups import group_rows
-from anima_train.reports.dataset import DatasetReport, SetReport, collect
-from anima_train.training.build import plan_run, trainable_transformer
-from anima_train.training.costs import Measured, ModelStats
-
-
-def dataset_report(
-    title: str, loaded: LoadedConfig, spec: ModelSpec, scans: dict[str, Scan], max_thumbnails: int,
-    measured: Sequence[Measured] = (),
-) -> DatasetReport:  # fmt: skip
-    """Return the report for the page, with at most `max_thumbnails` pictures.
-
-    Measured costs replace the estimates of their buckets.
-
-    Raises:
-        ModelFileError: a tokenizer cannot be loaded.
-    """
-    config, files = loaded.config, spec.files
-    plan, schedule = plan_run(config, scans["train"].samples, num_processes=1)
-    transformer = trainable_transformer(spec, config.adapter, config.learning_rates(), config.seed)
-    groups = group_rows(transformer, config.learning_rates())
-    num_trained = sum(row.num_parameters for row in groups)
-    num_all = sum(parameter.numel() for parameter in transformer.parameters())
-    adapter = LLMAdapterShape.of(files.llm_adapter_header.entries)
-    is_online = encodes_online(config.model.cache_text_embeddings, plan.samples)
-    has_text_encoder = is_online and config.model.text_encoder_device == "training"
-    model = ModelStats(
-        TransformerShape.of(files.transformer_header.entries),
-        num_weights=num_all if isinstance(config.adapter, Full) else num_all - num_trained,
-        num_trained=num_trained,
-        source_width=adapter.source_width,
-        context_width=adapter.target_width,
-        num_text_weights=files.num_text_weights(config.learning_rates().by_component["llm_adapter"])
-        if has_text_encoder
-        else 0,
-    )
-    return collect(
-        title, config, loaded.notes, scans, plan, schedule, groups,
-        load_tokenizers(files.tokenizer, files.t5_tokenizer), model, max_thumbnails, measured,
-    )  # fmt: skip
+from anima_train.reports.dataset import DatasetReport, SetReport
 
 
 def summary(found: DatasetReport) -> list[str]:

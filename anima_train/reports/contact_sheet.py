@@ -2,6 +2,7 @@
 
 import json
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,14 +146,8 @@ def wrap(label: str, font: Font, width: int, max_lines: int) -> list[str]:
 
 def fitting_length(text: str, font: Font, width: int) -> int:
     """Return the number of letters that fit, at least one."""
-    low, high = 1, min(len(text), max(1, width))  # no letter is narrower than a pixel
-    while low < high:
-        middle = (low + high + 1) // 2
-        if font.getlength(text[:middle]) <= width:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    lengths = range(1, min(len(text), max(1, width)) + 1)  # no letter is narrower than a pixel
+    return max(1, bisect_right(lengths, float(width), key=lambda length: font.getlength(text[:length])))
 
 
 def save_sheet(path: Path, sheet: Sheet, pictures: Sequence[Path]) -> None:

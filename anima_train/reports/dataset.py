@@ -1,46 +1,34 @@
 """The report of a dataset before the run, collected into plain values; `dataset_page` draws it."""
 
 import concurrent.futures
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
-from anima_train.caching.entries import needed_entries
-from anima_train.caching.sizes import CacheCost, TextFormat, cache_costs
-from anima_train.config.config import Config
-from anima_train.core.device import DTYPES
+from anima_train.caching.sizes import CacheCost
 from anima_train.core.format import format_duration
 from anima_train.data.buckets import Size
 from anima_train.data.image_headers import BadImage
 from anima_train.data.images import cover_box, decode
-from anima_train.data.loader import TextIdentity
-from anima_train.data.plan import EpochSchedule, Plan, batch_size_for, short_by, times_seen
+from anima_train.data.plan import BatchSizes, Plan, batch_size_for, short_by
 from anima_train.data.samples import Sample
 from anima_train.data.scan import Scan
 from anima_train.data.sources.archive import content_of
-from anima_train.model.text import Tokenizers
 from anima_train.optim.groups import GroupRow
-from anima_train.optim.lr_schedules import lr_factor
-from anima_train.reports.captions import CaptionStats, Missing, caption_stats, missing_words, tokenized
+from anima_train.optim.lr_schedules import Schedule, lr_factor
+from anima_train.reports.captions import CaptionStats, Missing, Tokenized, caption_stats, missing_words
 from anima_train.reports.html import small_jpeg
-from anima_train.reports.places import places_of, shared_text
 from anima_train.reports.series import evenly, evenly_to_last
-from anima_train.training.costs import (
-    Measured,
-    MemoryCost,
-    ModelStats,
-    estimated_seconds,
-    memory_cost,
-    memory_suggestions,
-)
+from anima_train.training.costs import Measured, MemoryCost
 
 MAX_THUMBNAILS = 160
 THUMBNAIL_SIDE = 160  # pixels, the longer one
 CURVE_POINTS = 200
-ANY_MODEL = TextIdentity("", "", "", "", "")  # the number and sizes of cache entries are those of every model
 NUM_THREADS = 4  # each holds a whole decoded image, of up to 400 MB
+
+BucketKey = tuple[int, Size]  # resolution, size
+Captions = Mapping[Path, Sequence[str]]  # of each picture
 
 
 @dataclass(frozen=True)
@@ -65,10 +53,10 @@ class Bucket:
     num_images: int
     batch_size: int
     short_by: int  # images that the last batch of the first epoch lacks
-    memory: MemoryCost | None  # None: not trained
-    measured: Measured | None  # counts instead of `memory`
-    savings: Sequence[str]  # what to change where memory ran out
     thumbnails: Sequence[Thumbnail]
+    memory: MemoryCost | None = None  # None: not trained
+    measured: Measured | None = None  # counts instead of `memory`
+    savings: Sequence[str] = ()  # what to change where memory ran out
 
 
 @dataclass(frozen=True)
@@ -114,98 +102,80 @@ class DatasetReport:
         )
 
 
-def collect(
-    title: str, config: Config, notes: Sequence[str], scans: Mapping[str, Scan], plan: Plan, timetable: EpochSchedule,
-    groups: Sequence[GroupRow], tokenizers: Tokenizers, model: ModelStats, max_thumbnails: int,
-    measured: Sequence[Measured],
-) -> DatasetReport:  # fmt: skip
-    """Return the report, for which captions are tokenized and some of the pictures decoded.
+def captions_of(scans: Mapping[str, Scan], seed: int) -> dict[str, Captions]:
+    """Return the captions of each set as they are trained, of evaluation sets the one that is measured."""
+    return {
+        name: {
+            sample.picture.path: sample.captions(seed) if name == "train" else [sample.evaluation_caption().text]
+            for sample in scan.samples
+        }
+        for name, scan in scans.items()
+    }
+
+
+def collect_sets(
+    scans: Mapping[str, Scan], plan: Plan, eval_batch_sizes: BatchSizes, captions: Mapping[str, Captions],
+    known: Tokenized, max_thumbnails: int, shared: Callable[[str], str],
+) -> list[SetReport]:  # fmt: skip
+    """Return the report of each set, without the costs of its buckets.
 
     Args:
-        title: of the report.
-        config: of the run.
-        notes: about keys without effect.
-        scans: by the dataset's name; "train" is trained.
+        scans: by the set's name; "train" is trained.
         plan: of the run.
-        timetable: of the run.
-        groups: the trained components.
-        tokenizers: of the model.
-        model: for the costs.
+        eval_batch_sizes: of the evaluation sets.
+        captions: by the set's name.
+        known: the tokens of all captions.
         max_thumbnails: pictures in the whole report; 0 decodes no image.
-        measured: instead of the estimates, for some of the training set's buckets.
+        shared: makes of a message one that may be shown to others.
     """
-    captions = {
-        name: [
-            sample.captions(config.seed) if name == "train" else [sample.evaluation_caption().text]
-            for sample in found.samples
-        ]
-        for name, found in scans.items()
-    }
-    known = tokenized(tokenizers, ["", *(text for lists in captions.values() for texts in lists for text in texts)])
-    refs = plan.refs_by_bucket(0)
-    costs = {(each.size, each.batch_size): each for each in measured}
-    # The page may be shown to others, so it names no folder of this machine.
-    shared = partial(shared_text, places=[str(Path.home() / "x"), *places_of(config.model_dump())])
     sets = []
-    for name, found in scans.items():
+    for name, scan in scans.items():
         is_trained = name == "train"
-        sizes = config.batch_sizes() if is_trained else config.eval_batch_sizes()
-        small, damaged = thumbnails(config.seed, found.samples, max_thumbnails // len(scans))
-        buckets = []
-        for (resolution, size), members in by_bucket(found.samples).items():
-            width = batch_size_for(sizes, resolution)
-            shown = len(refs[resolution, size] if is_trained else members)
-            memory = memory_cost(config, model, size, width) if is_trained else None
-            cost = costs.get((size, width)) if is_trained else None
-            ran_out = cost is not None and cost.seconds_per_step is None
-            advice = memory_suggestions(config, resolution, width, model.num_text_weights > 0) if ran_out else []
-            pictures = small[resolution, size]
-            buckets.append(
-                Bucket(resolution, size, len(members), width, short_by(shown, width), memory, cost, advice, pictures)
-            )
-        texts_of = {sample.picture.path: texts for sample, texts in zip(found.samples, captions[name], strict=True)}
+        samples = scan.samples
+        pictures, damaged = thumbnails(plan.seed, samples, max_thumbnails // len(scans))
+        batch_sizes = plan.batch_sizes if is_trained else eval_batch_sizes
+        shown = plan.refs_by_bucket(0) if is_trained else by_bucket(samples)
+        missing = missing_words(samples) if is_trained else ()
         sets.append(
             SetReport(
                 name,
-                found.num_images,
-                len(texts_of),
-                list(map(shared, found.bad)),
-                list(map(shared, damaged)),
-                list(map(shared, found.skipped)),
-                list(map(shared, found.warnings)),
-                [list(map(shared, group)) for group in duplicates(found.samples)],
-                buckets,
-                caption_stats(texts_of.values(), known),
-                [
-                    replace(each, images=list(map(shared, each.images)))
-                    for each in (missing_words(found.samples) if is_trained else ())
-                ],
+                scan.num_images,
+                num_used=len(captions[name]),
+                bad=list(map(shared, scan.bad)),
+                damaged=list(map(shared, damaged)),
+                skipped=list(map(shared, scan.skipped)),
+                warnings=list(map(shared, scan.warnings)),
+                duplicates=[list(map(shared, group)) for group in duplicates(samples)],
+                buckets=collect_buckets(samples, batch_sizes, shown, pictures),
+                captions=caption_stats(captions[name].values(), known),
+                missing=[replace(each, images=list(map(shared, each.images))) for each in missing],
             )
         )
-    steps = evenly_to_last(range(timetable.num_steps), CURVE_POINTS)
-    curve = [(step, lr_factor(config.lr_scheduler, step, timetable.num_steps, config.warmup_steps)) for step in steps]
-    evals = [sample for name, found in scans.items() if name != "train" for sample in found.samples]
-    entries = needed_entries(
-        scans["train"].samples, evals, "", ANY_MODEL, config.seed, config.uncond_fraction > 0,
-        config.model.cache_text_embeddings,
-    )  # fmt: skip
-    text_format = TextFormat(
-        config.learning_rates().by_component["llm_adapter"] == 0, model.source_width, model.context_width,
-        DTYPES[config.model.dtype].itemsize,
-    )  # fmt: skip
-    seen = times_seen(plan, timetable, timetable.num_steps)
-    num_tokens = sum(times * sample.size.num_tokens for times, sample in zip(seen, plan.samples, strict=True))
-    return DatasetReport(
-        title, list(map(shared, notes)), sets, sorted(Counter(seen).items()), plan.steps_in(0), timetable.num_steps,
-        curve, groups,
-        cache_costs(entries, known.lengths, text_format),
-        estimated_seconds(measured, plan.micro_batches_per_step, timetable.num_steps, num_tokens),
-    )  # fmt: skip
+    return sets
 
 
-def by_bucket(samples: Iterable[Sample]) -> dict[tuple[int, Size], list[Sample]]:
+def collect_buckets(
+    samples: Iterable[Sample], batch_sizes: BatchSizes, shown: Mapping[BucketKey, Sequence[object]],
+    pictures: Mapping[BucketKey, Sequence[Thumbnail]],
+) -> list[Bucket]:  # fmt: skip
+    """Return the buckets of a set, without their costs; `shown` is what the first epoch shows of each."""
+    found = []
+    for (resolution, size), members in by_bucket(samples).items():
+        width = batch_size_for(batch_sizes, resolution)
+        lacks = short_by(len(shown.get((resolution, size), ())), width)
+        found.append(Bucket(resolution, size, len(members), width, lacks, pictures[resolution, size]))
+    return found
+
+
+def lr_curve(schedule: Schedule, warmup_steps: int, num_steps: int) -> list[tuple[int, float]]:
+    """Return (step, factor on the learning rates) for some steps of a run, evenly spread."""
+    steps = evenly_to_last(range(num_steps), CURVE_POINTS)
+    return [(step, lr_factor(schedule, step, num_steps, warmup_steps)) for step in steps]
+
+
+def by_bucket(samples: Iterable[Sample]) -> dict[BucketKey, list[Sample]]:
     """Return the samples by resolution and size, in that order."""
-    buckets: dict[tuple[int, Size], list[Sample]] = defaultdict(list)
+    buckets: dict[BucketKey, list[Sample]] = defaultdict(list)
     for sample in samples:
         buckets[sample.resolution, sample.size].append(sample)
     return dict(sorted(buckets.items()))
@@ -219,14 +189,12 @@ def duplicates(samples: Iterable[Sample]) -> list[list[str]]:
     return sorted(sorted(group) for group in paths.values() if len(group) > 1)
 
 
-def thumbnails(
-    seed: int, samples: Sequence[Sample], number: int
-) -> tuple[dict[tuple[int, Size], list[Thumbnail]], list[str]]:
+def thumbnails(seed: int, samples: Sequence[Sample], number: int) -> tuple[dict[BucketKey, list[Thumbnail]], list[str]]:
     """Return some of the pictures of each bucket, at most `number` in all, and "path: reason" for damaged ones."""
     buckets = by_bucket(samples)
     chosen = evenly(list(buckets), number)
     share = number // max(1, len(chosen))
-    drawn: dict[tuple[int, Size], list[Thumbnail]] = {bucket: [] for bucket in buckets}
+    drawn: dict[BucketKey, list[Thumbnail]] = {bucket: [] for bucket in buckets}
     damaged = []
     work = [(bucket, sample) for bucket in chosen for sample in evenly(buckets[bucket], share)]
     pool = concurrent.futures.ThreadPoolExecutor(NUM_THREADS)

@@ -6,7 +6,7 @@ import io
 import math
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from PIL import Image
 
 from anima_train.core.format import count, format_bytes, format_duration, printable
@@ -18,11 +18,6 @@ def finalize(value: object) -> str:
     A template must not join text to markup (`~`, `|join`) before that: the text would be escaped, but not printable.
     """
     return value if isinstance(value, Markup) else printable(str(value))
-
-
-def text(value: object) -> Markup:
-    """Return anything as text that no browser takes for markup and no character of which is invisible."""
-    return escape(finalize(value))
 
 
 def rounded(value: float) -> str:

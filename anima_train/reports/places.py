@@ -13,13 +13,13 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 FOLDERS = re.compile(r"(?<![\w.:/\\])(~[\w.-]*|[A-Za-z]:)?([/\\][^/\\\s\"'<>|]+)+[/\\](?=[^/\\\s])")
 
 
-def shared_config(text: str) -> str:
-    """Return a config with names instead of paths; text that is no TOML loses the folders that can be recognised."""
+def shared_config(text: str) -> tuple[str, list[str]]:
+    """Return a config with names instead of paths, and the paths; of text that is no TOML only folders are left out."""
     try:
         table = tomllib.loads(text)
     except ValueError:
-        return shared_text(text, ())
-    return tomli_w.dumps(without_places(table))
+        return shared_text(text, ()), []
+    return tomli_w.dumps(without_places(table)), list(places_of(table))
 
 
 def without_places(value: Any, key: str = "") -> Any:
@@ -42,14 +42,6 @@ def is_place(key: str, value: str) -> bool:
 def last_part(path: str) -> str:
     """Return a path's last part, whichever system it is written for."""
     return PureWindowsPath(path).name
-
-
-def places_in(text: str) -> list[str]:
-    """Return every path that a config names; none if it is no TOML."""
-    try:
-        return list(places_of(tomllib.loads(text)))
-    except ValueError:
-        return []
 
 
 def places_of(value: Any, key: str = "") -> Iterator[str]:

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from anima_train.core.errors import ConfigError
 from anima_train.core.format import count
@@ -19,7 +19,7 @@ from anima_train.data.image_headers import BadImage
 from anima_train.data.images import decode
 from anima_train.objective.timesteps import T_BINS
 from anima_train.reports.html import small_jpeg
-from anima_train.reports.places import places_in, shared_config, shared_text
+from anima_train.reports.places import shared_config, shared_text
 from anima_train.reports.series import Series, evenly_to_last, number
 
 MIN_WINDOW = 10  # steps of the average, at least
@@ -124,10 +124,10 @@ def collect_run(run: Path) -> RunReport:
         notes.append(f"{metrics.num_steps:,} of {planned:,} steps are done: the run is not at its end")
     seen = read_object(run / "seen.json", notes)
     previews, num_previews = read_previews(run / "samples", notes)
-    config = read_text(run / "config.toml", notes)
+    config, paths = shared_config(read_text(run / "config.toml", notes))
     warnings = read_warnings(run / "warnings.jsonl", notes)
     # The page may be shown to others, so it names no folder of this machine.
-    places = [str(Path.home() / "x"), str(run.resolve()), *places_in(config)]
+    places = [str(Path.home() / "x"), str(run.resolve()), *paths]
     return RunReport(
         run.resolve().name,
         metrics,
@@ -136,7 +136,7 @@ def collect_run(run: Path) -> RunReport:
         sorted(counts(seen.get("samples")).items(), key=lambda item: (item[1], item[0])),
         previews,
         num_previews,
-        shared_config(config),
+        config,
         manifest,
         [shared_text(warning, places) for warning in warnings],
         [shared_text(each, places) for each in notes],
@@ -197,8 +197,7 @@ def read_lines(path: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, An
     with open(path, "rb") as file:
         for line_number, line in enumerate(file, 1):
             values = parsed(line)
-            step = None if values is None else values.get("step")
-            if values is not None and isinstance(step, int) and 0 <= step <= LARGEST_STEP:
+            if values is not None and is_count(step := values.get("step")):
                 yield step, values
             else:
                 first_bad = first_bad or line_number
@@ -220,11 +219,15 @@ def parsed(line: bytes) -> dict[str, Any] | None:
     return values if isinstance(values, dict) else None
 
 
+def is_count(value: object) -> TypeGuard[int]:
+    """Return True if a logged value is a count."""
+    return isinstance(value, int) and 0 <= value <= LARGEST_STEP
+
+
 def counts(table: object) -> dict[str, int]:
     """Return those entries of a JSON object that are counts."""
-    if not isinstance(table, dict):
-        return {}
-    return {str(key): value for key, value in table.items() if isinstance(value, int) and 0 <= value <= LARGEST_STEP}
+    entries = table.items() if isinstance(table, dict) else ()
+    return {str(key): value for key, value in entries if is_count(value)}
 
 
 def read_metrics(path: Path, notes: list[str]) -> Metrics:
@@ -266,7 +269,7 @@ def read_metrics(path: Path, notes: list[str]) -> Metrics:
 
 def int_of(value: object) -> int:
     """Return a count as it was logged; 0 for anything else."""
-    return value if isinstance(value, int) and 0 <= value <= LARGEST_STEP else 0
+    return value if is_count(value) else 0
 
 
 def loss_by_t(entries: object) -> Iterator[tuple[int, float, int]]:

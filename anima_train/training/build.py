@@ -33,7 +33,8 @@ def plan_run(config: Config, samples: Sequence[Sample], num_processes: int) -> t
     Raises:
         ConfigError: the run would have no step.
     """
-    plan = Plan(samples, config.seed, config.batch_sizes(), config.gradient_accumulation_steps * num_processes)
+    num_micro_batches = config.gradient_accumulation_steps * num_processes
+    plan = Plan(samples, config.seed, config.micro_batch_size_per_gpu, num_micro_batches)
     return plan, EpochSchedule.of(plan, config.epochs, config.max_steps)
 
 

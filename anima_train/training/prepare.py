@@ -66,7 +66,7 @@ def prepare_data(
     datasets = (loaded.train, *loaded.evals)
     caches = caches_of(datasets)
     with main_process_first(accelerator):  # one process downloads and reads the images, the others find it done
-        spec = build_model_spec(loaded, accelerator.device)
+        spec = build_model_spec(config, accelerator.device)
         scans = scan_all(datasets, config.seed, write=is_main)
         if is_main:
             for cache in caches:

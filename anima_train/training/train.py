@@ -49,7 +49,7 @@ def run_training(
     config, device = loaded.config, choose_device()
     if rank() == 0:
         with logged_to(terminal(is_main=True)):
-            spec = build_model_spec(loaded, device)
+            spec = build_model_spec(config, device)
             logger.info("%s", describe_device(device, spec.dtype))
             scans = scan_all((loaded.train, *loaded.evals), config.seed, write=True)
             for line in describe_run(loaded, spec, scans, world_size()):

@@ -398,8 +398,8 @@ def fill_together(trainer, images_drawer, tmp_path, monkeypatch):
             images_drawer(tmp_path / "images", [(96, 96)] * 6 + [(128, 80)] * 5)
             dataset = {"directory": [{"path": str(tmp_path / "images")}]}
             loaded = load_config(trainer.config(dataset=dataset, cache_dir=str(folder)))
-            files = find_model_files(loaded)
-            model = build_model_spec(loaded, torch.device("cpu"))
+            files = find_model_files(loaded.config)
+            model = build_model_spec(loaded.config, torch.device("cpu"))
             samples = scan_all((loaded.train, *loaded.evals), loaded.config.seed, write=True)["train"].samples
             identity = text_identity(files, True, torch.float32)
             needed.append(needed_entries(samples, [], vae_identity(files), identity, 0, False, True))

@@ -22,7 +22,7 @@ def encoder(trainer):
     """Makes encoders of the tiny model."""
 
     def make(apply_llm_adapter, dtype=torch.float32):
-        files = find_model_files(load_config(trainer.config()))
+        files = find_model_files(load_config(trainer.config()).config)
         tokenizers = load_tokenizers(files.tokenizer, files.t5_tokenizer)
         cpu = torch.device("cpu")
         return CaptionEncoder(ModelSpec(files, dtype, dtype, not apply_llm_adapter, cpu, cpu), tokenizers)

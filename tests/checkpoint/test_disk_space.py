@@ -76,7 +76,7 @@ def grow(folder, num_bytes):
 def test_estimates_are_what_is_written_and_hardly_more(trainer, tmp_path, optimizer, changes):
     loaded = load_config(trainer.config(optimizer={"lr": 1e-3, **optimizer}, **changes), ())
     config = loaded.config
-    spec = build_model_spec(loaded, torch.device("cpu"))
+    spec = build_model_spec(loaded.config, torch.device("cpu"))
     estimate = file_sizes(config, spec)
 
     transformer, groups = load_trained(
@@ -100,17 +100,14 @@ def test_estimates_are_what_is_written_and_hardly_more(trainer, tmp_path, optimi
 
 
 def test_an_average_is_in_float32_whatever_is_trained(trainer):
-    loaded = load_config(trainer.config(adapter={"dtype": "bfloat16"}), ())
+    config = load_config(trainer.config(adapter={"dtype": "bfloat16"}), ()).config
     trained = trained_parameters(
         trainable_transformer(
-            build_model_spec(loaded, torch.device("cpu")),
-            loaded.config.adapter,
-            loaded.config.learning_rates(),
-            loaded.config.seed,
+            build_model_spec(config, torch.device("cpu")), config.adapter, config.learning_rates(), config.seed
         )
     )
     num_trained = sum(parameter.numel() for parameter in trained.values())
-    without, with_average = (first_state_bytes(trained, loaded.config.optimizer, each) for each in (False, True))
+    without, with_average = (first_state_bytes(trained, config.optimizer, each) for each in (False, True))
     assert 4 * num_trained <= with_average - without <= 4 * num_trained + 16 * KIB
 
 
@@ -176,7 +173,7 @@ def test_the_warning_says_what_is_missing_and_what_to_change(disk):
 def test_the_report_of_what_a_run_would_do_says_how_much_it_would_write(trainer):
     changes = {"save_every_n_steps": 2, "checkpoint_every_n_steps": 1, "max_steps": 6, "output_dir": "/"}
     loaded = load_config(trainer.config(**changes), ())
-    spec = build_model_spec(loaded, torch.device("cpu"))
+    spec = build_model_spec(loaded.config, torch.device("cpu"))
     sizes = file_sizes(loaded.config, spec)
     text = "\n".join(
         describe_run(

@@ -170,9 +170,9 @@ def test_the_distribution_of_t_is_the_one_that_was_chosen(project):
 
 
 def test_evaluation_takes_the_training_batch_size_unless_it_has_its_own(project):
-    assert project.load({"micro_batch_size_per_gpu": [[512, 4]]}).config.eval_batch_sizes() == [(512, 4)]
+    assert project.load({"micro_batch_size_per_gpu": [[512, 4]]}).config.eval_batch_sizes() == [[512, 4]]
     own = project.load({"micro_batch_size_per_gpu": 4, "eval_micro_batch_size_per_gpu": 2}).config
-    assert (own.batch_sizes(), own.eval_batch_sizes()) == (4, 2)
+    assert (own.micro_batch_size_per_gpu, own.eval_batch_sizes()) == (4, 2)
 
 
 def test_a_config_cannot_be_changed(project):

@@ -402,8 +402,8 @@ def test_paths_are_looked_up_beside_the_file_that_names_them(project):
     loaded = load_config(path.relative_to(project.folder))
     assert loaded.train.folders == (Path("project/sets/cats"), Path("here"))
     assert loaded.train.masks == (Path("project/sets/masks"), None)
-    assert loaded.model_path("vae_path") == "project/vae.safetensors"
-    assert loaded.model_path("llm_path") is None
+    assert loaded.config.model.vae_path == "project/vae.safetensors"
+    assert loaded.config.model.llm_path is None
 
 
 def test_caches_lie_beside_the_data_or_in_cache_dir(project):
@@ -440,7 +440,7 @@ def test_the_home_folder_is_resolved_in_folders_that_are_made(project, monkeypat
 
 def test_references_to_the_hub_are_left_alone(project):
     reference = "hf://circlestone-labs/Anima/split_files/vae/qwen_image_vae.safetensors"
-    assert project.load({"model.vae_path": reference}).model_path("vae_path") == reference
+    assert project.load({"model.vae_path": reference}).config.model.vae_path == reference
 
 
 def test_a_run_is_named_after_the_config_and_the_time(project):
@@ -476,7 +476,7 @@ def test_a_diffusion_pipe_config_runs_with_only_its_paths_changed(project):
         )
     ] + [["diffusion_pipe_dataset.toml", "frame_buckets"]]  # fmt: skip
     config = loaded.config
-    assert config.batch_sizes() == [(512, 4), (1024, 1)]
+    assert config.micro_batch_size_per_gpu == [[512, 4], [1024, 1]]
     assert config.eval_batch_sizes() == 1
     assert config.learning_rates().by_component == {
         "self_attn": 2e-5, "cross_attn": 2e-5, "mlp": 2e-5, "mod": 1e-5, "llm_adapter": 0, "base": 2e-5

@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from anima_train.cli.check_report import make_report
 from anima_train.cli.main import COMMANDS, application
 from anima_train.config.load import load_config
 from anima_train.config.model_files import build_model_spec
@@ -32,7 +33,7 @@ from anima_train.model.tiny import tiny_paths
 from anima_train.optim.optimizers import AdamW, AdamWKahan
 from anima_train.reports.captions import one_edit, tokenized, typos
 from anima_train.reports.charts import HEIGHT, WIDTH
-from anima_train.reports.check import dataset_report, summary
+from anima_train.reports.check import summary
 from anima_train.reports.dataset_page import histogram, render
 from anima_train.training.build import plan_run
 from anima_train.training.costs import (
@@ -419,10 +420,10 @@ def test_histogram_counts_every_length_once():
 def report_of(path, measured):
     """The report of a config in which these buckets were measured."""
     loaded = load_config(path, [])
-    return dataset_report(
+    return make_report(
         "x",
         loaded,
-        build_model_spec(loaded, torch.device("cpu")),
+        build_model_spec(loaded.config, torch.device("cpu")),
         scan_all((loaded.train, *loaded.evals), loaded.config.seed, write=False),
         0,
         measured,
@@ -559,9 +560,7 @@ def test_images_without_the_trigger_word_are_those_without_a_caption(missing):
     keys = {"trigger_word": "sks", "caption_prefix": "photo, ", "cache_shuffle_num": 3}
     found, report = missing((captions, keys), (captions[:1] * 4, {"trigger_word": "a, b"}))
     assert found == [(0, "sks", True, [1, 2, 4])]
-    assert "trigger words of train: 3 images of directory[0] without the trigger word sks\n" in "\n".join(
-        summary(report)
-    )
+    assert "trigger words of train: 3 images of directory[0] without the trigger word sks" in summary(report)
     page = Page(render(report)).text
     assert re.search(r"directory\[0\]: images without the trigger word sks: 3\s+0/1\.png\s+0/2\.png", page)
 

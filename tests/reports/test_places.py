@@ -4,7 +4,7 @@ import tomllib
 
 import pytest
 
-from anima_train.reports.places import places_in, shared_config, shared_text
+from anima_train.reports.places import shared_config, shared_text
 
 PLACES = ["/home/some one/data/cats", "C:\\Users\\someone\\models\\vae.safetensors", "data/own/pics", "/srv", "/"]
 
@@ -44,14 +44,14 @@ prompts = ["1girl, /home/someone"]
 
 
 def test_a_config_keeps_names_in_place_of_paths():
-    found = tomllib.loads(shared_config(CONFIG))
+    text, places = shared_config(CONFIG)
+    found = tomllib.loads(text)
     assert (found["output_dir"], found["run_name"], found["dataset"]) == ("runs", "a/b", "dataset.toml")
     assert found["model"] == {"vae_path": "vae.safetensors", "llm_path": "hf://owner/name/x/y.safetensors"}
     assert found["own"]["directory"] == [{"path": "pictures", "hf_dataset": "owner/name"}, {"hf_dataset": "x.parquet"}]
     assert found["sampling"] == {"prompts": ["1girl, /home/someone"]}  # what was written to be drawn
-    assert len(places_in(CONFIG)) == 5
+    assert len(places) == 5
 
 
 def test_a_damaged_config_is_shown_without_its_folders():
-    assert shared_config("output_dir = '/home/someone/runs") == "output_dir = 'runs"
-    assert places_in("output_dir = '/home/someone/runs") == []
+    assert shared_config("output_dir = '/home/someone/runs") == ("output_dir = 'runs", [])

@@ -56,7 +56,7 @@ def test_only_the_set_that_overlaps_is_warned_of(scanned, trainer, pictures, ima
 @pytest.mark.parametrize("adapter_lr", [0, 1e-5])
 def test_what_is_loaded_is_what_the_table_announced(trainer, adapter, adapter_lr):
     loaded = load_config(trainer.config(adapter=adapter, model={"llm_adapter_lr": adapter_lr, "mlp_lr": 0}), [])
-    spec = build_model_spec(loaded, torch.device("cpu"))
+    spec = build_model_spec(loaded.config, torch.device("cpu"))
     transformer, groups = load_trained(
         spec,
         loaded.config.adapter,

@@ -30,8 +30,8 @@ def measured(trainer):
     def run(buckets=(SMALL, LARGE), num_steps=1, **changes):
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()  # Accelerate keeps one configuration per process
-        loaded = load_config(trainer.config(**changes), [])
-        return measure(loaded.config, build_model_spec(loaded, CPU), buckets, num_steps, encodes_online=False)
+        config = load_config(trainer.config(**changes), []).config
+        return measure(config, build_model_spec(config, CPU), buckets, num_steps, encodes_online=False)
 
     return run
 

@@ -1,0 +1,164 @@
+"""The work of `anima check`: what a run would do, as lines and as a page."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from anima_train.adapters.full import Full
+from anima_train.caching.entries import needed_entries
+from anima_train.caching.sizes import TextFormat, cache_costs
+from anima_train.caching.text_encoding import encodes_online
+from anima_train.config.config import Config
+from anima_train.config.load import LoadedConfig
+from anima_train.config.model_files import build_model_spec
+from anima_train.core.device import choose_device, describe_device
+from anima_train.core.errors import ConfigError
+from anima_train.core.files import write_text
+from anima_train.core.format import printable
+from anima_train.data.loader import TextIdentity
+from anima_train.data.plan import times_seen
+from anima_train.data.scan import Scan
+from anima_train.model.dit import MiniTrainDIT, TransformerShape
+from anima_train.model.llm_adapter import LLMAdapterShape
+from anima_train.model.loading import ModelSpec
+from anima_train.model.text import load_tokenizers
+from anima_train.optim.groups import group_rows
+from anima_train.reports.captions import tokenized
+from anima_train.reports.check import summary
+from anima_train.reports.dataset import (
+    MAX_THUMBNAILS,
+    Bucket,
+    DatasetReport,
+    captions_of,
+    collect_sets,
+    lr_curve,
+)
+from anima_train.reports.dataset_page import render
+from anima_train.reports.places import places_of, shared_text
+from anima_train.training.build import plan_run, trainable_transformer
+from anima_train.training.costs import Measured, ModelStats, estimated_seconds, memory_cost, memory_suggestions
+from anima_train.training.dry_run import describe_run
+from anima_train.training.memory_check import extremes, measure
+from anima_train.training.prepare import scan_all
+
+ANY_MODEL = TextIdentity("", "", "", "", "")  # the number and sizes of cache entries are those of every model
+
+
+def report_check(loaded: LoadedConfig, title: str, measure_steps: int | None, page: Path | None) -> None:
+    """Print what a run would do, measure its steps if their number is given, and write the page if there is to be one.
+
+    Raises:
+        ConfigError: the page cannot be written.
+        UserError: what is wrong with the model files or the images.
+    """
+    config, device = loaded.config, choose_device()
+    spec = build_model_spec(config, device)
+    scans = scan_all((loaded.train, *loaded.evals), config.seed, write=True)
+    show([describe_device(device, spec.dtype), *describe_run(loaded, spec, scans, num_processes=1)])
+    measured = []
+    if measure_steps is not None:  # before any picture is decoded: the CPU's peak is that of the process
+        plan, _ = plan_run(config, scans["train"].samples, num_processes=1)
+        is_online = encodes_online(config.model.cache_text_embeddings, plan.samples)
+        measured = measure(config, spec, extremes(plan), measure_steps, is_online)
+    found = make_report(title, loaded, spec, scans, 0 if page is None else MAX_THUMBNAILS, measured)
+    show(summary(found))
+    if page is not None:
+        write_page(page, found)
+
+
+def make_report(
+    title: str, loaded: LoadedConfig, spec: ModelSpec, scans: Mapping[str, Scan], max_thumbnails: int,
+    measured: Sequence[Measured] = (),
+) -> DatasetReport:  # fmt: skip
+    """Return the report for the page, with at most `max_thumbnails` pictures.
+
+    Measured costs replace the estimates of their buckets.
+
+    Raises:
+        ModelFileError: a tokenizer cannot be loaded.
+    """
+    config = loaded.config
+    plan, schedule = plan_run(config, scans["train"].samples, num_processes=1)
+    num_steps = schedule.num_steps
+    transformer = trainable_transformer(spec, config.adapter, config.learning_rates(), config.seed)
+    # The page may be shown to others, so it names no folder of this machine.
+    shared = partial(shared_text, places=[str(Path.home() / "x"), *places_of(config.model_dump())])
+    captions = captions_of(scans, config.seed)
+    texts = (text for of_set in captions.values() for of_picture in of_set.values() for text in of_picture)
+    known = tokenized(load_tokenizers(spec.files.tokenizer, spec.files.t5_tokenizer), ["", *texts])
+    train, *evals = collect_sets(scans, plan, config.eval_batch_sizes(), captions, known, max_thumbnails, shared)
+    has_text_encoder = (
+        encodes_online(config.model.cache_text_embeddings, plan.samples)
+        and config.model.text_encoder_device == "training"
+    )
+    stats = model_stats(config, spec, transformer, has_text_encoder)
+    entries = needed_entries(
+        plan.samples, [sample for name, scan in scans.items() if name != "train" for sample in scan.samples], "",
+        ANY_MODEL, config.seed, config.uncond_fraction > 0, config.model.cache_text_embeddings,
+    )  # fmt: skip
+    seen = times_seen(plan, schedule, num_steps)
+    num_tokens = sum(times * sample.size.num_tokens for times, sample in zip(seen, plan.samples, strict=True))
+    return DatasetReport(
+        title,
+        notes=list(map(shared, loaded.notes)),
+        sets=[replace(train, buckets=with_costs(train.buckets, config, stats, measured)), *evals],
+        exposures=sorted(Counter(seen).items()),
+        steps_per_epoch=plan.steps_in(0),
+        num_steps=num_steps,
+        curve=lr_curve(config.lr_scheduler, config.warmup_steps, num_steps),
+        groups=group_rows(transformer, config.learning_rates()),
+        cache=cache_costs(entries, known.lengths, TextFormat.of(spec)),
+        run_seconds=estimated_seconds(measured, plan.micro_batches_per_step, num_steps, num_tokens),
+    )
+
+
+def model_stats(config: Config, spec: ModelSpec, transformer: MiniTrainDIT, has_text_encoder: bool) -> ModelStats:
+    """Return what the costs depend on, of a transformer with what is trained attached."""
+    files, parameters = spec.files, list(transformer.parameters())
+    num_trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    num_all = sum(parameter.numel() for parameter in parameters)
+    llm_adapter = LLMAdapterShape.of(files.llm_adapter_header.entries)
+    return ModelStats(
+        TransformerShape.of(files.transformer_header.entries),
+        num_weights=num_all if isinstance(config.adapter, Full) else num_all - num_trained,
+        num_trained=num_trained,
+        source_width=llm_adapter.source_width,
+        context_width=llm_adapter.target_width,
+        num_text_weights=files.num_text_weights(spec.trains_llm_adapter) if has_text_encoder else 0,
+    )
+
+
+def with_costs(
+    buckets: Iterable[Bucket], config: Config, stats: ModelStats, measured: Iterable[Measured]
+) -> list[Bucket]:
+    """Return the buckets with the memory that each takes in training, and what to change where it ran out."""
+    by_bucket = {(each.size, each.batch_size): each for each in measured}
+    found = []
+    for bucket in buckets:
+        resolution, size, width = bucket.resolution, bucket.size, bucket.batch_size
+        cost = by_bucket.get((size, width))
+        ran_out = cost is not None and cost.seconds_per_step is None
+        savings = memory_suggestions(config, resolution, width, stats.num_text_weights > 0) if ran_out else ()
+        memory = memory_cost(config, stats, size, width)
+        found.append(replace(bucket, memory=memory, measured=cost, savings=savings))
+    return found
+
+
+def write_page(page: Path, found: DatasetReport) -> None:
+    """Write the page of a check, and print where it is.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        write_text(page, render(found))
+    except OSError as error:  # a file where its folder should be, or a name that is none
+        raise ConfigError(f"{page} cannot be written ({error.strerror}); choose another place with --html") from error
+    print(f"page with pictures: {page}")
+
+
+def show(lines: Iterable[str]) -> None:
+    """Print lines, made fit for a terminal."""
+    print("\n".join(map(printable, lines)))
