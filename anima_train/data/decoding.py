@@ -57,11 +57,11 @@ def mask(view: View) -> np.ndarray:
     size = (picture.width, picture.height)
     with name_image_if_memory_runs_out(view):
         weights = Image.new("L", size, "white")
-        if picture.mask_source is not None:
+        if picture.mask is not None:
             try:
-                weights = decode_mask(verified_content(picture.mask_source, picture.mask_sha256), size)
+                weights = decode_mask(verified_content(picture.mask, picture.mask_sha256), size)
             except BadImage as error:
-                name = f" {picture.mask_source.name}" if isinstance(picture.mask_source, Path) else ""
+                name = f" {picture.mask.name}" if isinstance(picture.mask, Path) else ""
                 raise type(error)(f"its mask{name}: {error}") from error
         if view.sample.masks_alpha:
             alpha = decode_alpha(verified_content(picture.source, picture.sha256))

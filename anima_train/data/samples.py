@@ -20,38 +20,21 @@ from anima_train.data.sources.archive import ArchiveMember
 class Picture:
     """An image with its mask and with its captions as they are in the files."""
 
-    path: Path  # of an image inside of another file: that file's path and the image's name in it
+    path: Path  # for messages; of an image inside of another file: that file's path and the image's name in it
+    source: Path | ArchiveMember
     sha256: str
     width: int  # pixels, after EXIF orientation
     height: int
-    caption: str  # tags; "" where only natural language is used, or nothing
-    mask: Path | None
-    mask_sha256: str
-    more_captions: tuple[str, ...] = ()  # tags too; used in turn with `caption`
+    tags: tuple[str, ...] = ("",)  # captions of tags, used in turn; ("",) where there is none, or none is used
     natural: tuple[str, ...] = ()  # in natural language, no empty one; () where caption_mode does not use them
+    mask: Path | ArchiveMember | None = None
+    mask_sha256: str = ""
     has_alpha: bool = False
-    member: ArchiveMember | None = None  # the image's source, if it is inside of another file
-    mask_member: ArchiveMember | None = None
-
-    @property
-    def tags(self) -> tuple[str, ...]:
-        """All captions that are not in natural language."""
-        return (self.caption, *self.more_captions)
 
     @property
     def has_caption(self) -> bool:
         """True if any caption holds text."""
         return any(self.tags) or bool(self.natural)
-
-    @property
-    def source(self) -> Path | ArchiveMember:
-        """The source of the image: its path, or a member of another file."""
-        return self.path if self.member is None else self.member
-
-    @property
-    def mask_source(self) -> Path | ArchiveMember | None:
-        """The source of the mask: its path, or a member of another file."""
-        return self.mask if self.mask_member is None else self.mask_member
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,8 @@ def scan_image(
         BadImage: the image or its mask cannot be used.
         BadCaption: a caption cannot be used.
     """
-    record = image_index.lookup(name, files.file(name))
+    source = files.file(name)
+    record = image_index.lookup(name, source)
     stem = stem_of(name)
     tags: tuple[str, ...] = ()
     natural: tuple[str, ...] = ()
@@ -58,28 +59,25 @@ def scan_image(
     if options.caption_mode != "tags":
         in_file = captions_in(files, files.natural_files.get(stem), options)
         natural = files.listed_natural.get(name, in_file)
-    mask, mask_member, mask_sha256 = None, None, ""
-    if files.mask_folder is not None and stem in files.mask_files:
+    mask, mask_sha256 = None, ""
+    if stem in files.mask_files:
         file = files.mask_files[stem][0]
-        mask, mask_member = files.mask_folder / file, files.mask_members.get(file)
+        mask = files.mask(file)
         try:
-            mask_sha256 = mask_index.lookup(file, files.mask(file)).sha256
+            mask_sha256 = mask_index.lookup(file, mask).sha256
         except BadImage as error:
             raise BadImage(f"its mask {file}: {error}") from error
-    caption, *more = tags or ("",)
     picture = Picture(
         path=files.folder / name,
+        source=source,
         sha256=record.sha256,
         width=record.width,
         height=record.height,
-        caption=caption,
+        tags=tags or ("",),
+        natural=tuple(filter(None, natural)),
         mask=mask,
         mask_sha256=mask_sha256,
-        more_captions=tuple(more),
-        natural=tuple(filter(None, natural)),
         has_alpha=record.has_alpha,
-        member=files.members.get(name),
-        mask_member=mask_member,
     )
     return ScannedImage(name, picture, not tags and not natural, record.warnings)
 

@@ -50,9 +50,9 @@ def make_data(folder: Path, identity: TextIdentity = OUTPUT, seed: int = 0, mask
     samples = []
     for name, caption in CAPTIONS.items():
         mask = Path(f"{name}_mask.png") if name in masked else None
-        picture = Picture(
-            Path(f"{name}.png"), f"hash of {name}", 64, 96, caption, mask, f"mask of {name}" if mask else ""
-        )
+        path = Path(f"{name}.png")
+        mask_sha256 = f"mask of {name}" if mask else ""
+        picture = Picture(path, path, f"hash of {name}", 64, 96, (caption,), mask=mask, mask_sha256=mask_sha256)
         samples.append(Sample(f"0/{name}.png@40", picture, SIZE, 40, 0, DirectoryOptions(), cache))
     generator = torch.Generator().manual_seed(1)
     for sample in samples:
@@ -250,7 +250,7 @@ def test_dropping_captions_changes_neither_noise_nor_t(data: CachedData):
 
 def test_the_repeat_picks_the_caption_variant(tmp_path: Path):
     cache = Cache(tmp_path)
-    picture = Picture(Path("a.png"), "hash", 64, 96, "one, two, three, four", None, "")
+    picture = Picture(Path("a.png"), Path("a.png"), "hash", 64, 96, ("one, two, three, four",))
     sample = Sample("0/a.png@40", picture, SIZE, 40, 0, DirectoryOptions(cache_shuffle_num=3), cache)
     cache.save("latent", View(sample).latent_key(VAE), {"latents": torch.zeros(16, 1, 6, 4)})
     for variant, caption in enumerate(sample.captions(0)):
@@ -320,7 +320,7 @@ def test_a_batch_moves_whole(tmp_path: Path, identity: TextIdentity):
 
 def test_a_damaged_entry_is_removed_and_the_error_says_what_it_is_of_and_what_to_do(tmp_path: Path):
     data = make_data(tmp_path, masked="b")
-    view, caption = View(data.samples[1]), data.samples[1].picture.caption
+    view, caption = View(data.samples[1]), data.samples[1].picture.tags[0]
     cache = view.sample.cache
     keys = {"latent": view.latent_key(VAE), "mask": view.mask_key(), "text": data.text_identity.key(caption)}
     for kind, key in keys.items():
