@@ -229,12 +229,7 @@ class View:
     def mask_key(self) -> str:
         """Return the key of its mask in the cache."""
         picture = self.sample.picture
-        alpha = {"alpha_of": picture.sha256} if self.sample.masks_alpha else {}
-        return entry_key(
-            "mask",
-            mask=picture.mask_sha256,
-            image_width=picture.width,
-            image_height=picture.height,
-            **alpha,
-            **self.crop_key(),
-        )
+        key = self.crop_key() | {"image_width": picture.width, "image_height": picture.height}
+        if self.sample.masks_alpha:
+            key["alpha_of"] = picture.sha256
+        return entry_key("mask", mask=picture.mask_sha256, **key)
