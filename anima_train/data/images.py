@@ -3,7 +3,6 @@
 Whatever is wrong with a file ends as `BadImage` with a short reason: the caller skips the file and goes on.
 """
 
-import io
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,22 +137,20 @@ def load(file: Path | bytes) -> tuple[Image.Image, int]:
         BadImage: as `decode`.
     """
     content = file if isinstance(file, bytes) else read_file(file)
-    if not content:
-        raise BadImage("zero bytes")
-    image = open_image(io.BytesIO(content))
+    image = open_image(content)
     if image.format == "PNG":
         check_png(content)
     if format_name(image) == "JPEG":
         check_jpeg(content)
     with decode_errors_as_bad_image():
         image.load()
-    return image, read_orientation(image, io.BytesIO(content))
+    return image, read_orientation(image, content)
 
 
 def check_png(content: bytes) -> None:
     """Raise BadImage if pixel data fails its checksum: Pillow stops at the last row and never looks at it."""
     view = memoryview(content)
-    for kind, start, length in png_chunks(io.BytesIO(content)):
+    for kind, start, length in png_chunks(content):
         end = start + length
         if kind == b"IDAT" and zlib.crc32(view[start - 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
             raise BadImage(f"truncated or damaged: the PNG chunk at byte {start - 8:,} fails its checksum")
