@@ -10,7 +10,7 @@ from pathlib import Path
 from anima_train.core.random import derive, uniform
 from anima_train.data.buckets import Size
 from anima_train.data.cache import Cache, entry_key
-from anima_train.data.captions import TagVariation, plain_tag, unescaped, without_underscores
+from anima_train.data.captions import unescaped, vary_tags, without_underscores
 from anima_train.data.images import Crop
 from anima_train.data.settings import DirectoryOptions
 from anima_train.data.sources.archive import ArchiveMember
@@ -148,18 +148,11 @@ class Sample:
     def tags_caption(self, seed: int, tags: str, variant: int | None) -> str:
         """Return tags as they are trained, in a variant; None changes neither their order nor their number."""
         options = self.options
-        variation = TagVariation(
-            options.cache_shuffle_delimiter,
-            options.keep_first_n_tags,
-            options.shuffle_tags or options.cache_shuffle_num > 0,
-            options.tag_dropout,
-            frozenset(map(plain_tag, options.protected_tags)),
-        )
 
         def vary(text: str) -> str:
             if options.replace_underscores:
                 text = without_underscores(text, options.cache_shuffle_delimiter)
-            return text if variant is None or not text else variation.varied(text, seed, self.name, variant)
+            return text if variant is None or not text else vary_tags(text, options, seed, self.name, variant)
 
         return self.with_prefix(tags, vary)
 
