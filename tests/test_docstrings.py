@@ -9,7 +9,19 @@ import pytest
 REPO = Path(__file__).parents[1]
 PACKAGE = REPO / "anima_train"
 # Rooms whose docstrings have the form by now.
-ROOMS = ("core", "model", "adapters", "objective", "optim", "sampling", "tools", "evaluation", "config", "reports")
+ROOMS = (
+    "core",
+    "model",
+    "adapters",
+    "objective",
+    "optim",
+    "sampling",
+    "tools",
+    "evaluation",
+    "config",
+    "reports",
+    "data",
+)
 QUESTION = re.compile(r"(what|whether|where|how)\b", re.IGNORECASE)
 
 
