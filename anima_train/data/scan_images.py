@@ -25,19 +25,17 @@ def scan_images(
     files: Files, options: DirectoryOptions, image_index: ImageIndex, mask_index: ImageIndex
 ) -> tuple[list[ScannedImage], list[str]]:
     """Return the images that can be used, and "path: reason" for the others; read by several threads."""
-    images = []
-    bad = []
-    pool = concurrent.futures.ThreadPoolExecutor()
-    try:
-        futures = [pool.submit(scan_image, name, files, options, image_index, mask_index) for name in files.images]
-        for name, future in zip(files.images, futures, strict=True):
-            try:
-                images.append(future.result())
-            except (BadImage, BadCaption) as error:
-                bad.append(f"{files.folder / name}: {error}")
-    finally:
-        pool.shutdown(cancel_futures=True)  # so that Ctrl-C does not wait for all that is left
-    return images, bad
+
+    def attempt(name: str) -> ScannedImage | str:
+        try:
+            return scan_image(name, files, options, image_index, mask_index)
+        except (BadImage, BadCaption) as error:
+            return f"{files.folder / name}: {error}"
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        found = list(pool.map(attempt, files.images))
+    images = [image for image in found if isinstance(image, ScannedImage)]
+    return images, [reason for reason in found if isinstance(reason, str)]
 
 
 def scan_image(
