@@ -48,11 +48,8 @@ def hf_dataset_files(directory: Directory, place: Path, offline: bool) -> Files:
     check_columns(directory, place, table)
     images = column_images(table, directory.image_column, place)
     names = row_names([path for path, _ in images], place)
-    mask_members: dict[str, ArchiveMember] = {}
-    if directory.mask_column:
-        for name, (_, mask) in zip(names, column_images(table, directory.mask_column, place), strict=True):
-            if mask is not None:
-                mask_members[f"{directory.mask_column}/{stem_of(name)}"] = mask
+    masks = column_images(table, directory.mask_column, place) if directory.mask_column else []
+    mask_of = {stem_of(name): mask for name, (_, mask) in zip(names, masks, strict=False) if mask is not None}
     where = str(place.resolve()) if place.exists() else place.as_posix()
     parts = (where, directory.hf_subset or "", directory.hf_split, directory.hf_revision or "")
     identity = os.fsencode("\0".join(parts))
@@ -60,16 +57,11 @@ def hf_dataset_files(directory: Directory, place: Path, offline: bool) -> Files:
         folder=place,
         mask_folder=place if directory.mask_column else None,
         members={name: image or MissingImage() for name, (_, image) in zip(names, images, strict=True)},
-        mask_members=mask_members,
+        mask_members={f"{directory.mask_column}/{stem}": mask for stem, mask in mask_of.items()},
         images=names,
-        caption_files={},
-        natural_files={},
         listed_captions=column_texts(table, directory.caption_column, names, place),
         listed_natural=column_texts(table, directory.natural_column, names, place),
-        mask_files={label.removeprefix(f"{directory.mask_column}/"): [label] for label in mask_members},
-        subfolders=[],
-        repeated_folders=[],
-        unused_files=[],
+        mask_files={stem: [f"{directory.mask_column}/{stem}"] for stem in mask_of},
         identity=identity,
         mask_identity=identity,
         is_table=True,
