@@ -12,7 +12,7 @@ from PIL import Image
 
 from anima_train.core.errors import DataError
 from anima_train.data.image_headers import BadImage, Unreadable
-from anima_train.data.images import decode_alpha, decode_and_crop, decode_mask, mask_to_latent
+from anima_train.data.images import cover_and_crop, decode_alpha, decode_mask, load_picture, mask_to_latent
 from anima_train.data.samples import View
 from anima_train.data.sources.archive import ArchiveMember, content_of
 
@@ -43,7 +43,7 @@ def pixels(view: View) -> np.ndarray:
     """
     picture = view.sample.picture
     with name_image_if_memory_runs_out(view):
-        return np.array(decode_and_crop(verified_content(picture.source, picture.sha256), view.crop))
+        return np.array(cover_and_crop(load_picture(verified_content(picture.source, picture.sha256)), view.crop))
 
 
 def mask(view: View) -> np.ndarray:
