@@ -97,12 +97,9 @@ class Plan:
         offsets = [(0, 0, 1)] * len(self.samples)
         for (directory, repeats), indices in groups.items():
             order = shuffled(indices, lambda index: self.samples[index].id, self.seed, "turns", directory)
+            p, q = repeats.as_integer_ratio()
             for place, index in enumerate(order):
-                offsets[index] = (
-                    repeats.numerator * len(order),
-                    repeats.denominator * place,
-                    repeats.denominator * len(order),
-                )
+                offsets[index] = p * len(order), q * place, q * len(order)
         return offsets
 
     def shown_before(self, index: int, epoch: int) -> int:
@@ -185,9 +182,8 @@ class EpochSchedule:
         epoch_starts = [0]
         for _, length in zip(itertools.count() if epochs is None else range(epochs), plan.lengths(), strict=False):
             epoch_starts.append(epoch_starts[-1] + length)
-            if (
-                max_steps is not None and epoch_starts[-1] > max_steps
-            ):  # not >=: more than all steps, if max_steps ends it
+            # Not >=: the last entry is beyond all steps, if max_steps ends the run.
+            if max_steps is not None and epoch_starts[-1] > max_steps:
                 break
         num_steps = epoch_starts[-1] if max_steps is None else min(epoch_starts[-1], max_steps)
         if num_steps == 0:
