@@ -220,6 +220,7 @@ class Cache:
 
     def listed(self) -> Iterator[tuple[Path, re.Pattern[str]]]:
         """Yield the folders that belong to the cache, and the pattern of the names in them; links are not followed."""
+        yield self.folder, TEMPORARY_NAME
         yield self.folder / "rejected", REJECTED_NAME
         yield self.folder / "claims", CLAIM_NAME
         for kind in get_args(Kind):
@@ -240,7 +241,7 @@ class Cache:
         """
         num_files = num_bytes = 0
         oldest = time.time() - TEMPORARY_LIFE
-        for folder, names in [(self.folder, None), *self.listed()]:
+        for folder, names in self.listed():
             if not folder.is_dir() or (folder.is_symlink() and folder != self.folder):
                 continue
             for path in sorted(folder.iterdir()):
@@ -248,10 +249,9 @@ class Cache:
                     status = path.lstat()
                     if TEMPORARY_NAME.fullmatch(path.name):
                         unused = status.st_mtime < oldest
-                    elif names is None or not names.fullmatch(path.name):
-                        continue
                     else:
-                        unused = names is CLAIM_NAME or path.stem not in needed
+                        is_needed = names is not CLAIM_NAME and path.stem in needed
+                        unused = names.fullmatch(path.name) is not None and not is_needed
                     if unused:
                         path.unlink()
                         num_files, num_bytes = num_files + 1, num_bytes + status.st_size

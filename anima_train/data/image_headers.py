@@ -14,8 +14,8 @@ import threading
 import warnings
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
@@ -65,13 +65,11 @@ class Unreadable(BadImage):
     """A file that could not be read this time, or is another one than before; a later try may go well."""
 
 
-@dataclass(frozen=True)
-class ImageInfo:
+class ImageInfo(NamedTuple):
     """The information in an image's header."""
 
     width: int  # after EXIF orientation
     height: int
-    format: str  # one of FORMATS
     has_alpha: bool  # anything may be transparent
     warnings: tuple[str, ...]
 
@@ -92,7 +90,7 @@ def probe(content: bytes, suffix: str) -> ImageInfo:
     if read_orientation(image, content) in SIDEWAYS:
         width, height = height, width
     warnings = tuple(header_warnings(suffix, image))
-    return ImageInfo(width, height, format_name(image), image.has_transparency_data, warnings)
+    return ImageInfo(width, height, image.has_transparency_data, warnings)
 
 
 def read_file(path: Path) -> bytes:

@@ -53,10 +53,9 @@ def scan_image(
     tags: tuple[str, ...] = ()
     natural: tuple[str, ...] = ()
     if options.caption_mode != "nl":
-        tags = files.listed_captions.get(name, ()) or captions_in(files, files.caption_files.get(stem), options)
+        tags = files.listed_captions.get(name) or captions_in(files, files.caption_files.get(stem), options)
     if options.caption_mode != "tags":
-        in_file = captions_in(files, files.natural_files.get(stem), options)
-        natural = files.listed_natural.get(name, in_file)
+        natural = files.listed_natural.get(name) or captions_in(files, files.natural_files.get(stem), options)
     mask, mask_sha256 = None, ""
     if stem in files.mask_files:
         file = files.mask_files[stem][0]
