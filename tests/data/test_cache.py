@@ -197,10 +197,14 @@ def test_every_truncation_is_noticed(cache: Cache):
     cache.save("latent", KEY, {"latents": torch.arange(3.0)})
     path = cache.path("latent", KEY)
     content = path.read_bytes()
+    assert cache.is_whole("latent", KEY)
     for length in range(len(content)):
         path.write_bytes(content[:length])
+        assert not cache.is_whole("latent", KEY)
         with pytest.raises(DamagedEntry):
             cache.load("latent", KEY)
+    path.write_bytes(content + b"\0")
+    assert not cache.is_whole("latent", KEY)
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>", b"version https://git-lfs", b"\xff" * 100, b"\0" * 100])

@@ -397,25 +397,6 @@ def test_work_is_done_ahead_but_not_far_ahead():
     results.close()
 
 
-def test_work_is_done_by_several_threads_and_items_are_taken_by_the_consumer():
-    takers, makers = set(), set()
-    together = threading.Barrier(2, timeout=5)
-
-    def items() -> Iterator[int]:
-        for number in range(4):
-            takers.add(threading.get_ident())
-            yield number
-
-    def make(_: int) -> None:
-        makers.add(threading.get_ident())
-        together.wait()  # passes only when two work at once
-
-    assert list(read_ahead(items(), make)) == [None] * 4
-    assert takers == {threading.get_ident()}
-    assert len(makers) == 2
-    assert threading.get_ident() not in makers
-
-
 def test_more_can_be_done_ahead_than_there_are_threads_for():
     taken: list[int] = []
 
@@ -430,26 +411,32 @@ def test_more_can_be_done_ahead_than_there_are_threads_for():
     assert list(results) == list(range(1, 40))
 
 
-@pytest.mark.parametrize("num_threads", [1, 5])
-def test_the_number_of_threads_can_be_chosen_and_bounds_how_far_ahead_work_is_done(num_threads: int):
+@pytest.mark.parametrize("chosen", [{}, {"num_threads": 1}, {"num_threads": 5}])
+def test_the_consumer_takes_the_items_and_so_many_threads_work_at_once(chosen: dict[str, int]):
+    num_threads = chosen.get("num_threads", 2)
     together = threading.Barrier(num_threads, timeout=5)
     taken: list[int] = []
+    takers: set[int] = set()
 
     def items() -> Iterator[int]:
         for number in range(4 * num_threads):
             taken.append(number)
+            takers.add(threading.get_ident())
             yield number
 
     def make(number: int) -> tuple[int, int]:
         together.wait()  # passes only when so many work at once
         return number, threading.get_ident()
 
-    results = read_ahead(items(), make, num_threads=num_threads)
+    results = read_ahead(items(), make, **chosen)
     first = next(results)
     assert len(taken) <= 1 + max(READ_AHEAD, 2 * num_threads)
     found = [first, *results]
     assert [number for number, _ in found] == list(range(4 * num_threads))
-    assert len({thread for _, thread in found}) == num_threads
+    makers = {thread for _, thread in found}
+    assert len(makers) == num_threads
+    assert takers == {threading.get_ident()}
+    assert threading.get_ident() not in makers
 
 
 def test_an_error_comes_where_its_result_would():
