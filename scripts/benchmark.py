@@ -197,7 +197,7 @@ def write_photos(folder: Path, number: int) -> list[Entry[View]]:
         with Image.open(path) as image:
             width, height = image.size
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        picture = Picture(path, digest, width, height, "", None, "")
+        picture = Picture(path, path, digest, width, height)
         sample = Sample(path.name, picture, nearest(width / height, sizes), 512, 0, DirectoryOptions(), cache)
         entries.append(Entry(cache, "latent", View(sample).latent_key("vae"), View(sample)))
     total = sum(entry.source.sample.picture.path.stat().st_size for entry in entries)

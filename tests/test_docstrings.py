@@ -8,20 +8,7 @@ import pytest
 
 REPO = Path(__file__).parents[1]
 PACKAGE = REPO / "anima_train"
-# Rooms whose docstrings have the form by now.
-ROOMS = (
-    "core",
-    "model",
-    "adapters",
-    "objective",
-    "optim",
-    "sampling",
-    "tools",
-    "evaluation",
-    "config",
-    "reports",
-    "cli",
-)
+ROOMS = sorted(path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file())
 QUESTION = re.compile(r"(what|whether|where|how)\b", re.IGNORECASE)
 
 

@@ -9,9 +9,7 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import re
-import struct
 import time
 import zlib
 from collections.abc import Collection, Iterator, Mapping
@@ -36,8 +34,6 @@ FOR_NOW = "for now: "  # begins the reasons that only count for the run that fou
 CACHE_FOLDER = ".anima_cache"  # beside the data
 Kind = Literal["latent", "mask", "text"]
 
-HEADER_READ = 4096  # bytes: length and header of every entry there is, in one read
-MAX_HEADER = 1 << 20  # bytes; more than any entry has
 LOCK_FILE = ".lock"
 LOCK_POLL = 0.5  # seconds between attempts to take the lock
 MESSAGE_EVERY = 60.0  # seconds, while another process has it
@@ -91,29 +87,22 @@ class Cache:
             with atomic_path(path, len(content)) as temporary:
                 temporary.write_bytes(content)  # not safetensors' own writer, which hides the reason of a failure
         except (SpaceError, OSError) as error:
-            raise self.unwritable(error, len(content)) from error
+            raise self.unwritable(error, f"this file needs {len(content):,} bytes") from error
 
-    def unwritable(self, error: Exception, num_bytes: int) -> SpaceError:
-        """Return the error for a file of this many bytes that cannot be written."""
+    def unwritable(self, error: Exception, consequence: str) -> SpaceError:
+        """Return the error for a folder that cannot be written."""
         return SpaceError(
-            f"cache folder {self.folder}: {error}; this file needs {num_bytes:,} bytes. Free some space, or set "
-            "cache_dir to a folder that can be written"
+            f"cache folder {self.folder}: {error}; {consequence}. Free some space, or set cache_dir to a folder that "
+            "can be written"
         )
 
     def is_whole(self, kind: Kind, key: str) -> bool:
         """Return True if an entry is there and as long as its own header says; its content is not read."""
         try:
-            with open(self.path(kind, key), "rb", buffering=0) as file:
-                size = os.fstat(file.fileno()).st_size
-                start = file.read(HEADER_READ)
-                (length,) = struct.unpack_from("<Q", start)
-                if length > min(size, MAX_HEADER):
-                    return False
-                header = json.loads((start + file.read(max(0, 8 + length - len(start))))[8 : 8 + length])
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (OSError, struct.error, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            with safe_open(self.path(kind, key), framework="np"):
+                return True
+        except (OSError, SafetensorError):
             return False
-        return bool(size == 8 + length + max(ends, default=0))
 
     def load(self, kind: Kind, key: str) -> dict[str, Tensor]:
         """Read an entry on the CPU.
@@ -221,10 +210,7 @@ class Cache:
                     logger.info(f"waiting for another process that is filling the cache {printable(str(self.folder))}")
                     timeout = MESSAGE_EVERY
         except OSError as error:
-            raise SpaceError(
-                f"cache folder {self.folder}: {error}; it cannot be locked to be filled. Free some space, or set "
-                "cache_dir to a folder that can be written"
-            ) from error
+            raise self.unwritable(error, "it cannot be locked to be filled") from error
         try:
             yield
         finally:
@@ -234,6 +220,7 @@ class Cache:
 
     def listed(self) -> Iterator[tuple[Path, re.Pattern[str]]]:
         """Yield the folders that belong to the cache, and the pattern of the names in them; links are not followed."""
+        yield self.folder, TEMPORARY_NAME
         yield self.folder / "rejected", REJECTED_NAME
         yield self.folder / "claims", CLAIM_NAME
         for kind in get_args(Kind):
@@ -254,7 +241,7 @@ class Cache:
         """
         num_files = num_bytes = 0
         oldest = time.time() - TEMPORARY_LIFE
-        for folder, names in [(self.folder, None), *self.listed()]:
+        for folder, names in self.listed():
             if not folder.is_dir() or (folder.is_symlink() and folder != self.folder):
                 continue
             for path in sorted(folder.iterdir()):
@@ -262,10 +249,9 @@ class Cache:
                     status = path.lstat()
                     if TEMPORARY_NAME.fullmatch(path.name):
                         unused = status.st_mtime < oldest
-                    elif names is None or not names.fullmatch(path.name):
-                        continue
                     else:
-                        unused = names is CLAIM_NAME or path.stem not in needed
+                        is_needed = names is not CLAIM_NAME and path.stem in needed
+                        unused = names.fullmatch(path.name) is not None and not is_needed
                     if unused:
                         path.unlink()
                         num_files, num_bytes = num_files + 1, num_bytes + status.st_size

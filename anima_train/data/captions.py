@@ -3,12 +3,12 @@
 import json
 import re
 import stat
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from anima_train.core.random import shuffled, uniform
 from anima_train.data.image_headers import Unreadable
+from anima_train.data.settings import DirectoryOptions
 from anima_train.data.sources.archive import ArchiveMember
 
 CAPTIONS_JSON_FORM = 'expected {"file name": "caption" or ["several", "captions"]}'
@@ -110,33 +110,24 @@ def unescaped(text: str) -> str:
     return text.replace("\\(", "(").replace("\\)", ")")
 
 
-@dataclass(frozen=True)
-class TagVariation:
-    """The options for how the tags of a caption change from repeat to repeat."""
+def vary_tags(caption: str, options: DirectoryOptions, seed: int, sample: str, variant: int) -> str:
+    """Return the caption's tags in this variant of this sample, shuffled and dropped as the options say.
 
-    delimiter: str
-    keep_first: int = 0  # tags at the start that stay
-    shuffles: bool = False
-    dropout: float = 0.0  # share of the tags left out
-    protected: frozenset[str] = frozenset()  # never left out; as `plain_tag`
-
-    def varied(self, caption: str, seed: int, sample: str, variant: int) -> str:
-        """Return the caption's tags in this variant of this sample.
-
-        Tags are drawn by their position too, so that a tag given twice stays twice.
-        """
-        tags = [(f"{place}:{tag}", tag) for place, tag in enumerate(caption.split(self.delimiter))]
-        kept, rest = tags[: self.keep_first], tags[self.keep_first :]
-        if self.dropout > 0:
-            rest = [
-                (key, tag)
-                for key, tag in rest
-                if plain_tag(tag) in self.protected
-                or uniform(seed, "tag_dropout", sample, variant, key) >= self.dropout
-            ]
-        if self.shuffles:
-            rest = shuffled(rest, lambda item: item[0], seed, "tags", sample, variant)
-        return self.delimiter.join(tag for _, tag in kept + rest)
+    Tags are drawn by their position too, so that a tag given twice stays twice.
+    """
+    delimiter = options.cache_shuffle_delimiter
+    tags = [(f"{place}:{tag}", tag) for place, tag in enumerate(caption.split(delimiter))]
+    kept, rest = tags[: options.keep_first_n_tags], tags[options.keep_first_n_tags :]
+    if options.tag_dropout > 0:
+        protected = set(map(plain_tag, options.protected_tags))
+        rest = [
+            (key, tag)
+            for key, tag in rest
+            if plain_tag(tag) in protected or uniform(seed, "tag_dropout", sample, variant, key) >= options.tag_dropout
+        ]
+    if options.shuffle_tags or options.cache_shuffle_num > 0:
+        rest = shuffled(rest, lambda item: item[0], seed, "tags", sample, variant)
+    return delimiter.join(tag for _, tag in kept + rest)
 
 
 def plain_tag(tag: str) -> str:

@@ -39,14 +39,8 @@ def srgb_transform(icc: bytes | None, mode: str) -> ImageCms.ImageCmsTransform |
         source = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(profile.profile.xcolor_space, "")
         if source != mode and (source, mode) != ("RGB", "L"):
             return None
-        return ImageCms.buildTransform(
-            profile,
-            ImageCms.createProfile("sRGB"),
-            source,
-            "RGB",
-            ImageCms.Intent.RELATIVE_COLORIMETRIC,
-            ImageCms.Flags.BLACKPOINTCOMPENSATION,
-        )
+        intent, flags = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
+        return ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), source, "RGB", intent, flags)
     except (OSError, ImageCms.PyCMSError):
         return None
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from anima_train.core.errors import DataError
 from anima_train.data.image_headers import BadImage, Unreadable
-from anima_train.data.images import decode_alpha, decode_and_crop, decode_mask, mask_to_latent
+from anima_train.data.images import cover_and_crop, decode_alpha, decode_mask, load_picture, mask_to_latent
 from anima_train.data.samples import View
 from anima_train.data.sources.archive import ArchiveMember, content_of
 
@@ -43,7 +43,7 @@ def pixels(view: View) -> np.ndarray:
     """
     picture = view.sample.picture
     with name_image_if_memory_runs_out(view):
-        return np.array(decode_and_crop(verified_content(picture.source, picture.sha256), view.crop))
+        return np.array(cover_and_crop(load_picture(verified_content(picture.source, picture.sha256)), view.crop))
 
 
 def mask(view: View) -> np.ndarray:
@@ -57,11 +57,11 @@ def mask(view: View) -> np.ndarray:
     size = (picture.width, picture.height)
     with name_image_if_memory_runs_out(view):
         weights = Image.new("L", size, "white")
-        if picture.mask_source is not None:
+        if picture.mask is not None:
             try:
-                weights = decode_mask(verified_content(picture.mask_source, picture.mask_sha256), size)
+                weights = decode_mask(verified_content(picture.mask, picture.mask_sha256), size)
             except BadImage as error:
-                name = f" {picture.mask_source.name}" if isinstance(picture.mask_source, Path) else ""
+                name = f" {picture.mask.name}" if isinstance(picture.mask, Path) else ""
                 raise type(error)(f"its mask{name}: {error}") from error
         if view.sample.masks_alpha:
             alpha = decode_alpha(verified_content(picture.source, picture.sha256))

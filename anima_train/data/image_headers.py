@@ -6,6 +6,7 @@ Whatever is wrong with a file ends as `BadImage` with a short reason: the caller
 import codecs
 import contextlib
 import errno
+import io
 import os
 import stat
 import struct
@@ -13,9 +14,8 @@ import threading
 import warnings
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import NamedTuple
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
@@ -25,15 +25,7 @@ MAX_PIXELS = 128 * 2**20  # a header that claims more is treated as a decompress
 MAX_BYTES = 2**30  # WebP and AVIF are read whole even for their header; no picture of MAX_PIXELS is larger than this
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP")
-FORMAT_OF_SUFFIX = {
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".jfif": "JPEG",
-    ".png": "PNG",
-    ".webp": "WEBP",
-    ".avif": "AVIF",
-    ".bmp": "BMP",
-}
+FORMAT_OF_SUFFIX = {f".{name.lower()}": name for name in FORMATS} | {".jpg": "JPEG", ".jfif": "JPEG"}
 EXTENSIONS = frozenset(FORMAT_OF_SUFFIX)  # lower-case suffixes that count as images when a folder is scanned
 
 # What Pillow and its codecs raise on damaged data. Not MemoryError: that is the machine's fault, not the file's.
@@ -57,13 +49,7 @@ SIGNATURES = (  # (offset, bytes, name), only for the reason shown to the user
     (0, b"\xff\x0a", "JPEG XL"),
     (0, b"8BPS", "PSD"),
 )
-FILE_KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
+FILE_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}  # others are devices
 SIDEWAYS = (5, 6, 7, 8)  # the orientations that swap width and height
 ORIENTATION_TAG = 0x0112
 
@@ -79,37 +65,32 @@ class Unreadable(BadImage):
     """A file that could not be read this time, or is another one than before; a later try may go well."""
 
 
-@dataclass(frozen=True)
-class ImageInfo:
+class ImageInfo(NamedTuple):
     """The information in an image's header."""
 
     width: int  # after EXIF orientation
     height: int
-    format: str  # one of FORMATS
     has_alpha: bool  # anything may be transparent
     warnings: tuple[str, ...]
 
 
-def probe(file: Path | BinaryIO, suffix: str = "") -> ImageInfo:
-    """Read the header, never the pixels.
+def probe(content: bytes, suffix: str) -> ImageInfo:
+    """Read the header of an image file, never the pixels.
 
     Args:
-        file: the image's path, or its file, open for reading.
-        suffix: of its name, where it has no path.
+        content: of the file.
+        suffix: of its name.
 
     Raises:
-        BadImage: not a readable file, not a supported image, too many pixels, or a PNG that ends too early. Damage in
-            the pixels of the other formats only shows in `decode`.
+        BadImage: not a supported image, too many pixels, or a PNG that ends too early. Damage in the pixels of the
+            other formats only shows in `decode`.
     """
-    if isinstance(file, Path):
-        with open_file(file) as opened:
-            return probe(opened, file.suffix)
-    image = open_image(file)
+    image = open_image(content)
     width, height = image.size
-    if read_orientation(image, file) in SIDEWAYS:
+    if read_orientation(image, content) in SIDEWAYS:
         width, height = height, width
     warnings = tuple(header_warnings(suffix, image))
-    return ImageInfo(width, height, format_name(image), image.has_transparency_data, warnings)
+    return ImageInfo(width, height, image.has_transparency_data, warnings)
 
 
 def read_file(path: Path) -> bytes:
@@ -118,21 +99,9 @@ def read_file(path: Path) -> bytes:
     Raises:
         BadImage: not a file, or none of a plausible size; `Unreadable` where a later try may go well.
     """
-    with open_file(path) as file:
-        return file.read()
-
-
-@contextlib.contextmanager
-def open_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for reading; a FIFO or a device is refused before it is opened, since that may block.
-
-    Raises:
-        BadImage: as `read_file`.
-    """
     try:
-        check_kind_and_size(os.stat(path))
-        with open(path, "rb") as file:
-            yield file
+        check_kind_and_size(path.stat())  # before it is opened, since to open a FIFO or a device may block
+        return path.read_bytes()
     except PermissionError as error:
         raise Unreadable("not readable (permission denied)") from error
     except FileNotFoundError as error:
@@ -146,30 +115,32 @@ def open_file(path: Path) -> Iterator[BinaryIO]:
 def check_kind_and_size(status: os.stat_result) -> None:
     """Raise BadImage unless this is a regular file with a plausible number of bytes."""
     if not stat.S_ISREG(status.st_mode):
-        raise BadImage(f"{FILE_KINDS.get(stat.S_IFMT(status.st_mode), 'something else')}, not a file")
+        raise BadImage(f"{FILE_KINDS.get(stat.S_IFMT(status.st_mode), 'a device')}, not a file")
     if status.st_size == 0:
         raise BadImage("zero bytes")
     if status.st_size > MAX_BYTES:
         raise BadImage(f"{status.st_size:,} bytes is more than the limit of {MAX_BYTES:,}")
 
 
-def open_image(file: BinaryIO) -> ImageFile.ImageFile:
-    """Return the image with only its header read; `file` must stay open until its pixels are loaded.
+def open_image(content: bytes) -> ImageFile.ImageFile:
+    """Return the image with only its header read.
 
     Raises:
-        BadImage: not a supported image, or too many pixels.
+        BadImage: empty, not a supported image, or too many pixels.
     """
+    if not content:
+        raise BadImage("zero bytes")
     try:
         with decode_errors_as_bad_image(), WARNING_FILTERS, warnings.catch_warnings():
             # Pillow warns about large images, odd EXIF and odd animations; `probe` warns of what matters of that.
             warnings.filterwarnings("ignore", module=r"PIL\.")
-            image = Image.open(file, formats=FORMATS)
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise BadImage(f"its header claims more than the limit of {MAX_PIXELS:,} pixels") from error
     except UnidentifiedImageError as error:
-        file.seek(0)
-        raise BadImage(identify(file.read(512))) from error
-    check_pixels(*image.size)
+        raise BadImage(identify(content[:512])) from error
+    if image.width * image.height > MAX_PIXELS:
+        raise BadImage(f"{image.width} x {image.height} pixels is more than the limit of {MAX_PIXELS:,}")
     return image
 
 
@@ -183,12 +154,6 @@ def decode_errors_as_bad_image() -> Iterator[None]:
     except DECODE_ERRORS as error:
         kind = "truncated" if "truncated" in str(error).lower() else "truncated or damaged"
         raise BadImage(f"{kind}: {error}") from error
-
-
-def check_pixels(width: int, height: int) -> None:
-    """Raise BadImage if the picture has more than MAX_PIXELS."""
-    if width * height > MAX_PIXELS:
-        raise BadImage(f"{width} x {height} pixels is more than the limit of {MAX_PIXELS:,}")
 
 
 def identify(head: bytes) -> str:
@@ -230,17 +195,16 @@ def header_warnings(suffix: str, image: ImageFile.ImageFile) -> Iterator[str]:
         yield "its ICC colour profile cannot be used; the colours are read as sRGB"
 
 
-def read_orientation(image: ImageFile.ImageFile, file: BinaryIO) -> int:
+def read_orientation(image: ImageFile.ImageFile, content: bytes) -> int:
     """Return the EXIF orientation, as `exif_orientation` does.
 
     Not Pillow's `getexif`: for a PNG that decodes the pixels, and damaged EXIF makes it raise or warn.
     """
     if image.format != "PNG":
         return exif_orientation(image.info.get("exif", b""))
-    for kind, start, length in png_chunks(file):
+    for kind, start, length in png_chunks(content):
         if kind == b"eXIf":  # before or after the pixels
-            file.seek(start)
-            return exif_orientation(file.read(length))
+            return exif_orientation(content[start : start + length])
     lines = image.info.get("Raw profile type exif", "").split("\n")  # ImageMagick: three lines of heading, then hex
     try:
         return exif_orientation(bytes.fromhex("".join(lines[3:])))
@@ -269,25 +233,20 @@ def exif_orientation(exif: bytes) -> int:
     return 1
 
 
-def png_chunks(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
-    """Yield (name, start of the data, length) of each PNG chunk, without reading the data.
+def png_chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Yield (name, start of the data, length) of each chunk of a PNG.
 
     Raises:
         BadImage: there is no end.
     """
-    size = file.seek(0, os.SEEK_END)
-    position = 8
-    while True:
-        file.seek(position)
-        header = file.read(8)
-        if len(header) < 8:
+    position, kind = 8, b""
+    while kind != b"IEND":
+        if len(content) < position + 8:
             raise BadImage("truncated: the PNG has no end (IEND chunk)")
-        length, kind = struct.unpack(">I4s", header)
+        length, kind = struct.unpack_from(">I4s", content, position)
         if not kind.isalpha():
             raise BadImage(f"truncated or damaged: no PNG chunk at byte {position:,}")
-        if position + 12 + length > size:
+        if len(content) < position + 12 + length:
             raise BadImage(f"truncated: the PNG ends inside its {kind.decode('ascii')} chunk")
         yield kind, position + 8, length
-        if kind == b"IEND":
-            return
         position += 12 + length

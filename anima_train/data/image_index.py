@@ -1,18 +1,16 @@
 """The index of image files: what was read from them, kept from run to run."""
 
 import hashlib
-import io
 import os
 from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import TypeAdapter
 
-from anima_train.core.files import sha256_file
 from anima_train.core.format import printable
 from anima_train.data.cache import Cache
-from anima_train.data.image_headers import BadImage, Unreadable, probe
-from anima_train.data.sources.archive import ArchiveMember, file_stamp
+from anima_train.data.image_headers import Unreadable, probe
+from anima_train.data.sources.archive import ArchiveMember, content_of, file_stamp
 
 INDEX_VERSION = 2  # raise when the meaning of `ImageRecord` changes
 
@@ -82,17 +80,12 @@ class ImageIndex:
 
 
 def read_record(name: str, file: Path | ArchiveMember, stamp: tuple[int, int, int]) -> ImageRecord:
-    """Read the header of an image file and hash its content.
+    """Read the header of an image file and hash its content, read once.
 
     Raises:
-        BadImage: as `probe`.
-        OSError: the file cannot be read.
+        BadImage: as `content_of` and `probe`.
     """
-    if isinstance(file, Path):
-        info, digest = probe(file), sha256_file(file)
-    else:
-        content = file.read()
-        if not content:
-            raise BadImage("zero bytes")
-        info, digest = probe(io.BytesIO(content), os.path.splitext(name)[1]), hashlib.sha256(content).hexdigest()
+    content = content_of(file)
+    info = probe(content, os.path.splitext(name)[1])
+    digest = hashlib.sha256(content).hexdigest()
     return ImageRecord(*stamp, digest, info.width, info.height, info.has_alpha, info.warnings)

@@ -3,7 +3,6 @@
 Whatever is wrong with a file ends as `BadImage` with a short reason: the caller skips the file and goes on.
 """
 
-import io
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,15 +54,6 @@ def decode(file: Path | bytes) -> Image.Image:
     return picture.copy() if isinstance(picture, ImageFile.ImageFile) else picture
 
 
-def decode_and_crop(file: Path | bytes, crop: Crop) -> Image.Image:
-    """Return the crop of the decoded picture: `decode` and `cover_and_crop` without a copy of the whole picture.
-
-    Raises:
-        BadImage: as `decode`.
-    """
-    return cover_and_crop(load_picture(file), crop)
-
-
 def decode_mask(file: Path | bytes, image_size: tuple[int, int]) -> Image.Image:
     """Return the mask as 8-bit grey (mode L), upright, white = train, scaled to `image_size` (width, height).
 
@@ -100,13 +90,10 @@ def cover_box(image_size: tuple[int, int], crop: Crop) -> tuple[float, float, fl
     return left, top, min(left + box_width, width), min(top + box_height, height)
 
 
-def cover_and_crop(image: Image.Image, crop: Crop) -> Image.Image:
-    """Scale to cover (Lanczos, antialiased) and crop, in one resampling, to exactly (width, height); then mirror."""
-    return resize(image, crop, Image.Resampling.LANCZOS)
-
-
-def resize(image: Image.Image, crop: Crop, resampling: Image.Resampling) -> Image.Image:
-    """Return the crop of an image, resampled once."""
+def cover_and_crop(
+    image: Image.Image, crop: Crop, resampling: Image.Resampling = Image.Resampling.LANCZOS
+) -> Image.Image:
+    """Scale to cover (antialiased) and crop, in one resampling, to exactly (width, height); then mirror."""
     cropped = image.resize((crop.width, crop.height), resampling, box=cover_box(image.size, crop))
     return cropped.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if crop.mirrored else cropped
 
@@ -117,14 +104,17 @@ def mask_to_latent(mask: Image.Image, crop: Crop) -> np.ndarray:
     The sides of the crop are multiples of 8. Bilinear, because Lanczos rings: it would give weight to pixels beside a
     hard edge.
     """
-    cropped = np.asarray(resize(mask, crop, Image.Resampling.BILINEAR), dtype=np.float32) / 255
-    return cropped.reshape(
-        1, crop.height // LATENT_PIXELS, LATENT_PIXELS, crop.width // LATENT_PIXELS, LATENT_PIXELS
-    ).mean(axis=(2, 4))
+    cropped = np.asarray(cover_and_crop(mask, crop, Image.Resampling.BILINEAR), dtype=np.float32) / 255
+    height, width = crop.height // LATENT_PIXELS, crop.width // LATENT_PIXELS
+    return cropped.reshape(1, height, LATENT_PIXELS, width, LATENT_PIXELS).mean(axis=(2, 4))
 
 
 def load_picture(file: Path | bytes) -> Image.Image:
-    """Return the picture as `decode` does, but maybe as the image of the file itself, not a copy."""
+    """Return the picture as `decode` does, but maybe as the image of the file itself, not a copy.
+
+    Raises:
+        BadImage: as `decode`.
+    """
     image, orientation = load(file)
     colour, alpha = colour_and_alpha(image)
     picture = composite(to_srgb(colour, image.info.get("icc_profile")), alpha, "white")
@@ -138,22 +128,20 @@ def load(file: Path | bytes) -> tuple[Image.Image, int]:
         BadImage: as `decode`.
     """
     content = file if isinstance(file, bytes) else read_file(file)
-    if not content:
-        raise BadImage("zero bytes")
-    image = open_image(io.BytesIO(content))
+    image = open_image(content)
     if image.format == "PNG":
         check_png(content)
     if format_name(image) == "JPEG":
         check_jpeg(content)
     with decode_errors_as_bad_image():
         image.load()
-    return image, read_orientation(image, io.BytesIO(content))
+    return image, read_orientation(image, content)
 
 
 def check_png(content: bytes) -> None:
     """Raise BadImage if pixel data fails its checksum: Pillow stops at the last row and never looks at it."""
     view = memoryview(content)
-    for kind, start, length in png_chunks(io.BytesIO(content)):
+    for kind, start, length in png_chunks(content):
         end = start + length
         if kind == b"IDAT" and zlib.crc32(view[start - 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
             raise BadImage(f"truncated or damaged: the PNG chunk at byte {start - 8:,} fails its checksum")

@@ -2,7 +2,7 @@
 
 import concurrent.futures
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Generic, TypeVar
 
 import torch
@@ -67,15 +67,7 @@ class TextIdentity:
 
     def key(self, caption: str) -> str:
         """Return the cache key of a caption."""
-        return entry_key(
-            "text",
-            caption=caption,
-            encoder=self.encoder,
-            tokenizer=self.tokenizer,
-            t5_tokenizer=self.t5_tokenizer,
-            adapter=self.adapter,
-            dtype=self.dtype,
-        )
+        return entry_key("text", caption=caption, **asdict(self))
 
 
 Encode = Callable[[str], Mapping[str, Tensor]]
@@ -239,15 +231,14 @@ def read_ahead(
         yield from map(make, items)
         return
     ahead = max(num_ahead, 2 * num_threads)  # so that one slow item does not stop all threads
-    with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
-        pending: list[concurrent.futures.Future[Result]] = []
-        try:
-            for item in items:
-                pending.append(pool.submit(make, item))
-                if len(pending) > ahead:
-                    yield pending.pop(0).result()
-            while pending:
+    pool = concurrent.futures.ThreadPoolExecutor(num_threads)
+    pending: list[concurrent.futures.Future[Result]] = []
+    try:
+        for item in items:
+            pending.append(pool.submit(make, item))
+            if len(pending) > ahead:
                 yield pending.pop(0).result()
-        finally:
-            for future in pending:
-                future.cancel()
+        while pending:
+            yield pending.pop(0).result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -97,12 +97,9 @@ class Plan:
         offsets = [(0, 0, 1)] * len(self.samples)
         for (directory, repeats), indices in groups.items():
             order = shuffled(indices, lambda index: self.samples[index].id, self.seed, "turns", directory)
+            p, q = repeats.as_integer_ratio()
             for place, index in enumerate(order):
-                offsets[index] = (
-                    repeats.numerator * len(order),
-                    repeats.denominator * place,
-                    repeats.denominator * len(order),
-                )
+                offsets[index] = p * len(order), q * place, q * len(order)
         return offsets
 
     def shown_before(self, index: int, epoch: int) -> int:
@@ -148,13 +145,8 @@ class Plan:
         return math.lcm(*{sample.repeats.denominator for sample in self.samples})
 
     def lengths(self) -> Iterator[int]:
-        """Yield the number of steps in each epoch, without end: after `period` epochs they repeat."""
-        period = self.period
-        known: list[int] = []
-        for epoch in itertools.count():
-            if epoch < period:
-                known.append(self.steps_in(epoch))
-            yield known[epoch % period]
+        """Return the number of steps in each epoch, without end: after `period` epochs they repeat."""
+        return itertools.cycle(map(self.steps_in, range(self.period)))
 
     def largest_batches(self, num_epochs: int) -> dict[tuple[int, Size], int]:
         """Return the largest micro-batch size of each bucket, (resolution, size), in the first epochs."""
@@ -183,11 +175,10 @@ class EpochSchedule:
         assert plan.samples
         assert epochs is not None or max_steps is not None
         epoch_starts = [0]
-        for _, length in zip(itertools.count() if epochs is None else range(epochs), plan.lengths(), strict=False):
+        for length in itertools.islice(plan.lengths(), epochs):
             epoch_starts.append(epoch_starts[-1] + length)
-            if (
-                max_steps is not None and epoch_starts[-1] > max_steps
-            ):  # not >=: more than all steps, if max_steps ends it
+            # Not >=: the last entry is beyond all steps, if max_steps ends the run.
+            if max_steps is not None and epoch_starts[-1] > max_steps:
                 break
         num_steps = epoch_starts[-1] if max_steps is None else min(epoch_starts[-1], max_steps)
         if num_steps == 0:
@@ -216,8 +207,6 @@ def times_seen(plan: Plan, schedule: EpochSchedule, num_steps: int) -> list[int]
     epoch, steps = schedule.locate(num_steps)
     seen = [plan.shown_before(index, epoch) for index in range(len(plan.samples))]
     if steps:  # they end inside an epoch
-        for step in plan.epoch(epoch)[:steps]:
-            for micro_batch in step.micro_batches:
-                for ref in micro_batch.refs:
-                    seen[ref.sample] += 1
+        for ref in (ref for step in plan.epoch(epoch)[:steps] for batch in step.micro_batches for ref in batch.refs):
+            seen[ref.sample] += 1
     return seen

@@ -10,7 +10,7 @@ from pathlib import Path
 from anima_train.core.random import derive, uniform
 from anima_train.data.buckets import Size
 from anima_train.data.cache import Cache, entry_key
-from anima_train.data.captions import TagVariation, plain_tag, unescaped, without_underscores
+from anima_train.data.captions import unescaped, vary_tags, without_underscores
 from anima_train.data.images import Crop
 from anima_train.data.settings import DirectoryOptions
 from anima_train.data.sources.archive import ArchiveMember
@@ -20,38 +20,21 @@ from anima_train.data.sources.archive import ArchiveMember
 class Picture:
     """An image with its mask and with its captions as they are in the files."""
 
-    path: Path  # of an image inside of another file: that file's path and the image's name in it
+    path: Path  # for messages; of an image inside of another file: that file's path and the image's name in it
+    source: Path | ArchiveMember
     sha256: str
     width: int  # pixels, after EXIF orientation
     height: int
-    caption: str  # tags; "" where only natural language is used, or nothing
-    mask: Path | None
-    mask_sha256: str
-    more_captions: tuple[str, ...] = ()  # tags too; used in turn with `caption`
+    tags: tuple[str, ...] = ("",)  # captions of tags, used in turn; ("",) where there is none, or none is used
     natural: tuple[str, ...] = ()  # in natural language, no empty one; () where caption_mode does not use them
+    mask: Path | ArchiveMember | None = None
+    mask_sha256: str = ""
     has_alpha: bool = False
-    member: ArchiveMember | None = None  # the image's source, if it is inside of another file
-    mask_member: ArchiveMember | None = None
-
-    @property
-    def tags(self) -> tuple[str, ...]:
-        """All captions that are not in natural language."""
-        return (self.caption, *self.more_captions)
 
     @property
     def has_caption(self) -> bool:
         """True if any caption holds text."""
         return any(self.tags) or bool(self.natural)
-
-    @property
-    def source(self) -> Path | ArchiveMember:
-        """The source of the image: its path, or a member of another file."""
-        return self.path if self.member is None else self.member
-
-    @property
-    def mask_source(self) -> Path | ArchiveMember | None:
-        """The source of the mask: its path, or a member of another file."""
-        return self.mask if self.mask_member is None else self.mask_member
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,18 +148,11 @@ class Sample:
     def tags_caption(self, seed: int, tags: str, variant: int | None) -> str:
         """Return tags as they are trained, in a variant; None changes neither their order nor their number."""
         options = self.options
-        variation = TagVariation(
-            options.cache_shuffle_delimiter,
-            options.keep_first_n_tags,
-            options.shuffle_tags or options.cache_shuffle_num > 0,
-            options.tag_dropout,
-            frozenset(map(plain_tag, options.protected_tags)),
-        )
 
         def vary(text: str) -> str:
             if options.replace_underscores:
                 text = without_underscores(text, options.cache_shuffle_delimiter)
-            return text if variant is None or not text else variation.varied(text, seed, self.name, variant)
+            return text if variant is None or not text else vary_tags(text, options, seed, self.name, variant)
 
         return self.with_prefix(tags, vary)
 
@@ -246,12 +222,7 @@ class View:
     def mask_key(self) -> str:
         """Return the key of its mask in the cache."""
         picture = self.sample.picture
-        alpha = {"alpha_of": picture.sha256} if self.sample.masks_alpha else {}
-        return entry_key(
-            "mask",
-            mask=picture.mask_sha256,
-            image_width=picture.width,
-            image_height=picture.height,
-            **alpha,
-            **self.crop_key(),
-        )
+        key = self.crop_key() | {"image_width": picture.width, "image_height": picture.height}
+        if self.sample.masks_alpha:
+            key["alpha_of"] = picture.sha256
+        return entry_key("mask", mask=picture.mask_sha256, **key)

@@ -17,7 +17,7 @@ from anima_train.data.image_index import ImageIndex
 from anima_train.data.samples import Picture, Sample, exact
 from anima_train.data.scan_images import scan_images
 from anima_train.data.scan_warnings import caption_kind, folder_warnings
-from anima_train.data.settings import DatasetSettings, Directory, DirectoryOptions
+from anima_train.data.settings import DatasetSettings, DirectoryOptions
 from anima_train.data.sources.folder import Files
 from anima_train.data.sources.hf_dataset import hf_dataset_files
 
@@ -79,10 +79,12 @@ def scan(
     problems: list[str] = []
     for index, (folder, mask_folder, cache) in enumerate(zip(folders, masks, caches, strict=True)):
         options = dataset.options(index)
-        if dataset.directory[index].hf_dataset is not None:
-            options = options.model_copy(update={"kohya_folders": False})  # the folders of its files are no part of it
         try:
-            files = files_of(dataset.directory[index], folder, mask_folder, options, cache, offline)
+            if dataset.directory[index].hf_dataset is None:
+                files = Files.of(folder, mask_folder, options, cache)
+            else:
+                files = hf_dataset_files(dataset.directory[index], folder, offline)
+                options = options.model_copy(update={"kohya_folders": False})  # the folders of its files do not count
             found = scan_files(index, files, options, cache, seed, write)
         except DataError as error:
             problems.extend(error.problems)
@@ -123,22 +125,10 @@ def duplicates(pictures: Iterable[Picture]) -> Iterator[str]:
         original = first.setdefault(picture.sha256, picture.path)
         if original != picture.path:
             repeated[picture.path] = original
-    for path, original in list(repeated.items())[:1]:
+    if repeated:
+        path, original = next(iter(repeated.items()))
         noun = count(len(repeated), "image is", "images are")
         yield f"{noun} in the dataset more than once, such as {path}, which equals {original}"
-
-
-def files_of(
-    directory: Directory, folder: Path, mask_folder: Path | None, options: DirectoryOptions, cache: Cache, offline: bool
-) -> Files:
-    """Return the files of a directory: a folder, an archive or a dataset.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    if directory.hf_dataset is not None:
-        return hf_dataset_files(directory, folder, offline)
-    return Files.of(folder, mask_folder, options, cache)
 
 
 def scan_files(index: int, files: Files, options: DirectoryOptions, cache: Cache, seed: int, write: bool) -> Scan:

@@ -25,19 +25,17 @@ def scan_images(
     files: Files, options: DirectoryOptions, image_index: ImageIndex, mask_index: ImageIndex
 ) -> tuple[list[ScannedImage], list[str]]:
     """Return the images that can be used, and "path: reason" for the others; read by several threads."""
-    images = []
-    bad = []
-    pool = concurrent.futures.ThreadPoolExecutor()
-    try:
-        futures = [pool.submit(scan_image, name, files, options, image_index, mask_index) for name in files.images]
-        for name, future in zip(files.images, futures, strict=True):
-            try:
-                images.append(future.result())
-            except (BadImage, BadCaption) as error:
-                bad.append(f"{files.folder / name}: {error}")
-    finally:
-        pool.shutdown(cancel_futures=True)  # so that Ctrl-C does not wait for all that is left
-    return images, bad
+
+    def attempt(name: str) -> ScannedImage | str:
+        try:
+            return scan_image(name, files, options, image_index, mask_index)
+        except (BadImage, BadCaption) as error:
+            return f"{files.folder / name}: {error}"
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        found = list(pool.map(attempt, files.images))
+    images = [image for image in found if isinstance(image, ScannedImage)]
+    return images, [reason for reason in found if isinstance(reason, str)]
 
 
 def scan_image(
@@ -49,37 +47,34 @@ def scan_image(
         BadImage: the image or its mask cannot be used.
         BadCaption: a caption cannot be used.
     """
-    record = image_index.lookup(name, files.file(name))
+    source = files.file(name)
+    record = image_index.lookup(name, source)
     stem = stem_of(name)
     tags: tuple[str, ...] = ()
     natural: tuple[str, ...] = ()
     if options.caption_mode != "nl":
-        tags = files.listed_captions.get(name, ()) or captions_in(files, files.caption_files.get(stem), options)
+        tags = files.listed_captions.get(name) or captions_in(files, files.caption_files.get(stem), options)
     if options.caption_mode != "tags":
-        in_file = captions_in(files, files.natural_files.get(stem), options)
-        natural = files.listed_natural.get(name, in_file)
-    mask, mask_member, mask_sha256 = None, None, ""
-    if files.mask_folder is not None and stem in files.mask_files:
+        natural = files.listed_natural.get(name) or captions_in(files, files.natural_files.get(stem), options)
+    mask, mask_sha256 = None, ""
+    if stem in files.mask_files:
         file = files.mask_files[stem][0]
-        mask, mask_member = files.mask_folder / file, files.mask_members.get(file)
+        mask = files.mask(file)
         try:
-            mask_sha256 = mask_index.lookup(file, files.mask(file)).sha256
+            mask_sha256 = mask_index.lookup(file, mask).sha256
         except BadImage as error:
             raise BadImage(f"its mask {file}: {error}") from error
-    caption, *more = tags or ("",)
     picture = Picture(
         path=files.folder / name,
+        source=source,
         sha256=record.sha256,
         width=record.width,
         height=record.height,
-        caption=caption,
+        tags=tags or ("",),
+        natural=tuple(filter(None, natural)),
         mask=mask,
         mask_sha256=mask_sha256,
-        more_captions=tuple(more),
-        natural=tuple(filter(None, natural)),
         has_alpha=record.has_alpha,
-        member=files.members.get(name),
-        mask_member=mask_member,
     )
     return ScannedImage(name, picture, not tags and not natural, record.warnings)
 

@@ -55,51 +55,36 @@ def missing_captions(files: Files, images: Sequence[ScannedImage], options: Dire
     bare = "caption_prefix alone" if options.caption_prefix else "the empty one"
     sentences = "natural_column" if files.is_table else "_nl.txt"
     without = [] if options.skip_empty_caption else [image for image in images if not image.picture.has_caption]
-    yield (
-        f"images without a {caption_kind(files, options)} caption, trained with {bare}",
-        [image.file for image in without if image.is_uncaptioned],
-    )
-    yield (
-        f"images with an empty caption, trained with {bare}",
-        [image.file for image in without if not image.is_uncaptioned],
-    )
-    # An image without any caption is counted as that, not as one without natural language.
-    mixed = [image for image in images if options.caption_mode == "mixed" and image.picture.has_caption]
-    yield (
-        f"images without a natural-language caption ({sentences}), trained with their tags alone",
-        [image.file for image in mixed if not image.picture.natural],
-    )
-    yield (
-        f"images without tags, trained with their natural-language caption ({sentences}) alone",
-        [image.file for image in mixed if not any(image.picture.tags)],
-    )
-    stems = by_stem(files.images)
-    unused = [names[0] for stem, names in files.natural_files.items() if stem in stems]
-    yield (
-        'natural-language captions (_nl.txt), not used, because caption_mode is "tags"',
-        unused if options.caption_mode == "tags" else [],
-    )
+    missing = [image.file for image in without if image.is_uncaptioned]
+    yield f"images without a {caption_kind(files, options)} caption, trained with {bare}", missing
+    empty = [image.file for image in without if not image.is_uncaptioned]
+    yield f"images with an empty caption, trained with {bare}", empty
+    if options.caption_mode == "mixed":
+        # An image without any caption is counted as that, not as one without natural language.
+        captioned = [image for image in images if image.picture.has_caption]
+        tagged = [image.file for image in captioned if not image.picture.natural]
+        yield f"images without a natural-language caption ({sentences}), trained with their tags alone", tagged
+        untagged = [image.file for image in captioned if not any(image.picture.tags)]
+        yield f"images without tags, trained with their natural-language caption ({sentences}) alone", untagged
+    if options.caption_mode == "tags":
+        stems = by_stem(files.images)
+        unused = [names[0] for stem, names in files.natural_files.items() if stem in stems]
+        yield 'natural-language captions (_nl.txt), not used, because caption_mode is "tags"', unused
 
 
 def odd_texts(images: Sequence[ScannedImage], options: DirectoryOptions) -> Findings:
     """Yield the images whose captions hold text that is probably not meant as it is read."""
     before = options.prefix_word + options.caption_prefix
     texts = {image.file: (*image.picture.tags, *image.picture.natural) for image in images}
-    yield (
-        "images with a caption that holds text that the tokenizer reads as a special token, as </s> is",
-        [file for file, own in texts.items() if any(SPECIAL_TOKEN.search(text) for text in (before, *own))],
-    )
+    special = [file for file, own in texts.items() if any(map(SPECIAL_TOKEN.search, (before, *own)))]
+    yield "images with a caption that holds text that the tokenizer reads as a special token, as </s> is", special
     delimiter = options.cache_shuffle_delimiter
-    is_used = any(delimiter in text for image in images for text in image.picture.tags)
-    yield (
-        f"captions, none of which holds cache_shuffle_delimiter {delimiter!r}, so that each is one tag",
-        [image.file for image in images if any(image.picture.tags)] if options.varies_tags and not is_used else [],
-    )
-    escaped = [file for file, own in texts.items() if any(unescaped(text) != text for text in own)]
-    yield (
-        r"captions with \( or \), which belong in prompts; unescape_parentheses writes ( and )",
-        [] if options.unescape_parentheses else escaped,
-    )
+    if options.varies_tags and not any(delimiter in text for image in images for text in image.picture.tags):
+        tagged = [image.file for image in images if any(image.picture.tags)]
+        yield f"captions, none of which holds cache_shuffle_delimiter {delimiter!r}, so that each is one tag", tagged
+    if not options.unescape_parentheses:
+        escaped = [file for file, own in texts.items() if any(unescaped(text) != text for text in own)]
+        yield r"captions with \( or \), which belong in prompts; unescape_parentheses writes ( and )", escaped
 
 
 def unused_captions(files: Files, options: DirectoryOptions) -> Findings:
@@ -109,19 +94,14 @@ def unused_captions(files: Files, options: DirectoryOptions) -> Findings:
     caption_files = [*files.caption_files.items(), *files.natural_files.items()]
     yield "captions without an image", [names[0] for stem, names in caption_files if stem not in stems]
     yield "entries of captions.json without an image", [name for name in files.listed_captions if name not in images]
-    replaced = [name for name in files.listed_captions if name in images and stem_of(name) in files.caption_files]
-    yield (
-        "captions in .txt files not used, because captions.json has them",
-        [] if options.caption_mode == "nl" else [files.caption_files[stem_of(name)][0] for name in replaced],
-    )
-    yield (
-        "images that share caption and mask, because their names differ in the ending only",
-        [name for names in stems.values() for name in names if len(names) > 1],
-    )
-    yield (
-        "captions not used, because another differs in the ending only",
-        [name for _, names in caption_files for name in names[1:]],
-    )
+    if options.caption_mode != "nl":
+        listed = [stem_of(name) for name in files.listed_captions if name in images]
+        replaced = [files.caption_files[stem][0] for stem in listed if stem in files.caption_files]
+        yield "captions in .txt files not used, because captions.json has them", replaced
+    sharing = [name for names in stems.values() for name in names if len(names) > 1]
+    yield "images that share caption and mask, because their names differ in the ending only", sharing
+    others = [name for _, names in caption_files for name in names[1:]]
+    yield "captions not used, because another differs in the ending only", others
 
 
 def mask_findings(files: Files, images: Sequence[ScannedImage]) -> Findings:

@@ -329,38 +329,25 @@ class DatasetSettings(DirectoryOptions):
                     yield f"directory[{index}]: {name} has no effect, because hf_dataset is no folder"
         if options.weight is not None and len(self.directory) == 1:
             yield f"directory[{index}]: weight has no effect, because there is no other directory"
-        yield from self.never_used_sizes(index)
-
-    def never_used_sizes(self, index: int) -> Iterator[str]:
-        """Yield a sentence for each of a directory's size_buckets that no image can get."""
-        options = self.options(index)
         seen: dict[float, Sequence[int]] = {}
         for size in options.size_buckets or []:
             if (first := seen.setdefault(size[0] / size[1], size)) is not size:
                 yield f"directory[{index}]: size_buckets: {size} is never used: {first} has its aspect ratio"
 
-    def unused_in_evaluation(self) -> Iterator[str]:
-        """Yield the keys that are set and change nothing where the loss is only measured."""
-        for name in TRAINING_KEYS:
-            if any(self.level(index, name) for index in range(len(self.directory))):
-                yield name
+    def unused_in_evaluation(self) -> list[str]:
+        """Return the keys that are set and change nothing where the loss is only measured."""
+        return [name for name in TRAINING_KEYS if any(self.level(index, name) for index in range(len(self.directory)))]
 
 
 POSITIONS = {"center": (0.5, 0.5), "top": (0.5, 0.0), "bottom": (0.5, 1.0), "left": (0.0, 0.5), "right": (1.0, 0.5)}
 ASPECT_KEYS = ("min_ar", "max_ar", "num_ar_buckets")
+BUCKET_KEYS = ("enable_ar_bucket", "ar_buckets", *ASPECT_KEYS)
 FOLDER_KEYS = ("recursive", "kohya_folders", "tars", "captions_per_line")
-TRAINING_KEYS = (
-    "num_repeats", "weight", "role", "horizontal_flip", "cache_shuffle_num", "shuffle_tags", "keep_first_n_tags",
-    "tag_dropout", "protected_tags",
-)  # fmt: skip
 TAG_KEYS = ("cache_shuffle_num", "shuffle_tags", "keep_first_n_tags", "tag_dropout", "protected_tags")
+TRAINING_KEYS = ("num_repeats", "weight", "role", "horizontal_flip", *TAG_KEYS)
 REPLACED: Sequence[tuple[str, Callable[[DirectoryOptions], bool], Sequence[str]]] = (
     # key, when it replaces others, the others
-    (
-        "size_buckets",
-        lambda options: options.size_buckets is not None,
-        ("resolutions", "enable_ar_bucket", "ar_buckets", *ASPECT_KEYS),
-    ),
+    ("size_buckets", lambda options: options.size_buckets is not None, ("resolutions", *BUCKET_KEYS)),
     ("enable_ar_bucket", lambda options: not options.enable_ar_bucket, ("ar_buckets", *ASPECT_KEYS)),
     ("ar_buckets", lambda options: options.ar_buckets is not None, ASPECT_KEYS),
     ("caption_mode", lambda options: options.caption_mode == "nl", (*TAG_KEYS, "replace_underscores", "nl_weight")),

@@ -63,13 +63,13 @@ def facts(found: Scan) -> list[tuple]:
     """What is trained, and under which names."""
     samples = found.samples
     for sample in samples:
-        assert sample.picture.member is not None or sample.picture.path.is_file()
+        assert not isinstance(sample.picture.source, Path) or sample.picture.path.is_file()
     return [
         (
             *(sample.id, sample.captions(0), sample.picture.natural, sample.size, sample.picture.sha256),
             content_of(sample.picture.source),
             sample.picture.mask_sha256,
-            None if sample.picture.mask_source is None else content_of(sample.picture.mask_source),
+            None if sample.picture.mask is None else content_of(sample.picture.mask),
         )
         for sample in samples
     ]
@@ -132,7 +132,7 @@ def test_two_archives_with_the_same_names_in_them_are_told_apart(tmp_path: Path)
     write(folder, {"a.png": png("beside"), "a.txt": b"beside"})
     found = look(folder, tars=True)
     assert ids(found) == ["0.tar/a.png", "1.TAR/a.png", "a.png"]
-    assert [sample.picture.caption for sample in found.samples] == ["0.tar", "1.TAR", "beside"]
+    assert [sample.picture.tags for sample in found.samples] == [("0.tar",), ("1.TAR",), ("beside",)]
     assert [content_of(sample.picture.source) for sample in found.samples] == [
         png("0.tar"),
         png("1.TAR"),
@@ -342,5 +342,5 @@ def test_a_changed_archive_is_looked_at_again(tmp_path: Path) -> None:
     after = look(archive)
     assert archive.stat().st_size == status.st_size
     assert before.samples[0].picture.sha256 != after.samples[0].picture.sha256
-    assert after.samples[0].picture.caption == "a dog"
+    assert after.samples[0].picture.tags == ("a dog",)
     assert content_of(after.samples[0].picture.source) == png("b")

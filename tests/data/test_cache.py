@@ -64,8 +64,8 @@ def largest_file(num_bytes: int) -> Iterator[None]:
 
 
 def sample(cache: Cache, **changes: object) -> Sample:
-    picture = {"path": Path("a.png"), "sha256": "image", "width": 60, "height": 40, "caption": "a cat",
-               "mask": Path("m.png"), "mask_sha256": "mask"}  # fmt: skip
+    picture = {"path": Path("a.png"), "source": Path("a.png"), "sha256": "image", "width": 60, "height": 40,
+               "tags": ("a cat",), "mask": Path("m.png"), "mask_sha256": "mask"}  # fmt: skip
     picture |= {name: value for name, value in changes.items() if name in picture}
     rest = {"size": Size(48, 32), "resolution": 40, "directory": 0, "options": DirectoryOptions(), "id": "0/a.png@40"}
     rest |= {name: value for name, value in changes.items() if name in rest}
@@ -78,8 +78,8 @@ def test_a_latent_depends_on_image_size_and_vae_only(cache: Cache):
         assert View(sample(cache, **change)).latent_key("vae") != key
     assert View(sample(cache)).latent_key("other vae") != key
     for change in (
-        {"path": Path("moved/b.png")}, {"caption": "a dog"}, {"mask_sha256": "other"}, {"mask": None}, {"id": "x"},
-        {"directory": 3}, {"resolution": 41}, {"options": DirectoryOptions(num_repeats=3)},
+        {"path": Path("moved/b.png")}, {"source": Path("moved/b.png")}, {"tags": ("a dog",)}, {"mask_sha256": "other"},
+        {"mask": None}, {"id": "x"}, {"directory": 3}, {"resolution": 41}, {"options": DirectoryOptions(num_repeats=3)},
     ):  # fmt: skip
         assert View(sample(cache, **change)).latent_key("vae") == key
 
@@ -90,7 +90,7 @@ def test_a_mask_depends_on_mask_image_size_and_size_only(cache: Cache):
         {"mask_sha256": "other"}, {"width": 61}, {"height": 41}, {"size": Size(64, 32)}, {"size": Size(48, 64)}
     ):  # fmt: skip
         assert View(sample(cache, **change)).mask_key() != key
-    for change in ({"path": Path("b.png")}, {"mask": Path("n.png")}, {"caption": "a dog"}, {"sha256": "other"}):
+    for change in ({"path": Path("b.png")}, {"mask": Path("n.png")}, {"tags": ("a dog",)}, {"sha256": "other"}):
         assert View(sample(cache, **change)).mask_key() == key
 
 
@@ -197,10 +197,14 @@ def test_every_truncation_is_noticed(cache: Cache):
     cache.save("latent", KEY, {"latents": torch.arange(3.0)})
     path = cache.path("latent", KEY)
     content = path.read_bytes()
+    assert cache.is_whole("latent", KEY)
     for length in range(len(content)):
         path.write_bytes(content[:length])
+        assert not cache.is_whole("latent", KEY)
         with pytest.raises(DamagedEntry):
             cache.load("latent", KEY)
+    path.write_bytes(content + b"\0")
+    assert not cache.is_whole("latent", KEY)
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>", b"version https://git-lfs", b"\xff" * 100, b"\0" * 100])

@@ -8,16 +8,18 @@ import pytest
 
 from anima_train.data.captions import (
     BadCaption,
-    TagVariation,
     read_caption,
     read_captions_json,
     unescaped,
+    vary_tags,
     without_underscores,
 )
+from anima_train.data.settings import DirectoryOptions
 
 
 def shuffled_tags(caption: str, delimiter: str, seed: int, sample: str, variant: int) -> str:
-    return TagVariation(delimiter, shuffles=True).varied(caption, seed, sample, variant)
+    options = DirectoryOptions(cache_shuffle_delimiter=delimiter, shuffle_tags=True)
+    return vary_tags(caption, options, seed, sample, variant)
 
 
 TAGS = "1girl, solo, long hair, blue eyes, smile, outdoors, sky, cloud"
@@ -173,8 +175,8 @@ def test_every_occurrence_of_escaped_parentheses_is_rewritten():
 
 
 def test_a_tag_more_leaves_the_fate_and_order_of_the_others_alone():
-    variation = TagVariation(", ", shuffles=True, dropout=0.5)
-    before = [variation.varied(TAGS, 0, "a", number).split(", ") for number in range(50)]
-    after = [variation.varied(f"{TAGS}, rain", 0, "a", number).split(", ") for number in range(50)]
+    options = DirectoryOptions(shuffle_tags=True, tag_dropout=0.5)
+    before = [vary_tags(TAGS, options, 0, "a", number).split(", ") for number in range(50)]
+    after = [vary_tags(f"{TAGS}, rain", options, 0, "a", number).split(", ") for number in range(50)]
     assert [[tag for tag in tags if tag != "rain"] for tags in after] == before
     assert 0 < sum("rain" in tags for tags in after) < 50

@@ -78,11 +78,11 @@ def view_of(
     mask_path: Path | None = None, alpha: bool = False, image_size: tuple[int, int] = (150, 90), **options: object,
 ) -> View:  # fmt: skip
     """A view of a file as it is now, or (`in_memory`) of its bytes."""
-    stored = {"member": InMemory(path.read_bytes())} if in_memory else {}
-    if mask_path is not None and in_memory:
-        stored["mask_member"] = InMemory(mask_path.read_bytes())
+    source, mask_source = [
+        InMemory(each.read_bytes()) if in_memory and each is not None else each for each in (path, mask_path)
+    ]
     hashes = ["" if each is None or not each.exists() else sha256(each) for each in (path, mask_path)]
-    picture = Picture(path, hashes[0], *image_size, "", mask_path, hashes[1], has_alpha=alpha, **stored)
+    picture = Picture(path, source, hashes[0], *image_size, mask=mask_source, mask_sha256=hashes[1], has_alpha=alpha)
     sample = Sample(
         path.name, picture, Size(*size), 64, 0, DirectoryOptions(alpha_as_mask=alpha, **options), Cache(path.parent)
     )
@@ -189,7 +189,7 @@ def test_another_image_than_before_is_refused(tmp_path: Path):
     transparent = view_of(path, mask_path=other, alpha=True)
     stored = view_of(path, in_memory=True)
     save(path, scene(80, 60, seed=1))
-    object.__setattr__(stored.sample.picture.member, "content", path.read_bytes())
+    object.__setattr__(stored.sample.picture.source, "content", path.read_bytes())
     for view, run in ((before, pixels), (masked, mask), (transparent, mask), (stored, pixels)):
         kind, reason = failure(view, run)
         assert kind is Unreadable

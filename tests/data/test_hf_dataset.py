@@ -327,7 +327,7 @@ def test_masks_are_those_of_the_row(tmp_path: Path) -> None:
     made.to_parquet(tmp_path / "x.parquet")
     found = look(tmp_path / "x.parquet", mask_column="mask")
     first, second = found.samples
-    assert content_of(first.picture.mask_source) == encoded("mask")
+    assert content_of(first.picture.mask) == encoded("mask")
     assert first.has_mask
     assert not second.has_mask
     assert found.bad == [f"{tmp_path}/x.parquet/c.png: its mask mask/c: not an image (text)"]

@@ -25,6 +25,7 @@ from anima_train.data.image_headers import (
     MAX_BYTES,
     MAX_PIXELS,
     BadImage,
+    ImageInfo,
     Unreadable,
     probe,
     read_file,
@@ -55,6 +56,10 @@ def save(path: Path, image: Image.Image | np.ndarray, **options: object) -> Path
 def write(path: Path, content: bytes) -> Path:
     path.write_bytes(content)
     return path
+
+
+def probe_file(path: Path) -> ImageInfo:
+    return probe(read_file(path), path.suffix)
 
 
 def array(image: Image.Image) -> np.ndarray:
@@ -161,7 +166,7 @@ def test_every_orientation_gives_the_same_upright_picture(tmp_path: Path, suffix
     stored = np.ascontiguousarray(STORED[orientation](scene()))
     options = {".jpg": {"quality": 95, "subsampling": 0}, ".webp": {"lossless": True}, ".avif": {"quality": 95}}
     path = save(tmp_path / f"x{suffix}", stored, exif=exif_with(orientation), **options.get(suffix, {}))
-    info = probe(path)
+    info = probe_file(path)
     assert (info.width, info.height, info.warnings) == (48, 32, ())
     assert np.abs(array(decode(path)) - scene()).mean() < 2
 
@@ -170,7 +175,7 @@ def test_orientation_after_the_pixels_of_a_png_is_applied(tmp_path: Path) -> Non
     rows = b"".join(b"\0" + row.tobytes() for row in np.rot90(scene(), 1))
     exif = chunk(b"eXIf", exif_with(6).tobytes().removeprefix(b"Exif\0\0"))
     path = write(tmp_path / "late.png", png(32, 48, 8, 2, rows, after=exif))
-    assert (probe(path).width, probe(path).height) == (48, 32)
+    assert (probe_file(path).width, probe_file(path).height) == (48, 32)
     assert np.array_equal(array(decode(path)), scene())
 
 
@@ -180,7 +185,7 @@ def test_orientation_in_imagemagicks_text_is_applied(tmp_path: Path) -> None:
     text = f"\nexif\n{len(exif):8}\n{exif.hex()}\n".encode()
     before = chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(text))
     path = write(tmp_path / "magick.png", png(32, 48, 8, 2, rows, before=before))
-    assert (probe(path).width, probe(path).height) == (48, 32)
+    assert (probe_file(path).width, probe_file(path).height) == (48, 32)
     assert np.array_equal(array(decode(path)), scene())
 
 
@@ -196,7 +201,7 @@ def test_orientation_in_imagemagicks_text_is_applied(tmp_path: Path) -> None:
 )
 def test_damaged_exif_is_read_as_upright_and_without_a_python_warning(tmp_path: Path, exif: bytes) -> None:
     path = save(tmp_path / "x.jpg", scene(), exif=exif, quality=95)
-    assert (probe(path).width, probe(path).height) == (48, 32)
+    assert (probe_file(path).width, probe_file(path).height) == (48, 32)
     assert np.abs(array(decode(path)) - scene()).mean() < 3
 
 
@@ -222,7 +227,7 @@ def test_cmyk_is_converted_by_its_profile(tmp_path: Path) -> None:
     image = Image.frombytes("CMYK", (48, 16), inks.tobytes())
     path = save(tmp_path / "x.jpg", image, quality=95, subsampling=0, icc_profile=cmyk_profile_with_orange_cyan())
     picture = array(decode(path))
-    assert probe(path).warnings == ()
+    assert probe_file(path).warnings == ()
     assert np.abs(picture[8, 8] - 255).max() <= 2
     assert np.abs(picture[8, 24] - lab_to_srgb(60, 40, 60)).max() <= 4
     assert np.abs(picture[8, 40] - 0).max() <= 4
@@ -247,7 +252,7 @@ def test_linear_grey_is_converted_by_its_profile(tmp_path: Path, mode: str) -> N
     linear = icc_profile(b"GRAY", {b"wtpt": WHITE_POINT, b"kTRC": b"curv\0\0\0\0\0\0\0\0"})
     image = Image.new(mode, (4, 4), {"L": 55, "LA": (55, 255), "I;16": 55 * 257}[mode])
     path = save(tmp_path / "x.png", image, icc_profile=linear)
-    assert probe(path).warnings == ()
+    assert probe_file(path).warnings == ()
     expected = 255 * (1.055 * (55 / 255) ** (1 / 2.4) - 0.055)  # the sRGB curve
     assert np.abs(array(decode(path)) - expected).max() <= 1
 
@@ -265,13 +270,13 @@ def test_linear_grey_is_converted_by_its_profile(tmp_path: Path, mode: str) -> N
 def test_an_unusable_profile_is_ignored_and_said(tmp_path: Path, mode: str, profile: bytes) -> None:
     image = Image.fromarray(scene()).convert(mode)
     path = save(tmp_path / "x.png", image, icc_profile=profile)
-    assert probe(path).warnings == ("its ICC colour profile cannot be used; the colours are read as sRGB",)
+    assert probe_file(path).warnings == ("its ICC colour profile cannot be used; the colours are read as sRGB",)
     assert np.array_equal(array(decode(path)), array(image.convert("RGB")))
 
 
 def test_grey_under_an_rgb_profile_stays_grey(tmp_path: Path) -> None:
     path = save(tmp_path / "x.png", Image.fromarray(scene()).convert("L"), icc_profile=swapped_red_and_green())
-    assert probe(path).warnings == ()
+    assert probe_file(path).warnings == ()
     assert np.abs(array(decode(path)) - array(Image.fromarray(scene()).convert("L"))[..., None]).max() <= 1
 
 
@@ -355,14 +360,13 @@ def test_modes_without_alpha_keep_their_colours(tmp_path: Path, suffix: str, mod
 
 @pytest.mark.parametrize("suffix", sorted(EXTENSIONS))
 def test_header_tells_size_and_format(tmp_path: Path, suffix: str) -> None:
-    info = probe(save(tmp_path / f"x{suffix.upper()}", scene()))
-    formats = {".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".png": "PNG", ".webp": "WEBP", ".avif": "AVIF"}
-    assert (info.width, info.height, info.format, info.warnings) == (48, 32, formats.get(suffix, "BMP"), ())
+    info = probe_file(save(tmp_path / f"x{suffix.upper()}", scene()))
+    assert (info.width, info.height, info.warnings) == (48, 32, ())  # one would say that it holds another format
 
 
 def test_wrong_suffix_is_read_by_content_and_said(tmp_path: Path) -> None:
     path = save(tmp_path / "x.jpg", scene(), quality=95).rename(tmp_path / "x.png")
-    assert probe(path).warnings == ("named .png but holds JPEG",)
+    assert probe_file(path).warnings == ("named .png but holds JPEG",)
     assert np.abs(array(decode(path)) - scene()).mean() < 3
 
 
@@ -371,7 +375,7 @@ def test_animation_gives_its_first_frame_and_a_warning(tmp_path: Path, suffix: s
     frames = [Image.fromarray(255 - scene()), Image.new("RGB", (48, 32), "red")]
     lossless = {"lossless": True} if suffix == ".webp" else {}
     path = save(tmp_path / f"x{suffix}", scene(), save_all=True, append_images=frames, duration=100, **lossless)
-    assert probe(path).warnings == ("animated: the first of 3 frames is used",)
+    assert probe_file(path).warnings == ("animated: the first of 3 frames is used",)
     assert np.abs(array(decode(path)) - scene()).mean() < 4
 
 
@@ -380,26 +384,26 @@ def test_phone_jpeg_with_a_second_picture_is_a_plain_jpeg(tmp_path: Path) -> Non
     path = path.rename(tmp_path / "x.jpg")
     with Image.open(path) as image:
         assert image.format == "MPO"
-    assert (probe(path).format, probe(path).warnings) == ("JPEG", ())
+    assert probe_file(path).warnings == ()
     assert np.abs(array(decode(path)) - scene()).mean() < 3
 
 
 def test_probe_decodes_no_pixels(tmp_path: Path) -> None:
     path = save(tmp_path / "x.png", np.zeros((4000, 4000, 3), np.uint8))
     tracemalloc.start()
-    probe(path)
+    probe_file(path)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2**20
     damaged = bytearray(path.read_bytes())
     damaged[100:200] = bytes(100)  # inside the pixels: the header is still right
-    assert probe(write(path, bytes(damaged))).width == 4000
+    assert probe_file(write(path, bytes(damaged))).width == 4000
 
 
 @pytest.mark.parametrize("name", ["画像 ñ é 🖼.png", "with  spaces and 'quotes'.png", "n" * 236 + ".png"])
 def test_names_of_every_kind_work(tmp_path: Path, name: str) -> None:
     path = save(tmp_path / name, scene())
-    assert probe(path).width == 48
+    assert probe_file(path).width == 48
     assert np.array_equal(array(decode(path)), scene())
 
 
@@ -429,13 +433,13 @@ def test_truncated_file_is_never_loaded(tmp_path: Path, suffix: str, options: di
 def test_truncated_png_shows_in_the_header(tmp_path: Path) -> None:
     whole = save(tmp_path / "x.png", noise()).read_bytes()
     for kept in (len(whole) // 2, len(whole) - 20, len(whole) - 12, len(whole) - 1):
-        assert reason(probe, write(tmp_path / "x.png", whole[:kept])).startswith("truncated")
+        assert reason(probe_file, write(tmp_path / "x.png", whole[:kept])).startswith("truncated")
 
 
 def test_png_whose_second_half_is_zeros_shows_in_the_header(tmp_path: Path) -> None:
     content = png(1, 1, 8, 2, bytes(4)).removesuffix(chunk(b"IEND", b""))
     path = write(tmp_path / "x.png", content + bytes(5000))
-    assert reason(probe, path) == f"truncated or damaged: no PNG chunk at byte {len(content)}"
+    assert reason(probe_file, path) == f"truncated or damaged: no PNG chunk at byte {len(content)}"
 
 
 @pytest.mark.parametrize("kept", [0.1, 0.5, 0.9, 0.99])
@@ -470,7 +474,7 @@ def test_what_follows_the_end_does_no_harm(tmp_path: Path, suffix: str) -> None:
     path = save(tmp_path / f"x{suffix}", noise())
     expected = array(decode(path))
     path.write_bytes(path.read_bytes() + b"motion photo" + bytes(500))
-    assert probe(path).warnings == ()
+    assert probe_file(path).warnings == ()
     assert np.array_equal(array(decode(path)), expected)
 
 
@@ -497,7 +501,7 @@ def test_damaged_bytes_give_a_picture_or_a_reason(tmp_path: Path, suffix: str, o
         for position in random.integers(0, len(whole), 4):
             damaged[position] = random.integers(0, 256)
         write(path, bytes(damaged))
-        for read in (probe, decode):
+        for read in (probe_file, decode):
             try:
                 read(path)
             except BadImage:
@@ -542,7 +546,7 @@ def test_animation_without_a_clock_is_refused(tmp_path: Path) -> None:
         "JPEG signature",
     ],
 )
-@pytest.mark.parametrize("read", [probe, decode])
+@pytest.mark.parametrize("read", [probe_file, decode])
 def test_what_is_not_an_image_is_named(
     tmp_path: Path, read: Callable[[Path], object], content: bytes, expected: str
 ) -> None:
@@ -586,7 +590,7 @@ def test_no_other_format_reaches_its_decoder(tmp_path: Path) -> None:
     for name, content in found.items():
         assert Image.open(io.BytesIO(content)).format == name
         path = write(tmp_path / "x.png", content)
-        for read in (probe, decode, decode_alpha, lambda file: decode_mask(file, (16, 16))):
+        for read in (probe_file, decode, decode_alpha, lambda file: decode_mask(file, (16, 16))):
             assert re.match("not an image|.* is not supported", reason(read, path)), name
         with pytest.raises(BadImage):
             decode(content)
@@ -597,7 +601,7 @@ def test_fifo_is_refused_without_blocking(tmp_path: Path) -> None:
     os.mkfifo(path)
     reasons: list[str] = []
     thread = threading.Thread(
-        target=lambda: reasons.extend(reason(read, path) for read in (probe, decode)), daemon=True
+        target=lambda: reasons.extend(reason(read, path) for read in (probe_file, decode)), daemon=True
     )
     thread.start()
     thread.join(timeout=5)
@@ -610,8 +614,8 @@ def test_socket_device_and_folder_are_refused(tmp_path: Path, monkeypatch: pytes
         listener.bind("x.png")
         assert reason(decode, Path("x.png")) == "a socket, not a file"
     (tmp_path / "folder.png").mkdir()
-    assert reason(probe, tmp_path / "folder.png") == "a folder, not a file"
-    assert reason(probe, Path(os.devnull)) == "a device, not a file"
+    assert reason(probe_file, tmp_path / "folder.png") == "a folder, not a file"
+    assert reason(probe_file, Path(os.devnull)) == "a device, not a file"
 
 
 def test_symbolic_links_are_followed_and_loops_end(tmp_path: Path) -> None:
@@ -619,9 +623,9 @@ def test_symbolic_links_are_followed_and_loops_end(tmp_path: Path) -> None:
     (tmp_path / "b.png").symlink_to(tmp_path / "a.png")
     (tmp_path / "nowhere.png").symlink_to(tmp_path / "missing.png")
     (tmp_path / "link.png").symlink_to(save(tmp_path / "real.png", scene()))
-    assert reason(probe, tmp_path / "a.png") == "a symbolic link that leads back to itself"
-    assert reason(probe, tmp_path / "nowhere.png") == "not there: deleted, or a symbolic link to nothing"
-    assert probe(tmp_path / "link.png").width == 48
+    assert reason(probe_file, tmp_path / "a.png") == "a symbolic link that leads back to itself"
+    assert reason(probe_file, tmp_path / "nowhere.png") == "not there: deleted, or a symbolic link to nothing"
+    assert probe_file(tmp_path / "link.png").width == 48
 
 
 def test_unreadable_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -632,13 +636,13 @@ def test_unreadable_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     if user == 0:
         os.seteuid(NOBODY)  # root may read everything
     try:
-        assert reason(probe, Path("x.png")) == "not readable (permission denied)"
+        assert reason(probe_file, Path("x.png")) == "not readable (permission denied)"
     finally:
         os.seteuid(user)
 
 
 def test_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
-    assert reason(probe, tmp_path / ("n" * 300 + ".png")) == "not readable (File name too long)"
+    assert reason(probe_file, tmp_path / ("n" * 300 + ".png")) == "not readable (File name too long)"
 
 
 # Bombs
@@ -651,7 +655,7 @@ def test_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
         (12_000, f"12000 x 12000 pixels is more than the limit of {MAX_PIXELS:,}"),
     ],
 )
-@pytest.mark.parametrize("read", [probe, decode])
+@pytest.mark.parametrize("read", [probe_file, decode])
 def test_bomb_is_refused_from_its_header(
     tmp_path: Path, read: Callable[[Path], object], side: int, expected: str
 ) -> None:
@@ -669,11 +673,11 @@ def test_a_bomb_costs_the_process_no_memory(tmp_path: Path) -> None:
     path = write(tmp_path / "bomb.png", png(11_500, 11_700, 8, 2, bytes(1000)))
     script = (
         "import sys; from pathlib import Path\n"
-        "from anima_train.data.image_headers import BadImage, probe\n"
+        "from anima_train.data.image_headers import BadImage, probe, read_file\n"
         "from anima_train.data.images import decode\n"
         "def peak(): return int(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0]) // 1024\n"
         "before = peak()\n"
-        "for read in (probe, decode):\n"
+        "for read in (lambda path: probe(read_file(path), path.suffix), decode):\n"
         "    try: read(Path(sys.argv[1]))\n"
         "    except BadImage: continue\n"
         "    raise SystemExit('not refused')\n"
@@ -688,14 +692,14 @@ def test_a_bomb_costs_the_process_no_memory(tmp_path: Path) -> None:
 def test_a_large_picture_below_the_limit_is_no_bomb_and_no_python_warning(tmp_path: Path) -> None:
     path = write(tmp_path / "large.png", png(11_000, 11_000, 8, 2, bytes(1000)))  # where Pillow itself warns
     assert MAX_PIXELS > 11_000**2
-    assert probe(path).width == 11_000
+    assert probe_file(path).width == 11_000
 
 
 @pytest.mark.parametrize("kind", [b"zTXt", b"iCCP"])
 def test_compressed_metadata_bomb_is_refused(tmp_path: Path, kind: bytes) -> None:
     huge = chunk(kind, b"name\0\0" + zlib.compress(bytes(50_000_000)))
     path = write(tmp_path / "x.png", png(1, 1, 8, 2, bytes(4), before=huge))
-    assert "Decompressed data too large" in reason(probe, path)
+    assert "Decompressed data too large" in reason(probe_file, path)
 
 
 def test_huge_file_is_refused_unread(tmp_path: Path) -> None:
@@ -855,27 +859,25 @@ def test_alpha_as_a_mask_is_upright_opacity(tmp_path: Path) -> None:
     opacity = scene()[..., 0]
     picture = np.dstack([scene(), opacity])
     turned = save(tmp_path / "i.png", np.ascontiguousarray(np.rot90(picture, 1)), exif=exif_with(6))
-    assert (decode_alpha(turned).mode, probe(turned).has_alpha) == ("L", True)
+    assert (decode_alpha(turned).mode, probe_file(turned).has_alpha) == ("L", True)
     assert np.array_equal(array(decode_alpha(turned)), opacity)
     opaque = save(tmp_path / "o.png", scene())
-    assert not probe(opaque).has_alpha
+    assert not probe_file(opaque).has_alpha
     assert (array(decode_alpha(opaque)) == 255).all()
 
 
 def test_bytes_are_decoded_as_their_file_is(tmp_path: Path) -> None:
     path = save(tmp_path / "i.png", scene())
     assert np.array_equal(array(decode(read_file(path))), array(decode(path)))
-    with open(path, "rb") as file:
-        assert probe(file, ".png") == probe(path)
     assert reason(decode, b"") == "zero bytes"
 
 
 def test_what_a_later_try_may_read_is_told_apart_from_damage(tmp_path: Path) -> None:
     with pytest.raises(Unreadable):
-        probe(tmp_path / "nowhere.png")
+        probe_file(tmp_path / "nowhere.png")
     (tmp_path / "empty.png").write_bytes(b"")
     with pytest.raises(BadImage) as error:
-        probe(tmp_path / "empty.png")
+        probe_file(tmp_path / "empty.png")
     assert not isinstance(error.value, Unreadable)
 
 

@@ -50,9 +50,9 @@ def make_data(folder: Path, identity: TextIdentity = OUTPUT, seed: int = 0, mask
     samples = []
     for name, caption in CAPTIONS.items():
         mask = Path(f"{name}_mask.png") if name in masked else None
-        picture = Picture(
-            Path(f"{name}.png"), f"hash of {name}", 64, 96, caption, mask, f"mask of {name}" if mask else ""
-        )
+        path = Path(f"{name}.png")
+        mask_sha256 = f"mask of {name}" if mask else ""
+        picture = Picture(path, path, f"hash of {name}", 64, 96, (caption,), mask=mask, mask_sha256=mask_sha256)
         samples.append(Sample(f"0/{name}.png@40", picture, SIZE, 40, 0, DirectoryOptions(), cache))
     generator = torch.Generator().manual_seed(1)
     for sample in samples:
@@ -250,7 +250,7 @@ def test_dropping_captions_changes_neither_noise_nor_t(data: CachedData):
 
 def test_the_repeat_picks_the_caption_variant(tmp_path: Path):
     cache = Cache(tmp_path)
-    picture = Picture(Path("a.png"), "hash", 64, 96, "one, two, three, four", None, "")
+    picture = Picture(Path("a.png"), Path("a.png"), "hash", 64, 96, ("one, two, three, four",))
     sample = Sample("0/a.png@40", picture, SIZE, 40, 0, DirectoryOptions(cache_shuffle_num=3), cache)
     cache.save("latent", View(sample).latent_key(VAE), {"latents": torch.zeros(16, 1, 6, 4)})
     for variant, caption in enumerate(sample.captions(0)):
@@ -320,7 +320,7 @@ def test_a_batch_moves_whole(tmp_path: Path, identity: TextIdentity):
 
 def test_a_damaged_entry_is_removed_and_the_error_says_what_it_is_of_and_what_to_do(tmp_path: Path):
     data = make_data(tmp_path, masked="b")
-    view, caption = View(data.samples[1]), data.samples[1].picture.caption
+    view, caption = View(data.samples[1]), data.samples[1].picture.tags[0]
     cache = view.sample.cache
     keys = {"latent": view.latent_key(VAE), "mask": view.mask_key(), "text": data.text_identity.key(caption)}
     for kind, key in keys.items():
@@ -397,25 +397,6 @@ def test_work_is_done_ahead_but_not_far_ahead():
     results.close()
 
 
-def test_work_is_done_by_several_threads_and_items_are_taken_by_the_consumer():
-    takers, makers = set(), set()
-    together = threading.Barrier(2, timeout=5)
-
-    def items() -> Iterator[int]:
-        for number in range(4):
-            takers.add(threading.get_ident())
-            yield number
-
-    def make(_: int) -> None:
-        makers.add(threading.get_ident())
-        together.wait()  # passes only when two work at once
-
-    assert list(read_ahead(items(), make)) == [None] * 4
-    assert takers == {threading.get_ident()}
-    assert len(makers) == 2
-    assert threading.get_ident() not in makers
-
-
 def test_more_can_be_done_ahead_than_there_are_threads_for():
     taken: list[int] = []
 
@@ -430,26 +411,32 @@ def test_more_can_be_done_ahead_than_there_are_threads_for():
     assert list(results) == list(range(1, 40))
 
 
-@pytest.mark.parametrize("num_threads", [1, 5])
-def test_the_number_of_threads_can_be_chosen_and_bounds_how_far_ahead_work_is_done(num_threads: int):
+@pytest.mark.parametrize("chosen", [{}, {"num_threads": 1}, {"num_threads": 5}])
+def test_the_consumer_takes_the_items_and_so_many_threads_work_at_once(chosen: dict[str, int]):
+    num_threads = chosen.get("num_threads", 2)
     together = threading.Barrier(num_threads, timeout=5)
     taken: list[int] = []
+    takers: set[int] = set()
 
     def items() -> Iterator[int]:
         for number in range(4 * num_threads):
             taken.append(number)
+            takers.add(threading.get_ident())
             yield number
 
     def make(number: int) -> tuple[int, int]:
         together.wait()  # passes only when so many work at once
         return number, threading.get_ident()
 
-    results = read_ahead(items(), make, num_threads=num_threads)
+    results = read_ahead(items(), make, **chosen)
     first = next(results)
     assert len(taken) <= 1 + max(READ_AHEAD, 2 * num_threads)
     found = [first, *results]
     assert [number for number, _ in found] == list(range(4 * num_threads))
-    assert len({thread for _, thread in found}) == num_threads
+    makers = {thread for _, thread in found}
+    assert len(makers) == num_threads
+    assert takers == {threading.get_ident()}
+    assert threading.get_ident() not in makers
 
 
 def test_an_error_comes_where_its_result_would():

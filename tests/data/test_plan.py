@@ -23,7 +23,7 @@ CACHE = Cache(Path("unused"))
 
 def sample(name: str, place: int = 0, repeats: float = 1, directory: int = 0) -> Sample:
     resolution, size = SIZES[place]
-    picture = Picture(Path(f"{name}.png"), name, 100, 100, "", None, "")
+    picture = Picture(Path(f"{name}.png"), Path(f"{name}.png"), name, 100, 100)
     options = DirectoryOptions(num_repeats=repeats)
     return Sample(f"{directory}/{name}.png@{resolution}", picture, size, resolution, directory, options, CACHE)
 

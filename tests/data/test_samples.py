@@ -19,9 +19,8 @@ def sample(
     captions: tuple[str, ...] = (TAGS,), natural: tuple[str, ...] = (), name: str = "a.png",
     side: tuple[int, int] = (64, 96), alpha: bool = False, mask: str = "", **options: object,
 ) -> Sample:  # fmt: skip
-    first, *more = captions
     picture = Picture(
-        Path(name), "hash", *side, first, Path("m.png") if mask else None, mask, tuple(more), natural, has_alpha=alpha
+        Path(name), Path(name), "hash", *side, captions, natural, Path("m.png") if mask else None, mask, alpha
     )
     return Sample(f"0/{name}@40", picture, Size(32, 48), 40, 0, DirectoryOptions(**options), Cache(Path("unused")))  # type: ignore[arg-type]
 

@@ -275,7 +275,7 @@ def test_every_image_goes_to_every_resolution(folder: Path):
     assert found.num_images == 2
     assert found.warnings == []
     first = found.samples[0].picture
-    assert (first.width, first.height, first.caption) == (90, 80, "a cat")
+    assert (first.width, first.height, first.tags) == (90, 80, ("a cat",))
     assert first.sha256 == hashlib.sha256((folder / "a.png").read_bytes()).hexdigest()
 
 

@@ -15,7 +15,8 @@ from anima_train.run.intervals import Interval, next_event
 def timetable(repeats: float = 1.0, epochs: int = 12) -> EpochSchedule:
     """Epochs of five images, one in a step."""
     options = DirectoryOptions(num_repeats=repeats)
-    pictures = [Picture(Path(f"{number}.png"), str(number), 64, 64, "", None, "") for number in range(5)]
+    paths = [Path(f"{number}.png") for number in range(5)]
+    pictures = [Picture(path, path, path.stem, 64, 64) for path in paths]
     samples = [
         Sample(f"0/{picture.path}@64", picture, Size(64, 64), 64, 0, options, Cache(Path("unused")))
         for picture in pictures

@@ -17,7 +17,7 @@ CAPTIONS_JSON = "captions.json"
 NATURAL_SUFFIX = "_nl"  # of the stem of a natural-language caption
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Files:
     """The files of a directory and its mask folder; a name is a path in them, with slashes, a stem has no suffix."""
 
@@ -26,14 +26,14 @@ class Files:
     members: Mapping[str, ArchiveMember]  # images, captions and tables that are inside of other files, by name
     mask_members: Mapping[str, ArchiveMember]
     images: list[str]  # all that are named like one, whatever they hold
-    caption_files: dict[str, list[str]]  # by stem; the first is read
-    natural_files: dict[str, list[str]]  # captions in natural language, by the stem of the image
+    caption_files: dict[str, list[str]] = field(default_factory=dict)  # by stem; the first is read
+    natural_files: dict[str, list[str]] = field(default_factory=dict)  # in natural language, by the image's stem
     listed_captions: dict[str, tuple[str, ...]]  # by image; those of a captions.json or a dataset's column
-    listed_natural: dict[str, tuple[str, ...]]  # the same in natural language; of a dataset's column
+    listed_natural: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of a dataset's column
     mask_files: dict[str, list[str]]  # by stem; the first is read
-    subfolders: list[str]  # not searched; without the mask folder
-    repeated_folders: list[str]  # not searched, because they are folders that are searched under another name
-    unused_files: list[str]  # neither image nor caption
+    subfolders: list[str] = field(default_factory=list)  # not searched; without the mask folder
+    repeated_folders: list[str] = field(default_factory=list)  # searched under another name, and so not again
+    unused_files: list[str] = field(default_factory=list)  # neither image nor caption
     identity: bytes  # the same for the same images in every run
     mask_identity: bytes
     is_table: bool = False  # rows of a dataset, not files
@@ -48,10 +48,10 @@ class Files:
         excluded = [cache.folder] if mask_folder is None else [cache.folder, mask_folder]
         found = list_folder(folder, options, excluded)
         images = [name for name in found.names if is_image(name)]
-        texts = [name for name in found.names if is_caption(name)]
+        texts = [name for name in found.names if suffix_of(name) == ".txt"]
         stems = {stem_of(name) for name in images}
         # x_nl.txt belongs to the image x, but to the image x_nl if there is one.
-        natural = [name for name in texts if is_natural(name) and stem_of(name) not in stems]
+        natural = [name for name in texts if stem_of(name).endswith(NATURAL_SUFFIX) and stem_of(name) not in stems]
         captions = sorted(set(texts) - set(natural), key=os.fsencode)
         tables = [name for name in found.names if os.path.basename(name) == CAPTIONS_JSON]
         used = {*images, *texts, *tables}
@@ -66,7 +66,6 @@ class Files:
             images=images,
             caption_files=by_stem(captions),
             natural_files={stem.removesuffix(NATURAL_SUFFIX): files for stem, files in by_stem(natural).items()},
-            listed_natural={},
             listed_captions=captions_from(folder, tables, found.members),
             mask_files=by_stem([name for name in masks.names if is_image(name)]),
             subfolders=subfolders,
@@ -128,7 +127,7 @@ def list_folder(folder: Path, options: DirectoryOptions, excluded: Sequence[Path
                 name = inside + entry
                 if not os.path.isdir(folder / name):
                     is_hidden = entry.startswith(".")  # macOS leaves such files beside others
-                    if options.tars and is_archive(name) and not is_hidden and (folder / name).is_file():
+                    if options.tars and suffix_of(name) == ".tar" and not is_hidden and (folder / name).is_file():
                         search(folder / name, f"{name}/")
                     else:
                         found.names.append(name)
@@ -180,22 +179,12 @@ def captions_from(
 
 def is_image(name: str) -> bool:
     """Return True if a file is named like an image, whatever it holds."""
-    return os.path.splitext(name)[1].lower() in EXTENSIONS
+    return suffix_of(name) in EXTENSIONS
 
 
-def is_archive(name: str) -> bool:
-    """Return True if a file is named like an archive that can be read."""
-    return os.path.splitext(name)[1].lower() == ".tar"
-
-
-def is_caption(name: str) -> bool:
-    """Return True if a file is named like a caption, whatever it holds."""
-    return os.path.splitext(name)[1].lower() == ".txt"
-
-
-def is_natural(name: str) -> bool:
-    """Return True if a file is named like a caption in natural language."""
-    return is_caption(name) and stem_of(name).endswith(NATURAL_SUFFIX)
+def suffix_of(name: str) -> str:
+    """Return a name's suffix in lower case, with its dot; "" without one."""
+    return os.path.splitext(name)[1].lower()
 
 
 def stem_of(name: str) -> str:

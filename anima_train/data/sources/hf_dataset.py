@@ -46,30 +46,22 @@ def hf_dataset_files(directory: Directory, place: Path, offline: bool) -> Files:
     """
     table = load_rows(directory, place, offline)
     check_columns(directory, place, table)
-    images = column_images(table, directory.image_column, place)
-    names = row_names([path for path, _ in images], place)
-    mask_members: dict[str, ArchiveMember] = {}
-    if directory.mask_column:
-        for name, (_, mask) in zip(names, column_images(table, directory.mask_column, place), strict=True):
-            if mask is not None:
-                mask_members[f"{directory.mask_column}/{stem_of(name)}"] = mask
+    paths, images = column_images(table, directory.image_column, place)
+    names = row_names(paths, place)
+    masks = column_images(table, directory.mask_column, place)[1] if directory.mask_column else []
+    mask_of = {stem_of(name): mask for name, mask in zip(names, masks, strict=False) if mask is not None}
     where = str(place.resolve()) if place.exists() else place.as_posix()
     parts = (where, directory.hf_subset or "", directory.hf_split, directory.hf_revision or "")
     identity = os.fsencode("\0".join(parts))
     return Files(
         folder=place,
         mask_folder=place if directory.mask_column else None,
-        members={name: image or MissingImage() for name, (_, image) in zip(names, images, strict=True)},
-        mask_members=mask_members,
+        members={name: image or MissingImage() for name, image in zip(names, images, strict=True)},
+        mask_members={f"{directory.mask_column}/{stem}": mask for stem, mask in mask_of.items()},
         images=names,
-        caption_files={},
-        natural_files={},
         listed_captions=column_texts(table, directory.caption_column, names, place),
         listed_natural=column_texts(table, directory.natural_column, names, place),
-        mask_files={label.removeprefix(f"{directory.mask_column}/"): [label] for label in mask_members},
-        subfolders=[],
-        repeated_folders=[],
-        unused_files=[],
+        mask_files={stem: [f"{directory.mask_column}/{stem}"] for stem in mask_of},
         identity=identity,
         mask_identity=identity,
         is_table=True,
@@ -79,8 +71,8 @@ def hf_dataset_files(directory: Directory, place: Path, offline: bool) -> Files:
 # Columns
 
 
-def column_images(table: "Dataset", name: str, place: Path) -> list[tuple[str, ArchiveMember | None]]:
-    """Return for each row the path of the file it was made from ("": not known) and its image, of which none is read.
+def column_images(table: "Dataset", name: str, place: Path) -> tuple[list[str], list[ArchiveMember | None]]:
+    """Return the paths of the files that the rows were made from ("": not known), and the images, none of them read.
 
     A path without a folder of its own lies beside the dataset.
     """
@@ -88,23 +80,21 @@ def column_images(table: "Dataset", name: str, place: Path) -> list[tuple[str, A
     parts = column[:].flatten()  # into bytes and path, if it is not bytes alone
     is_bare = parts.column_names == [name]
     is_missing = parts.column(name if is_bare else f"{name}.bytes").is_null().to_pylist()
-    paths = [None] * len(is_missing) if is_bare else parts.column(f"{name}.path").to_pylist()
+    paths = [""] * len(table) if is_bare else [path or "" for path in parts.column(f"{name}.path").to_pylist()]
     # Changes when the content of the column may have; the same in every run, without reading any row.
     files = [file_stamp(Path(file["filename"]))[:2] for file in table.cache_files]
     digest = hashlib.sha256(repr((table._fingerprint, name, files)).encode()).digest()
     content = int.from_bytes(digest[:7], "big"), int.from_bytes(digest[7:14], "big")
     folder = place if place.is_dir() else place.parent
-    images: list[tuple[str, ArchiveMember | None]] = []
+    images: list[ArchiveMember | None] = []
     for row, (missing, path) in enumerate(zip(is_missing, paths, strict=True)):
-        image: ArchiveMember | None = None
         if not missing:
-            image = RowImage(column, row, content)
-        elif path and (match := ZIP_URL.fullmatch(path)):
-            image = ReferencedImage(Path(match["archive"]), match["member"])
-        elif path:
-            image = ReferencedImage(folder / path, None)
-        images.append((path or "", image))
-    return images
+            images.append(RowImage(column, row, content))
+        elif match := ZIP_URL.fullmatch(path):
+            images.append(ReferencedImage(Path(match["archive"]), match["member"]))
+        else:
+            images.append(ReferencedImage(folder / path, None) if path else None)
+    return paths, images
 
 
 def row_names(paths: Sequence[str], place: Path) -> list[str]:
