@@ -53,7 +53,7 @@ class StateManifest(Settings):
     score: float | None = None
     """Mean loss of the evaluation sets after the step, where it was measured."""
     run: dict[str, Any] = Field(default={})
-    """What the run was made from, as in its manifest."""
+    """The facts that the run was made from, as in its manifest."""
     config: dict[str, Any] = Field(default={})
     """The resolved configuration."""
     files: dict[str, FileEntry] = Field(default={})

@@ -15,7 +15,6 @@ from anima_train.data.loader import Batch
 from anima_train.objective.timesteps import T_BINS
 from anima_train.run.progress import ProgressBar
 from anima_train.run.trackers import Trackers, open_trackers
-from anima_train.training.anomalies import SpikeDetector
 from anima_train.training.context import RunContext
 from anima_train.training.memory import peak_bytes, start_peak
 from anima_train.training.setup import TrainState
@@ -98,7 +97,6 @@ class StepLogger:
         self.state = state
         self.progress = progress
         self.trackers = trackers
-        self.spikes = SpikeDetector()
         self.started = time.monotonic()
         self.seen_before = state.samples_seen
 
@@ -143,6 +141,6 @@ class StepLogger:
         }
         self.run.folder.log(self.run.folder.metrics_path, values | {"loss_by_t": losses.by_t})
         self.trackers.log({key: value for key, value in values.items() if key not in ("step", "examples")}, self.x())
-        if spike := self.spikes.after(state.step, result.grad_norm):
+        if spike := self.state.spikes.after(state.step, result.grad_norm):
             logger.warning("%s", spike, extra={"step": state.step})
         self.progress.update(state.step, losses.loss, speed, values["memory_bytes"], next_event)

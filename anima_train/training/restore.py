@@ -53,7 +53,9 @@ def restore(run: RunContext, state: TrainState, data: Prepared, plan: Plan, sche
         planned = disk_plan(config, run.folder.path, file_sizes(config, spec), plan, schedule, state.step, num_states)
         if warning := planned.warning(config.keep_last):
             logger.warning("%s", warning)
-    state.skipped = broadcast_from_main(run.accelerator, lambda: replay(run.folder.metrics_path, state.step)[0])
+    state.skipped, state.spikes = broadcast_from_main(
+        run.accelerator, lambda: replay(run.folder.metrics_path, state.step)
+    )
     return facts
 
 

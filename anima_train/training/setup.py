@@ -19,7 +19,7 @@ from anima_train.model.loading import ModelSpec
 from anima_train.optim.ema import WeightAverage
 from anima_train.optim.groups import group_rows
 from anima_train.optim.lr_schedules import lr_factor
-from anima_train.training.anomalies import SkippedUpdates
+from anima_train.training.anomalies import SkippedUpdates, SpikeDetector
 from anima_train.training.build import load_trained, plan_run
 from anima_train.training.context import RunContext
 from anima_train.training.costs import memory_suggestions
@@ -43,6 +43,7 @@ class TrainState:
     step: int = 0  # optimizer steps that are done
     samples_seen: int = 0  # in them
     skipped: SkippedUpdates = field(default_factory=SkippedUpdates)
+    spikes: SpikeDetector = field(default_factory=SpikeDetector)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
