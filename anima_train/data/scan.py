@@ -42,13 +42,11 @@ class Scan:
             raise DataError(["no image is left to train on", *listed(self.bad + self.skipped + self.warnings)])
         if len(self.bad) > max_bad_fraction * self.num_images:
             share = len(self.bad) / self.num_images
-            raise DataError(
-                [
-                    f"{count(len(self.bad), 'image')} of {self.num_images:,} cannot be used ({share:.1%}, more than "
-                    f"max_bad_fraction = {max_bad_fraction:g}); repair or remove them, or raise max_bad_fraction:",
-                    *listed(self.bad),
-                ]
+            title = (
+                f"{count(len(self.bad), 'image')} of {self.num_images:,} cannot be used ({share:.1%}, more than "
+                f"max_bad_fraction = {max_bad_fraction:g}); repair or remove them, or raise max_bad_fraction:"
             )
+            raise DataError([title, *listed(self.bad)])
 
 
 def scan(

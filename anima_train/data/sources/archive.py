@@ -80,12 +80,7 @@ class RowImage:
 
     column: "Dataset"  # that column alone, as Arrow
     row: int
-    content: tuple[int, int]  # of the column: see `column_images`
-
-    @property
-    def stamp(self) -> tuple[int, int, int]:
-        """The row, and the content of its column."""
-        return self.row, *self.content
+    stamp: tuple[int, int, int]  # the row, and the content of its column: see `column_images`
 
     def read(self) -> bytes:
         """Return the content."""

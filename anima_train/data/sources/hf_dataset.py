@@ -89,7 +89,7 @@ def column_images(table: "Dataset", name: str, place: Path) -> tuple[list[str], 
     images: list[ArchiveMember | None] = []
     for row, (missing, path) in enumerate(zip(is_missing, paths, strict=True)):
         if not missing:
-            images.append(RowImage(column, row, content))
+            images.append(RowImage(column, row, (row, *content)))
         elif match := ZIP_URL.fullmatch(path):
             images.append(ReferencedImage(Path(match["archive"]), match["member"]))
         else:
