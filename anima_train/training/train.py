@@ -76,8 +76,8 @@ def train(run: RunContext) -> Path:
     # Model: base weights, what is trained, its optimizer; then the state that the run goes on from, if there is one.
     state = build_model(run, data.spec, schedule.num_steps)
     manifest = restore(run, state, data, plan, schedule)
-    log = StepLogger.open(run, state, schedule.num_steps)
-    tasks = PeriodicTasks.open(run, state, data, plan, schedule, previews, manifest, log)
+    log = StepLogger(run, state, schedule.num_steps)
+    tasks = PeriodicTasks(run, state, data, plan, schedule, previews, manifest, log)
 
     # The largest micro-batches first, so that a run that does not fit into the memory ends here.
     for shape in shapes:
