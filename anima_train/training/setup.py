@@ -89,10 +89,7 @@ def encode_previews(run: RunContext, spec: ModelSpec) -> Previews | None:
     sampling = run.config.sampling
     if sampling is None or not run.is_main:
         return None
-    return Previews.of(
-        sampling.prompts, spec.files, run.folder.path / "samples", run.folder.name, spec.trains_llm_adapter,
-        spec.device, spec.text_device, spec.dtype,
-    )  # fmt: skip
+    return Previews.of(sampling.prompts, spec, run.folder.path / "samples", run.folder.name)
 
 
 def build_model(run: RunContext, spec: ModelSpec, num_steps: int) -> TrainState:
