@@ -258,12 +258,11 @@ def read_metrics(path: Path, notes: list[str]) -> Metrics:
         else:  # written before there was a clock
             metrics.add("speed", step, values.get("images_per_second"))
         before = now
-        for shares, is_inside in (
-            (metrics.first_by_t, index < quarter),
-            (metrics.last_by_t, index >= num_lines - quarter),
-        ):
-            for place, mean, num_samples in loss_by_t(values.get("loss_by_t")) if is_inside else ():
-                shares[place].add(mean, num_samples)
+        for place, mean, num_samples in loss_by_t(values.get("loss_by_t")):
+            if index < quarter:
+                metrics.first_by_t[place].add(mean, num_samples)
+            if index >= num_lines - quarter:
+                metrics.last_by_t[place].add(mean, num_samples)
     return metrics
 
 
