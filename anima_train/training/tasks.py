@@ -23,7 +23,6 @@ from anima_train.distributed.collectives import patient_barrier
 from anima_train.distributed.signals import Abandoned
 from anima_train.evaluation.evaluate import base_text, evaluate, read_base
 from anima_train.evaluation.previews import Previews
-from anima_train.run.intervals import next_event
 from anima_train.run.manifest import seen_facts
 from anima_train.training.anomalies import naming, step_names
 from anima_train.training.build import all_intervals
@@ -63,10 +62,6 @@ class PeriodicTasks:
         config = self.context.config
         draws = config.sampling is not None and config.sampling.before_first_step
         return [name for name, due in (("evaluation", config.eval_before_first_step), ("preview", draws)) if due]
-
-    def next_event(self) -> str:
-        """Return the event that is due next, as "evaluation at 200"; "" where the end comes first."""
-        return next_event(self.intervals, self.state.step, self.schedule)
 
     def run_due(self, step: RankStep) -> None:
         """Do what is due after a step, and what signals and files ask for.
