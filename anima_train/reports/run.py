@@ -284,15 +284,12 @@ def read_evaluations(path: Path, notes: list[str]) -> dict[str, list[Evaluated]]
     """Return the evaluations of each set, in the order of their steps."""
     found: dict[str, list[Evaluated]] = defaultdict(list)
     for step, values in read_lines(path, notes):
-        for key in values:
-            name, slash, last = key.rpartition("/")
-            if not slash or last != "loss":
-                continue
+        for name in (key.removesuffix("/loss") for key in values if key.endswith("/loss")):
             start = f"{name}/loss_quantile_"
             found[name].append(
                 Evaluated(
                     step,
-                    number(values[key]),
+                    number(values[f"{name}/loss"]),
                     number(values.get(f"{name}/difference_from_base")),
                     number(values.get(f"{name}/difference_from_base_stderr")),
                     {each.removeprefix(start): number(values[each]) for each in values if each.startswith(start)},
