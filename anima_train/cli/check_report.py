@@ -88,10 +88,8 @@ def make_report(
     texts = (text for of_set in captions.values() for of_picture in of_set.values() for text in of_picture)
     known = tokenized(load_tokenizers(spec.files.tokenizer, spec.files.t5_tokenizer), ["", *texts])
     train, *evals = collect_sets(scans, plan, config.eval_batch_sizes(), captions, known, max_thumbnails, shared)
-    has_text_encoder = (
-        encodes_online(config.model.cache_text_embeddings, plan.samples)
-        and config.model.text_encoder_device == "training"
-    )
+    is_online = encodes_online(config.model.cache_text_embeddings, plan.samples)
+    has_text_encoder = is_online and config.model.text_encoder_device == "training"
     stats = model_stats(config, spec, transformer, has_text_encoder)
     entries = needed_entries(
         plan.samples, [sample for name, scan in scans.items() if name != "train" for sample in scan.samples], "",

@@ -90,9 +90,7 @@ def memory_errors(
         need = f"{format_bytes(peak)} in use at most until then"
         if asked is not None:
             need = f"more than {format_bytes(peak + asked)} ({need}, {format_bytes(asked)} more asked for)"
-        changes = [
-            f"\n  {number}. {suggestion}" for number, suggestion in enumerate(suggestions(context.shape), start=1)
-        ]
+        changes = [f"\n  {number}. {change}" for number, change in enumerate(suggestions(context.shape), start=1)]
         raise SpaceError(
             f"out of memory in {context}. Needed: {need}; {limits(device)}. What to change, in order of least cost:"
             f"{''.join(changes)}"
