@@ -21,7 +21,6 @@ from anima_train.data.loader import TextIdentity
 from anima_train.data.plan import times_seen
 from anima_train.data.scan import Scan
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
-from anima_train.model.llm_adapter import LLMAdapterShape
 from anima_train.model.loading import ModelSpec
 from anima_train.model.text import load_tokenizers
 from anima_train.optim.groups import group_rows
@@ -89,10 +88,8 @@ def make_report(
     texts = (text for of_set in captions.values() for of_picture in of_set.values() for text in of_picture)
     known = tokenized(load_tokenizers(spec.files.tokenizer, spec.files.t5_tokenizer), ["", *texts])
     train, *evals = collect_sets(scans, plan, config.eval_batch_sizes(), captions, known, max_thumbnails, shared)
-    has_text_encoder = (
-        encodes_online(config.model.cache_text_embeddings, plan.samples)
-        and config.model.text_encoder_device == "training"
-    )
+    is_online = encodes_online(config.model.cache_text_embeddings, plan.samples)
+    has_text_encoder = is_online and config.model.text_encoder_device == "training"
     stats = model_stats(config, spec, transformer, has_text_encoder)
     entries = needed_entries(
         plan.samples, [sample for name, scan in scans.items() if name != "train" for sample in scan.samples], "",
@@ -119,13 +116,10 @@ def model_stats(config: Config, spec: ModelSpec, transformer: MiniTrainDIT, has_
     files, parameters = spec.files, list(transformer.parameters())
     num_trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     num_all = sum(parameter.numel() for parameter in parameters)
-    llm_adapter = LLMAdapterShape.of(files.llm_adapter_header.entries)
     return ModelStats(
         TransformerShape.of(files.transformer_header.entries),
         num_weights=num_all if isinstance(config.adapter, Full) else num_all - num_trained,
         num_trained=num_trained,
-        source_width=llm_adapter.source_width,
-        context_width=llm_adapter.target_width,
         num_text_weights=files.num_text_weights(spec.trains_llm_adapter) if has_text_encoder else 0,
     )
 

@@ -1,9 +1,8 @@
 """`anima convert`."""
 
 from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from anima_train.cli.options import Argument, ConfigPath, Option, Overrides
 from anima_train.core.errors import ConfigError
@@ -12,27 +11,16 @@ from anima_train.core.errors import ConfigError
 WITHOUT_IMAGES = ('dataset={directory=[{path="."}]}', "eval_datasets=[]")
 
 
-class Layout(StrEnum):
-    """The layouts a model can be converted to."""
-
-    diffusers = "diffusers"
-
-
-class Precision(StrEnum):
-    """The dtypes a model can be converted to."""
-
-    bfloat16 = "bfloat16"
-    float32 = "float32"
-
-
 def convert(
     config: ConfigPath,
     folder: Annotated[Path, Argument(metavar="OUT", help="The folder to make.")],
-    to: Annotated[Layout, Option("--to", help="The layout to write.")],
+    to: Annotated[Literal["diffusers"], Option("--to", help="The layout to write.")],
     checkpoint: Annotated[
         Path | None, Option(help="A whole transformer, with the LLM adapter inside, instead of the config's.")
     ] = None,
-    dtype: Annotated[Precision | None, Option(help="Of every tensor. Absent: as in the files.")] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float32"] | None, Option(help="Of every tensor. Absent: as in the files.")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Write a config's model in the layout of another library."""
@@ -49,9 +37,9 @@ def convert(
     if checkpoint is not None:
         files = replace(files, transformer=checkpoint, llm_adapter=None)
     files.check_headers()
-    precision = None if dtype is None else DTYPES[dtype.value]
+    precision = None if dtype is None else DTYPES[dtype]
     try:
         to_diffusers(files, folder, precision)
     except OSError as error:  # a file where its folder should be, or a name that is none
         raise ConfigError(f"{folder} cannot be written ({error.strerror or error}); choose another place") from error
-    print(f"{folder}: load it with {to.value}.ModularPipeline.from_pretrained('{folder}'), then .load_components()")
+    print(f"{folder}: load it with {to}.ModularPipeline.from_pretrained('{folder}'), then .load_components()")

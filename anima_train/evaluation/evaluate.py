@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,11 +98,6 @@ def evaluate(
     batches = eval_set.batches()
     mine = batches[accelerator.process_index :: accelerator.num_processes]
 
-    def points() -> Iterator[tuple[tuple[int, ...], int]]:
-        for indices in mine:
-            for column in range(len(QUANTILES)):
-                yield indices, column
-
     def make(point: tuple[tuple[int, ...], int]) -> tuple:
         indices, column = point
         chosen = [samples[index] for index in indices]
@@ -113,7 +108,7 @@ def evaluate(
         return indices, column, eval_set.data.batch(views, captions, t, noise)
 
     found: list[tuple[int, int, float]] = []
-    made = read_ahead(points(), make, num_threads=num_workers)
+    made = read_ahead(itertools.product(mine, range(len(QUANTILES))), make, num_threads=num_workers)
     num_rounds = math.ceil(len(batches) / accelerator.num_processes) * len(QUANTILES)
     try:
         for _ in range(num_rounds):  # as many on every process, as all are asked in each

@@ -13,7 +13,7 @@ from anima_train.core.device import release_memory
 from anima_train.core.files import atomic_path
 from anima_train.model.dit import MiniTrainDIT
 from anima_train.model.llm_adapter import LLMAdapter
-from anima_train.model.loading import ModelFiles, load_llm_adapter
+from anima_train.model.loading import ModelSpec, load_llm_adapter
 from anima_train.model.text import load_text_encoder, load_tokenizers
 from anima_train.model.vae import load_vae
 from anima_train.sampling.generate import Request, Transformer, decode, generate
@@ -33,44 +33,36 @@ class Previews:
     requests: Sequence[Request]
     states: Mapping[str, PromptStates]
     frozen_contexts: Mapping[str, Tensor]  # contexts where the LLM adapter is frozen; else empty
-    files: ModelFiles
+    spec: ModelSpec
     folder: Path
     model_name: str
-    device: torch.device
-    dtype: torch.dtype
 
     @classmethod
-    def of(
-        cls, requests: Sequence[Request], files: ModelFiles, folder: Path, name: str, train_llm_adapter: bool,
-        device: torch.device, text_device: torch.device, dtype: torch.dtype,
-    ) -> "Previews":  # fmt: skip
+    def of(cls, requests: Sequence[Request], spec: ModelSpec, folder: Path, name: str) -> "Previews":
         """Encode the prompts.
 
         Args:
             requests: the pictures.
-            files: of the model.
+            spec: the model. If its LLM adapter trains, the adapter's output is made anew for each preview.
             folder: for the pictures.
             name: of the model, in the pictures' files.
-            train_llm_adapter: True if the LLM adapter changes, so that its output is made anew for each preview.
-            device: of the transformer and the VAE.
-            text_device: of the text encoder.
-            dtype: of the computation of the transformer and the VAE.
 
         Raises:
             ConfigError: a prompt cannot be read.
             ModelFileError: a file cannot be loaded.
         """
+        files = spec.files
         tokenizers = load_tokenizers(files.tokenizer, files.t5_tokenizer)
-        text_encoder = load_text_encoder(files.llm, tokenizers, text_device)
+        text_encoder = load_text_encoder(files.llm, tokenizers, spec.text_device)
         states = {text: prompt_states(text, tokenizers, text_encoder) for text in texts_of(requests)}
         contexts = {}
-        if not train_llm_adapter:
-            llm_adapter = load_llm_adapter(files, torch.float32, text_device).eval()
+        if not spec.trains_llm_adapter:
+            llm_adapter = load_llm_adapter(files, torch.float32, spec.text_device).eval()
             contexts = {text: context_of(found, llm_adapter) for text, found in states.items()}
             del llm_adapter
         del text_encoder
-        release_memory(text_device)
-        return cls(requests, states, contexts, files, folder, name, device, dtype)
+        release_memory(spec.text_device)
+        return cls(requests, states, contexts, spec, folder, name)
 
     def draw(self, step: int, transformer: MiniTrainDIT, forward: Transformer) -> list[Path]:
         """Draw every picture with the weights as they are now, and return the paths.
@@ -91,7 +83,7 @@ class Previews:
             latents = [self.latents(request, contexts, forward) for request in self.requests]
         finally:
             transformer.train(was_training)
-        vae = load_vae(self.files.vae, self.dtype, self.device)
+        vae = load_vae(self.spec.files.vae, self.spec.dtype, self.spec.device)
         paths = []
         for number, (request, each) in enumerate(zip(self.requests, latents, strict=True)):
             path = self.folder / f"s{step:06d}_{number:02d}.png"
@@ -99,13 +91,13 @@ class Previews:
                 decode(vae, each).save(temporary, format="PNG", pnginfo=png_info(request, UsedWeights(self.model_name)))
             paths.append(path)
         del vae
-        release_memory(self.device)
+        release_memory(self.spec.device)
         return paths
 
     def latents(self, request: Request, contexts: Mapping[str, Tensor], forward: Transformer) -> Tensor:
         """Return the latents of one picture."""
         context, negative = contexts[request.prompt], contexts.get(request.negative_prompt)
-        return generate(forward, request, context, negative, self.device, self.dtype)
+        return generate(forward, request, context, negative, self.spec.device, self.spec.dtype)
 
     def pictures(self, paths: Sequence[Path]) -> dict[str, np.ndarray]:
         """Return drawn pictures for the trackers, (h, w, 3) uint8 by name."""

@@ -154,11 +154,9 @@ class Missing:
     @property
     def described(self) -> str:
         """The word, and the reason to expect it."""
-        return (
-            f"the trigger word {self.word}"
-            if self.is_set
-            else f"{self.word}, which begins most captions of this folder"
-        )
+        if self.is_set:
+            return f"the trigger word {self.word}"
+        return f"{self.word}, which begins most captions of this folder"
 
 
 def missing_words(samples: Iterable[Sample]) -> Iterator[Missing]:
@@ -168,9 +166,8 @@ def missing_words(samples: Iterable[Sample]) -> Iterator[Missing]:
     """
     directories: dict[int, dict[str, Sample]] = defaultdict(dict)
     for sample in samples:
-        if sample.is_regularization:
-            continue
-        directories[sample.directory].setdefault(str(sample.picture.path), sample)  # once, not for every resolution
+        if not sample.is_regularization:  # once, not for every resolution
+            directories[sample.directory].setdefault(str(sample.picture.path), sample)
     for directory, images in sorted(directories.items()):
         options = next(iter(images.values())).options
         tags = {

@@ -45,7 +45,7 @@ def layout_at(sheet: Sheet, scale: float) -> SheetLayout:
     letter = max(MIN_LETTER, min(width, height) // LETTERS_PER_SIDE)
     gap = max(1, letter // 3)
 
-    font = font_of(letter)
+    font = ImageFont.load_default(letter)
     longest = sorted((*sheet.columns, *sheet.captions), key=len)[-NUM_MEASURED:]
     lines = max((len(wrap(label, font, width, MAX_LINES)) for label in longest), default=0)
     label_height = lines * line_height(letter) + gap if lines else 0
@@ -80,7 +80,7 @@ def draw_sheet(sheet: Sheet, pictures: Sequence[Path], max_pixels: int = MAX_SHE
         max_pixels: of the result; larger ones are scaled down.
     """
     sizes = largest_layout(sheet, max_pixels)
-    font = font_of(sizes.letter)
+    font = ImageFont.load_default(sizes.letter)
     scale = sizes.width / max(cell.request.width for cell in sheet.cells)
     page = Image.new("RGB", sizes.size, "white")
     pen = ImageDraw.Draw(page)
@@ -106,11 +106,6 @@ def draw_sheet(sheet: Sheet, pictures: Sequence[Path], max_pixels: int = MAX_SHE
         at = (sizes.gap, sizes.top + sizes.gap + row * high)
         write(pen, label, font, at, sizes.left - sizes.gap, lines, sizes.letter)
     return page
-
-
-def font_of(letter: int) -> Font:
-    """Return Pillow's own font in this size."""
-    return ImageFont.load_default(letter)
 
 
 def line_height(letter: int) -> int:

@@ -35,12 +35,9 @@ def histogram(lengths: Sequence[int]) -> list[tuple[str, int]]:
     """Return (range, number) for ranges of `BIN` tokens up to the last that is needed, and for lengths cut off."""
     needed = [length for length in lengths if length <= MAX_TOKENS]
     tops = range(BIN, max(needed, default=0) + BIN, BIN)
-    rows = [
-        (
-            f"{'0' if top == BIN else top - BIN + 1} to {top}",
-            sum(top - BIN < max(length, 1) <= top for length in needed),
-        )
-        for top in tops
-    ]
+    rows = []
+    for top in tops:
+        number = sum(top - BIN < max(length, 1) <= top for length in needed)
+        rows.append((f"{0 if top == BIN else top - BIN + 1} to {top}", number))
     over = len(lengths) - len(needed)
     return [*rows, (f"over {MAX_TOKENS}", over)] if over else rows

@@ -258,12 +258,11 @@ def read_metrics(path: Path, notes: list[str]) -> Metrics:
         else:  # written before there was a clock
             metrics.add("speed", step, values.get("images_per_second"))
         before = now
-        for shares, is_inside in (
-            (metrics.first_by_t, index < quarter),
-            (metrics.last_by_t, index >= num_lines - quarter),
-        ):
-            for place, mean, num_samples in loss_by_t(values.get("loss_by_t")) if is_inside else ():
-                shares[place].add(mean, num_samples)
+        for place, mean, num_samples in loss_by_t(values.get("loss_by_t")):
+            if index < quarter:
+                metrics.first_by_t[place].add(mean, num_samples)
+            if index >= num_lines - quarter:
+                metrics.last_by_t[place].add(mean, num_samples)
     return metrics
 
 
@@ -285,15 +284,12 @@ def read_evaluations(path: Path, notes: list[str]) -> dict[str, list[Evaluated]]
     """Return the evaluations of each set, in the order of their steps."""
     found: dict[str, list[Evaluated]] = defaultdict(list)
     for step, values in read_lines(path, notes):
-        for key in values:
-            name, slash, last = key.rpartition("/")
-            if not slash or last != "loss":
-                continue
+        for name in (key.removesuffix("/loss") for key in values if key.endswith("/loss")):
             start = f"{name}/loss_quantile_"
             found[name].append(
                 Evaluated(
                     step,
-                    number(values[key]),
+                    number(values[f"{name}/loss"]),
                     number(values.get(f"{name}/difference_from_base")),
                     number(values.get(f"{name}/difference_from_base_stderr")),
                     {each.removeprefix(start): number(values[each]) for each in values if each.startswith(start)},

@@ -81,6 +81,23 @@ def file_sizes(config: Config, spec: ModelSpec) -> FileSizes:
     )
 
 
+def all_intervals(config: Config, now: float = 0.0) -> dict[str, Interval]:
+    """Return when each task is due, by its name; minutes are counted from `now`."""
+    sampling = config.sampling
+    return {
+        "evaluation": Interval(config.eval_every_n_epochs, config.eval_every_n_steps, config.eval_every_n_examples),
+        "preview": Interval() if sampling is None else Interval(sampling.every_n_epochs, sampling.every_n_steps),
+        "save": Interval(
+            config.save_every_n_epochs, config.save_every_n_steps, config.save_every_n_examples,
+            config.save_every_n_minutes, now,
+        ),
+        "training state": Interval(
+            config.checkpoint_every_n_epochs, config.checkpoint_every_n_steps, None,
+            config.checkpoint_every_n_minutes, now,
+        ),
+    }  # fmt: skip
+
+
 def disk_plan(
     config: Config, folder: Path, sizes: FileSizes, plan: Plan, schedule: EpochSchedule, start: int = 0,
     num_states: int = 0,
@@ -92,20 +109,15 @@ def disk_plan(
         range(schedule.locate(start)[0], schedule.locate(end)[0]),
         range(*(sum(times_seen(plan, schedule, step)) for step in (start, end))),
     )
-    saves = Interval(config.save_every_n_epochs, config.save_every_n_steps, config.save_every_n_examples)
-    states = Interval(config.checkpoint_every_n_epochs, config.checkpoint_every_n_steps)
+    times = {name: interval.count(*passed) for name, interval in all_intervals(config).items()}
     # The newest states and the best are kept, and one more is there while it is written.
     num_kept = max(1, config.keep_last + 2 - num_states)
     by_time = config.checkpoint_every_n_minutes is not None
-    sampling = config.sampling
-    previews = 0
-    if sampling is not None:
-        previews = Interval(sampling.every_n_epochs, sampling.every_n_steps).count(*passed)
-        previews += sampling.before_first_step and start == 0
+    draws_first = config.sampling is not None and config.sampling.before_first_step and start == 0
     return DiskPlan(
         folder,
         sizes,
-        num_weights=saves.count(*passed) + 1,
-        num_states=num_kept if by_time else min(num_kept, states.count(*passed)),
-        num_previews=previews,
+        num_weights=times["save"] + 1,
+        num_states=num_kept if by_time else min(num_kept, times["training state"]),
+        num_previews=times["preview"] + draws_first,
     )

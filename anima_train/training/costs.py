@@ -28,8 +28,6 @@ class ModelStats:
     transformer: TransformerShape
     num_weights: int  # in memory while training, without what an adapter adds
     num_trained: int
-    source_width: int  # of the Qwen3 states
-    context_width: int  # of the LLM adapter's output
     num_text_weights: int = 0  # of what encodes captions on the device during training, in float32
 
 
@@ -105,34 +103,28 @@ def memory_suggestions(
     """
     trains_all = isinstance(config.adapter, Full)
     has_float32_weights = config.model.dtype == "bfloat16" and config.model.transformer_dtype == "float32"
-    found = []
-    # Without any effect on what is learned.
-    if config.model.dtype == "float32":
-        found.append('model.dtype = "bfloat16" (faster, too)')
-    if has_float32_weights and not trains_all:
-        found.append("no model.transformer_dtype (the frozen weights need not be float32)")
-    if has_text_encoder:
-        found.append('model.text_encoder_device = "cpu" (captions are encoded more slowly)')
-    if batch_size > 1 and is_evaluation:
-        found.append(f"eval_micro_batch_size_per_gpu below {batch_size} at resolution {resolution}")
-    if batch_size > 1 and not is_evaluation:
-        found.append(
-            f"micro_batch_size_per_gpu below {batch_size} at resolution {resolution}, with more "
-            "gradient_accumulation_steps"
-        )
-    if not config.activation_checkpointing and not is_evaluation:
-        found.append("activation_checkpointing = true (about 40 % more work)")
-    # With an effect, from here on.
-    if trains_all and has_float32_weights:
-        found.append('no model.transformer_dtype, and optimizer.type = "adamw_optimi" (weights in bfloat16)')
-    if trains_all and config.optimizer.type == "adamw_optimi" and config.optimizer.moments_dtype == "float32":
-        found.append('optimizer.moments_dtype = "bfloat16" (some updates get too large)')
-    if config.learning_rates().by_component["llm_adapter"] != 0:
-        found.append("model.llm_adapter_lr = 0 (it is not trained)")
-    found.append(f"a resolution below {resolution}")
-    if trains_all:
-        found.append('adapter.type = "lora" (instead of the whole model)')
-    return found
+    has_float32_moments = config.optimizer.type == "adamw_optimi" and config.optimizer.moments_dtype == "float32"
+    keeps_all = not (config.activation_checkpointing or is_evaluation)  # for a backward pass
+    trains_llm_adapter = config.learning_rates().by_component["llm_adapter"] != 0
+    fewer = f"micro_batch_size_per_gpu below {batch_size} at resolution {resolution}"
+    suggestions = {
+        # Without any effect on what is learned.
+        'model.dtype = "bfloat16" (faster, too)': config.model.dtype == "float32",
+        "no model.transformer_dtype (the frozen weights need not be float32)": has_float32_weights and not trains_all,
+        'model.text_encoder_device = "cpu" (captions are encoded more slowly)': has_text_encoder,
+        f"eval_{fewer}": batch_size > 1 and is_evaluation,
+        f"{fewer}, with more gradient_accumulation_steps": batch_size > 1 and not is_evaluation,
+        "activation_checkpointing = true (about 40 % more work)": keeps_all,
+        # With an effect, from here on.
+        'no model.transformer_dtype, and optimizer.type = "adamw_optimi" (weights in bfloat16)': (
+            trains_all and has_float32_weights
+        ),
+        'optimizer.moments_dtype = "bfloat16" (some updates get too large)': trains_all and has_float32_moments,
+        "model.llm_adapter_lr = 0 (it is not trained)": trains_llm_adapter,
+        f"a resolution below {resolution}": True,
+        'adapter.type = "lora" (instead of the whole model)': trains_all,
+    }
+    return [suggestion for suggestion, helps in suggestions.items() if helps]
 
 
 def cache_suggestions(batch_size: int, text_encoder_device: str) -> list[str]:

@@ -12,8 +12,6 @@ import torch
 from anima_train.core.errors import SpaceError
 from anima_train.core.format import count, format_bytes
 from anima_train.data.buckets import Size
-from anima_train.data.plan import MicroBatch
-from anima_train.data.samples import Sample
 
 # In messages of errors that are RuntimeErrors like any other: of the CPU, on Linux and Windows; of MPS, and of CUDA
 # outside of torch's allocator; of cuBLAS and cuDNN.
@@ -51,12 +49,6 @@ class MicroBatchShape:
     size: Size
     batch_size: int
     is_evaluation: bool = False  # without a backward pass
-
-    @classmethod
-    def of(cls, micro_batch: MicroBatch, samples: Sequence[Sample]) -> "MicroBatchShape":
-        """Return that of a micro-batch of the plan of these samples."""
-        first = samples[micro_batch.refs[0].sample]
-        return cls(first.resolution, micro_batch.size, len(micro_batch.refs))
 
     def __str__(self) -> str:
         return f"{count(self.batch_size, 'image')} of {self.size} at once"
@@ -98,9 +90,7 @@ def memory_errors(
         need = f"{format_bytes(peak)} in use at most until then"
         if asked is not None:
             need = f"more than {format_bytes(peak + asked)} ({need}, {format_bytes(asked)} more asked for)"
-        changes = [
-            f"\n  {number}. {suggestion}" for number, suggestion in enumerate(suggestions(context.shape), start=1)
-        ]
+        changes = [f"\n  {number}. {change}" for number, change in enumerate(suggestions(context.shape), start=1)]
         raise SpaceError(
             f"out of memory in {context}. Needed: {need}; {limits(device)}. What to change, in order of least cost:"
             f"{''.join(changes)}"

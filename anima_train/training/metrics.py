@@ -85,30 +85,22 @@ class StepResult:
 class StepLogger:
     """Tells the numbers of every step; the main process does.
 
+    Its trackers and its progress bar are closed with the run, where that fails, too.
+
     Args:
         run: the run.
         state: that is trained.
-        progress: what the terminal shows.
-        trackers: TensorBoard and W&B.
+        num_steps: of the whole run.
     """
 
-    def __init__(self, run: RunContext, state: TrainState, progress: ProgressBar, trackers: Trackers) -> None:
+    def __init__(self, run: RunContext, state: TrainState, num_steps: int) -> None:
         self.run = run
         self.state = state
-        self.progress = progress
-        self.trackers = trackers
-        self.started = time.monotonic()
-        self.seen_before = state.samples_seen
-
-    @classmethod
-    def open(cls, run: RunContext, state: TrainState, num_steps: int) -> "StepLogger":
-        """Return a logger, whose trackers and progress bar are closed with the run."""
-        config = run.config
-        progress = ProgressBar(run.folder.name, num_steps, state.step, run.is_main)
-        opens = partial(open_trackers, run.accelerator, config.monitoring, run.folder.name, config.offline)
-        trackers = run.stack.enter_context(Trackers(opens))  # closed where the run fails, too
-        run.stack.callback(progress.close)
-        return cls(run, state, progress, trackers)
+        opens = partial(open_trackers, run.accelerator, run.config.monitoring, run.folder.name, run.config.offline)
+        self.progress = ProgressBar(run.folder.name, num_steps, state.step, run.is_main)
+        self.trackers = run.stack.enter_context(Trackers(opens))
+        run.stack.callback(self.progress.close)
+        self.started, self.seen_before = time.monotonic(), state.samples_seen
 
     def start(self) -> None:
         """Begin to measure speed and memory."""

@@ -83,20 +83,12 @@ def prepare_data(
         [sample for name, found in scans.items() if name != "train" for sample in found.samples],
         vae_id, text_id, config.seed, config.uncond_fraction > 0, config.model.cache_text_embeddings,
     )  # fmt: skip
-    ranks = RankInfo(
-        accelerator.process_index,
-        accelerator.num_processes,
-        accelerator.local_process_index,
-        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-    )
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    ranks = RankInfo(accelerator.process_index, accelerator.num_processes, accelerator.local_process_index, local_size)
     if prune and is_main:
         prune_caches(caches, needed)
     if verify:
-        numbers = verify_cache(needed, ranks)
-        patient_barrier(accelerator)  # before the first look for what is missing
-        num_read, num_damaged = sum_over_ranks(numbers)
-        read = count(num_read, "entry", "entries")
-        logger.info("cache: %s read, %d damaged and removed to be rebuilt", read, num_damaged)
+        remove_damaged(needed, ranks, accelerator)
     suggestions = cache_suggestions(config.caching_batch_size, config.model.text_encoder_device)
     with memory_errors(accelerator.device, MemoryContext("filling the cache"), lambda _: suggestions):
         first = []
@@ -104,10 +96,8 @@ def prepare_data(
             folder = Path(config.output_dir) / loaded.run_name
             first = first_requirements(folder, file_sizes(config, spec), config.saves_states)
         made = fill_cache(needed, spec, ranks, config.caching_batch_size, partial(patient_barrier, accelerator), first)
-    num_latents, num_masks, num_texts = sum_over_ranks(astuple(made))
-    logger.info(
-        "cache: %s latents, %s masks and %s texts added", f"{num_latents:,}", f"{num_masks:,}", f"{num_texts:,}"
-    )
+    numbers = [f"{number:,}" for number in sum_over_ranks(astuple(made))]
+    logger.info("cache: %s latents, %s masks and %s texts added", *numbers)
 
     data = {}
     for dataset in datasets:
@@ -148,6 +138,15 @@ def prune_caches(caches: Iterable[Cache], needed: CacheEntries) -> None:
     removed = [cache.prune({entry.key for entry in keys.get(cache.folder, [])}) for cache in caches]
     num_files, num_bytes = map(sum, zip(*removed, strict=True))
     logger.info("cache: %s removed, %s bytes freed", count(num_files, "file"), f"{num_bytes:,}")
+
+
+def remove_damaged(needed: CacheEntries, ranks: RankInfo, accelerator: Accelerator) -> None:
+    """Read every entry, and remove those that are damaged; all processes meet here."""
+    numbers = verify_cache(needed, ranks)
+    patient_barrier(accelerator)  # before the first look for what is missing
+    num_read, num_damaged = sum_over_ranks(numbers)
+    read = count(num_read, "entry", "entries")
+    logger.info("cache: %s read, %d damaged and removed to be rebuilt", read, num_damaged)
 
 
 def sum_over_ranks(numbers: Iterable[int]) -> list[int]:

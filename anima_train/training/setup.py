@@ -72,9 +72,8 @@ def watch_memory(run: RunContext, data: Prepared, plan: Plan, schedule: EpochSch
     """Report memory that runs out from here on with what to change; return the largest micro-batches to come."""
     config = run.config
     shapes = largest_shapes(plan, len(schedule.epoch_starts) - 1, data.evals)
-    encodes_here = (
-        encodes_online(config.model.cache_text_embeddings, data.train.samples) and data.spec.text_device.type != "cpu"
-    )
+    is_online = encodes_online(config.model.cache_text_embeddings, data.train.samples)
+    encodes_here = is_online and data.spec.text_device.type != "cpu"
 
     def suggestions(tried: MicroBatchShape | None) -> list[str]:
         shape = tried or shapes[0]
@@ -89,10 +88,7 @@ def encode_previews(run: RunContext, spec: ModelSpec) -> Previews | None:
     sampling = run.config.sampling
     if sampling is None or not run.is_main:
         return None
-    return Previews.of(
-        sampling.prompts, spec.files, run.folder.path / "samples", run.folder.name, spec.trains_llm_adapter,
-        spec.device, spec.text_device, spec.dtype,
-    )  # fmt: skip
+    return Previews.of(sampling.prompts, spec, run.folder.path / "samples", run.folder.name)
 
 
 def build_model(run: RunContext, spec: ModelSpec, num_steps: int) -> TrainState:

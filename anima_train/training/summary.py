@@ -1,7 +1,7 @@
 """The text that tells, before the first step, what a run will do."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from anima_train.core.format import count, listed
 from anima_train.data.plan import EpochSchedule, Plan, batch_size_for, short_by
@@ -15,15 +15,13 @@ def lr_text(row: GroupRow) -> str:
     return "frozen" if row.lr == 0 else f"{row.lr:g}" if row.num_parameters else "-"
 
 
-def groups_text(rows: Iterable[GroupRow]) -> list[str]:
+def groups_text(rows: Sequence[GroupRow]) -> list[str]:
     """Return the groups as a table."""
     lines = [f"{'component':<12} {'lr':>10} {'modules':>8} {'parameters':>14}"]
-    total_modules = total_parameters = 0
     for row in rows:
         lines.append(f"{row.component:<12} {lr_text(row):>10} {row.num_modules:>8,} {row.num_parameters:>14,}")
-        total_modules += row.num_modules
-        total_parameters += row.num_parameters
-    lines.append(f"{'total':<12} {'':>10} {total_modules:>8,} {total_parameters:>14,}")
+    modules, parameters = sum(row.num_modules for row in rows), sum(row.num_parameters for row in rows)
+    lines.append(f"{'total':<12} {'':>10} {modules:>8,} {parameters:>14,}")
     return lines
 
 

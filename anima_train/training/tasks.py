@@ -13,7 +13,6 @@ from torch import Tensor
 from anima_train.checkpoint.async_writer import AsyncWriter, Groups
 from anima_train.checkpoint.training_state import StateManifest, save_state, state_tensors
 from anima_train.checkpoint.weights import save_weights, weights_metadata, weights_to_save
-from anima_train.config.config import Config
 from anima_train.config.resolved import plain
 from anima_train.core.device import DTYPES
 from anima_train.core.errors import Interrupted
@@ -24,9 +23,9 @@ from anima_train.distributed.collectives import patient_barrier
 from anima_train.distributed.signals import Abandoned
 from anima_train.evaluation.evaluate import base_text, evaluate, read_base
 from anima_train.evaluation.previews import Previews
-from anima_train.run.intervals import Interval, next_event
 from anima_train.run.manifest import seen_facts
 from anima_train.training.anomalies import naming, step_names
+from anima_train.training.build import all_intervals
 from anima_train.training.context import RunContext
 from anima_train.training.metrics import StepLogger
 from anima_train.training.prefetch import RankStep
@@ -50,19 +49,11 @@ class PeriodicTasks:
     previews: Previews | None
     manifest: Mapping[str, Any]
     log: StepLogger
-    writer: AsyncWriter
-    intervals: dict[str, Interval]
     scores: dict[int, float] = field(default_factory=dict)  # mean evaluation loss after a step
 
-    @classmethod
-    def open(
-        cls, run: RunContext, state: TrainState, data: Prepared, plan: Plan, schedule: EpochSchedule,
-        previews: Previews | None, manifest: Mapping[str, Any], log: StepLogger,
-    ) -> "PeriodicTasks":  # fmt: skip
-        """Return the tasks of a run, whose writer is closed with the run."""
-        writer = run.stack.enter_context(AsyncWriter())
-        due = all_intervals(run.config, time.monotonic())
-        return cls(run, state, data, plan, schedule, previews, manifest, log, writer, due)
+    def __post_init__(self) -> None:
+        self.writer = self.context.stack.enter_context(AsyncWriter())  # closed with the run
+        self.intervals = all_intervals(self.context.config, time.monotonic())
 
     def before_first_step(self) -> list[str]:
         """Return the names of what is to be done before the first step, or was left by a process that had to stop."""
@@ -71,10 +62,6 @@ class PeriodicTasks:
         config = self.context.config
         draws = config.sampling is not None and config.sampling.before_first_step
         return [name for name, due in (("evaluation", config.eval_before_first_step), ("preview", draws)) if due]
-
-    def next_event(self) -> str:
-        """Return the event that is due next, as "evaluation at 200"; "" where the end comes first."""
-        return next_event(self.intervals, self.state.step, self.schedule)
 
     def run_due(self, step: RankStep) -> None:
         """Do what is due after a step, and what signals and files ask for.
@@ -250,20 +237,3 @@ class PeriodicTasks:
         """Wait until all is written: a process that leaves while another one saves would end that, too."""
         self.writer.wait()
         patient_barrier(self.context.accelerator)
-
-
-def all_intervals(config: Config, now: float) -> dict[str, Interval]:
-    """Return when each task is due, by its name."""
-    sampling = config.sampling
-    return {
-        "evaluation": Interval(config.eval_every_n_epochs, config.eval_every_n_steps, config.eval_every_n_examples),
-        "preview": Interval() if sampling is None else Interval(sampling.every_n_epochs, sampling.every_n_steps),
-        "save": Interval(
-            config.save_every_n_epochs, config.save_every_n_steps, config.save_every_n_examples,
-            config.save_every_n_minutes, now,
-        ),
-        "training state": Interval(
-            config.checkpoint_every_n_epochs, config.checkpoint_every_n_steps, None,
-            config.checkpoint_every_n_minutes, now,
-        ),
-    }  # fmt: skip

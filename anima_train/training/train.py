@@ -15,6 +15,7 @@ from anima_train.core.random import derive
 from anima_train.data.loader import Batch
 from anima_train.distributed.launcher import rank, world_size
 from anima_train.objective.step import compute_loss
+from anima_train.run.intervals import next_event
 from anima_train.run.log import logged_to, terminal
 from anima_train.training.context import RunContext, run_context
 from anima_train.training.dry_run import describe_run
@@ -76,8 +77,8 @@ def train(run: RunContext) -> Path:
     # Model: base weights, what is trained, its optimizer; then the state that the run goes on from, if there is one.
     state = build_model(run, data.spec, schedule.num_steps)
     manifest = restore(run, state, data, plan, schedule)
-    log = StepLogger.open(run, state, schedule.num_steps)
-    tasks = PeriodicTasks.open(run, state, data, plan, schedule, previews, manifest, log)
+    log = StepLogger(run, state, schedule.num_steps)
+    tasks = PeriodicTasks(run, state, data, plan, schedule, previews, manifest, log)
 
     # The largest micro-batches first, so that a run that does not fit into the memory ends here.
     for shape in shapes:
@@ -99,7 +100,7 @@ def train(run: RunContext) -> Path:
             result = train_step(run, state, step, batches, sums)
             if result.problem is not None:
                 tasks.skip(result.problem, step)
-            log.step(result, tasks.next_event())
+            log.step(result, next_event(tasks.intervals, state.step, schedule))
             tasks.run_due(step)
     return tasks.finish()
 

@@ -291,7 +291,7 @@ def test_optimizer_bytes_are_those_of_the_optimizer(moments, dtype):
 
 def test_memory_of_the_real_model_is_what_was_measured_elsewhere(checked):
     shape = TransformerShape(28, 2048, 128, 16, 1024, 256)
-    facts = ModelStats(shape, num_weights=1_956_000_000, num_trained=69_300_000, source_width=1024, context_width=1024)
+    facts = ModelStats(shape, num_weights=1_956_000_000, num_trained=69_300_000)
     loaded = load_config(checked / "run.toml", [])
     cost = memory_cost(loaded.config, facts, Size(1024, 1024), 1)
     assert cost.weights / 2**30 == pytest.approx(3.64, abs=0.01)
@@ -309,7 +309,7 @@ def test_a_lora_costs_the_bytes_of_its_own_dtype(checked, dtype, optimizer, num_
     """Weight, gradient and two moments, and for Kahan what rounding took: 4 * 4, or 2 + 2 + 2 * 4 + 2."""
     changes = [f"adapter.dtype='{dtype}'", f"optimizer.type='{optimizer}'"]
     config = load_config(checked / "run.toml", changes).config
-    facts = ModelStats(TransformerShape(2, 64, 16, 16, 64, 16), 1000, num_trained=10, source_width=8, context_width=8)
+    facts = ModelStats(TransformerShape(2, 64, 16, 16, 64, 16), 1000, num_trained=10)
     assert memory_cost(config, facts, Size(64, 64), 1).trained == 10 * num_bytes
 
 

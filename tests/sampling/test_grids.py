@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageFont
 
 from anima_train.core.errors import ConfigError
-from anima_train.reports.contact_sheet import MAX_SHEET_PIXELS, draw_sheet, font_of, largest_layout, save_sheet, wrap
+from anima_train.reports.contact_sheet import MAX_SHEET_PIXELS, draw_sheet, largest_layout, save_sheet, wrap
 from anima_train.sampling.generate import Request
 from anima_train.sampling.grids import (
     MAX_CELLS,
@@ -254,7 +254,7 @@ def test_the_largest_sheet_stays_below_the_limit():
 
 
 def test_labels_are_wrapped_at_spaces_and_cut():
-    font = font_of(12)
+    font = ImageFont.load_default(12)
     width = int(font.getlength("some words")) + 1
     assert wrap("some words of a label", font, width, 9) == ["some words", "of a label"]
     assert wrap("", font, width, 3) == []
