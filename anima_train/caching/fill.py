@@ -6,6 +6,7 @@ lock, so that each finds what the one before it has made.
 """
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -48,26 +49,10 @@ class RankInfo:
         return self.rank == 0
 
 
-@dataclass(frozen=True)
-class CacheStats:
-    """The number of entries that this process has made."""
-
-    num_latents: int = 0
-    num_masks: int = 0
-    num_texts: int = 0
-
-    def __add__(self, other: "CacheStats") -> "CacheStats":
-        return CacheStats(
-            self.num_latents + other.num_latents,
-            self.num_masks + other.num_masks,
-            self.num_texts + other.num_texts,
-        )
-
-
 def fill_cache(
     needed: CacheEntries, model: ModelSpec, ranks: RankInfo, batch_size: int, meet: Callable[[], None],
     first_files: Sequence[DiskRequirement] = (),
-) -> CacheStats:  # fmt: skip
+) -> Counter[str]:  # fmt: skip
     """Make every missing entry, together with the other processes of the run; return when none is missing.
 
     Args:
@@ -78,6 +63,9 @@ def fill_cache(
         meet: returns when all processes of the run have called it.
         first_files: that will be written after it, and must have room beside it.
 
+    Returns:
+        The number of "latents", "masks" and "texts" that this process has made.
+
     Raises:
         SpaceError: a disk will not hold it, and nothing is encoded; or the cache cannot be written.
     """
@@ -87,7 +75,7 @@ def fill_cache(
         tokenizers = load_tokenizers(model.files.tokenizer, model.files.t5_tokenizer)
     if ranks.is_main:
         check_space(missing, model, tokenizers, first_files)
-    stats = CacheStats()
+    made: Counter[str] = Counter()
     with contextlib.ExitStack() as locks, name_missing_latents(missing.latents):
         if ranks.is_main:
             lock_all(missing.caches(), locks)
@@ -97,9 +85,9 @@ def fill_cache(
             meet()
             missing = missing_entries(missing)
             meet()
-            stats += make_entries(missing.share(index, number), model, tokenizers, ranks, batch_size)
+            made += make_entries(missing.share(index, number), model, tokenizers, ranks, batch_size)
         meet()
-    return stats
+    return made
 
 
 def check_space(
@@ -142,8 +130,8 @@ def name_missing_latents(latents: Sequence[Entry[View]]) -> Iterator[None]:
 
 def make_entries(
     entries: CacheEntries, model: ModelSpec, tokenizers: Tokenizers | None, ranks: RankInfo, batch_size: int
-) -> CacheStats:
-    """Make these entries.
+) -> Counter[str]:
+    """Make these entries, and return the number of each kind.
 
     Raises:
         SpaceError: the cache cannot be written.
@@ -152,15 +140,15 @@ def make_entries(
         with contextlib.suppress(SpaceError):  # what is to be written next will tell it better
             cache.note_schema()
     num_threads = num_decoding_threads(ranks.local_world_size)
-    num_latents = num_masks = num_texts = 0
+    made: Counter[str] = Counter()
     if entries.latents:
-        num_latents = encode_latents(entries.latents, model, batch_size, num_threads, ranks.is_main)
+        made["latents"] = encode_latents(entries.latents, model, batch_size, num_threads, ranks.is_main)
     if entries.masks:
-        num_masks = store_masks(entries.masks, num_threads)
+        made["masks"] = store_masks(entries.masks, num_threads)
     if entries.texts:
         assert tokenizers is not None
-        num_texts = encode_texts(entries.texts, model, tokenizers, batch_size, ranks.is_main)
-    return CacheStats(num_latents, num_masks, num_texts)
+        made["texts"] = encode_texts(entries.texts, model, tokenizers, batch_size, ranks.is_main)
+    return made
 
 
 def decoded(

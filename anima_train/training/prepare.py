@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -104,7 +104,7 @@ def prepare_data(
             folder = Path(config.output_dir) / loaded.run_name
             first = first_requirements(folder, file_sizes(config, spec), config.saves_states)
         made = fill_cache(needed, spec, ranks, config.caching_batch_size, partial(patient_barrier, accelerator), first)
-    num_latents, num_masks, num_texts = sum_over_ranks(astuple(made))
+    num_latents, num_masks, num_texts = sum_over_ranks(made[kind] for kind in ("latents", "masks", "texts"))
     logger.info(
         "cache: %s latents, %s masks and %s texts added", f"{num_latents:,}", f"{num_masks:,}", f"{num_texts:,}"
     )
