@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from anima_train.caching.entries import CacheEntries, is_damaged, missing_entries
+from anima_train.caching.entries import CacheEntries, missing_entries
 from anima_train.caching.sizes import TextFormat, cache_needs, view_bytes
 from anima_train.caching.text_encoding import CaptionEncoder, warn_of_truncated
 from anima_train.core.device import release_memory
 from anima_train.core.errors import SpaceError
 from anima_train.core.files import DiskRequirement, require_space
-from anima_train.data.cache import Cache
+from anima_train.data.cache import Cache, DamagedEntry
 from anima_train.data.decoding import mask, num_decoding_threads, pixels
 from anima_train.data.image_headers import BadImage, Unreadable
 from anima_train.data.loader import Entry, read_ahead
@@ -249,7 +249,9 @@ def verify_cache(needed: CacheEntries, ranks: RankInfo) -> tuple[int, int]:
         if not path.exists():
             continue
         num_read += 1
-        if is_damaged(entry):
+        try:
+            entry.cache.load(entry.kind, entry.key)
+        except DamagedEntry:
             num_damaged += 1
             try:
                 entry.cache.remove(entry.kind, entry.key)

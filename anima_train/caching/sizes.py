@@ -1,6 +1,6 @@
 """The bytes that cache entries take."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -77,11 +77,6 @@ def cache_costs(entries: CacheEntries, lengths: Mapping[str, TokenCounts], texts
     return [
         CacheCost(kind, len(found), sum(entry_bytes(entry, lengths, texts) for entry in found)) for kind, found in kinds
     ]
-
-
-def total_bytes(costs: Iterable[CacheCost]) -> int:
-    """Return the bytes of all kinds."""
-    return sum(cost.num_bytes for cost in costs)
 
 
 def cache_needs(missing: CacheEntries, lengths: Mapping[str, TokenCounts], texts: TextFormat) -> list[DiskRequirement]:
