@@ -82,14 +82,12 @@ def resume_from_path(resolved: Mapping[str, Any], run_name: str, path: Path) -> 
         ConfigError: there is no state, or the other run has a folder already.
         ModelFileError: it is damaged.
     """
-    if STATE_FOLDER.fullmatch(path.name):
-        folder, saved = path.parent, check_state(path)
-    else:
-        folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-        found = newest_state(folder)
-        if found is None:
-            raise ConfigError(f"--resume {path}: there is no training state (a folder step-...) in it")
-        saved = found
+    is_state = STATE_FOLDER.fullmatch(path.name)
+    inside = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    folder = path.parent if is_state else inside
+    saved = check_state(path) if is_state else newest_state(folder)
+    if saved is None:
+        raise ConfigError(f"--resume {path}: there is no training state (a folder step-...) in it")
     source, output_dir = RunFolder(folder.parent.parent, folder.parent.name), Path(resolved["output_dir"])
     is_timed = "run_name" not in resolved and stem(source.name) == stem(run_name)
     name = source.name if is_timed and source.path.resolve().parent == output_dir.resolve() else run_name

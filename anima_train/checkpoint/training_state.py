@@ -78,10 +78,8 @@ class DamagedState(ModelFileError):
 def state_tensors(transformer: nn.Module, optimizer: Optimizer, average: WeightAverage | None = None) -> Groups:
     """Return the tensors of a state as they are in memory, nothing converted or copied."""
     weights = trained_parameters(transformer)
-    groups: dict[str, Mapping[str, Tensor]] = {"weights": weights, "optimizer": optimizer_tensors(optimizer, weights)}
-    if average is not None:
-        groups["average"] = average.tensors
-    return groups
+    groups: Groups = {"weights": weights, "optimizer": optimizer_tensors(optimizer, weights)}
+    return groups if average is None else {**groups, "average": average.tensors}
 
 
 def save_state(folder: Path, manifest: StateManifest, groups: Groups, keep_last: int) -> Path:
