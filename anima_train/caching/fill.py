@@ -7,7 +7,7 @@ lock, so that each finds what the one before it has made.
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +26,7 @@ from anima_train.data.image_headers import BadImage, Unreadable
 from anima_train.data.loader import Entry, read_ahead
 from anima_train.data.samples import View
 from anima_train.model.loading import ModelSpec
-from anima_train.model.text import TokenCounts, Tokenizers, count_tokens, load_tokenizers
+from anima_train.model.text import Tokenizers, count_tokens, load_tokenizers
 from anima_train.model.vae import load_vae, to_pixels
 
 CACHE_REMEDY = "free some space, or set cache_dir and output_dir to folders of larger disks that can be written"
@@ -70,11 +70,11 @@ def fill_cache(
         SpaceError: a disk will not hold it, and nothing is encoded; or the cache cannot be written.
     """
     missing = missing_entries(needed)
-    tokenizers = None
-    if missing.texts:
-        tokenizers = load_tokenizers(model.files.tokenizer, model.files.t5_tokenizer)
+    tokenizers = load_tokenizers(model.files.tokenizer, model.files.t5_tokenizer) if missing.texts else None
     if ranks.is_main:
-        check_space(missing, model, tokenizers, first_files)
+        lengths = {} if tokenizers is None else count_tokens(tokenizers, (entry.source for entry in missing.texts))
+        warn_of_truncated(lengths)
+        require_space([*cache_needs(missing, lengths, TextFormat.of(model)), *first_files], CACHE_REMEDY)
     made: Counter[str] = Counter()
     with contextlib.ExitStack() as locks, name_missing_latents(missing.latents):
         if ranks.is_main:
@@ -88,21 +88,6 @@ def fill_cache(
             made += make_entries(missing.share(index, number), model, tokenizers, ranks, batch_size)
         meet()
     return made
-
-
-def check_space(
-    missing: CacheEntries, model: ModelSpec, tokenizers: Tokenizers | None, first_files: Sequence[DiskRequirement]
-) -> None:
-    """Check that the disks have room for the missing entries and a run's first files; warn of truncated captions.
-
-    Raises:
-        SpaceError: they have not.
-    """
-    lengths: Mapping[str, TokenCounts] = {}
-    if tokenizers is not None:
-        lengths = count_tokens(tokenizers, (entry.source for entry in missing.texts))
-        warn_of_truncated(lengths)
-    require_space([*cache_needs(missing, lengths, TextFormat.of(model)), *first_files], CACHE_REMEDY)
 
 
 def lock_all(caches: Iterable[Cache], locks: contextlib.ExitStack) -> None:
