@@ -44,10 +44,8 @@ def find_resume_point(resolved: Mapping[str, Any], run_name: str, resume: bool, 
     if path is not None:
         return resume_from_path(resolved, run_name, path)
     output_dir = Path(resolved["output_dir"])
-    is_named = "run_name" in resolved
-    run = (
-        RunFolder(output_dir, run_name) if is_named else newest_run(output_dir, run_name, None if resume else resolved)
-    )
+    wanted = None if resume else resolved
+    run = RunFolder(output_dir, run_name) if "run_name" in resolved else newest_run(output_dir, run_name, wanted)
     if run is None or not run.exists:
         if resume:
             folder = output_dir if run is None else run.path
