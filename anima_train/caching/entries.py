@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from anima_train.core.files import sha256_file
-from anima_train.data.cache import Cache, DamagedEntry
+from anima_train.data.cache import Cache
 from anima_train.data.loader import Entry, Source, TextIdentity
 from anima_train.data.samples import Sample, View
 from anima_train.model.loading import ModelFiles
@@ -128,15 +128,6 @@ def not_done(entries: Sequence[Entry[Source]]) -> list[Entry[Source]]:
         if entry.key not in have[folder] or not entry.is_done:
             found.append(entry)
     return found
-
-
-def is_damaged(entry: Entry[View] | Entry[str]) -> bool:
-    """Return True if an entry cannot be read, or is not what was written."""
-    try:
-        entry.cache.load(entry.kind, entry.key)
-    except DamagedEntry:
-        return True
-    return False
 
 
 def without_rejected(samples: Sequence[Sample], vae_id: str) -> tuple[list[Sample], list[str]]:

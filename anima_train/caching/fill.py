@@ -6,26 +6,27 @@ lock, so that each finds what the one before it has made.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from anima_train.caching.entries import CacheEntries, is_damaged, missing_entries
+from anima_train.caching.entries import CacheEntries, missing_entries
 from anima_train.caching.sizes import TextFormat, cache_needs, view_bytes
 from anima_train.caching.text_encoding import CaptionEncoder, warn_of_truncated
 from anima_train.core.device import release_memory
 from anima_train.core.errors import SpaceError
 from anima_train.core.files import DiskRequirement, require_space
-from anima_train.data.cache import Cache
+from anima_train.data.cache import Cache, DamagedEntry
 from anima_train.data.decoding import mask, num_decoding_threads, pixels
 from anima_train.data.image_headers import BadImage, Unreadable
 from anima_train.data.loader import Entry, read_ahead
 from anima_train.data.samples import View
 from anima_train.model.loading import ModelSpec
-from anima_train.model.text import TokenCounts, Tokenizers, count_tokens, load_tokenizers
+from anima_train.model.text import Tokenizers, count_tokens, load_tokenizers
 from anima_train.model.vae import load_vae, to_pixels
 
 CACHE_REMEDY = "free some space, or set cache_dir and output_dir to folders of larger disks that can be written"
@@ -48,26 +49,10 @@ class RankInfo:
         return self.rank == 0
 
 
-@dataclass(frozen=True)
-class CacheStats:
-    """The number of entries that this process has made."""
-
-    num_latents: int = 0
-    num_masks: int = 0
-    num_texts: int = 0
-
-    def __add__(self, other: "CacheStats") -> "CacheStats":
-        return CacheStats(
-            self.num_latents + other.num_latents,
-            self.num_masks + other.num_masks,
-            self.num_texts + other.num_texts,
-        )
-
-
 def fill_cache(
     needed: CacheEntries, model: ModelSpec, ranks: RankInfo, batch_size: int, meet: Callable[[], None],
     first_files: Sequence[DiskRequirement] = (),
-) -> CacheStats:  # fmt: skip
+) -> Counter[str]:  # fmt: skip
     """Make every missing entry, together with the other processes of the run; return when none is missing.
 
     Args:
@@ -78,16 +63,19 @@ def fill_cache(
         meet: returns when all processes of the run have called it.
         first_files: that will be written after it, and must have room beside it.
 
+    Returns:
+        The number of "latents", "masks" and "texts" that this process has made.
+
     Raises:
         SpaceError: a disk will not hold it, and nothing is encoded; or the cache cannot be written.
     """
     missing = missing_entries(needed)
-    tokenizers = None
-    if missing.texts:
-        tokenizers = load_tokenizers(model.files.tokenizer, model.files.t5_tokenizer)
+    tokenizers = load_tokenizers(model.files.tokenizer, model.files.t5_tokenizer) if missing.texts else None
     if ranks.is_main:
-        check_space(missing, model, tokenizers, first_files)
-    stats = CacheStats()
+        lengths = {} if tokenizers is None else count_tokens(tokenizers, (entry.source for entry in missing.texts))
+        warn_of_truncated(lengths)
+        require_space([*cache_needs(missing, lengths, TextFormat.of(model)), *first_files], CACHE_REMEDY)
+    made: Counter[str] = Counter()
     with contextlib.ExitStack() as locks, name_missing_latents(missing.latents):
         if ranks.is_main:
             lock_all(missing.caches(), locks)
@@ -97,24 +85,9 @@ def fill_cache(
             meet()
             missing = missing_entries(missing)
             meet()
-            stats += make_entries(missing.share(index, number), model, tokenizers, ranks, batch_size)
+            made += make_entries(missing.share(index, number), model, tokenizers, ranks, batch_size)
         meet()
-    return stats
-
-
-def check_space(
-    missing: CacheEntries, model: ModelSpec, tokenizers: Tokenizers | None, first_files: Sequence[DiskRequirement]
-) -> None:
-    """Check that the disks have room for the missing entries and a run's first files; warn of truncated captions.
-
-    Raises:
-        SpaceError: they have not.
-    """
-    lengths: Mapping[str, TokenCounts] = {}
-    if tokenizers is not None:
-        lengths = count_tokens(tokenizers, (entry.source for entry in missing.texts))
-        warn_of_truncated(lengths)
-    require_space([*cache_needs(missing, lengths, TextFormat.of(model)), *first_files], CACHE_REMEDY)
+    return made
 
 
 def lock_all(caches: Iterable[Cache], locks: contextlib.ExitStack) -> None:
@@ -142,8 +115,8 @@ def name_missing_latents(latents: Sequence[Entry[View]]) -> Iterator[None]:
 
 def make_entries(
     entries: CacheEntries, model: ModelSpec, tokenizers: Tokenizers | None, ranks: RankInfo, batch_size: int
-) -> CacheStats:
-    """Make these entries.
+) -> Counter[str]:
+    """Make these entries, and return the number of each kind.
 
     Raises:
         SpaceError: the cache cannot be written.
@@ -152,15 +125,15 @@ def make_entries(
         with contextlib.suppress(SpaceError):  # what is to be written next will tell it better
             cache.note_schema()
     num_threads = num_decoding_threads(ranks.local_world_size)
-    num_latents = num_masks = num_texts = 0
+    made: Counter[str] = Counter()
     if entries.latents:
-        num_latents = encode_latents(entries.latents, model, batch_size, num_threads, ranks.is_main)
+        made["latents"] = encode_latents(entries.latents, model, batch_size, num_threads, ranks.is_main)
     if entries.masks:
-        num_masks = store_masks(entries.masks, num_threads)
+        made["masks"] = store_masks(entries.masks, num_threads)
     if entries.texts:
         assert tokenizers is not None
-        num_texts = encode_texts(entries.texts, model, tokenizers, batch_size, ranks.is_main)
-    return CacheStats(num_latents, num_masks, num_texts)
+        made["texts"] = encode_texts(entries.texts, model, tokenizers, batch_size, ranks.is_main)
+    return made
 
 
 def decoded(
@@ -261,7 +234,9 @@ def verify_cache(needed: CacheEntries, ranks: RankInfo) -> tuple[int, int]:
         if not path.exists():
             continue
         num_read += 1
-        if is_damaged(entry):
+        try:
+            entry.cache.load(entry.kind, entry.key)
+        except DamagedEntry:
             num_damaged += 1
             try:
                 entry.cache.remove(entry.kind, entry.key)

@@ -1,9 +1,7 @@
 """The bytes that cache entries take."""
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -11,7 +9,6 @@ from anima_train.caching.entries import CacheEntries
 from anima_train.core.files import BLOCK, DiskRequirement, on_disk
 from anima_train.core.format import count
 from anima_train.core.shapes import LATENT_CHANNELS, LATENT_PIXELS
-from anima_train.data.buckets import Size
 from anima_train.data.loader import Entry
 from anima_train.data.samples import View
 from anima_train.model.llm_adapter import LLMAdapterShape
@@ -54,20 +51,18 @@ class CacheCost:
     num_bytes: int  # of the tensors
 
 
-def latent_bytes(size: Size) -> int:
-    """Return the bytes of a latent's tensor."""
-    return LATENT_CHANNELS * mask_bytes(size)
-
-
-def mask_bytes(size: Size) -> int:
-    """Return the bytes of a mask's tensor: one float32 for each place of the latent."""
-    return (size.width // LATENT_PIXELS) * (size.height // LATENT_PIXELS) * torch.float32.itemsize
-
-
 def view_bytes(entry: Entry[View]) -> int:
-    """Return the bytes of a latent's or mask's tensor."""
+    """Return the bytes of a latent's or mask's tensor: one float32 for each place of the latent and each channel."""
     size = entry.source.sample.size
-    return latent_bytes(size) if entry.kind == "latent" else mask_bytes(size)
+    channels = LATENT_CHANNELS if entry.kind == "latent" else 1
+    return channels * (size.width // LATENT_PIXELS) * (size.height // LATENT_PIXELS) * torch.float32.itemsize
+
+
+def entry_bytes(entry: Entry[View] | Entry[str], lengths: Mapping[str, TokenCounts], texts: TextFormat) -> int:
+    """Return the bytes of an entry's tensors; arguments as of `cache_costs`."""
+    if isinstance(entry.source, str):
+        return texts.num_bytes(lengths[entry.source])
+    return view_bytes(entry)
 
 
 def cache_costs(entries: CacheEntries, lengths: Mapping[str, TokenCounts], texts: TextFormat) -> list[CacheCost]:
@@ -78,38 +73,19 @@ def cache_costs(entries: CacheEntries, lengths: Mapping[str, TokenCounts], texts
         lengths: of all their captions.
         texts: the format of their conditions.
     """
-    sizes = {
-        "latents": [view_bytes(entry) for entry in entries.latents],
-        "masks": [view_bytes(entry) for entry in entries.masks],
-        "captions": [texts.num_bytes(lengths[entry.source]) for entry in entries.texts],
-    }
-    return [CacheCost(kind, len(found), sum(found)) for kind, found in sizes.items()]
-
-
-def total_bytes(costs: Iterable[CacheCost]) -> int:
-    """Return the bytes of all kinds."""
-    return sum(cost.num_bytes for cost in costs)
+    kinds = (("latents", entries.latents), ("masks", entries.masks), ("captions", entries.texts))
+    return [
+        CacheCost(kind, len(found), sum(entry_bytes(entry, lengths, texts) for entry in found)) for kind, found in kinds
+    ]
 
 
 def cache_needs(missing: CacheEntries, lengths: Mapping[str, TokenCounts], texts: TextFormat) -> list[DiskRequirement]:
     """Return the room on the disk that missing entries need, for each cache; arguments as of `cache_costs`."""
-    sizes: list[tuple[Entry[View] | Entry[str], int]] = [
-        *((entry, view_bytes(entry)) for entry in (*missing.latents, *missing.masks)),
-        *((entry, texts.num_bytes(lengths[entry.source])) for entry in missing.texts),
-    ]
-    num_bytes: dict[Path, int] = defaultdict(int)
-    numbers: dict[Path, int] = defaultdict(int)
-    folders: dict[Path, set[Path]] = defaultdict(set)
-    for entry, size in sizes:
-        cache = entry.cache
-        num_bytes[cache.folder] += on_disk(size + ENTRY_HEADER)
-        numbers[cache.folder] += 1
-        folders[cache.folder].add(cache.path(entry.kind, entry.key).parent)
-    return [
-        DiskRequirement(
-            folder,
-            num_bytes[folder] + (len(folders[folder]) + NUM_OTHER_FILES) * BLOCK,
-            count(number, "missing cache entry", "missing cache entries"),
-        )
-        for folder, number in numbers.items()
-    ]
+    needs = []
+    for folder, entries in missing.by_cache().items():
+        folders = {entry.cache.path(entry.kind, entry.key).parent for entry in entries}
+        num_bytes = sum(on_disk(entry_bytes(entry, lengths, texts) + ENTRY_HEADER) for entry in entries)
+        num_bytes += (len(folders) + NUM_OTHER_FILES) * BLOCK
+        what = count(len(entries), "missing cache entry", "missing cache entries")
+        needs.append(DiskRequirement(folder, num_bytes, what))
+    return needs

@@ -67,11 +67,6 @@ def encodes_online(cache_text_embeddings: bool, samples: Iterable[Sample]) -> bo
     return not cache_text_embeddings or any(sample.options.draws_tags for sample in samples)
 
 
-def text_device(setting: str, device: torch.device) -> torch.device:
-    """Return the device that captions are encoded on, from `model.text_encoder_device` and the transformer's device."""
-    return device if setting == "training" else torch.device("cpu")
-
-
 class OnlineTextEncoder:
     """A caption encoder that the loader's threads call while the model trains.
 

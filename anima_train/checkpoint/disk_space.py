@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from anima_train.core.files import BLOCK, DiskRequirement, free_bytes, on_disk, require_space
+from anima_train.core.files import BLOCK, DiskRequirement, free_bytes, on_disk
 from anima_train.core.format import format_bytes
 from anima_train.model.safetensors_io import file_bytes
 from anima_train.optim.optimizers import AnyOptimizer
@@ -58,22 +58,6 @@ def picture_bytes(request: Request) -> int:
     return on_disk(request.height * (3 * request.width + 1) * 1001 // 1000 + PICTURE_FACTS)
 
 
-def require_room(path: Path, *files: Mapping[str, Tensor]) -> None:
-    """Refuse to begin a training state that the disk has no room for.
-
-    Args:
-        path: of the state.
-        files: the tensors of each of its files.
-
-    Raises:
-        SpaceError: the bytes needed, free and missing; nothing is written.
-    """
-    require_space(
-        [DiskRequirement(path.parent, state_bytes(*files), f"the training state {path.name}")],
-        "free some space, then resume with the same command or --resume; earlier files are intact",
-    )
-
-
 def first_requirements(folder: Path, sizes: FileSizes, saves_states: bool) -> list[DiskRequirement]:
     """Return the room without which there is no use in beginning a run in this folder."""
     weights = DiskRequirement(folder, sizes.weights, "the first saved weights")
@@ -94,20 +78,23 @@ class DiskPlan:
     num_previews: int  # steps after which there are some
 
     @property
-    def num_bytes(self) -> int:
-        """The bytes on disk of all files."""
-        sizes = self.sizes
-        return self.num_weights * sizes.weights + self.num_states * sizes.state + self.num_previews * sizes.pictures
-
-    def described(self) -> str:
-        """Return the number and the bytes of each kind of file."""
-        kinds = (
+    def kinds(self) -> tuple[tuple[str, int, int], ...]:
+        """The name, the number and the bytes of one file of each kind."""
+        return (
             ("weights", self.num_weights, self.sizes.weights),
             ("training state", self.num_states, self.sizes.state),
             ("previews", self.num_previews, self.sizes.pictures),
         )
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes on disk of all files."""
+        return sum(number * size for _, number, size in self.kinds)
+
+    def described(self) -> str:
+        """Return the number and the bytes of each kind of file."""
         return ", ".join(
-            f"{number:,} x {kind} ({format_bytes(number * size)})" for kind, number, size in kinds if number
+            f"{number:,} x {kind} ({format_bytes(number * size)})" for kind, number, size in self.kinds if number
         )
 
     def warning(self, keep_last: int) -> str | None:

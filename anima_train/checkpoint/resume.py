@@ -44,10 +44,8 @@ def find_resume_point(resolved: Mapping[str, Any], run_name: str, resume: bool, 
     if path is not None:
         return resume_from_path(resolved, run_name, path)
     output_dir = Path(resolved["output_dir"])
-    is_named = "run_name" in resolved
-    run = (
-        RunFolder(output_dir, run_name) if is_named else newest_run(output_dir, run_name, None if resume else resolved)
-    )
+    wanted = None if resume else resolved
+    run = RunFolder(output_dir, run_name) if "run_name" in resolved else newest_run(output_dir, run_name, wanted)
     if run is None or not run.exists:
         if resume:
             folder = output_dir if run is None else run.path
@@ -82,14 +80,12 @@ def resume_from_path(resolved: Mapping[str, Any], run_name: str, path: Path) -> 
         ConfigError: there is no state, or the other run has a folder already.
         ModelFileError: it is damaged.
     """
-    if STATE_FOLDER.fullmatch(path.name):
-        folder, saved = path.parent, check_state(path)
-    else:
-        folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-        found = newest_state(folder)
-        if found is None:
-            raise ConfigError(f"--resume {path}: there is no training state (a folder step-...) in it")
-        saved = found
+    is_state = STATE_FOLDER.fullmatch(path.name)
+    inside = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    folder = path.parent if is_state else inside
+    saved = check_state(path) if is_state else newest_state(folder)
+    if saved is None:
+        raise ConfigError(f"--resume {path}: there is no training state (a folder step-...) in it")
     source, output_dir = RunFolder(folder.parent.parent, folder.parent.name), Path(resolved["output_dir"])
     is_timed = "run_name" not in resolved and stem(source.name) == stem(run_name)
     name = source.name if is_timed and source.path.resolve().parent == output_dir.resolve() else run_name

@@ -4,6 +4,7 @@ A folder `step-000123` holds `weights`, `optimizer` and, with [ema], `average` a
 is written last: what the state is of, and the size and SHA-256 of each file. Nothing in it is ever unpickled.
 """
 
+import contextlib
 import logging
 import re
 import shutil
@@ -14,14 +15,15 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
+from pydantic_core import from_json
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from anima_train.checkpoint.async_writer import Groups
-from anima_train.checkpoint.disk_space import require_room, state_bytes
+from anima_train.checkpoint.disk_space import state_bytes
 from anima_train.checkpoint.weights import check_finite
 from anima_train.core.errors import ModelFileError
-from anima_train.core.files import disk_errors, sha256_file, sync, write_text
+from anima_train.core.files import DiskRequirement, disk_errors, require_space, sha256_file, sync, write_text
 from anima_train.core.settings import Settings
 from anima_train.model.safetensors_io import match_keys, open_header, read_tensors, write_tensors
 from anima_train.optim.ema import WeightAverage
@@ -30,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 STATE_FOLDER = re.compile(r"step-(\d+)")
 MANIFEST = "state.json"
+NO_ROOM = "free some space, then resume with the same command or --resume; earlier files are intact"
 VERSION = 2  # of the layout; raise it when an older one cannot be read any more
 
 
@@ -75,10 +78,8 @@ class DamagedState(ModelFileError):
 def state_tensors(transformer: nn.Module, optimizer: Optimizer, average: WeightAverage | None = None) -> Groups:
     """Return the tensors of a state as they are in memory, nothing converted or copied."""
     weights = trained_parameters(transformer)
-    groups: dict[str, Mapping[str, Tensor]] = {"weights": weights, "optimizer": optimizer_tensors(optimizer, weights)}
-    if average is not None:
-        groups["average"] = average.tensors
-    return groups
+    groups: Groups = {"weights": weights, "optimizer": optimizer_tensors(optimizer, weights)}
+    return groups if average is None else {**groups, "average": average.tensors}
 
 
 def save_state(folder: Path, manifest: StateManifest, groups: Groups, keep_last: int) -> Path:
@@ -96,10 +97,12 @@ def save_state(folder: Path, manifest: StateManifest, groups: Groups, keep_last:
         shutil.rmtree(abandoned)
     for tensors in groups.values():
         check_finite(final, tensors)
-    if final.exists() and not verify_state(final):
-        return final
-    require_room(final, *groups.values())
-    with disk_errors(final, state_bytes(*groups.values())):
+    with contextlib.suppress(DamagedState):
+        if final.exists():
+            return check_state(final).folder
+    num_bytes = state_bytes(*groups.values())
+    require_space([DiskRequirement(folder, num_bytes, f"the training state {final.name}")], NO_ROOM)
+    with disk_errors(final, num_bytes):
         try:
             temporary.mkdir(parents=True)
             files = {}
@@ -177,26 +180,15 @@ def newest_state(folder: Path) -> SavedState | None:
 
 
 def check_state(folder: Path) -> SavedState:
-    """Read a state's manifest and verify its files.
+    """Read a state's manifest, and compare size and hash of every file with it.
 
     Raises:
         DamagedState: something is missing or differs.
         ModelFileError: it is of another version.
     """
-    if problems := verify_state(folder):
-        raise DamagedState(f"{folder}: damaged: {'; '.join(problems)}")
-    return SavedState(folder, read_manifest(folder))
-
-
-def verify_state(folder: Path) -> list[str]:
-    """Compare size and hash of every file with the manifest; return what is wrong, one entry each."""
-    try:
-        manifest = read_manifest(folder)
-    except DamagedState as error:
-        return [problem.removeprefix(f"{folder}: ") for problem in error.problems]
-    problems = (
-        [] if {"weights.safetensors", "optimizer.safetensors"} <= manifest.files.keys() else ["files are missing"]
-    )
+    manifest = read_manifest(folder)
+    is_complete = {"weights.safetensors", "optimizer.safetensors"} <= manifest.files.keys()
+    problems = [] if is_complete else ["files are missing"]
     for name, expected in manifest.files.items():
         path = folder / name
         if Path(name).name != name or not path.is_file():
@@ -205,7 +197,9 @@ def verify_state(folder: Path) -> list[str]:
             problems.append(f"{name} has {size:,} bytes, {expected.bytes:,} were written")
         elif sha256_file(path) != expected.sha256:
             problems.append(f"{name} has other content than was written")
-    return problems
+    if problems:
+        raise DamagedState(f"{folder}: damaged: {'; '.join(problems)}")
+    return SavedState(folder, manifest)
 
 
 def read_manifest(folder: Path) -> StateManifest:
@@ -215,12 +209,11 @@ def read_manifest(folder: Path) -> StateManifest:
         DamagedState: it is missing or cannot be read.
         ModelFileError: it is of another version.
     """
-    path = folder / MANIFEST
     try:
-        text = path.read_text(encoding="utf-8")
-        version = version_of(text)
-    except (OSError, ValueError) as error:
-        raise DamagedState(f"{folder}: {MANIFEST} is missing or cannot be read") from error
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        version = from_json(text)["version"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DamagedState(f"{folder}: damaged: {MANIFEST} is missing or cannot be read") from error
     if version != VERSION:
         raise ModelFileError(
             f"{folder}: a training state of version {version}, and this anima-train reads version {VERSION}; "
@@ -229,18 +222,7 @@ def read_manifest(folder: Path) -> StateManifest:
     try:
         return StateManifest.model_validate_json(text)
     except ValueError as error:
-        raise DamagedState(f"{folder}: {MANIFEST} is damaged") from error
-
-
-class Versioned(Settings, extra="ignore"):
-    """The one field that every version has."""
-
-    version: int
-
-
-def version_of(text: str) -> int:
-    """Return the version a manifest names; ValueError if it has none."""
-    return Versioned.model_validate_json(text).version
+        raise DamagedState(f"{folder}: damaged: {MANIFEST} is damaged") from error
 
 
 def load_state(

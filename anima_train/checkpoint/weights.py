@@ -14,7 +14,6 @@ from anima_train.core.errors import ModelFileError, NumericError
 from anima_train.core.files import atomic_path
 from anima_train.core.format import count
 from anima_train.model.dit import MiniTrainDIT
-from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX
 from anima_train.model.loading import ModelFiles
 from anima_train.model.safetensors_io import file_bytes, match_keys, open_header, read_tensors, write_tensors
 from anima_train.optim.optimizers import AnyOptimizer
@@ -53,16 +52,8 @@ def weights_to_save(
     tensors = adapter.tensors(transformer)
     if isinstance(adapter, Full) and not hasattr(transformer, "llm_adapter"):
         on_meta = any(tensor.is_meta for tensor in tensors.values())
-        tensors |= adapter.outside(adapter_shapes(files) if on_meta else files.llm_adapter_tensors())
+        tensors |= adapter.outside(files.llm_adapter_tensors(on_meta))
     return tensors if dtype is None else {name: tensor.to(dtype) for name, tensor in tensors.items()}
-
-
-def adapter_shapes(files: ModelFiles) -> dict[str, Tensor]:
-    """Return the LLM adapter's weights as `ModelFiles.adapter_tensors` does, on the meta device."""
-    entries = files.llm_adapter_header.entries.items()
-    return {
-        LLM_ADAPTER_PREFIX + name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in entries
-    }
 
 
 def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:

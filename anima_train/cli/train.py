@@ -21,7 +21,7 @@ def train(
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, report, and stop.")] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with this run, or from a PATH: a training state, or another run.")
+        bool, typer.Option("--resume", help="Resume this run, or from a PATH: a training state, or another run.")
     ] = False,
     resume_path: Annotated[Path | None, typer.Option("--resume-path", hidden=True)] = None,
     version: Version = False,

@@ -285,7 +285,7 @@ class Config(Settings):
     save_dtype: Dtype | None = None
     """The type that the saved weights are converted to. Absent: as they are trained."""
     checkpoint_every_n_epochs: int | None = Field(default=None, ge=1)
-    """Save the training state, to go on from with --resume, after every n epochs."""
+    """Save the training state, to resume from, after every n epochs."""
     checkpoint_every_n_steps: int | None = Field(default=None, ge=1)
     """Save the training state after every n steps."""
     checkpoint_every_n_minutes: float | None = Field(default=None, gt=0)

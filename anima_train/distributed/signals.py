@@ -70,14 +70,10 @@ class SignalHandler:
             signal.signal(signal.SIGINT, signal.default_int_handler)  # the next one stops at once
         self.received = number
         if not self.is_stepping:
-            raise Interrupted("before the first step; what is in the cache stays", self.exit_code)
+            code = INTERRUPTED if number == signal.SIGINT else TERMINATED
+            raise Interrupted("before the first step; what is in the cache stays", code)
         if rank() == 0:
             os.write(2, NOTICE)  # not `print`, which a signal may have interrupted
-
-    @property
-    def exit_code(self) -> int:
-        """The exit code after the signal."""
-        return INTERRUPTED if self.received == signal.SIGINT else TERMINATED
 
     def leave_if_requested(self) -> None:
         """Raise `Abandoned` if this process has received a signal."""

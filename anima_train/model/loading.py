@@ -97,9 +97,12 @@ class ModelFiles:
         llm_adapter = 0 if trains_llm_adapter else self.llm_adapter_header.num_values
         return open_text_encoder(self.llm).num_values + llm_adapter
 
-    def llm_adapter_tensors(self) -> dict[str, Tensor]:
-        """Return the LLM adapter's weights under the names they have in a whole transformer."""
-        return {LLM_ADAPTER_PREFIX + name: tensor for name, tensor in read_tensors(self.llm_adapter_header)}
+    def llm_adapter_tensors(self, on_meta: bool) -> dict[str, Tensor]:
+        """Return the LLM adapter's weights, or their shapes, under the names they have in a whole transformer."""
+        entries = self.llm_adapter_header.entries.items()
+        shapes = ((name, torch.empty(entry.shape, dtype=entry.dtype, device="meta")) for name, entry in entries)
+        tensors = shapes if on_meta else read_tensors(self.llm_adapter_header)
+        return {LLM_ADAPTER_PREFIX + name: tensor for name, tensor in tensors}
 
 
 @dataclass(frozen=True)

@@ -151,9 +151,8 @@ def random_tensor(name: str, shape: torch.Size, seed: int) -> Tensor:
     """Return one tensor: ones for norms, else normal numbers of a generator of its own."""
     if re.search(r"(norm\w*\.weight|\.gamma)$", name):
         return torch.ones(shape, dtype=torch.bfloat16)
-    deviation = next((value for pattern, value in DEVIATIONS if re.search(pattern, name)), None)
-    if deviation is None:
-        deviation = 1 / math.sqrt(math.prod(shape[1:]))  # one over the root of the number of inputs
+    usual = 1 / math.sqrt(math.prod(shape[1:]))  # one over the root of the number of inputs
+    deviation = next((value for pattern, value in DEVIATIONS if re.search(pattern, name)), usual)
     return (torch.randn(shape, generator=stream(seed, "tiny", name)) * deviation).bfloat16()
 
 

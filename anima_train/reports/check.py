@@ -1,6 +1,5 @@
 """The findings of `anima check` as lines for the terminal."""
 
-from anima_train.caching.sizes import total_bytes
 from anima_train.core.format import count, format_bytes, printable
 from anima_train.reports.dataset import DatasetReport, SetReport
 
@@ -16,7 +15,7 @@ def summary(found: DatasetReport) -> list[str]:
         )
         lines.extend(missing_text(item))
     kinds = ", ".join(f"{cost.number:,} {cost.kind}" for cost in found.cache if cost.number)
-    lines.append(f"cache: {kinds}, {format_bytes(total_bytes(found.cache))} in all")
+    lines.append(f"cache: {kinds}, {format_bytes(sum(cost.num_bytes for cost in found.cache))} in all")
     lines.extend(costs_text(found))
     return lines
 

@@ -19,30 +19,19 @@ class RunFolder:
     def __init__(self, output_dir: Path, name: str) -> None:
         self.name = name
         self.path = output_dir / name
+        self.checkpoints = self.path / "checkpoints"  # the training states
+        self.manifest_path = self.path / "manifest.json"
+        self.base_path = self.path / "base_evaluations.json"  # of the base model, which later ones are compared with
         self.metrics_path = self.path / "metrics.jsonl"
         self.evaluations_path = self.path / "evaluations.jsonl"
         self.warnings_path = self.path / "warnings.jsonl"
+        self.records = (self.metrics_path, self.evaluations_path, self.warnings_path)
         self.lock = FileLock(self.path / ".lock")
-
-    @property
-    def manifest_path(self) -> Path:
-        """The file that tells what the run was made from."""
-        return self.path / "manifest.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of the training states."""
-        return self.path / "checkpoints"
 
     def weights_path(self, step: int | None) -> Path:
         """Return the file of the weights after a step, or (None) at the end of the run."""
         suffix = "" if step is None else f"-s{step:06d}"
         return self.path / "weights" / f"{self.name}{suffix}.safetensors"
-
-    @property
-    def base_path(self) -> Path:
-        """The file of the base model's evaluations, which later ones are compared with."""
-        return self.path / "base_evaluations.json"
 
     @property
     def exists(self) -> bool:
@@ -106,7 +95,7 @@ class RunFolder:
             num_steps: steps that are not made again.
             pending: what was not made after the last of them.
         """
-        for path in (self.metrics_path, self.evaluations_path, self.warnings_path):
+        for path in self.records:
             first = 1 if path == self.warnings_path else 0  # those before the first step are logged at each start
             last = num_steps - 1 if path == self.evaluations_path and "evaluation" in pending else num_steps
             old = None if source is None else source / path.name
@@ -122,9 +111,8 @@ class RunFolder:
 
     def sync(self) -> None:
         """Flush to disk what was logged."""
-        for path in (self.metrics_path, self.evaluations_path, self.warnings_path):
-            if path.exists():
-                sync(path)
+        for path in filter(Path.exists, self.records):
+            sync(path)
 
     def finish(self) -> None:
         """Note that the run came to its end."""

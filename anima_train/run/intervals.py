@@ -26,11 +26,8 @@ class Interval:
             seen_before: images seen before.
             seen: images seen now.
         """
-        due = self.steps is not None and step % self.steps == 0
-        if self.epochs is not None:
-            due = due or epochs_done // self.epochs > epochs_before // self.epochs
-        if self.examples is not None:
-            due = due or seen // self.examples > seen_before // self.examples
+        passed = range(step - 1, step), range(epochs_before, epochs_done), range(seen_before, seen)
+        due = self.count(*passed) > 0
         if self.minutes is not None and time.monotonic() - self.last_time >= self.minutes * 60:
             self.last_time = time.monotonic()
             due = True

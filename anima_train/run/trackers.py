@@ -54,12 +54,8 @@ def open_trackers(
     """
     if not accelerator.is_main_process:
         return []
-    accelerator.init_trackers(
-        monitoring.wandb_tracker_name or "anima-train",
-        init_kwargs={"wandb": wandb_options(accelerator, monitoring, run_name, offline)}
-        if monitoring.enable_wandb
-        else {},
-    )
+    options = {"wandb": wandb_options(accelerator, monitoring, run_name, offline)} if monitoring.enable_wandb else {}
+    accelerator.init_trackers(monitoring.wandb_tracker_name or "anima-train", init_kwargs=options)
     return list(accelerator.trackers)
 
 
@@ -86,12 +82,6 @@ def wandb_options(accelerator: Accelerator, monitoring: Monitoring, run_name: st
             console="off",  # what is printed holds paths
         ),
     }
-
-
-def log_pictures(tracker: GeneralTracker, pictures: dict[str, np.ndarray], x: int) -> None:
-    """Give a tracker pictures, (1, h, w, 3) uint8 each."""
-    # TensorBoard must be told that channels are last, as all others expect.
-    tracker.log_images(pictures, x, **({"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}))
 
 
 class Trackers(BackgroundThread):
@@ -122,7 +112,9 @@ class Trackers(BackgroundThread):
     def show(self, pictures: Mapping[str, np.ndarray], x: int) -> None:
         """Hand over pictures, (h, w, 3) uint8 each, by their names."""
         batches = {name: picture[None] for name, picture in pictures.items()}
-        self.hand_over(lambda tracker: log_pictures(tracker, batches, x))
+        # TensorBoard must be told that channels are last, as all others expect.
+        options = {"tensorboard": {"dataformats": "NHWC"}}
+        self.hand_over(lambda tracker: tracker.log_images(batches, x, **options.get(tracker.name, {})))
 
     def hand_over(self, action: Action) -> None:
         """Have something done with each tracker, if there is room."""

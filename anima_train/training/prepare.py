@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -96,7 +96,7 @@ def prepare_data(
             folder = Path(config.output_dir) / loaded.run_name
             first = first_requirements(folder, file_sizes(config, spec), config.saves_states)
         made = fill_cache(needed, spec, ranks, config.caching_batch_size, partial(patient_barrier, accelerator), first)
-    numbers = [f"{number:,}" for number in sum_over_ranks(astuple(made))]
+    numbers = [f"{number:,}" for number in sum_over_ranks(made[kind] for kind in ("latents", "masks", "texts"))]
     logger.info("cache: %s latents, %s masks and %s texts added", *numbers)
 
     data = {}

@@ -339,8 +339,8 @@ def test_image_that_changes_after_the_scan_is_skipped(trainer, images_drawer, tm
     folder = images_drawer(tmp_path / "own", [(96, 96)] * 4)
     real = prepare_module.scan_all
 
-    def scan_then_change(loaded, write):
-        scans = real(loaded, write)
+    def scan_then_change(datasets, seed, write):
+        scans = real(datasets, seed, write)
         Image.new("RGB", (96, 96), "white").save(folder / "image1.png")
         (folder / "image3.png").unlink()
         return scans
