@@ -310,9 +310,7 @@ def read_previews(folder: Path, notes: list[str]) -> tuple[list[Preview], int]:
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if (match := PREVIEW.fullmatch(path.name)) and path.is_file():
             by_step[int(match[1])].append((match[2], path))
-    if not by_step:
-        return [], 0
-    most = max(map(len, by_step.values()))
+    most = max(map(len, by_step.values()), default=1)
     chosen = evenly_to_last(sorted(by_step), max(1, MAX_PREVIEWS // most))
     previews = []
     for step in chosen:

@@ -64,7 +64,7 @@ def prepare_data(
     """
     config, is_main = loaded.config, bool(accelerator.is_main_process)
     datasets = (loaded.train, *loaded.evals)
-    caches = caches_of(datasets)
+    caches = list({cache.folder: cache for dataset in datasets for cache in dataset.caches}.values())  # each once
     with main_process_first(accelerator):  # one process downloads and reads the images, the others find it done
         spec = build_model_spec(config, accelerator.device)
         scans = scan_all(datasets, config.seed, write=is_main)
@@ -117,11 +117,6 @@ def tell_scans(scans: Mapping[str, Scan]) -> list[str]:
         bad = [f"cannot be used: {line}" for line in listed(found.bad)]
         warnings.extend(f"dataset {name}: {line}" for line in (*bad, *found.warnings))
     return warnings
-
-
-def caches_of(datasets: Iterable[Dataset]) -> list[Cache]:
-    """Return the caches of datasets, each once."""
-    return list({cache.folder: cache for dataset in datasets for cache in dataset.caches}.values())
 
 
 def note_newer_entries(caches: Iterable[Cache]) -> None:
