@@ -5,6 +5,7 @@ is written last: what the state is of, and the size and SHA-256 of each file. No
 """
 
 import contextlib
+import json
 import logging
 import re
 import shutil
@@ -15,7 +16,6 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from pydantic_core import from_json
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -211,7 +211,7 @@ def read_manifest(folder: Path) -> StateManifest:
     """
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
-        version = from_json(text)["version"]
+        version = int(json.loads(text)["version"])
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DamagedState(f"{folder}: damaged: {MANIFEST} is missing or cannot be read") from error
     if version != VERSION:

@@ -15,8 +15,6 @@ NUM_COLOURS = 8  # in charts.css
 NUM_TICKS = 5
 LOG_RATIO = 50  # of the highest value and the median: with more, a linear axis shows nothing but the highest
 
-Place = tuple[float, float]
-
 
 @dataclass(frozen=True)
 class Line:

@@ -27,6 +27,7 @@ from anima_train.run.manifest import seen_facts
 from anima_train.training.anomalies import naming, step_names
 from anima_train.training.build import all_intervals
 from anima_train.training.context import RunContext
+from anima_train.training.memory import MicroBatchShape
 from anima_train.training.metrics import StepLogger
 from anima_train.training.prefetch import RankStep
 from anima_train.training.prepare import Prepared
@@ -49,6 +50,7 @@ class PeriodicTasks:
     previews: Previews | None
     manifest: Mapping[str, Any]
     log: StepLogger
+    evaluated: MicroBatchShape  # the largest micro-batch of an evaluation
     scores: dict[int, float] = field(default_factory=dict)  # mean evaluation loss after a step
 
     def __post_init__(self) -> None:
@@ -97,7 +99,10 @@ class PeriodicTasks:
             if self.context.signals.is_requested(self.context.accelerator):
                 left.append(name)
                 continue
-            self.context.memory.doing = "an evaluation" if name == "evaluation" else "a preview"
+            memory = self.context.memory
+            memory.doing, memory.shape = (
+                ("an evaluation", self.evaluated) if name == "evaluation" else ("a preview", None)
+            )
             try:
                 makers[name]()
             except Abandoned:

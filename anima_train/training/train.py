@@ -78,7 +78,7 @@ def train(run: RunContext) -> Path:
     state = build_model(run, data.spec, schedule.num_steps)
     manifest = restore(run, state, data, plan, schedule)
     log = StepLogger(run, state, schedule.num_steps)
-    tasks = PeriodicTasks(run, state, data, plan, schedule, previews, manifest, log)
+    tasks = PeriodicTasks(run, state, data, plan, schedule, previews, manifest, log, shapes[-1])
 
     # The largest micro-batches first, so that a run that does not fit into the memory ends here.
     for shape in shapes:
