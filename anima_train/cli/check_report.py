@@ -26,14 +26,7 @@ from anima_train.model.text import load_tokenizers
 from anima_train.optim.groups import group_rows
 from anima_train.reports.captions import tokenized
 from anima_train.reports.check import summary
-from anima_train.reports.dataset import (
-    MAX_THUMBNAILS,
-    Bucket,
-    DatasetReport,
-    captions_of,
-    collect_sets,
-    lr_curve,
-)
+from anima_train.reports.dataset import MAX_THUMBNAILS, Bucket, DatasetReport, captions_of, collect_sets, lr_curve
 from anima_train.reports.dataset_page import render
 from anima_train.reports.places import places_of, shared_text
 from anima_train.training.build import plan_run, trainable_transformer

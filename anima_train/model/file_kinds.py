@@ -65,11 +65,7 @@ DIMENSIONS: Mapping[str, Mapping[str, int]] = {
         "blocks.0.cross_attn.k_proj.weight": 2,
         "blocks.0.adaln_modulation_self_attn.1.weight": 2,
     },
-    "llm_adapter": {
-        "embed.weight": 2,
-        "blocks.0.cross_attn.k_proj.weight": 2,
-        "blocks.0.cross_attn.q_norm.weight": 1,
-    },
+    "llm_adapter": {"embed.weight": 2, "blocks.0.cross_attn.k_proj.weight": 2, "blocks.0.cross_attn.q_norm.weight": 1},
     "text_encoder": {
         "embed_tokens.weight": 2,
         "layers.0.self_attn.q_norm.weight": 1,

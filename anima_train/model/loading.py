@@ -10,12 +10,7 @@ from torch import Tensor
 
 from anima_train.core.errors import ModelFileError
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
-from anima_train.model.file_kinds import (
-    LLM_ADAPTER_PREFIX,
-    is_buffer,
-    key_prefix,
-    validate_kind,
-)
+from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX, is_buffer, key_prefix, validate_kind
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
 from anima_train.model.safetensors_io import TensorFile, load_into, open_header, read_tensors
 from anima_train.model.text import open_text_encoder

@@ -99,8 +99,7 @@ class Rex(WithFloor):
 
 
 AnySchedule = Annotated[
-    Constant | Linear | Cosine | CosineWithRestarts | Polynomial | WarmupStableDecay | Rex,
-    Field(discriminator="type"),
+    Constant | Linear | Cosine | CosineWithRestarts | Polynomial | WarmupStableDecay | Rex, Field(discriminator="type")
 ]
 ScheduleSetting = Annotated[AnySchedule, BeforeValidator(expand_name, json_schema_input_type=str | AnySchedule)]
 

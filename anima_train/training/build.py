@@ -6,13 +6,7 @@ from typing import Any
 
 import torch
 
-from anima_train.checkpoint.disk_space import (
-    DiskPlan,
-    FileSizes,
-    first_state_bytes,
-    picture_bytes,
-    weights_bytes,
-)
+from anima_train.checkpoint.disk_space import DiskPlan, FileSizes, first_state_bytes, picture_bytes, weights_bytes
 from anima_train.checkpoint.training_state import trained_parameters
 from anima_train.checkpoint.weights import weights_to_save
 from anima_train.config.config import AnyAdapter, Config

@@ -12,12 +12,7 @@ from accelerate.utils import gather_object
 
 from anima_train.caching.entries import CacheEntries, needed_entries, text_identity, vae_identity, without_rejected
 from anima_train.caching.fill import RankInfo, fill_cache, verify_cache
-from anima_train.caching.text_encoding import (
-    CaptionEncoder,
-    OnlineTextEncoder,
-    encodes_online,
-    warn_of_truncated,
-)
+from anima_train.caching.text_encoding import CaptionEncoder, OnlineTextEncoder, encodes_online, warn_of_truncated
 from anima_train.checkpoint.disk_space import first_requirements
 from anima_train.config.load import Dataset, LoadedConfig
 from anima_train.config.model_files import build_model_spec

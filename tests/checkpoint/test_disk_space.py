@@ -19,22 +19,12 @@ from anima_train.core.errors import SpaceError
 from anima_train.core.files import on_disk
 from anima_train.core.format import format_bytes
 from anima_train.training import tasks as outputs_module
-from anima_train.training.build import (
-    disk_plan,
-    file_sizes,
-    load_trained,
-    plan_run,
-    trainable_transformer,
-)
+from anima_train.training.build import disk_plan, file_sizes, load_trained, plan_run, trainable_transformer
 from anima_train.training.dry_run import describe_run
 from anima_train.training.prepare import scan_all
 
 KIB = 1024
-OPTIMIZERS = [
-    {"type": "adamw"},
-    {"type": "adamw_optimi"},
-    {"type": "adamw_optimi", "moments_dtype": "bfloat16"},
-]
+OPTIMIZERS = [{"type": "adamw"}, {"type": "adamw_optimi"}, {"type": "adamw_optimi", "moments_dtype": "bfloat16"}]
 
 
 def content(folder):

@@ -26,11 +26,7 @@ from anima_train.optim.ema import Ema, WeightAverage
 from anima_train.optim.groups import COMPONENTS, LearningRates, optimizer_groups
 from anima_train.optim.optimizers import AdamW, AdamWKahan
 
-OPTIMIZERS = [
-    AdamW(lr=1e-3),
-    AdamWKahan(lr=1e-3),
-    AdamWKahan(lr=1e-3, moments_dtype="bfloat16"),
-]
+OPTIMIZERS = [AdamW(lr=1e-3), AdamWKahan(lr=1e-3), AdamWKahan(lr=1e-3, moments_dtype="bfloat16")]
 RATES = LearningRates(dict.fromkeys(COMPONENTS, 1e-3))
 
 

@@ -395,8 +395,7 @@ def test_paths_are_looked_up_beside_the_file_that_names_them(project):
     for name in ("project/sets/cats/a.txt", "project/sets/masks/a.txt", "project/vae.safetensors", "here/a.txt"):
         project.write(name, "")
     project.write(
-        "project/sets/dataset.toml",
-        "[[directory]]\npath = 'cats'\nmask_path = 'masks'\n[[directory]]\npath = 'here'\n",
+        "project/sets/dataset.toml", "[[directory]]\npath = 'cats'\nmask_path = 'masks'\n[[directory]]\npath = 'here'\n"
     )
     path = project.config({"dataset": "sets/dataset.toml", "model.vae_path": "vae.safetensors"}, "project/main.toml")
     loaded = load_config(path.relative_to(project.folder))

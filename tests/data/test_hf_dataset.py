@@ -424,10 +424,7 @@ def test_what_is_damaged_or_empty_is_explained(tmp_path: Path, datasets_cache: P
         (": : [", "while parsing a block mapping"),
         ("configs: 5", "Expected configs to be a list"),
         ("configs:\n- config_name: default\n  data_files: nope.parquet", "Unable to find "),
-        (
-            "dataset_info:\n  features:\n  - name: zz\n    dtype: string",
-            "Couldn't cast image: ",
-        ),
+        ("dataset_info:\n  features:\n  - name: zz\n    dtype: string", "Couldn't cast image: "),
     ],
 )
 def test_a_readme_that_does_not_fit_is_explained(tmp_path: Path, text: str, expected: str) -> None:

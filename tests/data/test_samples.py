@@ -124,10 +124,7 @@ def test_escapes_and_underscores_are_rewritten_before_tags_are_told_apart():
     drawn = sample(
         unescape_parentheses=True, replace_underscores=True, natural=("\\(Her\\) eyes.",), caption_mode="mixed"
     )
-    assert drawn.captions(0) == [
-        "1girl, solo, long hair, blue eyes, smile, @artist, saber (fate)",
-        "(Her) eyes.",
-    ]
+    assert drawn.captions(0) == ["1girl, solo, long hair, blue eyes, smile, @artist, saber (fate)", "(Her) eyes."]
     assert sample().captions(0) == [TAGS]
 
 

@@ -201,11 +201,7 @@ def test_all_wrong_settings_are_named_at_once():
         ({"size_buckets": [[64, 64]]}, {"min_ar": 0.6}, ["min_ar has no effect, because of size_buckets"]),
         ({"ar_buckets": [1.0], "min_ar": 0.6}, {}, ["min_ar has no effect, because of ar_buckets"]),
         ({"enable_ar_bucket": False}, {"ar_buckets": [1.0]}, ["ar_buckets has no effect, because of enable_ar_bucket"]),
-        (
-            {"cache_shuffle_delimiter": ";"},
-            {},
-            ["cache_shuffle_delimiter has no effect, because of cache_shuffle_num"],
-        ),
+        ({"cache_shuffle_delimiter": ";"}, {}, ["cache_shuffle_delimiter has no effect, because of cache_shuffle_num"]),
         (
             {"size_buckets": [[64, 64], [512, 512]]},
             {},
@@ -233,11 +229,7 @@ def test_all_wrong_settings_are_named_at_once():
             {},
             ["protected_tags has no effect, because of tag_dropout"],
         ),
-        (
-            {},
-            {"role": "regularization", "trigger_word": "x"},
-            ["trigger_word has no effect, because of role"],
-        ),
+        ({}, {"role": "regularization", "trigger_word": "x"}, ["trigger_word has no effect, because of role"]),
         ({"trigger_word": "x"}, {"role": "regularization"}, []),
         ({"weight": 2.0}, {}, ["weight has no effect, because there is no other directory"]),
         ({"replace_underscores": True, "cache_shuffle_delimiter": ";"}, {}, []),
@@ -477,10 +469,7 @@ def test_missing_and_empty_captions_can_be_skipped(folder: Path):
     image(folder / "c.png", caption="")
     found = look(folder, skip_empty_caption=True)
     assert names(found) == ["a.png"]
-    assert found.skipped == [
-        f"{folder / 'b.png'}: its caption is missing",
-        f"{folder / 'c.png'}: its caption is empty",
-    ]
+    assert found.skipped == [f"{folder / 'b.png'}: its caption is missing", f"{folder / 'c.png'}: its caption is empty"]
     assert found.warnings == found.bad == []
 
 

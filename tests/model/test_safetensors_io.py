@@ -16,13 +16,7 @@ from torch import nn
 
 from anima_train.core.errors import ModelFileError
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
-from anima_train.model.file_kinds import (
-    LLM_ADAPTER_PREFIX,
-    TRANSFORMER_PREFIXES,
-    identify,
-    key_prefix,
-    validate_kind,
-)
+from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX, TRANSFORMER_PREFIXES, identify, key_prefix, validate_kind
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
 from anima_train.model.safetensors_io import DTYPES, fingerprint, load_into, open_header, read_tensors, write_tensors
 

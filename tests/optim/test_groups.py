@@ -8,14 +8,7 @@ from torch import nn
 
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
-from anima_train.optim.groups import (
-    COMPONENTS,
-    GroupRow,
-    LearningRates,
-    component_of,
-    group_rows,
-    optimizer_groups,
-)
+from anima_train.optim.groups import COMPONENTS, GroupRow, LearningRates, component_of, group_rows, optimizer_groups
 
 
 def rates(**changed):

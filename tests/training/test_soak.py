@@ -32,8 +32,7 @@ def test_a_run_that_stays_as_it_is_passes_whatever_it_did_at_first(benchmark, ca
 
 
 @pytest.mark.parametrize(
-    "grows",
-    [{"megabytes": lambda step: 400 + step * 0.2}, {"descriptors": lambda step: 6 + step // 40}],
+    "grows", [{"megabytes": lambda step: 400 + step * 0.2}, {"descriptors": lambda step: 6 + step // 40}]
 )
 def test_growth_of_memory_or_descriptors_fails(benchmark, grows):
     with pytest.raises(SystemExit, match="it grows"):

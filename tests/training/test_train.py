@@ -225,10 +225,7 @@ def test_evaluation_changes_nothing_in_training(trainer, pictures):
     dataset = {"resolutions": [96], "directory": [{"path": str(pictures)}]}
     plain = trainer("plain", adapter={"dropout": 0.3})
     watched = trainer(
-        "watched",
-        adapter={"dropout": 0.3},
-        eval_datasets=[{"name": "held", "config": dataset}],
-        eval_every_n_steps=1,
+        "watched", adapter={"dropout": 0.3}, eval_datasets=[{"name": "held", "config": dataset}], eval_every_n_steps=1
     )
     assert same_weights(plain.weights, watched.weights)
 
