@@ -40,7 +40,7 @@ def train_and_report(
 
     final = run_training(loaded, dry_run, resume, resume_path)
     if final is not None and rank() == 0:
-        leave_report(final.parent.parent)
+        write_report(final.parent.parent)
     return final
 
 
@@ -60,7 +60,7 @@ def with_resume_path(arguments: Sequence[str]) -> list[str]:
     return found
 
 
-def leave_report(run: Path) -> None:
+def write_report(run: Path) -> None:
     """Write the page of a run that has ended; the run does not fail where that does."""
     from anima_train.reports.run_page import write_run_report
 
