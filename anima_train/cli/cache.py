@@ -27,13 +27,13 @@ def cache(
     loaded = load_config(config, overrides or [])
 
     from anima_train.core.device import DTYPES, describe_device
+    from anima_train.distributed.collectives import process_group
     from anima_train.distributed.consistency import check_same_config
     from anima_train.run.accelerator import make_accelerator
     from anima_train.run.log import logged_to, terminal
     from anima_train.training.prepare import prepare_data
 
     accelerator = make_accelerator(loaded.config.model.dtype, [], Path(loaded.config.output_dir))
-    with logged_to(terminal(accelerator.is_main_process)):
+    with process_group(accelerator), logged_to(terminal(accelerator.is_main_process)):
         logging.getLogger(__name__).info("%s", describe_device(accelerator.device, DTYPES[loaded.config.model.dtype]))
         prepare_data(check_same_config(loaded, accelerator), accelerator, prune, verify)
-    accelerator.end_training()

@@ -53,6 +53,7 @@ def process_group(accelerator: Accelerator) -> Iterator[None]:
     `Accelerator.end_training` would also close the trackers: their thread does that.
     """
     yield
+    patient_group.cache_clear()  # what is held until the interpreter ends may end it by an abort
     accelerator.state.destroy_process_group()
 
 

@@ -26,7 +26,7 @@ from datetime import timedelta
 from accelerate import Accelerator, InitProcessGroupKwargs
 from anima_train.core.errors import DataError
 from anima_train.distributed import failures
-from anima_train.distributed.collectives import any_rank, patient_barrier
+from anima_train.distributed.collectives import any_rank, patient_barrier, process_group
 
 failures.HEAD_START = 3.0
 
@@ -50,12 +50,13 @@ def wait():
 
 def work():
     accelerator = Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=6))])
-    patient_barrier(accelerator)
-    if accelerator.process_index == int((*sys.argv, accelerator.process_index)[2]):
-        globals()[sys.argv[1]]()
-    if sys.argv[1] == "wait":
+    with process_group(accelerator):
         patient_barrier(accelerator)
-    print(any_rank(accelerator, [accelerator.is_main_process, False]), flush=True)
+        if accelerator.process_index == int((*sys.argv, accelerator.process_index)[2]):
+            globals()[sys.argv[1]]()
+        if sys.argv[1] == "wait":
+            patient_barrier(accelerator)
+        print(any_rank(accelerator, [accelerator.is_main_process, False]), flush=True)
 
 failures.run_program(work)
 """
