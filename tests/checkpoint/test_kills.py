@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -61,7 +62,7 @@ def test_two_hundred_kills_lose_nothing_that_was_saved(trainer, caplog):
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         found = newest_state(run / "checkpoints")
-        assert caplog.messages == []  # a warning would be of a state that is damaged
+        assert not [record for record in caplog.records if record.levelno >= logging.WARNING]  # of a damaged state
         step = 0 if found is None else found.manifest.step
         assert step >= newest
         assert step >= logged - BEHIND
