@@ -71,7 +71,7 @@ from anima_train.cli.main import train_main
 from anima_train.core.errors import ConfigError, DataError
 from anima_train.data.loader import CachedData
 from anima_train.run import accelerator
-from anima_train.training import prepare, setup, tasks, train
+from anima_train.training import context, prepare, setup, tasks, train
 
 RANK, FOLDER = int(os.environ["RANK"]), Path(__file__).parent
 
@@ -121,7 +121,7 @@ def at(name, act):
     setattr(module, name, fault(act))
 
 def slowly(name):
-    module = next(module for module in (prepare, setup, tasks, train) if hasattr(module, name))
+    module = next(module for module in (context, prepare, setup, tasks, train) if hasattr(module, name))
     real = getattr(module, name)
     def call(*arguments, **keys):
         print(f"slow: {name}", flush=True)
@@ -303,20 +303,20 @@ def test_a_process_that_hangs_in_a_step_ends_the_training_at_the_timeout(launch,
 def test_long_work_of_one_process_does_not_fall_under_the_timeout(launch):
     change = """
 accelerator.TIMEOUT = timedelta(seconds=12)
-for name in (("scan_all", "find_origin", "save_weights"), ("fill_cache", "load_trained"))[RANK]: slowly(name)
+for name in (("scan_all", "find_resume_point", "save_weights"), ("fill_cache", "load_trained"))[RANK]: slowly(name)
 if RANK == 0:
-    real = train.Previews.draw
+    real = setup.Previews.draw
     def draw(*arguments):
         print("slow: draw", flush=True)
         time.sleep(16.0)
         return real(*arguments)
-    train.Previews.draw = draw
+    setup.Previews.draw = draw
 """
     sampling = {"prompts": ["a cat"], "steps": 1, "width": 64, "height": 64, "before_first_step": False}
     result = launch(change, max_steps=2, sampling=sampling | {"every_n_steps": 1})
     assert result.returncode == 0, result.stderr
     slow = {line for line in result.stdout.splitlines() if line.startswith("slow: ")}
-    names = ("scan_all", "find_origin", "save_weights", "fill_cache", "load_trained", "draw")
+    names = ("scan_all", "find_resume_point", "save_weights", "fill_cache", "load_trained", "draw")
     assert slow == {f"slow: {name}" for name in names}
 
 

@@ -19,7 +19,7 @@ STEPS = 60
 LONG_STEP = """
 import sys, time
 from anima_train.cli.main import train_main
-from anima_train.training import train
+from anima_train.training import metrics, train
 
 real, number = train.compute_loss, 0
 
@@ -130,13 +130,13 @@ def test_a_second_ctrl_c_stops_at_once_and_the_saved_states_are_whole(trainer, i
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     run = trainer.folder / "runs" / "run"
-    assert newest_state(run / "checkpoints", pytest.fail).facts.step == 2
+    assert newest_state(run / "checkpoints").manifest.step == 2
     assert trainer("run", **STATES).losses == trainer("whole", **STATES).losses
 
 
 @pytest.mark.slow
 def test_a_second_ctrl_c_waits_for_no_tracker(in_a_long_step):
-    stalled = LONG_STEP.replace("train_main()", "train.open_trackers = lambda *_: time.sleep(600)\ntrain_main()")
+    stalled = LONG_STEP.replace("\ntrain_main()", "\nmetrics.open_trackers = lambda *_: time.sleep(600)\ntrain_main()")
     process = in_a_long_step(stalled)
     interrupt_twice(process)
     assert process.returncode == 130

@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 from anima_train.model.loading import load_transformer
 from anima_train.model.tiny import tiny_paths
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 files = tiny_paths(Path(sys.argv[1]))
 transformer = load_transformer(files, True, torch.bfloat16, torch.device("cpu"))
 print(json.dumps({
     "parameters": sum(p.numel() for p in transformer.parameters()),
     "tensors": len(list(transformer.parameters())),
-    "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before,
 }))
 """
 TRAIN = """
@@ -45,14 +46,14 @@ def full_size(tmp_path_factory, command):
 
 
 @pytest.mark.slow
-def test_full_size_loads_within_a_fifth_more_than_its_file(full_size, command):
+def test_full_size_loads_within_a_tenth_more_than_its_file(full_size, command):
     size = (full_size / "split_files" / "diffusion_models" / "anima-tiny.safetensors").stat().st_size
     result = command([sys.executable, "-c", LOAD, str(full_size)])
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["parameters"] == 2_091_068_928
     assert found["tensors"] == 685
-    assert found["peak"] < 1.2 * size
+    assert found["peak"] < 1.1 * size  # beside the libraries, whose size depends on the build
 
 
 @pytest.mark.slow
