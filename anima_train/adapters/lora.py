@@ -1,9 +1,8 @@
-"""LoRA (Hu et al. 2021, arXiv:2106.09685) on the linears of `Block` and `TransformerBlock`, through PEFT."""
+"""LoRA (Hu et al. 2021, arXiv:2106.09685) on the linears of `Block` and `TransformerBlock`."""
 
 import math
-import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -15,9 +14,8 @@ from anima_train.core.random import stream
 from anima_train.core.settings import Settings
 from anima_train.model.dit import Block, MiniTrainDIT
 from anima_train.model.llm_adapter import TransformerBlock
+from anima_train.model.lora_linear import LoraLinear
 from anima_train.optim.groups import LearningRates
-
-NAME = "default"  # PEFT's name of the one adapter
 
 
 class Lora(Settings):
@@ -44,39 +42,24 @@ class Lora(Settings):
         A is Kaiming-uniform (a = sqrt 5) from a stream of its own per module, B zero: the model starts as the base.
         With every component of the blocks frozen nothing is added.
         """
-        # Here and below, not at the head: PEFT imports transformers and more, and a configuration is read without it.
-        from peft import LoraConfig, inject_adapter_in_model
-
         transformer.requires_grad_(False)
-        targets = [name for name in target_modules(transformer) if not rates.is_frozen(name)]
-        if not targets:
-            return
-        # PEFT matches a list of names by suffix, and `blocks.0.self_attn.q_proj` is a suffix of the LLM adapter's
-        # module too. A string is a regular expression over the whole name.
-        config = LoraConfig(
-            r=self.rank,
-            lora_alpha=self.rank if self.alpha is None else self.alpha,
-            lora_dropout=self.dropout,
-            target_modules="|".join(map(re.escape, targets)),
-        )
-        # On the meta device, because PEFT's own initial values are drawn from the global generator.
-        inject_adapter_in_model(config, transformer, adapter_name=NAME, low_cpu_mem_usage=True)
-        layers = dict(lora_layers(transformer))
-        assert sorted(layers) == sorted(targets)
-        for name, layer in layers.items():
-            a, b = layer.lora_A[NAME], layer.lora_B[NAME]
-            bound = 1 / math.sqrt(a.in_features)
-            draw = torch.rand(a.weight.shape, generator=stream(seed, "lora", name))
-            device = layer.get_base_layer().weight.device
-            a.weight = nn.Parameter((draw * 2 - 1).mul_(bound).to(device, DTYPES[self.dtype]))
-            b.weight = nn.Parameter(torch.zeros(b.weight.shape, device=device, dtype=DTYPES[self.dtype]))
+        for name in target_modules(transformer):
+            if rates.is_frozen(name):
+                continue
+            base = transformer.get_submodule(name)
+            assert isinstance(base, nn.Linear)
+            bound, device = 1 / math.sqrt(base.in_features), base.weight.device
+            draw = torch.rand((self.rank, base.in_features), generator=stream(seed, "lora", name))
+            lora_a = (draw * 2 - 1).mul_(bound).to(device, DTYPES[self.dtype])
+            lora_b = torch.zeros(base.out_features, self.rank, dtype=DTYPES[self.dtype], device=device)
+            transformer.set_submodule(name, LoraLinear(base, lora_a, lora_b, self.scale, self.dropout))
 
     def tensors(self, transformer: MiniTrainDIT) -> dict[str, Tensor]:
         """Return A and B under their file keys, alpha / rank folded into B so that the scale is 1 everywhere."""
         tensors = {}
         for name, layer in lora_layers(transformer):
-            tensors[lora_key(name, "lora_A")] = layer.lora_A[NAME].weight.detach()
-            tensors[lora_key(name, "lora_B")] = layer.lora_B[NAME].weight.detach() * self.scale
+            tensors[lora_key(name, "lora_A")] = layer.lora_A.detach()
+            tensors[lora_key(name, "lora_B")] = layer.lora_B.detach() * self.scale
         return tensors
 
     def is_without_effect(self, tensors: Mapping[str, Tensor]) -> bool:
@@ -105,10 +88,8 @@ def target_modules(transformer: nn.Module) -> list[str]:
     ]
 
 
-def lora_layers(transformer: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield (full name, PEFT layer) of every module that carries a LoRA."""
-    from peft.tuners.lora import LoraLayer
-
+def lora_layers(transformer: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
+    """Yield (full name, module) of every linear that carries a LoRA."""
     for name, module in transformer.named_modules():
-        if isinstance(module, LoraLayer):
+        if isinstance(module, LoraLinear):
             yield name, module

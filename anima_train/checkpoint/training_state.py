@@ -25,12 +25,13 @@ from anima_train.checkpoint.weights import check_finite
 from anima_train.core.errors import ModelFileError
 from anima_train.core.files import DiskRequirement, disk_errors, require_space, sha256_file, sync, write_text
 from anima_train.core.settings import Settings
-from anima_train.model.safetensors_io import match_keys, open_header, read_tensors, write_tensors
+from anima_train.model.safetensors_io import TensorFile, match_keys, open_header, read_tensors, write_tensors
 from anima_train.optim.ema import WeightAverage
 
 logger = logging.getLogger(__name__)
 
 STATE_FOLDER = re.compile(r"step-(\d+)")
+PEFT_NAME = re.compile(r"(\.lora_[AB])\.default\.weight")
 MANIFEST = "state.json"
 NO_ROOM = "free some space, then resume with the same command or --resume; earlier files are intact"
 VERSION = 2  # of the layout; raise it when an older one cannot be read any more
@@ -241,7 +242,7 @@ def load_state(
             "resume with the configuration the run was started with"
         )
     trained = trained_parameters(transformer)
-    header = open_header(folder / "weights.safetensors")
+    header = open_tensors(folder / "weights.safetensors")
     match_keys(header.entries, trained, f"{folder}: saved by a run that trains other parameters")
     if other := [name for name, entry in header.entries.items() if entry.dtype != trained[name].dtype]:
         found, expected = header.entries[other[0]].dtype, trained[other[0]].dtype
@@ -253,10 +254,10 @@ def load_state(
     if average is not None:
         if "average.safetensors" not in saved.manifest.files:
             raise ModelFileError(f"{folder}: saved by a run without [ema]; remove it, or start another run")
-        averages = dict(read_tensors(open_header(folder / "average.safetensors")))
+        averages = dict(read_tensors(open_tensors(folder / "average.safetensors")))
     state: dict[int, dict[str, Tensor]] = {}
     indices = {name: index for index, name in enumerate(names_in_order(optimizer, trained))}
-    for name, tensor in read_tensors(open_header(folder / "optimizer.safetensors")):
+    for name, tensor in read_tensors(open_tensors(folder / "optimizer.safetensors")):
         parameter, _, key = name.rpartition(".")
         if parameter not in indices:
             raise ModelFileError(f"{folder}: the optimizer's state is of other parameters, such as {parameter}")
@@ -268,6 +269,13 @@ def load_state(
     with torch.no_grad():
         for name, tensor in weights.items():
             trained[name].copy_(tensor)
+
+
+def open_tensors(path: Path) -> TensorFile:
+    """Read the header of a state's file, LoRA weights under the names they have now; they once had PEFT's."""
+    header = open_header(path)
+    entries = {PEFT_NAME.sub(r"\1", name): entry for name, entry in header.entries.items()}
+    return TensorFile(path, entries, header.metadata)
 
 
 def trained_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:

@@ -33,7 +33,7 @@ def cache(
     from anima_train.run.log import logged_to, terminal
     from anima_train.training.prepare import prepare_data
 
-    accelerator = make_accelerator(loaded.config.model.dtype, [], Path(loaded.config.output_dir))
+    accelerator = make_accelerator(loaded.config.model.uses_autocast, [], Path(loaded.config.output_dir))
     with process_group(accelerator), logged_to(terminal(accelerator.is_main_process)):
         logging.getLogger(__name__).info("%s", describe_device(accelerator.device, DTYPES[loaded.config.model.dtype]))
         prepare_data(check_same_config(loaded, accelerator), accelerator, prune, verify)

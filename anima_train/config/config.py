@@ -9,6 +9,7 @@ from anima_train.adapters.full import Full
 from anima_train.adapters.lora import Lora
 from anima_train.core.settings import Settings, describe_value, quoted
 from anima_train.data.settings import DatasetSettings
+from anima_train.model.recompute import Recompute
 from anima_train.objective.losses import Loss
 from anima_train.objective.timesteps import Timesteps
 from anima_train.optim.ema import Ema
@@ -130,6 +131,11 @@ class ModelSettings(Settings):
             raise ValueError(f"replaces {', '.join(others)}, which would have no effect; keep one")
         return value
 
+    @property
+    def uses_autocast(self) -> bool:
+        """True where float32 weights compute in bfloat16."""
+        return self.dtype != (self.transformer_dtype or self.dtype)
+
     @field_validator("transformer_dtype")
     @classmethod
     def holds_gradients(cls, value: str | None, earlier: ValidationInfo) -> str | None:
@@ -249,8 +255,13 @@ class Config(Settings):
     """Steps over which the learning rate rises from nearly 0."""
     force_constant_lr: float | None = Field(default=None, gt=0)
     """One learning rate for every component that is not frozen, without schedule or warmup."""
-    activation_checkpointing: bool = False
-    """Recompute each block in the backward pass: far less memory for about 40 % more work."""
+    activation_checkpointing: bool | Literal["selective", "offload", "unsloth"] = False
+    """The activations that blocks compute again in the backward pass instead of keeping them. "selective": all but products and
+    attention, which is half of the memory for at most 8 % more work; true: everything, far less memory for about 40 %
+    more work; "offload" (or "unsloth"): the same, and what is left waits in the host's memory."""
+    compile: bool | None = None
+    """Compile the blocks with torch.compile: fewer passes over memory, faster steps after a minute or two at the start.
+    Absent: on CUDA, where a compiler is there. What cannot be compiled runs as it is, with a warning."""
     huber_delta: float | None = Field(default=None, gt=0)
     """Huber loss with this delta instead of MSE. At most one of the three."""
     smooth_l1_beta: float | None = Field(default=None, gt=0)
@@ -400,6 +411,12 @@ class Config(Settings):
         if self.pseudo_huber_c is not None:
             return Loss("pseudo_huber", self.pseudo_huber_c, weight, by_area)
         return Loss(multiscale_weight=weight, by_mask_area=by_area)
+
+    @property
+    def recompute(self) -> Recompute:
+        """The policy that `activation_checkpointing` names."""
+        policies: dict[bool | str, Recompute] = {False: "nothing", True: "blocks", "selective": "selective"}
+        return policies.get(self.activation_checkpointing, "offload")
 
     def learning_rates(self) -> LearningRates:
         """Return the base learning rate of each component."""

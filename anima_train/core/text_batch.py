@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 CONTEXT_ROWS = 512  # cross-attention sees at least this many rows; those past the caption are zeros, and count
+ROW_MULTIPLE = 16  # of a folded context's rows: never one alone, which a compiler takes for another kind
 T5_PAD = 0  # the id of <pad>
 
 
@@ -33,6 +34,26 @@ class TextStates:
     def to(self, device: torch.device) -> "TextStates":
         """Return the batch on a device."""
         return TextStates(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class TextContext:
+    """The rows that cross-attention sees, of which the last are zeros, all in one batch, and only counted."""
+
+    rows: Float[Tensor, "B L C"]
+    num_zeros: int  # rows of zeros after these
+
+    def to(self, device: torch.device) -> "TextContext":
+        """Return the batch on a device."""
+        return TextContext(self.rows.to(device), self.num_zeros)
+
+
+def fold_rows(context: Float[Tensor, "B L C"]) -> TextContext:
+    """Return the rows, rounded up to a multiple of `ROW_MULTIPLE`, and how many zeros follow up to `CONTEXT_ROWS`."""
+    length = context.shape[1]
+    total = max(CONTEXT_ROWS, length)
+    rounded = min(-(-length // ROW_MULTIPLE) * ROW_MULTIPLE, total)
+    return TextContext(F.pad(context, (0, 0, 0, rounded - length)), total - rounded)
 
 
 def pad_rows(context: Float[Tensor, "B L C"]) -> Float[Tensor, "B rows C"]:

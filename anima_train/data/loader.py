@@ -8,11 +8,12 @@ from typing import Generic, TypeVar
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from anima_train.core.errors import DataError
 from anima_train.core.random import stream, uniform
 from anima_train.core.shapes import LATENT_PIXELS
-from anima_train.core.text_batch import EncodedText, TextStates, pad_rows, pad_states
+from anima_train.core.text_batch import EncodedText, TextContext, TextStates, fold_rows, pad_states
 from anima_train.data.cache import Cache, DamagedEntry, Kind, entry_key
 from anima_train.data.plan import MicroBatch, SampleRef
 from anima_train.data.samples import EMPTY, Caption, Sample, View
@@ -32,7 +33,7 @@ class Batch:
     latents: Float[Tensor, "B 16 1 H W"]  # normalised, float32
     noise: Float[Tensor, "B 16 1 H W"]
     t: Float[Tensor, " B"]
-    text: Tensor | TextStates  # context (B, 512, C), or what a trained adapter reads
+    text: TextContext | TextStates  # the context, or what a trained LLM adapter reads
     mask: Float[Tensor, "B 1 1 H W"] | None
     names: tuple[str, ...]  # of the samples, for messages
     is_padding: bool = False  # True: repeats another one, to keep processes in step, and has no weight
@@ -142,11 +143,11 @@ class CachedData:
             return torch.ones(1, 1, sample.size.height // LATENT_PIXELS, sample.size.width // LATENT_PIXELS)
         return self.read(Entry(sample.cache, "mask", view.mask_key(), view))["mask"][:, None]
 
-    def text(self, captions: Sequence[tuple[Cache, Caption]]) -> Tensor | TextStates:
+    def text(self, captions: Sequence[tuple[Cache, Caption]]) -> TextContext | TextStates:
         """Return the captions' conditions, padded to a batch."""
         entries = [self.text_entry(cache, caption) for cache, caption in captions]
         if self.text_identity.adapter:
-            return torch.cat([pad_rows(entry["context"][None]) for entry in entries])
+            return fold_rows(pad_sequence([entry["context"] for entry in entries], batch_first=True))
         return pad_states([EncodedText(entry["qwen"], entry["t5_ids"]) for entry in entries])
 
     def text_entry(self, cache: Cache, caption: Caption) -> Mapping[str, Tensor]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from anima_train.model.layers import RMSNorm, rope_values, rotate
 from anima_train.model.safetensors_io import Entry, count_blocks
 
 ROPE_THETA = 10000.0  # the base of both sides' positions
@@ -36,29 +37,11 @@ class LLMAdapterShape:
         return cls(count_blocks(entries, "blocks"), width, head_dim, source_width, target_width, vocab_size)
 
 
-class RMSNorm(nn.Module):
-    """The root-mean-square norm, computed in float32 whatever the dtype of x, eps 1e-6."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), eps=1e-6).to(x.dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply the rotary embedding in its rotate-half form: x (B, heads, N, d), cos and sin (N, d)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
 def positions(length: int, head_dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cos and sin (length, head_dim) of positions from 0: angles in float32, values in the dtype of `like`."""
+    """Return what `rotate` wants for positions from 0: angles in float32, values in the dtype of `like`."""
     frequencies = ROPE_THETA ** (-torch.arange(0, head_dim, 2, device=like.device, dtype=torch.float32) / head_dim)
     angles = torch.outer(torch.arange(length, device=like.device, dtype=torch.float32), frequencies)
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+    return rope_values(angles, like.dtype)
 
 
 class Attention(nn.Module):
@@ -143,7 +126,8 @@ class LLMAdapter(nn.Module):
             source_mask: true at real Qwen tokens; all false for the empty caption. None: all real.
             ids_mask: true at real T5 tokens. None: all real.
         """
-        x = self.in_proj(self.embed(ids).to(source.dtype))
+        source = source.to(self.out_proj.weight.dtype)
+        x = self.in_proj(self.embed(ids))
         for block in self.blocks:
             x = block(x, source, ids_mask, source_mask)
         x = self.norm(self.out_proj(x))

@@ -10,17 +10,18 @@ from anima_train.core.device import choose_device
 TIMEOUT = timedelta(minutes=15)  # after which a process that waits in vain for another one ends the run
 
 
-def make_accelerator(dtype: str, trackers: list[str], folder: Path) -> Accelerator:
+def make_accelerator(autocast: bool, trackers: list[str], folder: Path) -> Accelerator:
     """Return what decides about device, processes and autocast.
 
     Args:
-        dtype: of the computation, "bfloat16" or "float32".
+        autocast: True where the weights are float32 and the computation is in bfloat16; a model whose weights are in
+            the dtype of the computation converts its inputs itself.
         trackers: Accelerate's names of those that it opens.
         folder: of the run, where the trackers write.
     """
     return Accelerator(
         cpu=choose_device().type == "cpu",
-        mixed_precision="bf16" if dtype == "bfloat16" else "no",
+        mixed_precision="bf16" if autocast else "no",
         log_with=trackers or None,
         project_dir=str(folder),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],

@@ -1,5 +1,6 @@
 """The plan, the model and the files of a run, made from its configuration."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,14 @@ from anima_train.core.device import DTYPES
 from anima_train.core.errors import ConfigError
 from anima_train.data.plan import EpochSchedule, Plan, times_seen
 from anima_train.data.samples import Sample
-from anima_train.model.dit import MiniTrainDIT, TransformerShape
+from anima_train.model.dit import MiniTrainDIT, RunBlock, TransformerShape
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
 from anima_train.model.loading import ModelSpec, load_transformer
+from anima_train.model.recompute import Recompute, offloading, runner
 from anima_train.optim.groups import LearningRates, optimizer_groups
 from anima_train.run.intervals import Interval
+
+logger = logging.getLogger(__name__)
 
 
 def plan_run(config: Config, samples: Sequence[Sample], num_processes: int) -> tuple[Plan, EpochSchedule]:
@@ -30,6 +34,39 @@ def plan_run(config: Config, samples: Sequence[Sample], num_processes: int) -> t
     num_micro_batches = config.gradient_accumulation_steps * num_processes
     plan = Plan(samples, config.seed, config.micro_batch_size_per_gpu, num_micro_batches)
     return plan, EpochSchedule.of(plan, config.epochs, config.max_steps)
+
+
+def block_runner(recompute: Recompute, compiles: bool | None, device: torch.device) -> RunBlock:
+    """Return the way to run the blocks in training.
+
+    Args:
+        recompute: the activations that are not kept.
+        compiles: None: on CUDA, where a compiler is there; else a warning says what is missing.
+        device: of the transformer.
+
+    Raises:
+        ConfigError: `compile` is true, and there is no compiler.
+    """
+    run = runner(recompute)
+    if compiles or (compiles is None and device.type == "cuda"):
+        run = compiled(run, bool(compiles), device)
+    return offloading(run) if recompute == "offload" else run
+
+
+def compiled(run: RunBlock, is_wanted: bool, device: torch.device) -> RunBlock:
+    """Return this way to run a block compiled, or as it is where there is no compiler.
+
+    Raises:
+        ConfigError: there is none, and it was asked for.
+    """
+    from anima_train.model.compiled import CompiledBlocks, missing_compiler  # takes long to import
+
+    if (missing := missing_compiler(device)) is None:
+        return CompiledBlocks(run)
+    if is_wanted:
+        raise ConfigError(f"compile: {missing}; install it, or set compile = false")
+    logger.warning("the blocks are not compiled, and run slower: %s", missing)
+    return run
 
 
 def trainable_transformer(spec: ModelSpec, adapter: AnyAdapter, rates: LearningRates, seed: int) -> MiniTrainDIT:
@@ -44,8 +81,7 @@ def trainable_transformer(spec: ModelSpec, adapter: AnyAdapter, rates: LearningR
 
 
 def load_trained(
-    spec: ModelSpec, adapter: AnyAdapter, rates: LearningRates, seed: int, weight_decay: float,
-    activation_checkpointing: bool,
+    spec: ModelSpec, adapter: AnyAdapter, rates: LearningRates, seed: int, weight_decay: float, run_block: RunBlock
 ) -> tuple[MiniTrainDIT, list[dict[str, Any]]]:  # fmt: skip
     """Return the transformer on its device with what is trained attached, ready for steps, and its parameter groups.
 
@@ -54,7 +90,8 @@ def load_trained(
     """
     transformer = load_transformer(spec.files, spec.trains_llm_adapter, spec.weights_dtype, spec.device)
     adapter.attach(transformer, rates, seed)
-    transformer.checkpoint_blocks = activation_checkpointing
+    transformer.batch_modulations()
+    transformer.run_block = run_block
     transformer.train()
     groups = optimizer_groups(transformer.named_parameters(), rates, weight_decay)
     if not groups:

@@ -73,7 +73,7 @@ def run_context(loaded: LoadedConfig, resume: bool, resume_path: Path | None) ->
     """
     config = loaded.config
     accelerator = make_accelerator(
-        config.model.dtype, tracker_names(config.monitoring), Path(config.output_dir) / loaded.run_name
+        config.model.uses_autocast, tracker_names(config.monitoring), Path(config.output_dir) / loaded.run_name
     )
     warnings = WarningsHandler()
     handlers = logged_to(terminal(accelerator.is_main_process), *([warnings] if accelerator.is_main_process else []))

@@ -15,7 +15,7 @@ from anima_train.caching.text_encoding import CaptionEncoder
 from anima_train.config.config import Config
 from anima_train.core.random import stream
 from anima_train.core.shapes import LATENT_CHANNELS, LATENT_PIXELS
-from anima_train.core.text_batch import CONTEXT_ROWS, EncodedText, TextStates, pad_states
+from anima_train.core.text_batch import CONTEXT_ROWS, EncodedText, TextContext, TextStates, pad_states
 from anima_train.data.buckets import Size
 from anima_train.data.loader import Batch
 from anima_train.data.plan import Plan, batch_size_for
@@ -28,7 +28,7 @@ from anima_train.objective.step import compute_loss
 from anima_train.optim.optimizers import AnyOptimizer
 from anima_train.optim.state_shapes import optimizer_state
 from anima_train.run.accelerator import make_accelerator
-from anima_train.training.build import load_trained
+from anima_train.training.build import block_runner, load_trained
 from anima_train.training.costs import Measured
 from anima_train.training.memory import MicroBatchShape, is_out_of_memory, peak_bytes, start_peak
 
@@ -111,11 +111,12 @@ def random_batch(size: Size, batch_size: int, spec: ModelSpec) -> Batch:
     )
 
 
-def random_text(batch_size: int, spec: ModelSpec, generator: torch.Generator) -> Tensor | TextStates:
+def random_text(batch_size: int, spec: ModelSpec, generator: torch.Generator) -> TextContext | TextStates:
     """Return what a frozen LLM adapter gives, or what a trained one reads."""
     shape = LLMAdapterShape.of(spec.files.llm_adapter_header.entries)
     if not spec.trains_llm_adapter:
-        return torch.randn(batch_size, CONTEXT_ROWS, shape.target_width, generator=generator).to(spec.dtype)
+        rows = torch.randn(batch_size, CONTEXT_ROWS, shape.target_width, generator=generator)
+        return TextContext(rows.to(spec.dtype), 0)
     qwen = torch.randn(MAX_TOKENS, shape.source_width, generator=generator).to(spec.dtype)
     t5_ids = torch.randint(shape.vocab_size, (MAX_TOKENS,), generator=generator)
     return pad_states([EncodedText(qwen, t5_ids)] * batch_size)
@@ -145,7 +146,7 @@ def measure(
         encodes_online: True if captions are encoded during training: the text encoder is in memory then, but does
             nothing here.
     """
-    accelerator = make_accelerator(config.model.dtype, [], Path(config.output_dir))
+    accelerator = make_accelerator(config.model.uses_autocast, [], Path(config.output_dir))
     device = accelerator.device
     encoder = None
     try:
@@ -153,7 +154,7 @@ def measure(
             encoder = CaptionEncoder(spec, load_tokenizers(spec.files.tokenizer, spec.files.t5_tokenizer))
         transformer, groups = load_trained(
             spec, config.adapter, config.learning_rates(), config.seed, config.optimizer.weight_decay,
-            config.activation_checkpointing,
+            block_runner(config.recompute, config.compile, device),
         )  # fmt: skip
         model, optimizer = accelerator.prepare(transformer), config.optimizer.build(groups)
         step = training_step(

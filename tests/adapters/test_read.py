@@ -43,7 +43,7 @@ def trained():
     lora.attach(model, RATES, seed=0)
     generator = torch.Generator().manual_seed(1)
     for _, layer in lora_layers(model):
-        for matrix in (layer.lora_A["default"].weight, layer.lora_B["default"].weight):
+        for matrix in (layer.lora_A, layer.lora_B):
             matrix.data = torch.randn(matrix.shape, generator=generator) * 0.2
     return model.eval(), {key: tensor.clone() for key, tensor in lora.tensors(model).items()}
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import anima_train
 from anima_train.core.errors import DataError
-from anima_train.core.text_batch import TextStates
+from anima_train.core.text_batch import TextContext, TextStates, pad_rows
 from anima_train.data.buckets import Size
 from anima_train.data.cache import Cache
 from anima_train.data.loader import NUM_THREADS, READ_AHEAD, Batch, CachedData, TextIdentity, read_ahead
@@ -82,9 +82,16 @@ def equal(first: Batch, second: Batch) -> bool:
         torch.equal(first.latents, second.latents)
         and torch.equal(first.noise, second.noise)
         and torch.equal(first.t, second.t)
-        and torch.equal(first.text, second.text)
+        and torch.equal(rows(first), rows(second))
         and first.names == second.names
     )
+
+
+def rows(batch: Batch) -> Tensor:
+    """The context with all its zeros."""
+    assert isinstance(batch.text, TextContext)
+    assert batch.text.rows.shape[1] + batch.text.num_zeros == 512
+    return pad_rows(batch.text.rows)
 
 
 def contexts(data: CachedData, *captions: str) -> list[Tensor]:
@@ -129,7 +136,7 @@ def test_the_neighbours_in_a_batch_do_not_matter(data: CachedData):
         alone = batch_of(data, ref, epoch=1, uncond=0.4)
         assert torch.equal(alone.noise[0], together.noise[row])
         assert torch.equal(alone.t[0], together.t[row])
-        assert torch.equal(alone.text[0], together.text[row])
+        assert torch.equal(rows(alone)[0], rows(together)[row])
 
 
 def test_another_process_makes_the_same_batch(data: CachedData, tmp_path: Path):
@@ -224,18 +231,18 @@ def test_the_distribution_of_t_is_told_the_number_of_image_tokens(data: CachedDa
 
 def test_captions_are_dropped_at_the_rate_asked_for(data: CachedData):
     refs = [(0, repeat) for repeat in range(1000)]
-    text = batch_of(data, *refs, uncond=0.1).text
+    text = rows(batch_of(data, *refs, uncond=0.1))
     (empty, whole) = contexts(data, "", "a cat")
     dropped = [bool(torch.equal(row[:1], empty) and not row[1:].any()) for row in text]
     assert 70 <= sum(dropped) <= 130  # deviation 9.5
     assert all(torch.equal(row[:3], whole) for row, gone in zip(text, dropped, strict=True) if not gone)
-    more = batch_of(data, *refs, uncond=0.2).text
+    more = rows(batch_of(data, *refs, uncond=0.2))
     assert all(torch.equal(row[:1], empty) for row, gone in zip(more, dropped, strict=True) if gone)
 
 
 @pytest.mark.parametrize(("fraction", "caption"), [(0.0, "a cat"), (1.0, "")])
 def test_the_extremes_drop_none_and_all(data: CachedData, fraction: float, caption: str):
-    text = batch_of(data, *[(0, repeat) for repeat in range(200)], uncond=fraction).text
+    text = rows(batch_of(data, *[(0, repeat) for repeat in range(200)], uncond=fraction))
     (expected,) = contexts(data, caption)
     assert all(torch.equal(row[: len(expected)], expected) for row in text)
 
@@ -245,7 +252,7 @@ def test_dropping_captions_changes_neither_noise_nor_t(data: CachedData):
     kept, dropped = batch_of(data, *refs), batch_of(data, *refs, uncond=1.0)
     assert torch.equal(kept.noise, dropped.noise)
     assert torch.equal(kept.t, dropped.t)
-    assert not torch.equal(kept.text, dropped.text)
+    assert not torch.equal(rows(kept), rows(dropped))
 
 
 def test_the_repeat_picks_the_caption_variant(tmp_path: Path):
@@ -256,12 +263,14 @@ def test_the_repeat_picks_the_caption_variant(tmp_path: Path):
     for variant, caption in enumerate(sample.captions(0)):
         cache.save("text", OUTPUT.key(caption), {"context": torch.full((1, 8), variant + 1.0)})
     batch = batch_of(CachedData([sample], VAE, OUTPUT, 0), *[(0, repeat) for repeat in range(7)])
-    assert batch.text[:, 0, 0].tolist() == [1, 2, 3, 1, 2, 3, 1]
+    assert rows(batch)[:, 0, 0].tolist() == [1, 2, 3, 1, 2, 3, 1]
 
 
-def test_contexts_are_padded_to_512_rows_of_zeros(data: CachedData):
-    text = batch_of(data, (0, 0), (3, 0)).text
-    assert text.shape == (2, 512, 8)
+def test_contexts_have_512_rows_of_which_those_past_the_longest_caption_are_only_counted(data: CachedData):
+    batch = batch_of(data, (0, 0), (3, 0))
+    assert isinstance(batch.text, TextContext)
+    assert (batch.text.rows.shape, batch.text.num_zeros) == ((2, 16, 8), 496)
+    text = rows(batch)
     assert text.dtype == torch.bfloat16
     for row, caption in enumerate(("a cat", "tag, another, third")):
         (expected,) = contexts(data, caption)
@@ -305,7 +314,7 @@ def test_given_captions_t_and_noise_are_taken_as_they_are(data: CachedData):
     expected = [torch.randn(16, 1, 6, 4, generator=torch.Generator().manual_seed(seed)) for seed in (8, 9)]
     assert torch.equal(batch.noise, torch.stack(expected))
     assert batch.t.tolist() == [0.25, 0.75]
-    assert torch.equal(batch.text[1, :5], contexts(data, "two words")[0])
+    assert torch.equal(rows(batch)[1, :5], contexts(data, "two words")[0])
     assert batch.is_padding
 
 
@@ -313,7 +322,7 @@ def test_given_captions_t_and_noise_are_taken_as_they_are(data: CachedData):
 def test_a_batch_moves_whole(tmp_path: Path, identity: TextIdentity):
     moved = batch_of(make_data(tmp_path, identity, masked="a"), (0, 0)).to(torch.device("meta"))
     text = moved.text
-    texts = [text.qwen, text.qwen_mask, text.t5_ids, text.t5_mask] if isinstance(text, TextStates) else [text]
+    texts = [text.qwen, text.qwen_mask, text.t5_ids, text.t5_mask] if isinstance(text, TextStates) else [text.rows]
     assert moved.mask is not None
     assert {tensor.device.type for tensor in (moved.latents, moved.noise, moved.t, moved.mask, *texts)} == {"meta"}
 

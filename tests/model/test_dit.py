@@ -93,8 +93,9 @@ def test_adapter_inside_gives_the_same_velocity_as_its_output_given(error):
     )
     x, t = torch.randn(2, 16, 1, 4, 4), torch.tensor([[0.5], [0.9]])
     context = model.context(text)
-    assert context.shape == (2, 512, 20)
-    assert error(model(x, t, text), model(x, t, context)) < 1e-6
+    assert (context.rows.shape, context.num_zeros) == ((2, 16, 20), 496)
+    assert not context.rows[:, 4:].any()
+    assert error(model(x, t, text), model(x, t, pad_rows(context.rows))) < 1e-6
 
 
 def test_forward_compiles_into_one_graph(error):

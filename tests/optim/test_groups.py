@@ -61,9 +61,9 @@ def model():
         ("llm_adapter.blocks.0.self_attn.q_proj.weight", "llm_adapter"),
         ("llm_adapter.blocks.5.mlp.2.bias", "llm_adapter"),
         ("llm_adapter.out_proj.weight", "llm_adapter"),
-        ("blocks.3.adaln_modulation_self_attn.1.lora_A.default.weight", "mod"),
-        ("blocks.0.self_attn.q_proj.lora_B.default.weight", "self_attn"),
-        ("llm_adapter.blocks.0.cross_attn.q_proj.lora_A.default.weight", "llm_adapter"),
+        ("blocks.3.adaln_modulation_self_attn.1.lora_A", "mod"),
+        ("blocks.0.self_attn.q_proj.lora_B", "self_attn"),
+        ("llm_adapter.blocks.0.cross_attn.q_proj.lora_A", "llm_adapter"),
     ],
 )
 def test_component_follows_from_the_full_name(name, component):
@@ -143,12 +143,12 @@ def test_table_counts_sixteen_linears_per_block_and_ten_per_adapter_block(model)
 
 def test_table_takes_the_two_matrices_of_a_lora_for_one_module():
     trained = [
-        ("blocks.0.mlp.layer1.lora_A.default.weight", nn.Parameter(torch.ones(2, 8))),
-        ("blocks.0.mlp.layer1.lora_B.default.weight", nn.Parameter(torch.ones(4, 2))),
-        ("blocks.0.mlp.layer2.lora_A.default.weight", nn.Parameter(torch.ones(2, 4))),
+        ("blocks.0.mlp.layer1.lora_A", nn.Parameter(torch.ones(2, 8))),
+        ("blocks.0.mlp.layer1.lora_B", nn.Parameter(torch.ones(4, 2))),
+        ("blocks.0.mlp.layer2.lora_A", nn.Parameter(torch.ones(2, 4))),
     ]
     frozen = nn.Parameter(torch.ones(4, 8), requires_grad=False)
-    model = module_of([*trained, ("blocks.0.mlp.layer1.base_layer.weight", frozen)])
+    model = module_of([*trained, ("blocks.0.mlp.layer1.weight", frozen)])
     rows = group_rows(model, rates(mlp=3e-5))
     assert rows == [GroupRow("mlp", 3e-5, 2, 16 + 8 + 8), GroupRow("llm_adapter", 1e-5, 0, 0)]
 

@@ -1,0 +1,107 @@
+"""The linear with a low-rank update, and several of them on one input in as few products and passes as possible."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+
+class LoraLinear(nn.Linear):
+    """A frozen linear and its low-rank update, `y = x W^T + b + scale x A^T B^T` (LoRA, arXiv:2106.09685).
+
+    Args:
+        base: the linear; its parameters become this module's.
+        lora_a: (rank, in), trained; its dtype may be another than the base's, which is what is computed in.
+        lora_b: (out, rank), trained.
+        scale: alpha / rank.
+        dropout: share of the update's inputs set to zero in training.
+    """
+
+    def __init__(self, base: nn.Linear, lora_a: Tensor, lora_b: Tensor, scale: float, dropout: float) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        self.lora_A, self.lora_B = nn.Parameter(lora_a), nn.Parameter(lora_b)
+        self.scale, self.dropout = scale, dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        return lora_outputs(x, [self])[0]
+
+
+def project(x: Float[Tensor, "... D"], *linears: nn.Linear) -> list[Tensor]:
+    """Return the outputs of linears that read the same input; low-rank updates share their first product."""
+    adapted = [linear for linear in linears if isinstance(linear, LoraLinear)]
+    if len(adapted) < len(linears):
+        return [linear(x) for linear in linears]
+    return lora_outputs(x, adapted)
+
+
+def lora_outputs(x: Float[Tensor, "... D"], linears: Sequence[LoraLinear]) -> list[Tensor]:
+    """Return the outputs of linears with a low-rank update that read the same input, in its dtype."""
+    tokens = x.flatten(0, -2)  # (N, D)
+    dropout = linears[0].dropout if linears[0].training else 0.0
+    dropped = F.dropout(tokens, dropout) if dropout else None
+    down = down_weights(linears).to(x.dtype)
+    ups = [linear.lora_B.to(x.dtype) for linear in linears]
+    # A compiler makes the products itself, and autocast rules the dtypes of float32 weights: torch's own gradients.
+    if is_compiling() or torch.is_autocast_enabled(x.device.type):
+        low = F.linear(tokens if dropped is None else dropped, down)
+        parts = low.split([len(linear.lora_A) for linear in linears], dim=-1)
+        outputs: Sequence[Tensor] = [
+            torch.addmm(F.linear(tokens, linear.weight, linear.bias), part, up.t())
+            for linear, part, up in zip(linears, parts, ups, strict=True)
+        ]
+    else:
+        outputs = LoraProducts.apply(tokens, dropped, down, linears, *ups)
+    return [output.unflatten(0, x.shape[:-1]) for output in outputs]
+
+
+def down_weights(linears: Sequence[LoraLinear]) -> Float[Tensor, "ranks D"]:
+    """Return A of all linears, one below the other, times their scales."""
+    weights = [linear.lora_A if linear.scale == 1 else linear.lora_A * linear.scale for linear in linears]
+    return weights[0] if len(weights) == 1 else torch.cat(weights)
+
+
+class LoraProducts(torch.autograd.Function):
+    """The products of `lora_outputs`: each update is added by the product that makes it, forward and backward.
+
+    Kept for the backward pass are the input and its products with A. The base weights get no gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, tokens: Tensor, dropped: Tensor | None, down: Tensor, linears: Sequence[LoraLinear], *ups: Tensor
+    ) -> tuple[Tensor, ...]:
+        read = tokens if dropped is None else dropped  # by the updates
+        low = read @ down.t()
+        ctx.linears, ctx.ranks, ctx.has_dropout = linears, [up.shape[1] for up in ups], dropped is not None
+        ctx.save_for_backward(read, low, down, *ups)
+        return tuple(
+            F.linear(tokens, linear.weight, linear.bias).addmm_(part, up.t())
+            for linear, part, up in zip(linears, low.split(ctx.ranks, dim=1), ups, strict=True)
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        read, low, down, *ups = ctx.saved_tensors
+        low_gradients = [gradient @ up for gradient, up in zip(gradients, ups, strict=True)]
+        low_gradient = low_gradients[0] if len(ups) == 1 else torch.cat(low_gradients, dim=1)
+        up_gradients = [
+            gradient.t() @ part for gradient, part in zip(gradients, low.split(ctx.ranks, dim=1), strict=True)
+        ]
+        down_gradient = low_gradient.t() @ read
+        token_gradient = dropped_gradient = None
+        if ctx.needs_input_grad[0]:
+            first, *others = zip(gradients, ctx.linears, strict=True)
+            token_gradient = first[0] @ first[1].weight
+            for gradient, linear in others:
+                token_gradient.addmm_(gradient, linear.weight)
+            if ctx.has_dropout:
+                dropped_gradient = low_gradient @ down
+            else:
+                token_gradient.addmm_(low_gradient, down)
+        return token_gradient, dropped_gradient, down_gradient, None, *up_gradients

@@ -1,0 +1,114 @@
+"""What blocks keep for the backward pass: each policy gives the same bits, and keeps less than the one before it."""
+
+import collections
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from anima_train.adapters.full import Full
+from anima_train.adapters.lora import Lora
+from anima_train.core.text_batch import fold_rows
+from anima_train.model.dit import MiniTrainDIT, TransformerShape
+from anima_train.model.recompute import kept_on_host, offloading, runner
+from anima_train.optim.groups import COMPONENTS, LearningRates
+
+SHAPE = TransformerShape(3, 48, 24, 16, 20, 8)
+POLICIES = ("selective", "blocks", "offload")
+RATES = LearningRates(dict.fromkeys(COMPONENTS, 1e-4))
+
+
+def model_of(adapter, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    model = MiniTrainDIT(SHAPE)
+    adapter.attach(model, RATES, seed=0)
+    for parameter in model.parameters():
+        parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.2).to(parameter.dtype)
+    model.to(dtype).batch_modulations()
+    return model.train()
+
+
+def loss(model):
+    generator = torch.Generator().manual_seed(1)
+    x, t = torch.randn(2, 16, 1, 8, 12, generator=generator), torch.rand(2, 1, generator=generator)
+    text = fold_rows(torch.randn(2, 5, 20, generator=generator))
+    torch.manual_seed(2)  # of dropout
+    return model(x, t, text).square().mean()
+
+
+def gradients(model, policy):
+    model.run_block = offloading(runner(policy)) if policy == "offload" else runner(policy)
+    model.zero_grad()
+    loss(model).backward()
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("adapter", [Lora(rank=2), Lora(rank=2, alpha=1.0, dropout=0.3), Full()], ids=str)
+def test_no_policy_moves_a_bit_of_a_gradient(adapter, dtype):
+    model = model_of(adapter, dtype)
+    kept = gradients(model, "nothing")
+    assert len(kept) > 60
+    for policy in POLICIES:
+        for found, expected in zip(gradients(model, policy), kept, strict=True):
+            assert torch.equal(found, expected), policy
+
+
+def saved_bytes(model, policy):
+    """Bytes that autograd keeps, apart from what selective checkpointing keeps by itself."""
+    sizes = {}
+
+    def pack(tensor):
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    model.run_block = runner(policy)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss(model)
+    return sum(sizes.values())
+
+
+def test_recomputing_blocks_keeps_far_less():
+    model = model_of(Lora(rank=2))
+    assert saved_bytes(model, "blocks") < 0.2 * saved_bytes(model, "nothing")
+
+
+class Counter(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.numbers[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_selective_runs_no_product_and_no_attention_again(dropout):
+    def number(policy):
+        model.run_block = runner(policy)
+        with Counter() as counter:
+            loss(model).backward()
+        names = ("mm", "addmm_", "_scaled_dot_product_flash_attention_for_cpu", "gelu")
+        return [counter.numbers[name] for name in names]
+
+    model = model_of(Lora(rank=2, dropout=dropout))
+    *products, gelu = number("nothing")
+    assert number("selective") == [*products, 2 * gelu]
+    again = number("blocks")
+    assert all(more > before for more, before in zip(again, products, strict=False))
+
+
+def test_tokens_wait_on_the_host_and_come_back_the_same():
+    tokens = torch.randn(4, 3, requires_grad=True)
+    other = torch.randn(4, 3)
+    inside = tokens * 1
+    seen = []
+    with kept_on_host(inside):
+        out = inside.square() * other  # saves `inside` and `other`
+    inside.detach().zero_()  # what is on the device may be gone by then
+    out.sum().backward()
+    seen.append(tokens.grad)
+    assert torch.equal(seen[0], 2 * tokens.detach() * other)
