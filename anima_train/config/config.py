@@ -256,9 +256,9 @@ class Config(Settings):
     force_constant_lr: float | None = Field(default=None, gt=0)
     """One learning rate for every component that is not frozen, without schedule or warmup."""
     activation_checkpointing: bool | Literal["selective", "offload", "unsloth"] = False
-    """The activations that blocks compute again in the backward pass instead of keeping them. "selective": all but products and
-    attention, which is half of the memory for at most 8 % more work; true: everything, far less memory for about 40 %
-    more work; "offload" (or "unsloth"): the same, and what is left waits in the host's memory."""
+    """The activations that blocks compute again in the backward pass instead of keeping them. "selective": all but
+    products and attention, which is half of the memory for at most 8 % more work; true: everything, far less memory for
+    about 40 % more work; "offload" (or "unsloth"): the same, and what is left waits in the host's memory."""
     compile: bool | None = None
     """Compile the blocks with torch.compile: fewer passes over memory, faster steps after a minute or two at the start.
     Absent: on CUDA, where a compiler is there. What cannot be compiled runs as it is, with a warning."""

@@ -204,6 +204,9 @@ def test_an_empty_file_lacks_everything_that_is_required(project):
     ]
 
 
+POLICIES = 'expected true or false or "selective", "offload" or "unsloth"'
+
+
 @pytest.mark.parametrize(
     ("key", "value", "text"),
     [
@@ -224,7 +227,7 @@ def test_an_empty_file_lacks_everything_that_is_required(project):
         ("optimizer.betas", 0.9, "found 0.9 (a number), expected a list"),
         ("optimizer", "adamw", 'found "adamw" (text), expected a table'),
         ("uncond_fraction", 1.5, "found 1.5 (a number), expected at most 1"),
-        ("activation_checkpointing", 1, 'found 1 (an integer), expected true or false or "selective", "offload" or "unsloth"'),
+        ("activation_checkpointing", 1, f"found 1 (an integer), {POLICIES}"),
         ("seed", datetime.date(2020, 1, 2), 'found "2020-01-02" (date), expected an integer'),
         ("save_dtype", "int4", 'found "int4" (text), expected "bfloat16" or "float32"'),
         ("model.timestep_sample_method", 3, 'found 3 (an integer), expected "logit_normal" or "uniform"'),
