@@ -14,7 +14,7 @@ from anima_train.data.cache import CacheFile, write_files
 from anima_train.data.loader import Entry
 from anima_train.data.samples import View
 
-MAX_WAITING = 4  # batches: a slow disk holds the encoder up instead of filling the memory
+MAX_WAITING = 8  # batches: a slow disk holds the encoder up instead of filling the memory
 PATIENCE = 5.0  # seconds that Ctrl-C waits for files that are being written
 NAMES = {"latent": "latents", "mask": "masks", "text": "texts"}  # of what is counted
 
