@@ -6,20 +6,32 @@ lock, so that each finds what the one before it has made.
 """
 
 import contextlib
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from anima_train.caching.batches import (
+    Decoded,
+    batches_of_one_size,
+    caption_batch_size,
+    encoded,
+    image_batch_size,
+    num_pixels,
+)
 from anima_train.caching.entries import CacheEntries, missing_entries
 from anima_train.caching.sizes import TextFormat, cache_needs, view_bytes
 from anima_train.caching.text_encoding import CaptionEncoder, warn_of_truncated
+from anima_train.caching.writer import EntryWriter, Made, Rejected
 from anima_train.core.device import release_memory
 from anima_train.core.errors import SpaceError
 from anima_train.core.files import DiskRequirement, require_space
+from anima_train.core.transfers import Arrival, to_device, to_host
 from anima_train.data.cache import Cache, DamagedEntry
 from anima_train.data.decoding import mask, num_decoding_threads, pixels
 from anima_train.data.image_headers import BadImage, Unreadable
@@ -29,6 +41,9 @@ from anima_train.model.loading import ModelSpec
 from anima_train.model.text import Tokenizers, count_tokens, load_tokenizers
 from anima_train.model.vae import load_vae, to_pixels
 
+logger = logging.getLogger(__name__)
+
+ENCODING = "cache: encoding %s, up to %d at once"
 CACHE_REMEDY = "free some space, or set cache_dir and output_dir to folders of larger disks that can be written"
 
 Decode = Callable[[View], np.ndarray]
@@ -50,7 +65,7 @@ class RankInfo:
 
 
 def fill_cache(
-    needed: CacheEntries, model: ModelSpec, ranks: RankInfo, batch_size: int, meet: Callable[[], None],
+    needed: CacheEntries, model: ModelSpec, ranks: RankInfo, batch_size: int | None, meet: Callable[[], None],
     first_files: Sequence[DiskRequirement] = (),
 ) -> Counter[str]:  # fmt: skip
     """Make every missing entry, together with the other processes of the run; return when none is missing.
@@ -59,7 +74,7 @@ def fill_cache(
         needed: from `needed_entries`.
         model: the VAE computes in its dtype, latents are float32.
         ranks: of this process.
-        batch_size: images and captions at once.
+        batch_size: images and captions at once; None: chosen for the device.
         meet: returns when all processes of the run have called it.
         first_files: that will be written after it, and must have room beside it.
 
@@ -114,9 +129,9 @@ def name_missing_latents(latents: Sequence[Entry[View]]) -> Iterator[None]:
 
 
 def make_entries(
-    entries: CacheEntries, model: ModelSpec, tokenizers: Tokenizers | None, ranks: RankInfo, batch_size: int
+    entries: CacheEntries, model: ModelSpec, tokenizers: Tokenizers | None, ranks: RankInfo, batch_size: int | None
 ) -> Counter[str]:
-    """Make these entries, and return the number of each kind.
+    """Make these entries, and return the number of each kind; all are on the disk then.
 
     Raises:
         SpaceError: the cache cannot be written.
@@ -125,20 +140,22 @@ def make_entries(
         with contextlib.suppress(SpaceError):  # what is to be written next will tell it better
             cache.note_schema()
     num_threads = num_decoding_threads(ranks.local_world_size)
-    made: Counter[str] = Counter()
-    if entries.latents:
-        made["latents"] = encode_latents(entries.latents, model, batch_size, num_threads, ranks.is_main)
-    if entries.masks:
-        made["masks"] = store_masks(entries.masks, num_threads)
-    if entries.texts:
-        assert tokenizers is not None
-        made["texts"] = encode_texts(entries.texts, model, tokenizers, batch_size, ranks.is_main)
-    return made
+    with EntryWriter() as writer:
+        if entries.latents:
+            encode_latents(entries.latents, model, batch_size, num_threads, ranks.is_main, writer)
+            release_memory(model.device)
+        if entries.masks:
+            store_masks(entries.masks, num_threads, writer)
+        if entries.texts:
+            assert tokenizers is not None
+            encode_texts(entries.texts, model, tokenizers, batch_size, ranks.is_main, writer)
+            release_memory(model.text_device)
+    return writer.made
 
 
 def decoded(
-    entries: Iterable[Entry[View]], decode: Decode, num_threads: int, batch_size: int = 1
-) -> Iterator[tuple[Entry[View], np.ndarray]]:
+    entries: Iterable[Entry[View]], decode: Decode, num_threads: int, writer: EntryWriter, batch_size: int = 1
+) -> Iterator[Decoded]:
     """Yield entries, in order, with what threads decode for them; reject those whose image cannot be used.
 
     A rejected entry is tried again by the next run if its file could not be read, or has changed.
@@ -147,6 +164,7 @@ def decoded(
         entries: latents or masks.
         decode: `pixels` or `mask`.
         num_threads: that decode.
+        writer: writes why an entry is rejected.
         batch_size: a batch is decoded ahead.
     """
 
@@ -158,68 +176,57 @@ def decoded(
 
     for entry, found in read_ahead(entries, attempt, num_threads=num_threads, num_ahead=batch_size):
         if isinstance(found, BadImage):
-            entry.cache.reject(entry.key, str(found), for_now=isinstance(found, Unreadable))
+            writer.put(Rejected(entry, str(found), isinstance(found, Unreadable)))
         else:
             yield entry, found
 
 
-def batches_of_one_size(
-    items: Iterable[tuple[Entry[View], np.ndarray]], batch_size: int
-) -> Iterator[list[tuple[Entry[View], np.ndarray]]]:
-    """Yield the items in batches of images of the same size, of which the last may be smaller."""
-    batch: list[tuple[Entry[View], np.ndarray]] = []
-    for entry, value in items:
-        if batch and (len(batch) == batch_size or batch[0][1].shape != value.shape):
-            yield batch
-            batch = []
-        batch.append((entry, value))
-    if batch:
-        yield batch
-
-
 def encode_latents(
-    entries: Sequence[Entry[View]], model: ModelSpec, batch_size: int, num_threads: int, progress: bool
-) -> int:
-    """Encode and store these latents, and return how many; images that cannot be used are rejected with the reason."""
-    num_encoded = 0
-    vae = load_vae(model.files.vae, model.dtype, model.device)
+    entries: Sequence[Entry[View]], model: ModelSpec, batch_size: int | None, num_threads: int, progress: bool,
+    writer: EntryWriter,
+) -> None:  # fmt: skip
+    """Encode these latents and have them written; images that cannot be used are rejected with the reason."""
+    device = model.device
+    vae = load_vae(model.files.vae, model.dtype, device)
+    at_once = image_batch_size(batch_size, device, vae.encoder.conv_in.out_channels, model.dtype.itemsize)
+    sizes = {entry.source.sample.size for entry in entries}
+    most = max(at_once.number(each.width * each.height) for each in sizes)
+    logger.info(ENCODING, "latents", most)
+
+    def encode(batch: Sequence[Decoded]) -> tuple[Tensor, Arrival | None]:
+        stacked = to_device(torch.from_numpy(np.stack([value for _, value in batch])), device)
+        return to_host(vae.encode(to_pixels(stacked)))
+
     with tqdm(entries, desc="latents", unit="image", disable=not progress) as bar:
-        for batch in batches_of_one_size(decoded(bar, pixels, num_threads, batch_size), batch_size):
-            stacked = torch.from_numpy(np.stack([value for _, value in batch])).to(model.device)
-            for (entry, _), latents in zip(batch, vae.encode(to_pixels(stacked)).cpu(), strict=True):
-                if bool(latents.isfinite().all()):
-                    entry.cache.save("latent", entry.key, {"latents": latents.clone()})
-                    num_encoded += 1
-                else:
-                    entry.cache.reject(entry.key, "its latents are not finite")
-    del vae
-    release_memory(model.device)
-    return num_encoded
+        for batch in batches_of_one_size(decoded(bar, pixels, num_threads, writer, most), at_once):
+            for part, (latents, arrival) in encoded(batch, encode, at_once, device, num_pixels(batch[0][1])):
+                made = [{"latents": each} for each in latents]
+                writer.put(Made([entry for entry, _ in part], made, arrival))
 
 
-def store_masks(entries: Sequence[Entry[View]], num_threads: int) -> int:
-    """Store these masks, and return how many; a mask that cannot be decoded rejects its image."""
-    num_stored = 0
-    for entry, value in decoded(entries, mask, num_threads):
-        entry.cache.save("mask", entry.key, {"mask": torch.from_numpy(value)})
-        num_stored += 1
-    return num_stored
+def store_masks(entries: Sequence[Entry[View]], num_threads: int, writer: EntryWriter) -> None:
+    """Have these masks written; a mask that cannot be decoded rejects its image."""
+    for entry, value in decoded(entries, mask, num_threads, writer):
+        writer.put(Made([entry], [{"mask": torch.from_numpy(value)}]))
 
 
 def encode_texts(
-    entries: Sequence[Entry[str]], model: ModelSpec, tokenizers: Tokenizers, batch_size: int, progress: bool
-) -> int:
-    """Encode and store these captions' conditions, and return how many."""
+    entries: Sequence[Entry[str]], model: ModelSpec, tokenizers: Tokenizers, batch_size: int | None, progress: bool,
+    writer: EntryWriter,
+) -> None:  # fmt: skip
+    """Encode these captions and have their conditions written."""
+    device = model.text_device
     encoder = CaptionEncoder(model, tokenizers)
+    at_once = caption_batch_size(batch_size, device)
+    logger.info(ENCODING, "captions", at_once.number())
+
+    def encode(batch: Sequence[Entry[str]]) -> list[dict[str, Tensor]]:
+        return encoder.encode([entry.source for entry in batch])
+
     with tqdm(total=len(entries), desc="captions", unit="caption", disable=not progress) as bar:
-        for start in range(0, len(entries), batch_size):
-            batch = entries[start : start + batch_size]
-            for entry, tensors in zip(batch, encoder.encode([entry.source for entry in batch]), strict=True):
-                entry.cache.save("text", entry.key, tensors)
-            bar.update(len(batch))
-    del encoder
-    release_memory(model.text_device)
-    return len(entries)
+        for part, made in encoded(entries, encode, at_once, device):
+            writer.put(Made(part, made))
+            bar.update(len(part))
 
 
 def verify_cache(needed: CacheEntries, ranks: RankInfo) -> tuple[int, int]:

@@ -303,8 +303,10 @@ class Config(Settings):
     """Save the training state at the first step after every n minutes."""
     keep_last: int = Field(default=DEFAULT_KEEP_LAST, ge=2)
     """Number of training states that are kept."""
-    caching_batch_size: int = Field(default=1, ge=1)
-    """Images the VAE, and captions the text encoder, take at once while the cache is filled."""
+    caching_batch_size: int | None = Field(default=None, ge=1)
+    """Images the VAE, and captions the text encoder, take at once while the cache is filled. Absent: 1 on the CPU; on
+    a GPU what suits its free memory and the resolution, halved if memory runs out. Values may differ by rounding with
+    the number; with 1 none depends on what is encoded beside it."""
     cache_dir: Folder | None = None
     """Folder of the cache. Absent: `.anima_cache` in each data folder."""
     num_workers: int = Field(default=2, ge=0)

@@ -11,6 +11,9 @@ from anima_train.core.format import count, format_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
+# In messages of errors that are RuntimeErrors like any other: of the CPU, on Linux and Windows; of MPS, and of CUDA
+# outside of torch's allocator; of cuBLAS and cuDNN.
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "alloc_failed")
 HEAD_DIM = 128  # of Anima's transformer; torch chooses the attention kernel by it
 SLOW = "; a model of 2 billion parameters is slow here, a GPU is what it needs"
 
@@ -47,6 +50,19 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
     return torch.accelerator.get_memory_info(device)[1]
+
+
+def free_device_bytes(device: torch.device) -> int:
+    """Return the bytes that tensors may still take of a CUDA device: free, or kept by torch without a use."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True if memory ran out, on any device; only some of them have a class of errors for it."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        sign in str(error).lower() for sign in OUT_OF_MEMORY
+    )
 
 
 def attention_kernel(device: torch.device, dtype: torch.dtype) -> str:

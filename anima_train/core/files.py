@@ -1,5 +1,6 @@
 """Files that are either there whole or not there at all."""
 
+import concurrent.futures
 import contextlib
 import errno
 import hashlib
@@ -7,8 +8,9 @@ import math
 import os
 import shutil
 import tempfile
+import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from anima_train.core.errors import SpaceError
 from anima_train.core.format import format_bytes
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
+UMASK_LOCK = threading.Lock()
+SYNC_THREADS = 8  # that flush files side by side
 BLOCK = 4096  # bytes; what file systems round a file's size up to
 
 
@@ -27,8 +31,9 @@ def sha256_file(path: Path) -> str:
 
 def current_umask() -> int:
     """Return the process's umask (the system only tells it by setting it)."""
-    mask = os.umask(0o022)
-    os.umask(mask)
+    with UMASK_LOCK:  # or a thread would take what another one sets meanwhile for the umask, and leave it so
+        mask = os.umask(0o022)
+        os.umask(mask)
     return mask
 
 
@@ -108,12 +113,7 @@ def atomic_path(path: Path, num_bytes: int | None = None) -> Iterator[Path]:
         SpaceError: the disk is full or read-only; an earlier file at `path` is untouched.
     """
     with disk_errors(path, num_bytes):
-        if num_bytes is not None and on_disk(num_bytes) > free_bytes(path.parent):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        temporary = temporary_beside(path, num_bytes)
         try:
             yield temporary
             os.chmod(temporary, 0o666 & ~current_umask())
@@ -122,6 +122,70 @@ def atomic_path(path: Path, num_bytes: int | None = None) -> Iterator[Path]:
             sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)  # before the free space is looked at for the message
+
+
+def temporary_beside(path: Path, num_bytes: int | None) -> Path:
+    """Return a new empty file in the folder of `path`, which is made; arguments as of `atomic_path`."""
+    if num_bytes is not None and on_disk(num_bytes) > free_bytes(path.parent):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    return Path(name)
+
+
+@contextlib.contextmanager
+def atomic_files() -> Iterator[Callable[[Path, bytes], None]]:
+    """Yield a function that writes a file under a temporary name; on leaving, all files appear under their own.
+
+    Each is as safe as with `atomic_path`, for two waits for the disk in all: first all files are flushed, side by side
+    (file systems join flushes that come together), then all are renamed, then each folder is flushed once. So at any
+    moment, that of a power cut too, a file under its own name is whole. Every file has to be flushed by itself:
+    `os.sync` only begins it on some systems, waits for what other programs write, and hides the errors.
+
+    On an exception inside, or if a file cannot be flushed, none appears.
+
+    Raises:
+        SpaceError: the disk is full or read-only; by the function, or on leaving. Earlier files are untouched.
+    """
+    temporaries: list[tuple[Path, Path]] = []
+
+    def write(path: Path, content: bytes) -> None:
+        with disk_errors(path, len(content)):
+            temporary = temporary_beside(path, len(content))
+            try:
+                temporary.write_bytes(content)
+                os.chmod(temporary, 0o666 & ~current_umask())
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+            temporaries.append((temporary, path))
+
+    try:
+        yield write
+        publish(temporaries)
+    finally:
+        for temporary, _ in temporaries:
+            temporary.unlink(missing_ok=True)
+
+
+def publish(temporaries: Sequence[tuple[Path, Path]]) -> None:
+    """Flush temporary files, rename each to the path beside it, and flush their folders."""
+
+    def flush(written: Path, path: Path) -> None:
+        with disk_errors(path):
+            sync(written)
+
+    if not temporaries:
+        return
+    with concurrent.futures.ThreadPoolExecutor(min(SYNC_THREADS, len(temporaries))) as pool:
+        for flushed in [pool.submit(flush, *pair) for pair in temporaries]:
+            flushed.result()
+        for temporary, path in temporaries:
+            with disk_errors(path):
+                os.replace(temporary, path)
+        for flushed in [pool.submit(flush, folder, folder) for folder in {path.parent for _, path in temporaries}]:
+            flushed.result()
 
 
 @contextlib.contextmanager

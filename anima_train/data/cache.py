@@ -12,7 +12,8 @@ import logging
 import re
 import time
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -23,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from anima_train.core.errors import SpaceError
-from anima_train.core.files import atomic_path
+from anima_train.core.files import atomic_files
 from anima_train.core.format import printable
 
 logger = logging.getLogger(__name__)
@@ -72,22 +73,23 @@ class Cache:
         """Write an entry.
 
         Raises:
-            SpaceError: as `write`.
+            SpaceError: as `write_files`.
         """
+        write_files([self.entry_file(kind, key, tensors)])
+
+    def entry_file(self, kind: Kind, key: str, tensors: Mapping[str, Tensor]) -> "CacheFile":
+        """Return the file of an entry, to be written."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        self.write(self.path(kind, key), save(tensors, metadata={"crc32": str(checksum(tensors))}))
+        # Not safetensors' own writer, which hides the reason of a failure.
+        return CacheFile(self, self.path(kind, key), save(tensors, metadata={"crc32": str(checksum(tensors))}))
 
     def write(self, path: Path, content: bytes) -> None:
         """Write a file of the cache, whole or not at all.
 
         Raises:
-            SpaceError: it cannot be written; names the bytes it needs.
+            SpaceError: as `write_files`.
         """
-        try:
-            with atomic_path(path, len(content)) as temporary:
-                temporary.write_bytes(content)  # not safetensors' own writer, which hides the reason of a failure
-        except (SpaceError, OSError) as error:
-            raise self.unwritable(error, f"this file needs {len(content):,} bytes") from error
+        write_files([CacheFile(self, path, content)])
 
     def unwritable(self, error: Exception, consequence: str) -> SpaceError:
         """Return the error for a folder that cannot be written."""
@@ -134,11 +136,15 @@ class Cache:
             for_now: True if the next run shall try again, because the file could not be read, say.
 
         Raises:
-            SpaceError: as `write`.
+            SpaceError: as `write_files`.
         """
+        write_files([self.rejection_file(key, reason, for_now)])
+
+    def rejection_file(self, key: str, reason: str, for_now: bool = False) -> "CacheFile":
+        """Return the file that `reject` writes; arguments as there."""
         text = FOR_NOW + reason if for_now else reason
         # A reason may name a file, and a file's name may hold bytes that are no UTF-8.
-        self.write(self.rejection(key), text.encode("utf-8", errors="backslashreplace"))
+        return CacheFile(self, self.rejection(key), text.encode("utf-8", errors="backslashreplace"))
 
     def retry(self) -> None:
         """Forget what earlier runs could not make for the time being.
@@ -183,7 +189,7 @@ class Cache:
         """Write into the folder which schema its entries have, for versions to come, or for older ones.
 
         Raises:
-            SpaceError: as `write`.
+            SpaceError: as `write_files`.
         """
         if self.newest_schema() < SCHEMA:
             self.write(self.folder / SCHEMA_FILE, json.dumps({"schema": SCHEMA}).encode())
@@ -260,6 +266,41 @@ class Cache:
                 except OSError as error:
                     raise SpaceError(f"cache folder {self.folder}: {path} could not be removed: {error}") from error
         return num_files, num_bytes
+
+
+@dataclass(frozen=True)
+class CacheFile:
+    """A file of a cache that is to be written."""
+
+    cache: Cache
+    path: Path
+    content: bytes
+
+
+def write_files(files: Sequence[CacheFile]) -> None:
+    """Write files of any caches, each whole or not at all, with one wait for the disk (`atomic_files`).
+
+    Raises:
+        SpaceError: one cannot be written, and names the bytes it needs; those before it are written. Or they cannot be
+            flushed, and none is written.
+    """
+    if not files:
+        return
+    refused = None
+    try:
+        with atomic_files() as write:
+            for file in files:
+                try:
+                    write(file.path, file.content)
+                except (SpaceError, OSError) as error:
+                    refused = file.cache.unwritable(error, f"this file needs {len(file.content):,} bytes")
+                    refused.__cause__ = error
+                    break
+    except (SpaceError, OSError) as error:
+        num_bytes = sum(len(file.content) for file in files)
+        raise files[0].cache.unwritable(error, f"these files need {num_bytes:,} bytes") from error
+    if refused is not None:
+        raise refused
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> int:

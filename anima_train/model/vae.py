@@ -16,6 +16,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from anima_train.core.shapes import LATENT_CHANNELS
+from anima_train.core.transfers import to_device
 from anima_train.model.file_kinds import validate_kind
 from anima_train.model.safetensors_io import TensorFile, match_keys, open_header, read_tensors
 
@@ -116,7 +117,7 @@ def to_pixels(images: UInt8[Tensor, "B h w 3"]) -> Float[Tensor, "B 3 h w"]:
 
 def per_channel(values: Sequence[float], like: Tensor) -> Float[Tensor, "1 C 1 1 1"]:
     """Return one number per channel, in float32, on the device of `like`, to be broadcast over latents."""
-    return torch.tensor(values, dtype=torch.float32, device=like.device).view(1, -1, 1, 1, 1)
+    return to_device(torch.tensor(values, dtype=torch.float32), like.device).view(1, -1, 1, 1, 1)
 
 
 def open_vae(path: Path) -> tuple[TensorFile, AutoencoderKLQwenImage, Mapping[str, str]]:

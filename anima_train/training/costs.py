@@ -127,10 +127,10 @@ def memory_suggestions(
     return [suggestion for suggestion, helps in suggestions.items() if helps]
 
 
-def cache_suggestions(batch_size: int, text_encoder_device: str) -> list[str]:
+def cache_suggestions(batch_size: int | None, text_encoder_device: str) -> list[str]:
     """Return what makes filling the cache need less memory and is not done yet, that of least cost first."""
     found = []
-    if batch_size > 1:
+    if batch_size is not None and batch_size > 1:  # what is chosen gets smaller by itself
         found.append(f"caching_batch_size below {batch_size}")
     if text_encoder_device != "cpu":
         found.append('model.text_encoder_device = "cpu"')

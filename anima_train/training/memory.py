@@ -9,13 +9,11 @@ from pathlib import Path
 import psutil
 import torch
 
+from anima_train.core.device import is_out_of_memory
 from anima_train.core.errors import SpaceError
 from anima_train.core.format import count, format_bytes
 from anima_train.data.buckets import Size
 
-# In messages of errors that are RuntimeErrors like any other: of the CPU, on Linux and Windows; of MPS, and of CUDA
-# outside of torch's allocator; of cuBLAS and cuDNN.
-OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "alloc_failed")
 ASKED = re.compile(r"ried to allocate ([0-9.]+) (bytes|KiB|MiB|GiB|TiB)")
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
@@ -95,13 +93,6 @@ def memory_errors(
             f"out of memory in {context}. Needed: {need}; {limits(device)}. What to change, in order of least cost:"
             f"{''.join(changes)}"
         ) from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return True if memory ran out, on any device; only some of them have a class of errors for it."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        sign in str(error).lower() for sign in OUT_OF_MEMORY
-    )
 
 
 def asked_bytes(message: str) -> int | None:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from anima_train.caching.text_encoding import CaptionEncoder
 from anima_train.config.config import Config
+from anima_train.core.device import is_out_of_memory
 from anima_train.core.random import stream
 from anima_train.core.shapes import LATENT_CHANNELS, LATENT_PIXELS
 from anima_train.core.text_batch import CONTEXT_ROWS, EncodedText, TextContext, TextStates, pad_states
@@ -30,7 +31,7 @@ from anima_train.optim.state_shapes import optimizer_state
 from anima_train.run.accelerator import make_accelerator
 from anima_train.training.build import block_runner, load_trained
 from anima_train.training.costs import Measured
-from anima_train.training.memory import MicroBatchShape, is_out_of_memory, peak_bytes, start_peak
+from anima_train.training.memory import MicroBatchShape, peak_bytes, start_peak
 
 
 def largest_shapes(plan: Plan, num_epochs: int, evals: Iterable[EvalSet]) -> list[MicroBatchShape]:

@@ -31,7 +31,7 @@ from anima_train.config.model_files import build_model_spec, find_model_files
 from anima_train.core.errors import DataError, SpaceError
 from anima_train.data.cache import Cache
 from anima_train.model.tiny import tiny_paths, write_tiny
-from anima_train.model.vae import load_vae
+from anima_train.model.vae import SingleFrameVAE, load_vae
 from anima_train.training.prepare import scan_all
 
 REPO = Path(__file__).parents[2]
@@ -71,20 +71,20 @@ def entries(images, kind="latent"):
 
 HANGS_AFTER_THREE = """
 import time
-from anima_train.caching import fill
+from anima_train.caching import writer
 from anima_train.cli.main import main
-from anima_train.data.cache import Cache
-save, number = Cache.save, 0
+write_files, number = writer.write_files, 0
 
-def save_three(*arguments):
+def write_three(files):
     global number
-    if number == 3:
-        print("hangs", flush=True)
-        time.sleep(600)
-    number += 1
-    save(*arguments)
+    for file in files:
+        if number == 3:
+            print("hangs", flush=True)
+            time.sleep(600)
+        number += 1
+        write_files([file])
 
-Cache.save = save_three
+writer.write_files = write_three
 main()
 """
 
@@ -433,6 +433,54 @@ def test_ranks_on_machines_with_caches_of_their_own_make_there_what_is_missing(f
     assert min(made[1]["latents"], made[2]["latents"]) >= 5
     assert num_entries(tmp_path / "first") == num_entries(tmp_path / "second") == [11, 11]
     assert fill_together(folders, ranks) == [{}] * 3
+
+
+def test_the_encoder_goes_on_while_another_thread_waits_for_the_disk(trainer, fill, images, monkeypatch):
+    names, third, encodings = set(), threading.Event(), []
+    replace, encode = os.replace, SingleFrameVAE.encode
+
+    def slow_replace(source, target):
+        if Path(target).suffix in (".safetensors", ".txt"):
+            assert third.wait(30), "the encoder waits for the disk"
+            names.add((Path(target).suffix, threading.current_thread().name))
+        replace(source, target)
+
+    def noted_encode(*arguments):
+        encodings.append(arguments)
+        if len(encodings) == 3:
+            third.set()
+        return encode(*arguments)
+
+    monkeypatch.setattr(os, "replace", slow_replace)
+    monkeypatch.setattr(SingleFrameVAE, "encode", noted_encode)
+    path = images / "image7.png"
+    path.write_bytes(path.read_bytes()[:60])
+    data = {"directory": [{"path": str(images)}], "max_bad_fraction": 0.1}
+    assert fill(trainer.config("some", dataset=data))[0] == (11, 11)
+    assert (".safetensors", "cache writer") in names
+    assert {name for _, name in names} == {"cache writer"}
+
+
+@pytest.mark.parametrize("number", [None, 1, 4])
+def test_entries_are_what_the_vae_makes_of_each_image(trainer, fill, images, error, monkeypatch, number):
+    encode, expected, batches = SingleFrameVAE.encode, [], []
+
+    def noted_encode(vae, pixels):
+        batches.append(len(pixels))
+        expected.extend(encode(vae, each[None])[0] for each in pixels)
+        return encode(vae, pixels)
+
+    monkeypatch.setattr(SingleFrameVAE, "encode", noted_encode)
+    given = {} if number is None else {"caching_batch_size": number}
+    made, output = fill(trainer.config("some", dataset={"directory": [{"path": str(images)}]}, **given))
+    assert made == (12, 12)
+    assert batches == ([4, 2, 4, 2] if number == 4 else [1] * 12)
+    assert f"cache: encoding latents, up to {number or 1} at once\n" in output
+    assert f"cache: encoding captions, up to {number or 1} at once\n" in output
+    stored = [load_file(entry)["latents"] for entry in entries(images)]
+    for latents in expected:
+        (found,) = [each for each in stored if each.shape == latents.shape and error(each, latents) < 1e-5]
+        assert number == 4 or torch.equal(found, latents)  # a batch may round otherwise than an image alone
 
 
 def test_two_links_to_one_cache_are_one_lock(tmp_path):

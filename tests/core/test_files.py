@@ -1,5 +1,6 @@
 """Files are there whole or not at all."""
 
+import concurrent.futures
 import errno
 import hashlib
 import math
@@ -8,13 +9,16 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from anima_train.core.errors import SpaceError
 from anima_train.core.files import (
+    SYNC_THREADS,
     DiskRequirement,
+    atomic_files,
     atomic_folder,
     atomic_path,
     current_umask,
@@ -56,6 +60,14 @@ def test_a_file_appears_with_its_folders_and_nothing_else(tmp_path):
     assert os.listdir(tmp_path / "a/b") == ["c.txt"]
 
 
+def test_threads_that_ask_for_the_umask_leave_it_as_it_is(umask):
+    umask(0o027)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        found = set(pool.map(lambda _: current_umask(), range(20_000)))
+    assert found == {0o027}
+    assert current_umask() == 0o027
+
+
 def test_a_file_is_replaced_at_the_end_only(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
@@ -64,6 +76,69 @@ def test_a_file_is_replaced_at_the_end_only(tmp_path):
         temporary.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new"
+
+
+def test_files_are_flushed_before_one_appears_and_each_folder_once(tmp_path, monkeypatch):
+    events, fsync, replace = [], os.fsync, os.replace
+
+    def noted_fsync(descriptor):
+        fsync(descriptor)
+        events.append(os.fstat(descriptor).st_ino)
+
+    def noted_replace(source, target):
+        events.append(("appears", os.stat(source).st_ino))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    paths = [tmp_path / folder / f"{number}.txt" for folder in "ab" for number in range(10)]
+    with atomic_files() as write:
+        for path in paths:
+            write(path, path.name.encode())
+        assert events == []
+        assert not any(path.exists() for path in paths)
+    files, folders = [path.stat().st_ino for path in paths], [(tmp_path / name).stat().st_ino for name in "ab"]
+    assert sorted(events[:20]) == sorted(files)  # each of them: a power cut leaves no empty file
+    assert events[20:40] == [("appears", inode) for inode in files]
+    assert sorted(events[40:]) == sorted(folders)
+    assert all(path.read_text() == path.name for path in paths)
+    assert len(list(tmp_path.rglob("*"))) == 2 + 20
+
+
+def test_files_are_flushed_side_by_side(tmp_path, monkeypatch):
+    meeting, fsync = threading.Barrier(SYNC_THREADS, timeout=30), os.fsync
+
+    def fsync_together(descriptor):
+        if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            meeting.wait()  # raises if they come one after the other
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync_together)
+    with atomic_files() as write:
+        for number in range(2 * SYNC_THREADS):
+            write(tmp_path / str(number), b"x")
+    assert len(list(tmp_path.iterdir())) == 2 * SYNC_THREADS
+
+
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, SpaceError])
+def test_of_several_files_none_appears_after_an_exception_or_a_failed_flush(tmp_path, monkeypatch, failure):
+    (tmp_path / "0").write_text("old")
+
+    def fail(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def write_three():
+        with atomic_files() as write:
+            for number in range(3):
+                write(tmp_path / str(number), b"new")
+            if failure is not SpaceError:
+                raise failure("stop")
+            monkeypatch.setattr(os, "fsync", fail)
+
+    with pytest.raises(failure, match=r"stop|No space left"):
+        write_three()
+    assert [path.name for path in tmp_path.iterdir()] == ["0"]
+    assert (tmp_path / "0").read_text() == "old"
 
 
 @pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, SystemExit, OSError])

@@ -1,6 +1,7 @@
 """Cache entries: what their names depend on, and what becomes of damage, of a full disk and of two writers."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ import anima_train
 from anima_train.core.errors import SpaceError
 from anima_train.data import cache as cache_module
 from anima_train.data.buckets import Size
-from anima_train.data.cache import SCHEMA, Cache, DamagedEntry, entry_key
+from anima_train.data.cache import SCHEMA, Cache, DamagedEntry, entry_key, write_files
 from anima_train.data.loader import TextIdentity
 from anima_train.data.samples import Picture, Sample, View
 from anima_train.data.settings import DirectoryOptions
@@ -246,6 +247,28 @@ def test_a_full_disk_names_the_bytes_and_leaves_nothing_behind(cache: Cache):
     assert f"needs {size:,} bytes" in str(caught.value)
     assert "cache_dir" in str(caught.value)
     assert {path: path.read_bytes() for path in files(cache.folder)} == before
+
+
+def test_of_files_written_together_those_before_a_full_disk_stay(cache: Cache):
+    small = cache.entry_file("latent", KEY, {"latents": torch.zeros(10)})
+    large = cache.entry_file("latent", KEY2, {"latents": torch.zeros(1000)})
+    last = cache.entry_file("mask", KEY, {"mask": torch.zeros(10)})
+    with largest_file(2000), pytest.raises(SpaceError, match=f"this file needs {len(large.content):,} bytes"):
+        write_files([small, large, last])
+    assert files(cache.folder) == [small.path]
+    assert torch.equal(cache.load("latent", KEY)["latents"], torch.zeros(10))
+
+
+def test_files_that_cannot_be_flushed_are_not_there_and_name_their_bytes(cache: Cache, monkeypatch: pytest.MonkeyPatch):
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a network's disk, which looks at its quota late
+
+    entries = [cache.entry_file("latent", key, {"latents": torch.zeros(10)}) for key in (KEY, KEY2)]
+    monkeypatch.setattr(os, "fsync", fail)
+    num_bytes = sum(len(entry.content) for entry in entries)
+    with pytest.raises(SpaceError, match=f"these files need {num_bytes:,} bytes.* set cache_dir"):
+        write_files(entries)
+    assert files(cache.folder) == []
 
 
 def test_a_folder_that_cannot_be_made_is_a_space_error(tmp_path: Path):

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from anima_train.core.device import is_out_of_memory
 from anima_train.core.errors import SpaceError
 from anima_train.data.buckets import Size
 from anima_train.optim.optimizers import AdamWKahan, AnyOptimizer
 from anima_train.training import train as train_module
-from anima_train.training.memory import MemoryContext, MicroBatchShape, asked_bytes, is_out_of_memory, memory_errors
+from anima_train.training.memory import MemoryContext, MicroBatchShape, asked_bytes, memory_errors
 from anima_train.training.memory_check import state_like
 
 CPU = torch.device("cpu")
