@@ -1,6 +1,5 @@
 """Counts without noise: kernels, bytes of elementwise passes, and bytes kept for the backward pass."""
 
-import contextlib
 import gc
 import math
 from collections import Counter
@@ -11,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 # What launches nothing and is no view by its schema.
 NO_KERNEL = {
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh", "detach",
     "_local_scalar_dense", "is_same_size", "is_pinned", "_pin_memory", "device",
 }  # fmt: skip
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "convolution", "convolution_backward", "_int_mm"}
 ONLY_WRITTEN = {"copy_", "fill_", "zero_", "normal_", "uniform_", "bernoulli_"}  # their first argument is not read
 
 
@@ -42,12 +41,14 @@ class KernelCounter(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         found = function(*args, **kwargs)
         name = function._schema.name.split("::")[-1]
-        read, written = list(tensors_in((args, kwargs))), list(tensors_in(found))
+        results = {argument.name for argument in function._schema.arguments if argument.is_out}
+        given = {key: value for key, value in kwargs.items() if key not in results}
+        read, written = list(tensors_in((args, given))), list(tensors_in(found))
         if name in NO_KERNEL or function.is_view or not self.runs_here((*read, *written)):
             return found
         self.kernels += 1
         self.by_name[name] += 1
-        if not is_product(function):
+        if not is_product(name):
             read = read[1:] if name in ONLY_WRITTEN else read
             num_bytes = touched_bytes(read) + touched_bytes(written)
             self.elementwise_bytes += num_bytes
@@ -70,9 +71,9 @@ def tensors_in(values: Any) -> Iterable[Tensor]:
             yield from tensors_in(value)
 
 
-def is_product(function: Any) -> bool:
+def is_product(name: str) -> bool:
     """Return True for matrix products, convolutions and attention."""
-    return function.overloadpacket in flop_registry or "attention" in function._schema.name
+    return name.rstrip("_") in PRODUCTS or "attention" in name
 
 
 def touched_bytes(tensors: Iterable[Tensor]) -> int:
@@ -88,13 +89,13 @@ def touched_bytes(tensors: Iterable[Tensor]) -> int:
 class KeptBytes:
     """The bytes that a forward pass keeps for the backward pass, in storages that each count once.
 
-    They are those that autograd saves, and those that are alive when the pass is over: selective checkpointing keeps
-    tensors by itself. Parameters and inputs are not counted.
+    They are what the pass has made and is alive when it is over: what autograd saves, and what selective checkpointing
+    keeps by itself. Parameters and inputs are not counted; the pass's output is.
 
     Args:
         model: whose parameters and buffers do not count.
         inputs: of the pass.
-        sees_operations: False for a compiled model, of which only what autograd saves is seen.
+        sees_operations: False for a compiled model, of which only what autograd saves is seen, by its hooks.
     """
 
     def __init__(self, model: nn.Module, inputs: Iterable[Tensor], sees_operations: bool = True) -> None:
@@ -102,22 +103,19 @@ class KeptBytes:
         self.known = {tensor.untyped_storage()._cdata for tensor in known}
         self.saved: dict[int, torch.UntypedStorage] = {}
         self.made = MadeStorages()
-        self.sees_operations = sees_operations
-        self.stack = contextlib.ExitStack()
+        hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor)
+        self.watch = self.made if sees_operations else hooks
         self.total = 0
 
     def __enter__(self) -> "KeptBytes":
-        self.stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor))
-        if self.sees_operations:
-            self.stack.enter_context(self.made)
+        self.watch.__enter__()
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        """Stop counting, and count. The output of the pass has to be alive, and counts."""
-        self.stack.close()
+    def __exit__(self, *exception: Any) -> None:
+        """Stop watching, and count."""
+        self.watch.__exit__(*exception)
         gc.collect()
-        sizes = {key: storage.nbytes() for key, storage in self.saved.items()}
-        sizes |= {key: size for key, (reference, size) in self.made.storages.items() if not reference.expired()}
+        sizes = {key: storage.nbytes() for key, storage in self.saved.items()} | self.made.alive()
         self.total = sum(size for key, size in sizes.items() if key not in self.known)
 
     def pack(self, tensor: Tensor) -> Tensor:
@@ -133,6 +131,10 @@ class MadeStorages(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def alive(self) -> dict[int, int]:
+        """Return the bytes of each storage that is alive."""
+        return {key: size for key, (reference, size) in self.storages.items() if not reference.expired()}
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Sequence = (), kwargs: Mapping[str, Any] | None = None

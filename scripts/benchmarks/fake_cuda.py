@@ -1,7 +1,7 @@
 """CUDA tensors without values and without a GPU: what the project does on a GPU, seen on any machine.
 
 Tensors are torch's fake ones (`FakeTensorMode`) on the device "cuda": torch dispatches as on a GPU, so that autocast,
-the fused norms, device errors and decompositions are those of CUDA. Six things need a driver or values, and have a
+the fused norms, device errors and decompositions are those of CUDA. Some things need a driver or values, and have a
 stand-in:
 
 - `F.scaled_dot_product_attention` chooses a kernel by the GPU at hand, and without one the slow formula. Here it is
@@ -10,11 +10,12 @@ stand-in:
 - the autograd engine asks for the GPU's streams, and fails without one; here `run_backward` walks the same graph, calls
   the same functions and sums the same gradients, in the engine's order. `tests/training/test_fake_cuda.py` compares it
   with the engine.
-- `torch.Generator("cuda")`, which is one on the CPU here.
+- `torch.Generator("cuda")` is one on the CPU here; events do nothing, and there are no streams.
 - `Module.to` exchanges the contents of parameters, which fake ones refuse; here they are replaced where the conversion
   changes them.
-- reading a value (`.item()`, `bool()`, `.tolist()`, a copy to the host) gives ones, and is counted in `waits`; whatever
-  has a shape that depends on values (`nonzero`, masks as indices) raises, as fake tensors do.
+- reading a value (`.item()`, `bool()`, `.tolist()`, a blocking copy to the host) gives ones, and is counted in `Waits`,
+  as is waiting for an event or the device; whatever has a shape that depends on values (`nonzero`, masks as indices)
+  raises, as fake tensors do.
 """
 
 import contextlib
@@ -22,10 +23,12 @@ import heapq
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch._dynamo  # now: its import wants the real classes
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -43,18 +46,24 @@ Gradients = list[Tensor | None]
 @contextlib.contextmanager
 def fake_cuda() -> Iterator["Waits"]:
     """Make every tensor fake while it is entered; yield the count of waits for the device."""
+    waits = Waits()
+    stand_ins = (
+        (torch.autograd, "_engine_run_backward", run_backward),
+        (FunctionCtx, "set_materialize_grads", set_materialize_grads),
+        (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+        (torch.cuda, "is_bf16_supported", lambda: True),
+        (F, "scaled_dot_product_attention", attention),
+        (torch, "Generator", HostGenerator),
+        *((module, "Event", waits.event) for module in (torch, torch.cuda)),
+        *((module, "synchronize", waits.for_device) for module in (torch.cuda, torch.accelerator)),
+        (nn.Module, "_apply", convert),
+        (FakeTensor, "tolist", read_list),
+    )
     with contextlib.ExitStack() as stack:
-        if not torch.cuda.is_available():
-            stack.enter_context(patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False))
-            stack.enter_context(patch.object(torch.cuda, "is_bf16_supported", lambda: True))
-            stack.enter_context(patch.object(torch.autograd, "_engine_run_backward", run_backward))
-            stack.enter_context(patch.object(torch, "Generator", lambda device="cpu": GENERATOR()))
-            stack.enter_context(patch.object(FunctionCtx, "set_materialize_grads", set_materialize_grads))
-        stack.enter_context(patch.object(FakeTensor, "tolist", read_list))
-        stack.enter_context(patch.object(nn.Module, "_apply", convert))
+        for owner, name, stand_in in stand_ins:  # with a GPU, too: the same numbers everywhere
+            stack.enter_context(patch.object(owner, name, stand_in))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(patch.object(F, "scaled_dot_product_attention", attention))
-        yield stack.enter_context(Waits())
+        yield stack.enter_context(waits)
 
 
 def convert(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -90,6 +99,27 @@ def attention(
     )[0]
 
 
+class HostGenerator:
+    """A generator on the CPU, whatever device is asked for."""
+
+    def __new__(cls, device: object = "cpu") -> Any:
+        return GENERATOR()
+
+
+class Event:
+    """An event of a device that does nothing.
+
+    Args:
+        wait: called by who waits for it.
+    """
+
+    def __init__(self, wait: Callable[[], None]) -> None:
+        self.synchronize = wait
+
+    def record(self, stream: object = None) -> None:
+        """Record nothing."""
+
+
 class Waits(TorchDispatchMode):
     """The count of the times that the host waits for the device to read a value, by the name of the operation."""
 
@@ -102,6 +132,14 @@ class Waits(TorchDispatchMode):
         """The number of waits."""
         return self.numbers.total()
 
+    def event(self, *_: object, **__: object) -> Event:
+        """Return an event; waiting for it is counted."""
+        return Event(partial(self.numbers.update, ["event"]))
+
+    def for_device(self, *_: object) -> None:
+        """Wait for all that the device was told."""
+        self.numbers["device"] += 1
+
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Sequence = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
@@ -113,7 +151,8 @@ class Waits(TorchDispatchMode):
         if function in (aten._pin_memory.default, aten.pin_memory.default):  # fake tensors have no place
             return args[0]
         found = function(*args, **kwargs)
-        if is_copy_to_host(function, args, found) and not kwargs.get("non_blocking", False):
+        non_blocking = kwargs.get("non_blocking", any(each is True for each in args[2:]))
+        if is_copy_to_host(function, args, found) and not non_blocking:
             self.numbers["copy to the host"] += 1
         return found
 
