@@ -172,7 +172,7 @@ def test_an_evaluation_reads_from_the_device_once_a_batch(started, images_drawer
 
 
 def test_a_preview_reads_from_the_device_once_a_picture(started):
-    prompts = ["red circle", {"prompt": "1girl", "negative_prompt": "bad", "cfg": 2.0}]
+    prompts = [{"prompt": "red circle", "cfg": 1}, {"prompt": "1girl", "negative_prompt": "bad", "steps": 1}]
     cuda = started(**BF16, sampling={"every_n_steps": 2, "width": 96, "height": 64, "steps": 4, "prompts": prompts})
     state = cuda.load()
     state.transformer.eval()
@@ -213,7 +213,14 @@ def test_a_tensor_on_the_wrong_device_a_wait_and_a_shape_from_values_are_seen(fa
         assert values.tolist() == [1.0] * 4
         values.cpu()
         values.to("cpu", non_blocking=True)
+        pinned = torch.empty(4, pin_memory=True)
+        pinned.copy_(values, non_blocking=True)
         assert waits.numbers == {"item": 3, "copy to the host": 2}
+        event = torch.Event(CUDA)
+        event.record()
+        event.synchronize()
+        torch.accelerator.synchronize()
+        assert waits.numbers == {"item": 3, "copy to the host": 2, "event": 1, "device": 1}
         for shaped in (torch.nonzero, torch.unique, lambda tensor: tensor[tensor > 0]):
             with pytest.raises(RuntimeError):
                 shaped(values)
@@ -302,8 +309,11 @@ def test_kernels_and_bytes_are_those_counted_by_hand(fake, counting):
         assert (counter.kernels, counter.elementwise_bytes) == (3, 2 * 512 + (2 * 512 + 32) + 256)
         wide.zero_()  # only written
         assert (counter.kernels, counter.elementwise_bytes) == (4, 2 * 512 + (2 * 512 + 32) + 256 + 512)
-        wide @ wide.T  # a product
-        assert (counter.kernels, counter.elementwise_bytes) == (5, 2 * 512 + (2 * 512 + 32) + 256 + 512)
+        product = wide @ wide.T
+        product.addmm_(wide, wide.T)
+        assert (counter.kernels, counter.elementwise_bytes) == (6, 2 * 512 + (2 * 512 + 32) + 256 + 512)
+        torch.mul(wide, wide, out=torch.empty_like(wide))  # what it writes into is not read
+        assert (counter.kernels, counter.elementwise_bytes) == (7, 2 * 512 + (2 * 512 + 32) + 256 + 512 + 2 * 512)
     assert on_host.device.type == "cpu"
 
 
@@ -312,8 +322,8 @@ def test_kept_bytes_are_those_counted_by_hand(fake, counting):
         layer = torch.nn.Linear(16, 32, device=CUDA)
         x = torch.rand(8, 16, device=CUDA)
 
-        def kept(forward) -> int:
-            with counting.KeptBytes(layer, [x]) as bytes_:
+        def kept(forward, **options) -> int:
+            with counting.KeptBytes(layer, [x], **options) as bytes_:
                 loss = forward()
             assert loss.requires_grad
             return bytes_.total
@@ -322,4 +332,5 @@ def test_kept_bytes_are_those_counted_by_hand(fake, counting):
         assert kept(lambda: layer(x).sum()) == scalar  # the input is the caller's
         assert kept(lambda: layer(x).exp().sum()) == hidden + scalar  # its output
         assert kept(lambda: F.gelu(layer(x)).tanh().sum()) == 2 * hidden + scalar
+        assert kept(lambda: F.gelu(layer(x)).tanh().sum(), sees_operations=False) == 2 * hidden
         assert kept(lambda: checkpoint(lambda y: layer(y).exp().sum(), x, use_reentrant=False)) == scalar
