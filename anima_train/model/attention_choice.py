@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -171,10 +171,16 @@ def try_kernels(
                     run_once(inputs)  # makes plans, and takes memory from the device
                     tried.milliseconds[name] = cuda_milliseconds(inputs) if measures else 0.0
             except RuntimeError as error:  # no such kernel, or not for these tensors; or it ran out of memory
-                said = [str(warning.message).partition("(Triggered")[0].strip() for warning in caught]
-                tried.problems[name] = " ".join([*dict.fromkeys(said)] or [str(error).partition("\n")[0]])
+                tried.problems[name] = reason(caught, error)
     release_memory(device)
     return tried
+
+
+def reason(caught: Iterable[warnings.WarningMessage], error: RuntimeError) -> str:
+    """Return what torch says against a kernel: in its warnings, which also tell of the kernels that are switched off."""
+    said = [str(warning.message).partition("(Triggered")[0].strip() for warning in caught]
+    told = [text for text in dict.fromkeys(said) if not text.endswith(("because:", "runtime disabled."))]
+    return " ".join(told) or str(error).partition("\n")[0].rstrip(".")
 
 
 def random_inputs(shape: AttentionShape, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
