@@ -177,7 +177,7 @@ def try_kernels(
 
 
 def reason(caught: Iterable[warnings.WarningMessage], error: RuntimeError) -> str:
-    """Return what torch says against a kernel: in its warnings, which also tell of the kernels that are switched off."""
+    """Return what torch says against a kernel, which is in its warnings; they tell of those switched off, too."""
     said = [str(warning.message).partition("(Triggered")[0].strip() for warning in caught]
     told = [text for text in dict.fromkeys(said) if not text.endswith(("because:", "runtime disabled."))]
     return " ".join(told) or str(error).partition("\n")[0].rstrip(".")
