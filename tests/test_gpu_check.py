@@ -66,7 +66,8 @@ def test_steps_get_their_ratios(script):
 @pytest.mark.slow
 def test_every_part_runs_on_a_cpu(script, command, tmp_path):
     path = tmp_path / "check.json"
-    result = command([sys.executable, str(SCRIPT), "--smoke", "--json", str(path)], timeout=600)
+    # About 90 s on an idle machine; the whole check's limit is for a busy one.
+    result = command([sys.executable, str(SCRIPT), "--smoke", "--minutes", "15", "--json", str(path)], timeout=1000)
     assert result.returncode == 0, result.stderr
     found = {part["part"]: part for part in json.loads(path.read_text())["parts"]}
     assert found.keys() == {part.name for part in script.PARTS}
