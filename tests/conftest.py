@@ -28,6 +28,13 @@ from anima_train.cli.train import train_and_report
 from anima_train.config.load import load_config
 from anima_train.model.tiny import write_tiny
 
+
+def pytest_runtest_setup(item):
+    """Tests marked `gpu` are asked for by name, and say so where there is none."""
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("there is no GPU here")
+
+
 GOLDEN = Path(__file__).parent / "golden"
 
 

@@ -13,6 +13,7 @@ from anima_train.caching.text_encoding import encodes_online
 from anima_train.config.config import Config
 from anima_train.config.load import LoadedConfig
 from anima_train.config.model_files import build_model_spec
+from anima_train.core.determinism import deterministic_kernels
 from anima_train.core.device import choose_device, describe_device
 from anima_train.core.errors import ConfigError
 from anima_train.core.files import write_text
@@ -20,6 +21,7 @@ from anima_train.core.format import printable
 from anima_train.data.loader import TextIdentity
 from anima_train.data.plan import times_seen
 from anima_train.data.scan import Scan
+from anima_train.model.attention_choice import AttentionShape, choose_attention
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.loading import ModelSpec
 from anima_train.model.text import load_tokenizers
@@ -53,7 +55,14 @@ def report_check(loaded: LoadedConfig, title: str, measure_steps: int | None, pa
     if measure_steps is not None:  # before any picture is decoded: the CPU's peak is that of the process
         plan, _ = plan_run(config, scans["train"].samples, num_processes=1)
         is_online = encodes_online(config.model.cache_text_embeddings, plan.samples)
-        measured = measure(config, spec, extremes(plan), measure_steps, is_online)
+        buckets = extremes(plan)
+        size, batch_size = buckets[-1]
+        with deterministic_kernels(config.deterministic):
+            shape = AttentionShape.of(spec.files, batch_size, size.num_tokens)
+            choice = choose_attention(config.attention, device, spec.dtype, shape)
+            show([str(choice)])
+            with choice.in_use(device):
+                measured = measure(config, spec, buckets, measure_steps, is_online)
     found = make_report(title, loaded, spec, scans, 0 if page is None else MAX_THUMBNAILS, measured)
     show(summary(found))
     if page is not None:

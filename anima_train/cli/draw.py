@@ -106,6 +106,8 @@ def draw(model: ModelPart, cells: Sequence[Cell], out: Path) -> list[Path]:
     """
     # Not above: they import transformers and diffusers, and a wrong flag is told sooner without them.
     from anima_train.config.model_files import build_model_spec
+    from anima_train.data.buckets import Size
+    from anima_train.model.attention_choice import AttentionShape, choose_attention
     from anima_train.sampling.pipeline import sample
 
     try:
@@ -115,10 +117,14 @@ def draw(model: ModelPart, cells: Sequence[Cell], out: Path) -> list[Path]:
     device = choose_device()
     spec = build_model_spec(model, device)
     print(describe_device(device, spec.dtype), file=sys.stderr)
+    num_tokens = max(Size(cell.request.width, cell.request.height).num_tokens for cell in cells)
+    choice = choose_attention(model.attention, device, spec.dtype, AttentionShape.of(spec.files, 1, num_tokens))
+    print(choice, file=sys.stderr)
     pictures = {}
-    for place, path in sample(spec, cells, out):
-        print(path, flush=True)
-        pictures[place] = path
+    with choice.in_use(device):
+        for place, path in sample(spec, cells, out):
+            print(path, flush=True)
+            pictures[place] = path
     return [pictures[place] for place in range(len(cells))]
 
 

@@ -262,6 +262,11 @@ class Config(Settings):
     compile: bool | None = None
     """Compile the blocks with torch.compile: fewer passes over memory, faster steps after a minute or two at the start.
     Absent: on CUDA, where a compiler is there. What cannot be compiled runs as it is, with a warning."""
+    deterministic: bool = False
+    """Take kernels that give the same bits each time, on one GPU of the same kind: for comparisons. Slower."""
+    attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = "auto"
+    """The kernel of attention. "auto" takes the fastest one for this device and the largest images, by a short
+    measurement at the start; a name forces that one."""
     huber_delta: float | None = Field(default=None, gt=0)
     """Huber loss with this delta instead of MSE. At most one of the three."""
     smooth_l1_beta: float | None = Field(default=None, gt=0)
@@ -347,6 +352,14 @@ class Config(Settings):
         others = [key for key in ("lr_scheduler", "warmup_steps") if earlier.data.get(key) not in (None, 0, Constant())]
         if value is not None and others:
             raise ValueError(f"excludes {' and '.join(others)}; remove {'it' if len(others) == 1 else 'them'} or this")
+        return value
+
+    @field_validator("attention")
+    @classmethod
+    def can_be_deterministic(cls, value: str, earlier: ValidationInfo) -> str:
+        """Refuse the kernel that does not give the same bits each time where that is asked for."""
+        if value == "cudnn" and earlier.data.get("deterministic"):
+            raise ValueError('found "cudnn", which torch does not allow with deterministic = true; use "auto"')
         return value
 
     @field_validator("smooth_l1_beta", "pseudo_huber_c")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
@@ -62,6 +62,7 @@ class ModelPart(Settings):
 
     model: ModelSettings
     offline: bool = False
+    attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = "auto"
     sampling: Sampling | None = None
 
 
@@ -290,7 +291,9 @@ def load_model_part(path: Path, overrides: Sequence[str] = (), transformer: Path
     data = {key: value for key, value in loader.read(path, overrides).items() if key in ModelPart.model_fields}
     for made in loader.overridden:
         if made.partition(".")[0] not in ModelPart.model_fields:
-            loader.problems.append(f"--set {made}: has no effect here; only [model], [sampling] and offline are read")
+            loader.problems.append(
+                f"--set {made}: has no effect here; only [model], [sampling], attention and offline are read"
+            )
     if transformer is not None and isinstance(data.get("model"), dict):
         data["model"] = {key: value for key, value in data["model"].items() if key != "transformer_path"}
     part = loader.validate(ModelPart, loader.translate(data, MAIN, loader.main), loader.main, MAIN_HINTS)

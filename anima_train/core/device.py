@@ -5,7 +5,6 @@ import os
 
 import psutil
 import torch
-from torch.nn.attention import SDPBackend
 
 from anima_train.core.format import count, format_bytes
 
@@ -14,7 +13,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # In messages of errors that are RuntimeErrors like any other: of the CPU, on Linux and Windows; of MPS, and of CUDA
 # outside of torch's allocator; of cuBLAS and cuDNN.
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "alloc_failed")
-HEAD_DIM = 128  # of Anima's transformer; torch chooses the attention kernel by it
 SLOW = "; a model of 2 billion parameters is slow here, a GPU is what it needs"
 
 
@@ -30,17 +28,13 @@ def choose_device() -> torch.device:
 
 
 def describe_device(device: torch.device, dtype: torch.dtype) -> str:
-    """Return a line with the device's name, memory, dtype and attention kernel; of a CPU, that it is slow."""
-    facts = [
-        format_bytes(memory_bytes(device)),
-        str(dtype).removeprefix("torch."),
-        f"attention: {attention_kernel(device, dtype)}",
-    ]
+    """Return a line with the device's name, memory and dtype; of a CPU, that it is slow."""
+    facts = f"{format_bytes(memory_bytes(device))}, {str(dtype).removeprefix('torch.')}"
     if device.type == "cpu":
-        return f"device: CPU with {count(os.cpu_count() or 1, 'core')}, {', '.join(facts)}{SLOW}"
+        return f"device: CPU with {count(os.cpu_count() or 1, 'core')}, {facts}{SLOW}"
     module = torch.get_device_module(device)
     name = module.get_device_name(device) if hasattr(module, "get_device_name") else device.type
-    return f"device: {name} ({device}), {', '.join(facts)}"
+    return f"device: {name} ({device}), {facts}"
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -63,13 +57,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
         sign in str(error).lower() for sign in OUT_OF_MEMORY
     )
-
-
-def attention_kernel(device: torch.device, dtype: torch.dtype) -> str:
-    """Return the name of the kernel that torch chooses for `scaled_dot_product_attention` here: "flash", "math", ..."""
-    query = torch.zeros(1, 1, 64, HEAD_DIM, device=device, dtype=dtype)
-    chosen = SDPBackend(torch._fused_sdp_choice(query, query, query))
-    return chosen.name.lower().removesuffix("_attention")
 
 
 def release_memory(device: torch.device) -> None:

@@ -31,7 +31,7 @@ def dataset_digest(samples: Iterable[Sample]) -> str:
 
 def manifest(
     run_name: str, files: ModelFiles, data: CachedData, groups: Iterable[GroupRow], seed: int, num_steps: int,
-    num_processes: int, accumulation_steps: int,
+    num_processes: int, accumulation_steps: int, attention: str,
 ) -> dict[str, Any]:  # fmt: skip
     """Return what someone needs to reproduce the run, or to know what a file came from."""
     slots = {"transformer": files.transformer, "vae": files.vae, "text_encoder": files.llm}
@@ -44,6 +44,7 @@ def manifest(
         "anima_train": __version__,
         "python": platform.python_version(),
         "libraries": {name: version(name) for name in LIBRARIES},
+        "attention": attention,
         "model_files": {
             slot: {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
             for slot, path in slots.items()

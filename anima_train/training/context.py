@@ -14,6 +14,7 @@ from anima_train.checkpoint.resume import ResumePoint, find_resume_point
 from anima_train.config.config import Config
 from anima_train.config.load import LoadedConfig
 from anima_train.config.resolved import plain
+from anima_train.core.determinism import PRICE
 from anima_train.core.device import DTYPES, describe_device
 from anima_train.distributed.collectives import broadcast_from_main, process_group
 from anima_train.distributed.consistency import check_same_config
@@ -79,6 +80,8 @@ def run_context(loaded: LoadedConfig, resume: bool, resume_path: Path | None) ->
     handlers = logged_to(terminal(accelerator.is_main_process), *([warnings] if accelerator.is_main_process else []))
     with handlers, contextlib.ExitStack() as stack:
         logger.info("%s", describe_device(accelerator.device, DTYPES[config.model.dtype]))
+        if config.deterministic:
+            logger.info("%s", PRICE)
         stack.enter_context(process_group(accelerator))
         loaded = check_same_config(loaded, accelerator)
         for note in loaded.notes:

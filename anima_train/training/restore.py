@@ -21,8 +21,18 @@ from anima_train.training.setup import TrainState
 logger = logging.getLogger(__name__)
 
 
-def restore(run: RunContext, state: TrainState, data: Prepared, plan: Plan, schedule: EpochSchedule) -> dict[str, Any]:
+def restore(
+    run: RunContext, state: TrainState, data: Prepared, plan: Plan, schedule: EpochSchedule, attention: str
+) -> dict[str, Any]:
     """Load the state that the run goes on from, and put the run's records in order; return its manifest.
+
+    Args:
+        run: the run.
+        state: with the weights and the optimizer at their start.
+        data: that it trains on.
+        plan: of its batches.
+        schedule: of its epochs.
+        attention: the kernel that it uses.
 
     Raises:
         ModelFileError: the state is of other files, images or parameters than those of this run.
@@ -34,7 +44,7 @@ def restore(run: RunContext, state: TrainState, data: Prepared, plan: Plan, sche
     def checked() -> dict[str, Any]:
         facts = manifest(
             run.folder.name, spec.files, data.train, rows, config.seed, schedule.num_steps,
-            run.accelerator.num_processes, config.gradient_accumulation_steps,
+            run.accelerator.num_processes, config.gradient_accumulation_steps, attention,
         )  # fmt: skip
         if saved is not None:
             check_same_content(saved, facts)

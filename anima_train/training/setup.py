@@ -4,6 +4,7 @@ import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import nn
 from torch.optim import Optimizer
@@ -11,9 +12,10 @@ from torch.optim import Optimizer
 from anima_train.caching.text_encoding import encodes_online
 from anima_train.checkpoint.training_state import trained_parameters
 from anima_train.data.plan import EpochSchedule, Plan
-from anima_train.distributed.collectives import patient_barrier
+from anima_train.distributed.collectives import broadcast_from_main, patient_barrier
 from anima_train.distributed.consistency import check_same_plan
 from anima_train.evaluation.previews import Previews
+from anima_train.model.attention_choice import AttentionChoice, AttentionShape, choose_attention
 from anima_train.model.dit import MiniTrainDIT
 from anima_train.model.loading import ModelSpec
 from anima_train.optim.ema import WeightAverage
@@ -81,6 +83,23 @@ def watch_memory(run: RunContext, data: Prepared, plan: Plan, schedule: EpochSch
 
     run.stack.enter_context(memory_errors(run.device, run.memory, suggestions))
     return shapes
+
+
+def use_attention(run: RunContext, spec: ModelSpec, shape: MicroBatchShape) -> AttentionChoice:
+    """Choose the kernel of attention for the largest micro-batches, and use it until the run ends.
+
+    All processes take the main one's choice.
+
+    Raises:
+        ConfigError: the configuration asks for one that does not work here.
+    """
+    attention = AttentionShape.of(spec.files, shape.batch_size, shape.size.num_tokens)
+    choice = broadcast_from_main(
+        run.accelerator, partial(choose_attention, run.config.attention, run.device, spec.dtype, attention)
+    )
+    logger.info("%s", choice)
+    run.stack.enter_context(choice.in_use(run.device))
+    return choice
 
 
 def encode_previews(run: RunContext, spec: ModelSpec) -> Previews | None:

@@ -10,6 +10,7 @@ import torch
 
 from anima_train.config.load import LoadedConfig
 from anima_train.config.model_files import build_model_spec
+from anima_train.core.determinism import deterministic_kernels
 from anima_train.core.device import choose_device, describe_device
 from anima_train.core.random import derive
 from anima_train.data.loader import Batch
@@ -24,7 +25,7 @@ from anima_train.training.metrics import StepLogger, StepResult, StepSums
 from anima_train.training.prefetch import RankStep, prefetch_steps, rank_steps
 from anima_train.training.prepare import prepare_data, scan_all, with_online_text_encoder
 from anima_train.training.restore import restore
-from anima_train.training.setup import TrainState, build_model, build_plan, encode_previews, watch_memory
+from anima_train.training.setup import TrainState, build_model, build_plan, encode_previews, use_attention, watch_memory
 from anima_train.training.tasks import PeriodicTasks
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def run_training(
         Interrupted: a signal or a file has asked for it; the state is saved.
     """
     if not dry_run:
-        with run_context(loaded, resume, resume_path) as run:
+        with deterministic_kernels(loaded.config.deterministic), run_context(loaded, resume, resume_path) as run:
             return train(run)
     config, device = loaded.config, choose_device()
     if rank() == 0:
@@ -69,6 +70,7 @@ def train(run: RunContext) -> Path:
     data = prepare_data(run.loaded, run.accelerator, trains=True)
     plan, schedule = build_plan(run, data)
     shapes = watch_memory(run, data, plan, schedule)  # whatever runs out of it from here on says what to change
+    attention = use_attention(run, data.spec, shapes[0])
 
     # Prompts are encoded, and the text encoder is freed, before the transformer is loaded.
     previews = encode_previews(run, data.spec)
@@ -76,7 +78,7 @@ def train(run: RunContext) -> Path:
 
     # Model: base weights, what is trained, its optimizer; then the state that the run goes on from, if there is one.
     state = build_model(run, data.spec, schedule.num_steps)
-    manifest = restore(run, state, data, plan, schedule)
+    manifest = restore(run, state, data, plan, schedule, attention.kernel)
     log = StepLogger(run, state, schedule.num_steps)
     tasks = PeriodicTasks(run, state, data, plan, schedule, previews, manifest, log, shapes[-1])
 

@@ -70,7 +70,8 @@ def test_check_says_why_its_page_cannot_be_written(anima, config, tmp_path):
 
 
 def test_check_measures_the_smallest_and_the_largest_bucket(anima, config, tmp_path):
-    text = anima("check", *config, "--measure", "2")
+    text = anima("check", *config, "--measure", "2", "--set", "attention='math'")
+    assert "\nattention: math, as the configuration says\n" in text
     seconds = [float(number) for number in re.findall(r"measured \d+x\d+, batch 2: (\S+) s a step, \S+ [MG]iB", text)]
     assert re.findall(r"measured (\d+x\d+),", text) == ["128x128", "192x192"]
     assert all(seconds)

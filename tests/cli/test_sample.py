@@ -104,6 +104,15 @@ def test_the_same_seed_gives_the_same_bytes_and_overwrites_nothing(sample):
     assert pixels(other[0]) != pixels(again[0])
 
 
+def test_attention_is_computed_as_the_config_says(sample):
+    (by_math,) = sample("--prompt", "a", "--set", "attention='math'")
+    (fused,) = sample("--prompt", "a")
+    for first, second in zip(pixels(by_math), pixels(fused), strict=True):
+        assert abs(first - second) <= 2
+    with pytest.raises(ConfigError, match='attention: found "cudnn", which does not work on the CPU'):
+        sample("--prompt", "a", "--set", "attention='cudnn'")
+
+
 def test_every_setting_changes_the_picture(sample, tmp_path):
     changes = ["", "cfg = 2", "cfg = 1", "shift = 1", 'negative_prompt = "x"', "steps = 4", "seed = 1"]
     (tmp_path / "p.toml").write_text("\n".join(f'[[prompt]]\nprompt = "a"\n{change}' for change in changes))

@@ -37,6 +37,10 @@ FROZEN = {f"model.{name}_lr": 0.0 for name in ("self_attn", "cross_attn", "mlp",
             'model.transformer_dtype: found "bfloat16", which needs dtype = "bfloat16"; remove it',
         ),
         (
+            {"deterministic": True, "attention": "cudnn"},
+            'attention: found "cudnn", which torch does not allow with deterministic = true; use "auto"',
+        ),
+        (
             {"force_constant_lr": 1e-5, "warmup_steps": 10, "lr_scheduler": "cosine"},
             "force_constant_lr: excludes lr_scheduler and warmup_steps; remove them or this",
         ),
