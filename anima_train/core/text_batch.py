@@ -9,6 +9,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from anima_train.core.tensor_fields import TensorFields
+
 CONTEXT_ROWS = 512  # cross-attention sees at least this many rows; those past the caption are zeros, and count
 T5_PAD = 0  # the id of <pad>
 
@@ -22,17 +24,13 @@ class EncodedText:
 
 
 @dataclass(frozen=True)
-class TextStates:
+class TextStates(TensorFields):
     """The input of the LLM adapter for a batch, padded on the right; masks are True at real rows."""
 
     qwen: Float[Tensor, "B S D"]
     qwen_mask: Bool[Tensor, "B S"]
     t5_ids: Int[Tensor, "B L"]
     t5_mask: Bool[Tensor, "B L"]
-
-    def to(self, device: torch.device) -> "TextStates":
-        """Return the batch on a device."""
-        return TextStates(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
 
 def pad_rows(context: Float[Tensor, "B L C"]) -> Float[Tensor, "B rows C"]:
