@@ -146,8 +146,11 @@ class KahanAdamW(Optimizer):
     def update(self, parameters: Sequence[nn.Parameter], group: dict[str, Any], skips: Tensor | None) -> None:
         """Update parameters of one kind, in float32, as one flat tensor: few kernels for many parameters."""
         states = [self.state[parameter] for parameter in parameters]
-        torch._foreach_add_([state["step"] for state in states], 1 if skips is None else 1 - skips.float())
-        step, (beta1, beta2) = states[0]["step"], group["betas"]
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1)
+        if skips is not None:
+            torch._foreach_sub_(steps, [skips.float()] * len(steps))  # a list: one tensor would be read as a number
+        step, (beta1, beta2) = steps[0], group["betas"]
         gradient = flat([parameter.grad for parameter in parameters if parameter.grad is not None]).float()
         mean = flat([state["exp_avg"] for state in states]).float().lerp_(gradient, 1 - beta1)
         square = flat([state["exp_avg_sq"] for state in states]).float().mul_(beta2)
