@@ -9,6 +9,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from anima_train.core.tensor_fields import TensorFields
+
 CONTEXT_ROWS = 512  # cross-attention sees at least this many rows; those past the caption are zeros, and count
 ROW_MULTIPLE = 16  # of a folded context's rows: never one alone, which a compiler takes for another kind
 T5_PAD = 0  # the id of <pad>
@@ -23,7 +25,7 @@ class EncodedText:
 
 
 @dataclass(frozen=True)
-class TextStates:
+class TextStates(TensorFields):
     """The input of the LLM adapter for a batch, padded on the right; masks are True at real rows."""
 
     qwen: Float[Tensor, "B S D"]
@@ -31,21 +33,13 @@ class TextStates:
     t5_ids: Int[Tensor, "B L"]
     t5_mask: Bool[Tensor, "B L"]
 
-    def to(self, device: torch.device) -> "TextStates":
-        """Return the batch on a device."""
-        return TextStates(**{name: tensor.to(device) for name, tensor in vars(self).items()})
-
 
 @dataclass(frozen=True)
-class TextContext:
+class TextContext(TensorFields):
     """The rows that cross-attention sees, of which the last are zeros, all in one batch, and only counted."""
 
     rows: Float[Tensor, "B L C"]
     num_zeros: int  # rows of zeros after these
-
-    def to(self, device: torch.device) -> "TextContext":
-        """Return the batch on a device."""
-        return TextContext(self.rows.to(device), self.num_zeros)
 
 
 def fold_rows(context: Float[Tensor, "B L C"]) -> TextContext:

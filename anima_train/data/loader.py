@@ -2,17 +2,18 @@
 
 import concurrent.futures
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Generic, TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from anima_train.core.errors import DataError
 from anima_train.core.random import stream, uniform
 from anima_train.core.shapes import LATENT_PIXELS
+from anima_train.core.tensor_fields import TensorFields
 from anima_train.core.text_batch import EncodedText, TextContext, TextStates, fold_rows, pad_states
 from anima_train.data.cache import Cache, DamagedEntry, Kind, entry_key
 from anima_train.data.plan import MicroBatch, SampleRef
@@ -27,7 +28,7 @@ Source = TypeVar("Source", View, str)
 
 
 @dataclass(frozen=True)
-class Batch:
+class Batch(TensorFields):
     """The samples that the loss is computed on."""
 
     latents: Float[Tensor, "B 16 1 H W"]  # normalised, float32
@@ -37,23 +38,12 @@ class Batch:
     mask: Float[Tensor, "B 1 1 H W"] | None
     names: tuple[str, ...]  # of the samples, for messages
     is_padding: bool = False  # True: repeats another one, to keep processes in step, and has no weight
-    is_regularization: tuple[bool, ...] = ()  # of each sample, where roles matter
+    is_regularization: Bool[Tensor, " B"] | None = None  # where roles matter
 
     @property
     def size(self) -> int:
         """The number of samples in the batch."""
         return self.latents.shape[0]
-
-    def to(self, device: torch.device) -> "Batch":
-        """Return the batch on a device."""
-        return replace(
-            self,
-            latents=self.latents.to(device),
-            noise=self.noise.to(device),
-            t=self.t.to(device),
-            text=self.text.to(device),
-            mask=None if self.mask is None else self.mask.to(device),
-        )
 
 
 @dataclass(frozen=True)
@@ -176,7 +166,7 @@ class CachedData:
             mask=self.masks(views),
             names=tuple(sample.id for sample in samples),
             is_padding=is_padding,
-            is_regularization=tuple(sample.is_regularization for sample in samples),
+            is_regularization=torch.tensor([sample.is_regularization for sample in samples]),
         )
 
     def training_batch(

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from anima_train.core.errors import UserError
+from anima_train.run.accelerator import TIMEOUT
 
 PATIENCE = timedelta(days=30)
 
@@ -26,6 +27,14 @@ Made = TypeVar("Made")
 def patient_group() -> torch.distributed.ProcessGroup:
     """Return the process group of patient barriers; all processes have to make it at the same time."""
     group = torch.distributed.new_group(timeout=PATIENCE, backend="gloo")
+    assert isinstance(group, torch.distributed.ProcessGroup)
+    return group
+
+
+@functools.cache
+def host_group() -> torch.distributed.ProcessGroup:
+    """Return the process group of the hosts, with the timeout of training; all have to make it at the same time."""
+    group = torch.distributed.new_group(timeout=TIMEOUT, backend="gloo")
     assert isinstance(group, torch.distributed.ProcessGroup)
     return group
 
@@ -53,7 +62,8 @@ def process_group(accelerator: Accelerator) -> Iterator[None]:
     `Accelerator.end_training` would also close the trackers: their thread does that.
     """
     yield
-    patient_group.cache_clear()  # what is held until the interpreter ends may end it by an abort
+    for group in (patient_group, host_group):
+        group.cache_clear()  # what is held until the interpreter ends may end it by an abort
     accelerator.state.destroy_process_group()
 
 
@@ -80,8 +90,9 @@ def broadcast_from_main(accelerator: Accelerator, make: Callable[[], Made]) -> M
 
 
 def any_rank(accelerator: Accelerator, answers: list[bool]) -> list[bool]:
-    """Return for each answer True if it is True on any process."""
+    """Return for each answer True if it is True on any process; the hosts ask each other, no device is waited for."""
     if accelerator.num_processes == 1:
         return answers
-    numbers = torch.tensor(answers, dtype=torch.float32, device=accelerator.device)
-    return [number > 0 for number in accelerator.reduce(numbers, "sum").tolist()]
+    numbers = torch.tensor(answers, dtype=torch.float32)
+    torch.distributed.all_reduce(numbers, group=None if accelerator.device.type == "cpu" else host_group())
+    return [number > 0 for number in numbers.tolist()]

@@ -1,9 +1,10 @@
 """An exponential moving average of the trained weights."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
+from jaxtyping import Bool
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -38,25 +39,36 @@ class WeightAverage:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], settings: Ema) -> None:
         self.settings = settings
-        self.tensors: dict[str, Tensor] = {
-            name: parameter.detach().to(torch.float32, copy=True) for name, parameter in parameters.items()
-        }
-        self.chunks = list(chunks(self.tensors.values(), parameters.values()))
+        self.tensors: dict[str, Tensor] = {}
+        self.chunks: list[tuple[list[Tensor], list[Tensor]]] = []  # averages, parameters
+        self.flat: list[Tensor] = []  # of each chunk, all averages in one
+        for names in chunks(parameters):
+            members: list[Tensor] = [parameters[name] for name in names]
+            flat = torch.cat([parameter.detach().reshape(-1).float() for parameter in members])
+            parts = flat.split([parameter.numel() for parameter in members])
+            averages = [part.view_as(parameter) for part, parameter in zip(parts, members, strict=True)]
+            self.tensors.update(zip(names, averages, strict=True))
+            self.chunks.append((averages, members))
+            self.flat.append(flat)
 
     @torch.no_grad()
-    def update(self, num_updates: int) -> None:
+    def update(self, num_updates: int, skips: Bool[Tensor, ""] | None = None) -> None:
         """Follow the parameters, `average <- decay average + (1 - decay) parameter`, after an optimizer step.
 
         Args:
             num_updates: optimizer steps so far, this one included.
+            skips: where it is True, no bit of the average changes; nothing waits for it.
         """
         weight = 1 - self.settings.decay_after(num_updates)
-        for averages, parameters in self.chunks:
+        for flat, (averages, parameters) in zip(self.flat, self.chunks, strict=True):
+            before = None if skips is None else flat.clone()
             values = parameters
             if parameters[0].dtype != torch.float32:
                 values = [torch.empty_like(average) for average in averages]
                 torch._foreach_copy_(values, parameters)
             torch._foreach_lerp_(averages, values, weight)
+            if skips is not None and before is not None:
+                torch.where(skips, before, flat, out=flat)
 
     def load(self, tensors: Mapping[str, Tensor], what: str) -> None:
         """Put back what `tensors` were, exactly; nothing is changed unless all of it fits.
@@ -91,18 +103,20 @@ class WeightAverage:
                     torch._foreach_copy_(parameters, values)
 
 
-def chunks(averages: Iterable[Tensor], parameters: Iterable[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Yield (averages, parameters) of one dtype and device, about `CHUNK` elements together: few kernels for many.
+def chunks(parameters: Mapping[str, Tensor]) -> list[list[str]]:
+    """Return the names of parameters of one dtype and device, about `CHUNK` elements together: few kernels for many.
 
     `_foreach_copy_` of torch 2.10 takes all that it writes to for the dtype of the first.
     """
-    kinds: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
-    for average, parameter in zip(averages, parameters, strict=True):
+    found: list[list[str]] = []
+    sizes: list[int] = []
+    places: dict[tuple[torch.dtype, torch.device], int] = {}  # of the chunk that is being filled
+    for name, parameter in parameters.items():
         kind = (parameter.dtype, parameter.device)
-        chunk = kinds.setdefault(kind, ([], []))
-        if chunk[0] and sum(map(torch.numel, chunk[0])) + average.numel() > CHUNK:
-            yield chunk
-            chunk = kinds[kind] = ([], [])
-        chunk[0].append(average)
-        chunk[1].append(parameter)
-    yield from kinds.values()
+        if kind not in places or sizes[places[kind]] + parameter.numel() > CHUNK:
+            places[kind] = len(found)
+            found.append([])
+            sizes.append(0)
+        found[places[kind]].append(name)
+        sizes[places[kind]] += parameter.numel()
+    return found

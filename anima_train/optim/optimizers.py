@@ -96,14 +96,20 @@ class KahanAdamW(Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.moments_dtype = moments_dtype
+        self.ages: dict[nn.Parameter, int] = {}  # equal numbers: equal steps, without a look at the device
+        self.num_calls = 0
+        self._step_supports_amp_scaling = True  # torch's name: `found_inf` is heeded, see `optim.skipping`
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
+        """Update every parameter that has a gradient; the device does nothing if its attribute `found_inf` is 1."""
         loss = None if closure is None else closure()
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        skips = None if found_inf is None else found_inf == 1
+        self.num_calls += 1
         for group in self.param_groups:
             for parameters in self.chunks(group["params"]):
-                self.update(parameters, group)
+                self.update(parameters, group, skips)
         return loss
 
     def chunks(self, parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
@@ -114,9 +120,11 @@ class KahanAdamW(Optimizer):
         for parameter in parameters:
             if parameter.grad is None:
                 continue
-            state = self.state[parameter] or self.start(parameter)
-            state["step"] += 1
-            this_kind = (parameter.dtype, parameter.device, int(state["step"]))
+            if not self.state[parameter]:
+                self.start(parameter)
+            # Of those that began with one step, only those that took part in the same calls have one step still.
+            self.ages[parameter] = hash((self.ages.get(parameter, 0), self.num_calls))
+            this_kind = (parameter.dtype, parameter.device, self.ages[parameter])
             if chunk and (this_kind != kind or size + parameter.numel() > CHUNK):
                 yield chunk
                 chunk, size = [], 0
@@ -126,38 +134,40 @@ class KahanAdamW(Optimizer):
         if chunk:
             yield chunk
 
-    def start(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Make the state of a parameter that was never updated, and return it."""
+    def start(self, parameter: nn.Parameter) -> None:
+        """Make the state of a parameter that was never updated."""
         state = self.state[parameter]
-        state["step"] = torch.zeros((), dtype=torch.float32)
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
         state["exp_avg"] = torch.zeros_like(parameter, dtype=self.moments_dtype)
         state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=self.moments_dtype)
         if parameter.dtype == torch.bfloat16:
             state["compensation"] = torch.zeros_like(parameter, dtype=torch.int16)
-        return state
 
-    def update(self, parameters: Sequence[nn.Parameter], group: dict[str, Any]) -> None:
+    def update(self, parameters: Sequence[nn.Parameter], group: dict[str, Any], skips: Tensor | None) -> None:
         """Update parameters of one kind, in float32, as one flat tensor: few kernels for many parameters."""
         states = [self.state[parameter] for parameter in parameters]
-        step = int(states[0]["step"])
-        beta1, beta2 = group["betas"]
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1)
+        if skips is not None:
+            torch._foreach_sub_(steps, [skips.float()] * len(steps))  # a list: one tensor would be read as a number
+        step, (beta1, beta2) = steps[0], group["betas"]
         gradient = flat([parameter.grad for parameter in parameters if parameter.grad is not None]).float()
         mean = flat([state["exp_avg"] for state in states]).float().lerp_(gradient, 1 - beta1)
         square = flat([state["exp_avg_sq"] for state in states]).float().mul_(beta2)
         square.addcmul_(gradient, gradient, value=1 - beta2)
-        store(mean, [state["exp_avg"] for state in states])
-        store(square, [state["exp_avg_sq"] for state in states])
+        store(mean, [state["exp_avg"] for state in states], skips)
+        store(square, [state["exp_avg_sq"] for state in states], skips)
 
         weight = flat(parameters)
         compensated = weight.dtype == torch.bfloat16
         if compensated:
             weight = join_halves(weight, flat([state["compensation"] for state in states]))
         weight.mul_(1 - group["lr"] * group["weight_decay"])
-        denominator = square.div_(1 - beta2**step).sqrt_().add_(group["eps"])
-        weight.addcdiv_(mean, denominator, value=-group["lr"] / (1 - beta1**step))
-        store(weight, parameters)
+        denominator = square.div_(bias_correction(beta2, step)).sqrt_().add_(group["eps"])
+        weight.addcdiv_(mean.mul_(-group["lr"] / bias_correction(beta1, step)), denominator)
+        store(weight, parameters, skips)
         if compensated:
-            store(lower_half(weight), [state["compensation"] for state in states])
+            store(lower_half(weight), [state["compensation"] for state in states], skips)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put a state back as it is; torch would convert all of it to the parameters' dtype."""
@@ -165,9 +175,10 @@ class KahanAdamW(Optimizer):
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, parameter in zip(indices, parameters, strict=True):
-            for name, value in state_dict["state"].get(index, {}).items():
-                if name != "step":
-                    self.state[parameter][name] = value.to(device=parameter.device, copy=True)
+            state = state_dict["state"].get(index, {})
+            for name, value in state.items():
+                self.state[parameter][name] = value.to(device=parameter.device, copy=True)
+            self.ages[parameter] = hash((int(state.get("step", 0)), -1))
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
@@ -175,10 +186,26 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
-def store(values: Tensor, targets: Sequence[Tensor]) -> None:
-    """Put the elements of a flat tensor back into the tensors they belong to, converted to their dtype."""
+def store(values: Tensor, targets: Sequence[Tensor], skips: Tensor | None) -> None:
+    """Put the elements of a flat tensor back into the tensors they belong to, converted to their dtype.
+
+    Args:
+        values: all elements.
+        targets: of one dtype.
+        skips: if it is True, every target stays as it is.
+    """
+    if skips is not None and len(targets) == 1:  # large: in one pass over the memory
+        torch.where(skips, targets[0], values.view_as(targets[0]).to(targets[0].dtype), out=targets[0])
+        return
+    if skips is not None:  # small: in few kernels
+        values = torch.where(skips, flat(targets), values.to(targets[0].dtype))
     parts = values.split([target.numel() for target in targets])
     torch._foreach_copy_(list(targets), [part.view_as(target) for part, target in zip(parts, targets, strict=True)])
+
+
+def bias_correction(beta: float, step: Tensor) -> Tensor:
+    """Return `1 - beta^step`, in float64 where the device has it."""
+    return 1 - beta ** step.to(torch.float32 if step.device.type == "mps" else torch.float64)
 
 
 def lower_half(weight: Tensor) -> Tensor:

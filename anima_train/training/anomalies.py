@@ -7,6 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
 from anima_train.core.errors import NumericError
 from anima_train.core.format import count, listed
 from anima_train.data.plan import Step
@@ -52,6 +56,26 @@ class SkippedUpdates:
                 "the state before them is saved, and earlier files are kept. Lower the learning rate; if this comes "
                 "with the first steps at any rate, check the model's files"
             )
+
+
+class UpdateGuard:
+    """Decides on the device which updates are skipped, long before `SkippedUpdates` hears of it on the host.
+
+    After `MAX_SKIPPED` in a row it skips all: when the host ends the run, nothing has changed since the first of them.
+
+    Args:
+        device: that trains.
+        in_a_row: updates that were skipped last.
+    """
+
+    def __init__(self, device: torch.device, in_a_row: int) -> None:
+        self.in_a_row = torch.full((), in_a_row, device=device)
+
+    def skips(self, loss: Float[Tensor, ""], grad_norm: Float[Tensor, ""]) -> Bool[Tensor, ""]:
+        """Return True if the update of a step is to be skipped; to be called for each, in order."""
+        is_wrong = ~(loss.isfinite() & grad_norm.isfinite()) | (self.in_a_row >= MAX_SKIPPED)
+        self.in_a_row = torch.where(is_wrong, self.in_a_row + 1, 0)
+        return is_wrong
 
 
 def step_names(step: Step, samples: Sequence[Sample]) -> list[str]:

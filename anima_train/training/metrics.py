@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,12 +12,14 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
 
+from anima_train.core.host_copy import HostCopy
 from anima_train.data.loader import Batch
 from anima_train.objective.timesteps import T_BINS
 from anima_train.run.progress import ProgressBar
 from anima_train.run.trackers import Trackers, open_trackers
 from anima_train.training.context import RunContext
 from anima_train.training.memory import peak_bytes, start_peak
+from anima_train.training.prefetch import RankStep
 from anima_train.training.setup import TrainState
 
 logger = logging.getLogger(__name__)
@@ -31,6 +34,16 @@ class StepLosses:
     loss: float
     by_role: dict[str, float]
     by_t: list[tuple[int, float, int]]  # (range of t, mean, number of samples)
+
+    @classmethod
+    def of(cls, sums: Sequence[float]) -> "StepLosses":
+        """Return the means of sums of all processes, as `StepSums.take` makes them."""
+        loss, *values = sums
+        pairs = list(zip(values[::2], values[1::2], strict=True))
+        roles, ranges = pairs[: len(ROLES)], pairs[len(ROLES) :]
+        by_role = {role: total / number for role, (total, number) in zip(ROLES, roles, strict=True) if number}
+        by_t = [(place, total / number, int(number)) for place, (total, number) in enumerate(ranges) if number]
+        return cls(loss, by_role, by_t)
 
 
 class StepSums:
@@ -48,38 +61,43 @@ class StepSums:
         Args:
             share: its part of the step's loss.
             losses: of its samples.
-            batch: the samples.
+            batch: the samples, on the same device.
             is_padding: True if they repeat samples of the step, only to keep this process in step.
         """
         self.loss += share.detach()
         if is_padding:
             return
-        device = self.sums.device
         values = torch.stack([losses.detach(), torch.ones_like(losses)], dim=1)
-        self.ranges.index_add_(0, (batch.t * T_BINS).long().clamp(0, T_BINS - 1).to(device), values)
-        if self.has_roles:
-            self.roles.index_add_(0, torch.tensor(batch.is_regularization, device=device).long(), values)
+        self.ranges.index_add_(0, (batch.t * T_BINS).long().clamp(0, T_BINS - 1), values)
+        if self.has_roles and batch.is_regularization is not None:
+            self.roles.index_add_(0, batch.is_regularization.long(), values)
 
-    def take(self, accelerator: Accelerator) -> StepLosses:
-        """Return the step's losses over all processes, which all call this, and begin the sums anew."""
-        loss, *values = accelerator.reduce(self.sums, "sum").tolist()
+    def take(self, accelerator: Accelerator) -> Float[Tensor, " N"]:
+        """Return the step's sums over all processes, which all call this, and begin anew; the loss is the first."""
+        sums: Tensor = accelerator.reduce(self.sums, "sum")
         self.sums.zero_()
-        pairs = list(zip(values[::2], values[1::2], strict=True))
-        roles, ranges = pairs[: len(ROLES)], pairs[len(ROLES) :]
-        by_role = {role: total / number for role, (total, number) in zip(ROLES, roles, strict=True) if number}
-        by_t = [(place, total / number, int(number)) for place, (total, number) in enumerate(ranges) if number]
-        return StepLosses(loss, by_role, by_t)
+        return sums
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """The numbers of a step."""
+class MadeStep:
+    """A step that the device has been told to make; only `numbers` are of what has come out."""
 
-    epoch: int
-    losses: StepLosses
-    grad_norm: float  # before clipping
+    planned: RankStep
+    samples_seen: int  # with it
     lr_factor: float  # on the base rates
-    problem: str | None  # the reason why its update was skipped
+    rates: dict[str, float]  # by component
+    numbers: HostCopy  # sums of the losses, then the gradient norm before clipping
+
+    @property
+    def number(self) -> int:
+        """The number of steps that are done with it."""
+        return self.planned.index + 1
+
+    def result(self) -> tuple[StepLosses, float]:
+        """Return its losses and its gradient norm; wait until the device has them."""
+        *sums, grad_norm = self.numbers.read()
+        return StepLosses.of(sums), grad_norm
 
 
 class StepLogger:
@@ -107,32 +125,32 @@ class StepLogger:
         self.started, self.seen_before = time.monotonic(), self.state.samples_seen
         start_peak(self.run.device)
 
-    def x(self) -> int:
-        """Return the place of now on the curves' axis."""
-        return self.state.samples_seen if self.run.config.x_axis_examples else self.state.step
+    def x(self, step: int, samples_seen: int) -> int:
+        """Return the place on the curves' axis."""
+        return samples_seen if self.run.config.x_axis_examples else step
 
-    def step(self, result: StepResult, next_event: str) -> None:
+    def step(self, made: MadeStep, losses: StepLosses, grad_norm: float, next_event: str) -> None:
         """Log a step."""
         if not self.run.is_main:
             return
-        state, losses = self.state, result.losses
         seconds = time.monotonic() - self.started
-        speed = (state.samples_seen - self.seen_before) / seconds
+        speed = (made.samples_seen - self.seen_before) / seconds
         values: dict[str, Any] = {
-            "step": state.step,
-            "epoch": result.epoch,
-            "examples": state.samples_seen,
+            "step": made.number,
+            "epoch": made.planned.epoch,
+            "examples": made.samples_seen,
             "loss": losses.loss,
-            "lr": self.run.config.optimizer.lr * result.lr_factor,
-            **{f"lr/{group['component']}": group["lr"] for group in state.optimizer.param_groups},
+            "lr": self.run.config.optimizer.lr * made.lr_factor,
+            **{f"lr/{component}": rate for component, rate in made.rates.items()},
             **{f"loss/{role}": mean for role, mean in losses.by_role.items()},
-            "grad_norm": result.grad_norm,
+            "grad_norm": grad_norm,
             "images_per_second": speed,
             "seconds": seconds,
             "memory_bytes": peak_bytes(self.run.device),
         }
         self.run.folder.log(self.run.folder.metrics_path, values | {"loss_by_t": losses.by_t})
-        self.trackers.log({key: value for key, value in values.items() if key not in ("step", "examples")}, self.x())
-        if spike := self.state.spikes.after(state.step, result.grad_norm):
-            logger.warning("%s", spike, extra={"step": state.step})
-        self.progress.update(state.step, losses.loss, speed, values["memory_bytes"], next_event)
+        shown = {key: value for key, value in values.items() if key not in ("step", "examples")}
+        self.trackers.log(shown, self.x(made.number, made.samples_seen))
+        if spike := self.state.spikes.after(made.number, grad_norm):
+            logger.warning("%s", spike, extra={"step": made.number})
+        self.progress.update(made.number, losses.loss, speed, values["memory_bytes"], next_event)

@@ -54,7 +54,7 @@ def rank_steps(plan: Plan, schedule: EpochSchedule, start: int, rank: int, world
 @contextlib.contextmanager
 def prefetch_steps(
     steps: Iterator[RankStep], data: CachedData, timestep: Callable[[float, int], float], uncond_fraction: float,
-    num_threads: int,
+    num_threads: int, pins: bool = False,
 ) -> Iterator[Iterator[tuple[RankStep, Iterator[Batch]]]]:  # fmt: skip
     """Yield an iterator over steps, each with its batches, which threads read a few ahead, over a step's end too.
 
@@ -66,11 +66,13 @@ def prefetch_steps(
         timestep: (quantile, image tokens) -> t.
         uncond_fraction: share of the captions replaced by the empty one.
         num_threads: that read.
+        pins: True if they also put the batches into pinned memory.
     """
 
     def make(item: tuple[RankStep, RankMicroBatch]) -> Batch:
         step, mine = item
-        return data.training_batch(mine.micro_batch, step.epoch, mine.is_padding, timestep, uncond_fraction)
+        batch = data.training_batch(mine.micro_batch, step.epoch, mine.is_padding, timestep, uncond_fraction)
+        return batch.pin_memory() if pins else batch
 
     shown, read = itertools.tee(steps)
     items = ((step, micro_batch) for step in read for micro_batch in step.micro_batches)

@@ -23,12 +23,14 @@ from anima_train.distributed.collectives import patient_barrier
 from anima_train.distributed.signals import Abandoned
 from anima_train.evaluation.evaluate import base_text, evaluate, read_base
 from anima_train.evaluation.previews import Previews
+from anima_train.run.intervals import next_event
 from anima_train.run.manifest import seen_facts
 from anima_train.training.anomalies import naming, step_names
 from anima_train.training.build import all_intervals
 from anima_train.training.context import RunContext
+from anima_train.training.late import LateSteps
 from anima_train.training.memory import MicroBatchShape
-from anima_train.training.metrics import StepLogger
+from anima_train.training.metrics import MadeStep, StepLogger
 from anima_train.training.prefetch import RankStep
 from anima_train.training.prepare import Prepared
 from anima_train.training.setup import TrainState
@@ -51,10 +53,12 @@ class PeriodicTasks:
     manifest: Mapping[str, Any]
     log: StepLogger
     evaluated: MicroBatchShape  # the largest micro-batch of an evaluation
+    lag: int  # see `LateSteps`
     scores: dict[int, float] = field(default_factory=dict)  # mean evaluation loss after a step
 
     def __post_init__(self) -> None:
         self.writer = self.context.stack.enter_context(AsyncWriter())  # closed with the run
+        self.late = self.context.stack.enter_context(LateSteps(self.lag, self.log_step, self.check_skipped))
         self.intervals = all_intervals(self.context.config, time.monotonic())
 
     def before_first_step(self) -> list[str]:
@@ -76,10 +80,15 @@ class PeriodicTasks:
         seen_before = state.samples_seen - step.planned.num_samples
         place = (state.step, step.epoch, self.schedule.epochs_done(step.index), seen_before, state.samples_seen)
         due = {name: interval.after(*place) for name, interval in self.intervals.items()}
-        pending = self.run(name for name in ("evaluation", "preview") if due[name])
+        looks = [name for name in ("evaluation", "preview") if due[name]]
+        if looks:
+            self.late.tell_all()
+        pending = self.run(looks)
         writes = context.is_main and (due["save"] or due["training state"])
         request = context.signals.requested(context.accelerator, writes)
         is_last = state.step == self.schedule.num_steps
+        if request.waits or is_last:
+            self.late.tell_all()  # not before the request: all processes do it in the same step
         if context.is_main:
             if (due["save"] or request.saves) and not is_last:
                 self.save_weights(state.step)
@@ -135,7 +144,7 @@ class PeriodicTasks:
             values = result.metrics(base.get(result.name))
             folder.log(folder.evaluations_path, {"step": state.step, "examples": state.samples_seen, **values})
             logger.info("step %d: %s/loss %.5f", state.step, result.name, values[f"{result.name}/loss"])
-            self.log.trackers.log(values, self.log.x())
+            self.log.trackers.log(values, self.log.x(state.step, state.samples_seen))
         self.scores = {state.step: sum(float(result.losses.mean()) for result in results) / len(results)}
 
     def preview(self) -> None:
@@ -164,7 +173,7 @@ class PeriodicTasks:
             logger.warning("no preview (%s)", error, extra={"step": state.step})
             return
         logger.info("step %d: %s in %s", state.step, count(len(paths), "preview"), previews.folder)
-        self.log.trackers.show(pictures, self.log.x())
+        self.log.trackers.show(pictures, self.log.x(state.step, state.samples_seen))
 
     def save_weights(self, step: int | None) -> Path:
         """Have the LoRA or the model written; None: after the last step. Return its path."""
@@ -210,18 +219,24 @@ class PeriodicTasks:
 
         self.writer.write(state_tensors(state.transformer, state.optimizer, state.ema), write)
 
-    def skip(self, problem: str, step: RankStep) -> None:
-        """Tell about an update that was skipped, with the images of the step.
+    def log_step(self, made: MadeStep) -> None:
+        """Log a step's numbers; warn of an update that was skipped, with the images of the step."""
+        losses, grad_norm = made.result()
+        if problem := self.state.skipped.after(losses.loss, grad_norm):
+            warning = naming(problem, step_names(made.planned.planned, self.plan.samples))
+            logger.warning("%s", warning, extra={"step": made.number})
+        self.log.step(made, losses, grad_norm, next_event(self.intervals, made.number, self.schedule))
+
+    def check_skipped(self, made: MadeStep) -> None:
+        """Look at how many updates in a row were skipped with that of this step.
 
         Raises:
-            NumericError: too many in a row were; the state before them is saved.
+            NumericError: too many; the state before them is saved.
         """
         skipped = self.state.skipped
-        warning = naming(problem, step_names(step.planned, self.plan.samples))
-        logger.warning("%s", warning, extra={"step": self.state.step})
         if skipped.is_over:
             if self.context.is_main:
-                self.save_state(self.state.step - skipped.in_a_row)  # nothing has changed since
+                self.save_state(made.number - skipped.in_a_row)  # nothing has changed since, see `UpdateGuard`
             self.wait_for_writes()
         skipped.check()
 

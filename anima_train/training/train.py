@@ -12,16 +12,18 @@ from anima_train.config.load import LoadedConfig
 from anima_train.config.model_files import build_model_spec
 from anima_train.core.determinism import deterministic_kernels
 from anima_train.core.device import choose_device, describe_device
+from anima_train.core.host_copy import HostCopy, is_asynchronous
 from anima_train.core.random import derive
 from anima_train.data.loader import Batch
 from anima_train.distributed.launcher import rank, world_size
 from anima_train.objective.step import compute_loss
-from anima_train.run.intervals import next_event
+from anima_train.optim.skipping import step_unless
 from anima_train.run.log import logged_to, terminal
+from anima_train.training.anomalies import UpdateGuard
 from anima_train.training.context import RunContext, run_context
 from anima_train.training.dry_run import describe_run
 from anima_train.training.memory_check import try_shape
-from anima_train.training.metrics import StepLogger, StepResult, StepSums
+from anima_train.training.metrics import MadeStep, StepLogger, StepSums
 from anima_train.training.prefetch import RankStep, prefetch_steps, rank_steps
 from anima_train.training.prepare import prepare_data, scan_all, with_online_text_encoder
 from anima_train.training.restore import restore
@@ -59,8 +61,13 @@ def run_training(
     return None
 
 
-def train(run: RunContext) -> Path:
+def train(run: RunContext, lag: int | None = None) -> Path:
     """Train; return the path of the final weights.
+
+    Args:
+        run: the run.
+        lag: steps that the device is told to make before the numbers of one are read, see `LateSteps`; None: one where
+            the device works behind the host's back, so that it never has to wait for the host.
 
     Raises:
         Interrupted: a signal or a file has asked for it; the state is saved.
@@ -80,7 +87,9 @@ def train(run: RunContext) -> Path:
     state = build_model(run, data.spec, schedule.num_steps)
     manifest = restore(run, state, data, plan, schedule, attention.kernel)
     log = StepLogger(run, state, schedule.num_steps)
-    tasks = PeriodicTasks(run, state, data, plan, schedule, previews, manifest, log, shapes[-1])
+    is_async = is_asynchronous(run.device)
+    lag = int(is_async) if lag is None else lag
+    tasks = PeriodicTasks(run, state, data, plan, schedule, previews, manifest, log, shapes[-1], lag)
 
     # The largest micro-batches first, so that a run that does not fit into the memory ends here.
     for shape in shapes:
@@ -92,28 +101,26 @@ def train(run: RunContext) -> Path:
     tasks.run(tasks.before_first_step())
 
     sums = StepSums(run.device, has_roles=len({sample.is_regularization for sample in plan.samples}) > 1)
+    guard = UpdateGuard(run.device, state.skipped.in_a_row)
     steps = rank_steps(plan, schedule, state.step, run.accelerator.process_index, run.accelerator.num_processes)
     with prefetch_steps(
-        steps, data.train, config.timesteps().at, config.uncond_fraction, config.num_workers
+        steps, data.train, config.timesteps().at, config.uncond_fraction, config.num_workers, pins=is_async
     ) as prefetched:
         log.start()
         run.signals.is_stepping = True
         for step, batches in prefetched:
-            result = train_step(run, state, step, batches, sums)
-            if result.problem is not None:
-                tasks.skip(result.problem, step)
-            log.step(result, next_event(tasks.intervals, state.step, schedule))
+            tasks.late.add(train_step(run, state, step, batches, sums, guard))
             tasks.run_due(step)
     return tasks.finish()
 
 
 def train_step(
-    run: RunContext, state: TrainState, step: RankStep, batches: Iterator[Batch], sums: StepSums
-) -> StepResult:
+    run: RunContext, state: TrainState, step: RankStep, batches: Iterator[Batch], sums: StepSums, guard: UpdateGuard
+) -> MadeStep:
     """Make one optimizer step: forward and backward of its micro-batches, clipping, the update, the average.
 
     Each sample weighs the same in the step, whatever the sizes of the micro-batches. An update that is not finite is
-    skipped, on all processes together.
+    skipped, on all processes together. Nothing here waits for the device.
     """
     config, accelerator = run.config, run.accelerator
     loss_function = config.loss()
@@ -121,23 +128,25 @@ def train_step(
         run.memory.doing, run.memory.shape = f"step {step.index + 1}", mine.shape
         torch.manual_seed(derive(config.seed, "dropout", step.index, mine.address))
         is_last = mine is step.micro_batches[-1]
+        on_device = batch.to(run.device, non_blocking=True)
         with contextlib.nullcontext() if is_last else accelerator.no_sync(state.model):
-            losses = compute_loss(state.model, batch.to(run.device), loss_function)
+            losses = compute_loss(state.model, on_device, loss_function)
             share = losses.sum() / step.planned.num_samples * (0.0 if mine.is_padding else 1.0)
             accelerator.backward(share * accelerator.num_processes)  # DDP averages, and a sum is wanted
-        sums.add(share, losses, batch, mine.is_padding)
+        sums.add(share, losses, on_device, mine.is_padding)
 
     factor = state.lr_factor(step.index)
     for group in state.optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
-    grad_norm = float(accelerator.clip_grad_norm_(state.parameters, config.gradient_clipping or math.inf))
-    means = sums.take(accelerator)  # of all processes, as is the norm: all skip together
-    problem = state.skipped.after(means.loss, grad_norm)
-    if problem is None:
-        state.optimizer.step()
-        if state.ema is not None:
-            state.ema.update(step.index + 1)
+    grad_norm = accelerator.clip_grad_norm_(state.parameters, config.gradient_clipping or math.inf)
+    totals = sums.take(accelerator)  # of all processes, as is the norm: all skip together
+    skips = guard.skips(totals[0], grad_norm)
+    step_unless(state.optimizer, skips)
+    if state.ema is not None:
+        state.ema.update(step.index + 1, skips)
     state.optimizer.zero_grad(set_to_none=True)
     state.step = step.index + 1
     state.samples_seen += step.planned.num_samples
-    return StepResult(step.epoch, means, grad_norm, factor, problem)
+    rates = {group["component"]: group["lr"] for group in state.optimizer.param_groups}
+    numbers = HostCopy(torch.cat([totals, grad_norm.float().reshape(1)]))
+    return MadeStep(step, state.samples_seen, factor, rates, numbers)
