@@ -16,15 +16,20 @@ from anima_train.model.lora_linear import LoraLinear
 class LinearBatch:
     """Frozen linears of one shape, with low-rank updates or without, as one batch of products.
 
-    Their weights become views of one tensor, so that nothing is held twice. It follows no move to another device or
-    dtype: made when the model is where it computes.
+    Their weights become views of one tensor, so that nothing is held twice.
     """
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        self.linears = linears
         self.adapted = [linear for linear in linears if isinstance(linear, LoraLinear)]
-        self.weight = torch.stack([linear.weight.detach() for linear in linears])  # (n, out, in)
-        for linear, weight in zip(linears, self.weight.unbind(), strict=True):
+        self.weight = self.shared()
+
+    def shared(self) -> Float[Tensor, "n out in"]:
+        """Make the linears' weights views of one tensor, and return that."""
+        weights = torch.stack([linear.weight.detach() for linear in self.linears])
+        for linear, weight in zip(self.linears, weights.unbind(), strict=True):
             linear.weight.data = weight
+        return weights
 
     @staticmethod
     def fits(linears: Sequence[nn.Linear]) -> bool:
@@ -34,6 +39,9 @@ class LinearBatch:
 
     def __call__(self, x: Tensor) -> Float[Tensor, "n B out"]:
         """Return each linear's output for x, (B, in) for all or (n, B, in)."""
+        now = self.linears[0].weight
+        if (now.device, now.dtype) != (self.weight.device, self.weight.dtype):  # the model has been moved
+            self.weight = self.shared()
         out = product(x, self.weight)
         if not self.adapted:
             return out

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from anima_train.core.transfers import pinned_copy
 from anima_train.model.dit import Block, RunBlock, run_block
 
 aten = torch.ops.aten
@@ -73,10 +74,9 @@ def kept_on_host(tokens: Tensor) -> Iterator[None]:
     """
 
     def pack(tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
-        if tensor.untyped_storage().data_ptr() != tokens.untyped_storage().data_ptr():
+        if tensor.untyped_storage()._cdata != tokens.untyped_storage()._cdata:
             return tensor
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        return tensor.device, host.copy_(tensor, non_blocking=True)
+        return tensor.device, pinned_copy(tensor) if tensor.is_cuda else tensor.to("cpu", copy=True)
 
     def unpack(packed: Tensor | tuple[torch.device, Tensor]) -> Tensor:
         if isinstance(packed, Tensor):

@@ -13,14 +13,19 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from anima_train.adapters.lora import Lora
+from anima_train.core.text_batch import TextContext, fold_rows, pad_rows
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
+from anima_train.model.recompute import Recompute
 from anima_train.optim.groups import COMPONENTS, LearningRates
 from anima_train.run.accelerator import make_accelerator
+from anima_train.training.build import block_runner
 
 CONTEXT = 1024  # width of the text
-TEXT_ROWS = 512
-REAL_ROWS = 100  # of them; the others are zeros
-DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+REAL_ROWS = 96  # of the text's 512; the others are zeros
+
+POLICIES: dict[str, Recompute] = {
+    "": "nothing", "eager": "nothing", "selective": "selective", "checkpointing": "blocks", "offload": "offload",
+}  # fmt: skip
 
 # Where diffusers has the 16 linears of each block.
 DIFFUSERS_TARGETS = (
@@ -53,12 +58,13 @@ class Inputs:
     latents: Tensor  # (B, 16, 1, H, W), float32
     target: Tensor  # the same
     t: Tensor  # (B, 1), float32
-    text: Tensor  # (B, 512, 1024)
+    context: TextContext  # of the text
+    text: Tensor  # the same with all its rows, (B, 512, 1024)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All of them."""
-        return self.latents, self.target, self.t, self.text
+        return self.latents, self.target, self.t, self.context.rows, self.text
 
 
 def shape_of(width: int, num_blocks: int) -> TransformerShape:
@@ -73,7 +79,7 @@ def random_inputs(size: tuple[int, int], batch_size: int, device: torch.device, 
     latents, target = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
     text = torch.randn(batch_size, REAL_ROWS, CONTEXT, generator=generator).to(device, dtype)
     t = torch.full((batch_size, 1), 0.5, device=device)
-    return Inputs(latents, target, t, F.pad(text, (0, 0, 0, TEXT_ROWS - REAL_ROWS)))
+    return Inputs(latents, target, t, fold_rows(text), pad_rows(text))
 
 
 def build_ours(shape: TransformerShape, rank: int, policy: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -82,40 +88,33 @@ def build_ours(shape: TransformerShape, rank: int, policy: str, device: torch.de
     Args:
         shape: of the transformer.
         rank: of the LoRA, whose weights are float32.
-        policy: "eager" keeps all activations, "checkpointing" those between blocks.
+        policy: one of `POLICIES`, "compiled" before it or not.
         device: of the model.
         dtype: of the base weights and of the computation.
     """
-    transformer = MiniTrainDIT(shape).to(device, dtype)
+    with device:  # random numbers for two billion weights: not on the host
+        transformer = MiniTrainDIT(shape)
+    transformer.to(dtype)
     Lora(rank=rank).attach(transformer, LearningRates(dict.fromkeys(COMPONENTS, 1e-4)), seed=0)
-    set_policy(transformer, policy)
+    transformer.batch_modulations()
+    compiles = policy.startswith("compiled")
+    transformer.run_block = block_runner(POLICIES[policy.removeprefix("compiled").strip()], compiles, device)
     transformer.train()
-    return accelerator_on(device, dtype).prepare(transformer)
+    return accelerator_on(device).prepare(transformer)
 
 
-def accelerator_on(device: torch.device, dtype: torch.dtype) -> Accelerator:
+def accelerator_on(device: torch.device) -> Accelerator:
     """Return a run's accelerator, on this device even where Accelerate finds no GPU."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()  # Accelerate keeps one configuration per process
-    accelerator = make_accelerator(DTYPE_NAMES[dtype], [], Path())
+    accelerator = make_accelerator(False, [], Path())
     PartialState().device = accelerator.state.device = device
     return accelerator
 
 
-def set_policy(transformer: MiniTrainDIT, policy: str) -> None:
-    """Choose what the transformer keeps for its backward pass, and how it runs.
-
-    Raises:
-        SystemExit: this version of it cannot do that.
-    """
-    if policy not in ("eager", "checkpointing"):
-        raise SystemExit(f'the transformer has no "{policy}" yet; take --cases eager or --cases checkpointing')
-    transformer.checkpoint_blocks = policy == "checkpointing"
-
-
 def ours(model: nn.Module, inputs: Inputs) -> Side:
     """Return our side of a comparison."""
-    return Side(model, lambda: model(inputs.latents, inputs.t, inputs.text), inputs)
+    return Side(model, lambda: model(inputs.latents, inputs.t, inputs.context), inputs)
 
 
 def build_diffusers(shape: TransformerShape, rank: int, device: torch.device, dtype: torch.dtype) -> nn.Module:

@@ -38,7 +38,7 @@ from anima_train.run.accelerator import make_accelerator
 from anima_train.run.folder import RunFolder
 from anima_train.run.log import WarningsHandler
 from anima_train.training.anomalies import UpdateGuard
-from anima_train.training.build import load_trained
+from anima_train.training.build import block_runner, load_trained
 from anima_train.training.context import RunContext
 from anima_train.training.late import LateSteps
 from anima_train.training.memory import MemoryContext
@@ -246,7 +246,7 @@ def waits_of_steps(case: Case, folder: Path) -> list[list[str]]:
     spec = build_model_spec(config, torch.device("cpu"))
     transformer, _ = load_trained(
         spec, config.adapter, config.learning_rates(), config.seed, config.optimizer.weight_decay,
-        config.activation_checkpointing,
+        block_runner(config.recompute, config.compile, CUDA),
     )  # fmt: skip
     run = context(loaded, folder)
     found = []

@@ -7,24 +7,18 @@ from typing import Literal
 import torch
 import torch._dynamo
 import torch.nn.functional as F
-from diffusers import CosmosTransformer3DModel
-from peft import LoraConfig, inject_adapter_in_model
+from benchmarks import models
 from torch import Tensor, nn
 
-from anima_train.adapters.lora import Lora
-from anima_train.model.dit import MiniTrainDIT, TransformerShape
+from anima_train.core.text_batch import fold_rows, pad_rows
+from anima_train.model.compiled import CompiledBlocks
+from anima_train.model.dit import TransformerShape
 from anima_train.model.llm_adapter import LLMAdapterShape
+from anima_train.model.recompute import runner
 from anima_train.optim.groups import COMPONENTS, LearningRates
 
-Policy = Literal["eager", "selective", "checkpointing", "compiled", "int8"]
-TEXT_ROWS = 512
-REAL_ROWS = 100  # of them; the others are zeros
+Policy = Literal["eager", "selective", "checkpointing", "compiled", "compiled selective", "int8"]
 RATES = LearningRates(dict.fromkeys(COMPONENTS, 1e-4))
-
-# Where diffusers has the 16 linears of each block.
-DIFFUSERS_TARGETS = (
-    r"transformer_blocks\.\d+\.(attn[12]\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2)|norm[123]\.linear_[12])"
-)
 
 
 @dataclass(frozen=True)
@@ -98,7 +92,7 @@ class Inputs:
 
     latents: Tensor  # (B, 16, 1, H, W)
     t: Tensor  # (B, 1), float32
-    text: Tensor  # (B, 512, C)
+    text: Tensor  # (B, L, C), without its zeros
     target: Tensor  # as latents
 
 
@@ -126,9 +120,9 @@ def random_inputs(
     generator = torch.Generator().manual_seed(seed)
     size = (batch_size, 16, 1, side // 8, side // 8)
     latents, target = (torch.randn(size, generator=generator).to(device, dtype) for _ in range(2))
-    text = torch.randn(batch_size, REAL_ROWS, shape.context_width, generator=generator).to(device, dtype)
+    text = torch.randn(batch_size, models.REAL_ROWS, shape.context_width, generator=generator).to(device, dtype)
     t = torch.rand(batch_size, 1, generator=generator).to(device)
-    return Inputs(latents, t, F.pad(text, (0, 0, 0, TEXT_ROWS - REAL_ROWS)), target)
+    return Inputs(latents, t, text, target)
 
 
 def build(case: Case) -> Built:
@@ -146,56 +140,26 @@ def build_ours(case: Case) -> Built:
     Raises:
         NotThereYet: this version cannot do it.
     """
-    if case.policy in ("selective", "int8"):
-        raise NotThereYet(f"{case.policy} is not there yet")
-    with case.device:  # random numbers for two billion weights: not on the CPU
-        model = MiniTrainDIT(case.shape)
-    model.to(case.dtype)
-    Lora(rank=case.rank).attach(model, RATES, seed=0)
-    model.checkpoint_blocks = case.policy == "checkpointing"
-    if case.policy == "compiled":
-        compile_all(model.blocks, case.device)
-    model.train()
-
-    def velocity(inputs: Inputs) -> Tensor:
-        with autocast(case):
-            return model(inputs.latents, inputs.t, inputs.text)
-
-    return Built(model, velocity)
+    if case.policy == "int8":
+        raise NotThereYet("int8 is not there yet")
+    model = models.build_ours(case.shape, case.rank, case.policy, case.device, case.dtype)
+    if case.policy.startswith("compiled") and case.device.type != "cuda":
+        model.run_block = CompiledBlocks(runner("nothing"), "eager")
+    return Built(model, lambda inputs: model(inputs.latents, inputs.t, fold_rows(inputs.text)))
 
 
 def build_diffusers(case: Case) -> Built:
     """Return diffusers' transformer with PEFT's LoRA in float32, as its training scripts have it."""
-    shape = case.shape
-    with case.device:
-        model = CosmosTransformer3DModel(
-            in_channels=shape.in_channels + 1,  # the padding mask given as a channel: its resize needs torchvision
-            num_attention_heads=shape.width // shape.head_dim,
-            attention_head_dim=shape.head_dim,
-            num_layers=shape.num_blocks,
-            text_embed_dim=shape.context_width,
-            adaln_lora_dim=shape.adaln_lora_dim,
-            max_size=(128, 240, 240),
-            rope_scale=(1.0, 4.0, 4.0),
-            concat_padding_mask=False,
-            extra_pos_embed_type=None,
-        )
-    model.to(case.dtype)
-    model.requires_grad_(False)
-    inject_adapter_in_model(LoraConfig(r=case.rank, lora_alpha=case.rank, target_modules=DIFFUSERS_TARGETS), model)
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module.weight.requires_grad:
-            module.float()
+    model = models.build_diffusers(case.shape, case.rank, case.device, case.dtype)
     if case.policy == "checkpointing":
         model.enable_gradient_checkpointing()
     if case.policy == "compiled":
         compile_all(model.transformer_blocks, case.device)
-    model.train()
 
     def velocity(inputs: Inputs) -> Tensor:
         padded = torch.cat([inputs.latents, torch.zeros_like(inputs.latents[:, :1])], dim=1)
         with autocast(case):
-            return model(padded, inputs.t[:, 0], inputs.text, return_dict=False)[0]
+            return model(padded, inputs.t[:, 0], pad_rows(inputs.text), return_dict=False)[0]
 
     return Built(model, velocity)
 

@@ -14,10 +14,11 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3Model
 
 from anima_train.adapters.full import Full
-from anima_train.core.text_batch import pad_states
+from anima_train.core.text_batch import fold_rows, pad_states
 from anima_train.model.attention_choice import AttentionChoice, AttentionShape, choose_attention
 from anima_train.model.dit import MiniTrainDIT
 from anima_train.model.llm_adapter import LLMAdapter
+from anima_train.model.recompute import runner
 from anima_train.model.text import TextEncoder, Tokens
 from anima_train.model.vae import SingleFrameVAE
 from anima_train.optim.groups import optimizer_groups
@@ -145,13 +146,13 @@ def full_part(place: Place) -> Iterator[Row]:
         model = MiniTrainDIT(scale.shape)
     model.to(place.dtype)
     Full().attach(model, RATES, seed=0)
-    model.checkpoint_blocks = True
+    model.run_block = runner("blocks")
     optimizer = AdamWKahan(lr=1e-6).build(optimizer_groups(model.named_parameters(), RATES, 0.01))
     side = scale.sides[0]
     inputs = random_inputs(scale.shape, side, 1, place.device, place.dtype)
 
     def step() -> None:
-        loss = F.mse_loss(model(inputs.latents, inputs.t, inputs.text).float(), inputs.target.float())
+        loss = F.mse_loss(model(inputs.latents, inputs.t, fold_rows(inputs.text)).float(), inputs.target.float())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -65,6 +65,15 @@ def test_batched_weights_are_held_once():
     assert not model.modulation_batches[0].weight[5].any()
 
 
+def test_batches_follow_a_model_to_another_dtype(error):
+    model = model_of(Lora(rank=2))
+    model.batch_modulations()
+    before = loss(model, 2)
+    model.double()
+    assert error(loss(model, 2).reshape(1), before.reshape(1)) < 1e-5
+    assert {batch.weight.dtype for batch in model.modulation_batches} == {torch.float64}
+
+
 def test_trained_weights_are_not_batched():
     model = model_of(Full())
     model.batch_modulations()

@@ -30,7 +30,9 @@ from anima_train.evaluation.previews import Previews
 from anima_train.model import safetensors_io
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.loading import ModelSpec
+from anima_train.model.recompute import runner
 from anima_train.model.vae import load_vae
+from anima_train.training.anomalies import UpdateGuard
 from anima_train.training.context import RunContext, run_context
 from anima_train.training.metrics import StepSums
 from anima_train.training.prefetch import prefetch_steps, rank_steps
@@ -42,7 +44,7 @@ REPO = Path(__file__).parents[2]
 CUDA = torch.device("cuda", 0)
 BF16 = {"model": {"dtype": "bfloat16"}, "monitoring": {"tensorboard": False}}
 FULL = BF16 | {"adapter": None, "optimizer": {"type": "adamw_optimi", "lr": 1e-5}}
-WAITS_OF_A_STEP = 2  # the norm of the gradients, and the sums of the losses
+WAITS_OF_A_STEP = 0  # its numbers are read later, see `test_waits.py`
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -86,7 +88,7 @@ class CudaRun:
         sums = StepSums(self.run.device, has_roles=False)
         with prefetch_steps(steps, self.data.train, self.run.config.timesteps().at, 0.0, 1) as prefetched:
             for step, batches in prefetched:
-                train_step(self.run, state, step, batches, sums)
+                train_step(self.run, state, step, batches, sums, UpdateGuard(self.run.device, 0))
 
 
 @pytest.fixture
@@ -128,7 +130,9 @@ def devices(tensors) -> set[torch.device]:
     return {tensor.device for tensor in tensors}
 
 
-@pytest.mark.parametrize("changes", [BF16, FULL, BF16 | {"activation_checkpointing": True}])
+@pytest.mark.parametrize(
+    "changes", [BF16, FULL, *(BF16 | {"activation_checkpointing": policy} for policy in (True, "selective", "offload"))]
+)
 def test_a_step_is_on_the_device_from_the_files_to_the_update(started, changes):
     cuda = started(**changes)
     state = cuda.load()
@@ -143,7 +147,7 @@ def test_a_step_is_on_the_device_from_the_files_to_the_update(started, changes):
     moments = [value for each in state.optimizer.state.values() for name, value in each.items() if name != "step"]
     assert len(moments) >= 2 * len(state.parameters)
     assert devices(moments) == {CUDA}
-    assert cuda.waits.total <= WAITS_OF_A_STEP, cuda.waits.numbers
+    assert cuda.waits.total == WAITS_OF_A_STEP, cuda.waits.numbers
 
 
 def test_a_trained_llm_adapter_is_on_the_device(started):
@@ -151,7 +155,7 @@ def test_a_trained_llm_adapter_is_on_the_device(started):
     state = cuda.load()
     cuda.step(state)
     assert state.step == 1
-    assert cuda.waits.total <= WAITS_OF_A_STEP, cuda.waits.numbers
+    assert cuda.waits.total == WAITS_OF_A_STEP, cuda.waits.numbers
 
 
 def test_an_evaluation_reads_from_the_device_once_a_batch(started, images_drawer, tmp_path):
@@ -256,8 +260,9 @@ class Twofold(torch.autograd.Function):
 def test_the_walk_through_the_graph_is_the_engines(fake, checkpoints):
     torch.manual_seed(0)
     model = MiniTrainDIT(TransformerShape(2, 128, 64, 16, 64, 16))
-    model.checkpoint_blocks = checkpoints
+    model.run_block = runner("blocks" if checkpoints else "nothing")
     x, t, text = torch.randn(2, 16, 1, 8, 8), torch.rand(2, 1), torch.randn(2, 9, 64)
+    model(x, t, text)  # makes the table of rotary values, which is kept
     frozen = torch.ones(1)
 
     def run(patched) -> tuple[Counter, dict[str, Tensor]]:
