@@ -8,27 +8,31 @@ softmax's denominator and nothing else. With the log-sum-exp over the real rows,
 exactly, and FlashAttention's own backward pass, given these two, returns the exact gradients.
 """
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 aten = torch.ops.aten
 
 Heads = Float[Tensor, "B heads N d"]
 
 
-def attend_with_zeros(q: Heads, k: Heads, v: Heads, log_zeros: Float[Tensor, ""]) -> Heads:
+def attend_with_zeros(q: Heads, k: Heads, v: Heads, log_zeros: Float[Tensor, ""] | None) -> Heads:
     """Return the attention of q to k and v and further rows of zeros.
 
     Args:
         q: queries.
         k: keys of the rows that are not zero.
         v: their values.
-        log_zeros: the logarithm of the number of zero rows, float32; minus infinity for none.
+        log_zeros: the logarithm of the number of zero rows, float32; minus infinity, or None, for none.
     """
+    if log_zeros is None:
+        return F.scaled_dot_product_attention(q, k, v)
     if has_flash(q.device, q.dtype, q.shape[-1]):
         return FoldedAttention.apply(q, k, v, log_zeros)
     assert q.dtype.itemsize > 2, "a logit in half precision is not exact enough: see can_fold"
@@ -53,6 +57,32 @@ def has_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
 def has_tensor_cores(device: torch.device) -> bool:
     """Return True if a CUDA device is of the Ampere generation or newer, as torch's FlashAttention asks."""
     return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def folds_exactly(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Return True if this device's FlashAttention gives with counted zeros what it gives with the rows themselves.
+
+    Asked once at the start of a run on a GPU: a log-sum-exp of another kind would train another model in silence.
+    """
+    if not has_flash(device, dtype, head_dim):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(4, 1, 2, 64, head_dim, generator=generator).to(device, dtype)
+    q, k, v, direction = (tensor.requires_grad_() for tensor in values.unbind())
+    number = 200
+    try:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            whole = F.scaled_dot_product_attention(q, F.pad(k, (0, 0, 0, number)), F.pad(v, (0, 0, 0, number)))
+        folded = FoldedAttention.apply(q, k, v, torch.tensor(math.log(number), device=device))
+        pairs = zip(
+            (folded, *torch.autograd.grad(folded, (q, k, v), direction)),
+            (whole, *torch.autograd.grad(whole, (q, k, v), direction)),
+            strict=True,
+        )
+        tolerance = 0.05 if dtype.itemsize == 2 else 1e-4
+        return all(bool((mine - other).norm() <= tolerance * other.norm()) for mine, other in pairs)
+    except RuntimeError:
+        return False
 
 
 class FoldedAttention(torch.autograd.Function):

@@ -98,7 +98,7 @@ class Attention(nn.Module):
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.output_proj(out.transpose(1, 2).flatten(-2))
 
-    def attend_text(self, x: Tensor, text: Tensor, log_zeros: Tensor) -> Tensor:
+    def attend_text(self, x: Tensor, text: Tensor, log_zeros: Tensor | None) -> Tensor:
         """Let x (B, N, D) attend to text (B, L, C) and exp(log_zeros) rows of zeros: they are not masked.
 
         There is no rotation, as text rows have no place in the image.
@@ -150,15 +150,16 @@ class Block(nn.Module):
         return self.adaln_modulation_self_attn, self.adaln_modulation_cross_attn, self.adaln_modulation_mlp
 
     def forward(
-        self, x: Tensor, modulations: tuple[Tensor, ...], text: Tensor, log_zeros: Tensor, cos: Tensor, sin: Tensor
-    ) -> Tensor:
+        self, x: Tensor, modulations: tuple[Tensor, ...], text: Tensor, log_zeros: Tensor | None, cos: Tensor,
+        sin: Tensor,
+    ) -> Tensor:  # fmt: skip
         """Return the tokens after this block, (B, N, D).
 
         Args:
             x: tokens before it, (B, N, D).
             modulations: shift, 1 + scale and gate, each (B, D), of self-attention, cross-attention and MLP.
             text: the rows that cross-attention sees, (B, L, C).
-            log_zeros: logarithm of the number of rows of zeros after them.
+            log_zeros: logarithm of the number of rows of zeros after them; None: there is none.
             cos: of the rotary angles, (N, d).
             sin: of the same, signed.
         """
@@ -231,6 +232,7 @@ class MiniTrainDIT(nn.Module):
         super().__init__()
         self.shape = shape
         self.run_block: RunBlock = run_block  # another one compiles, or recomputes in the backward pass
+        self.folds_zeros = True  # rows of zeros at the end of the text are counted; False: they are computed
         self.modulation_batches: tuple[LinearBatch, LinearBatch] | None = None
         self.rope_tables: dict[tuple[int, int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         self.x_embedder = PatchEmbed((shape.in_channels + 1) * PATCH**2, shape.width)
@@ -265,19 +267,28 @@ class MiniTrainDIT(nn.Module):
         sinusoid = timestep_sinusoid(t, self.shape.width)
         emb = F.silu(self.t_embedding_norm(sinusoid)).to(x.dtype)  # each block has linears of its own for it
         shared = self.t_embedder(sinusoid.to(x.dtype))  # and adds this, the same in all
-        rows_of_text, num_zeros = (context, 0) if isinstance(context, Tensor) else (context.rows, context.num_zeros)
-        if not can_fold(x.device, x.dtype, self.shape.head_dim):
-            rows_of_text, num_zeros = F.pad(rows_of_text, (0, 0, 0, num_zeros)), 0
-        rows_of_text, log_zeros = rows_of_text.to(x.dtype), log_of(num_zeros, x.device)
+        text_rows, log_zeros = self.text_rows(context, x)
         cos, sin = self.rope_table(rows, columns, x.device, x.dtype)
         for block, modulations in zip(self.blocks, self.modulations(emb, shared), strict=True):
-            x = self.run_block(block, x, modulations, rows_of_text, log_zeros, cos, sin)
+            x = self.run_block(block, x, modulations, text_rows, log_zeros, cos, sin)
 
         x = self.final_layer(x, emb, shared)  # (B, N, p1 p2 16)
         # The channel is the last part here, unlike in the patches above: this is not their inverse.
         x = x.view(batch, rows, columns, PATCH, PATCH, LATENT_CHANNELS).permute(0, 5, 1, 3, 2, 4)
         x = x.reshape(batch, LATENT_CHANNELS, 1, height, width)
         return x.to(torch.promote_types(x.dtype, torch.float32))
+
+    def text_rows(self, context: Tensor | TextContext, like: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the rows that cross-attention computes, in the dtype of `like`, and the logarithm of those it counts.
+
+        None: all are computed. Else there is always a logarithm, so that all batches share a graph.
+        """
+        if isinstance(context, Tensor):
+            return context.to(like.dtype), None
+        rows, num_zeros = context.rows, context.num_zeros
+        if not (self.folds_zeros and can_fold(like.device, like.dtype, self.shape.head_dim)):
+            return F.pad(rows, (0, 0, 0, num_zeros)).to(like.dtype), None
+        return rows.to(like.dtype), log_of(num_zeros, like.device)
 
     def context(self, text: TextStates) -> TextContext:
         """Run the LLM adapter inside this model; count the rows that cross-attention expects after its output."""

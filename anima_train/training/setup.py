@@ -15,8 +15,9 @@ from anima_train.data.plan import EpochSchedule, Plan
 from anima_train.distributed.collectives import broadcast_from_main, patient_barrier
 from anima_train.distributed.consistency import check_same_plan
 from anima_train.evaluation.previews import Previews
+from anima_train.model.attention import folds_exactly
 from anima_train.model.attention_choice import AttentionChoice, AttentionShape, choose_attention
-from anima_train.model.dit import MiniTrainDIT
+from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.loading import ModelSpec
 from anima_train.optim.ema import WeightAverage
 from anima_train.optim.groups import group_rows
@@ -100,6 +101,23 @@ def use_attention(run: RunContext, spec: ModelSpec, shape: MicroBatchShape) -> A
     logger.info("%s", choice)
     run.stack.enter_context(choice.in_use(run.device))
     return choice
+
+
+def counts_zeros(attention: str, spec: ModelSpec) -> bool:
+    """Return True if the text's rows of zeros may be counted: on a GPU by FlashAttention, if that is exact there.
+
+    Args:
+        attention: that the configuration asks for.
+        spec: the model.
+    """
+    if spec.device.type != "cuda" or spec.dtype.itemsize > 2:
+        return True
+    if attention not in ("auto", "flash"):
+        return False  # the kernel asked for does not tell the log-sum-exp
+    if folds_exactly(spec.device, spec.dtype, TransformerShape.of(spec.files.transformer_header.entries).head_dim):
+        return True
+    logger.warning("the text's rows of zeros are computed, and steps are slower: FlashAttention cannot count them here")
+    return False
 
 
 def encode_previews(run: RunContext, spec: ModelSpec) -> Previews | None:

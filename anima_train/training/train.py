@@ -27,7 +27,15 @@ from anima_train.training.metrics import MadeStep, StepLogger, StepSums
 from anima_train.training.prefetch import RankStep, prefetch_steps, rank_steps
 from anima_train.training.prepare import prepare_data, scan_all, with_online_text_encoder
 from anima_train.training.restore import restore
-from anima_train.training.setup import TrainState, build_model, build_plan, encode_previews, use_attention, watch_memory
+from anima_train.training.setup import (
+    TrainState,
+    build_model,
+    build_plan,
+    counts_zeros,
+    encode_previews,
+    use_attention,
+    watch_memory,
+)  # fmt: skip
 from anima_train.training.tasks import PeriodicTasks
 
 logger = logging.getLogger(__name__)
@@ -85,6 +93,7 @@ def train(run: RunContext, lag: int | None = None) -> Path:
 
     # Model: base weights, what is trained, its optimizer; then the state that the run goes on from, if there is one.
     state = build_model(run, data.spec, schedule.num_steps)
+    state.transformer.folds_zeros = counts_zeros(config.attention, data.spec)
     manifest = restore(run, state, data, plan, schedule, attention.kernel)
     log = StepLogger(run, state, schedule.num_steps)
     is_async = is_asynchronous(run.device)

@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from anima_train.core.text_batch import fold_rows, pad_rows
 from anima_train.model import attention
-from anima_train.model.attention import attend_with_zeros, can_fold
+from anima_train.model.attention import attend_with_zeros, can_fold, folds_exactly
+from anima_train.model.dit import MiniTrainDIT, TransformerShape
 
 HEADS, TOKENS, ROWS, HEAD_DIM = 3, 10, 7, 8
 
@@ -58,6 +60,30 @@ def test_bfloat16_is_as_near_as_with_the_rows_themselves(error, number):
     rounded = tensors(torch.bfloat16)
     folded = error(attend_with_zeros(*rounded, log(number).float()), exact)
     assert folded < 1.2 * error(padded(*rounded, number), exact)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_a_transformer_that_may_not_count_computes_the_rows(error, dtype, bound):
+    model = MiniTrainDIT(TransformerShape(1, 48, 24, 16, 20, 8))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.2).to(dtype)
+    x, t, text = torch.randn(2, 16, 1, 4, 6), torch.rand(2, 1), torch.randn(2, 9, 20)
+    counted = model(x, t, fold_rows(text))
+    model.folds_zeros = False
+    computed = model(x, t, fold_rows(text))
+    assert error(counted, computed) < bound
+    assert torch.equal(computed, model(x, t, pad_rows(text)))
+
+
+def test_the_question_at_a_gpus_start_finds_a_wrong_log_sum_exp(monkeypatch):
+    cpu = torch.device("cpu")
+    for dtype in (torch.float32, torch.bfloat16):
+        assert folds_exactly(cpu, dtype, 16)
+    logaddexp = torch.logaddexp
+    monkeypatch.setattr(torch, "logaddexp", lambda lse, log: logaddexp(lse * math.log2(math.e), log))  # in base 2
+    assert not folds_exactly(cpu, torch.bfloat16, 16)
+    assert not folds_exactly(torch.device("mps"), torch.bfloat16, 16)
 
 
 def test_half_precision_without_flash_attention_does_not_fold():
