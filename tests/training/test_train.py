@@ -293,7 +293,8 @@ def test_second_start_encodes_nothing_and_a_changed_image_only_itself(trainer, i
 
     def added(name):
         trainer(name, dataset=dataset)
-        return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("cache:"))
+        lines = capsys.readouterr().out.splitlines()
+        return next(line for line in lines if line.startswith("cache:") and line.endswith("added"))
 
     assert added("a") == "cache: 3 latents, 0 masks and 3 texts added"
     assert added("b") == "cache: 0 latents, 0 masks and 0 texts added"
