@@ -73,8 +73,10 @@ def kept_on_host(tokens: Tensor) -> Iterator[None]:
     The copies are in the order of the device's other work, so that none of them is read or freed too early.
     """
 
+    storage = tokens.untyped_storage()._cdata  # no more: torch keeps `pack` until the backward pass
+
     def pack(tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
-        if tensor.untyped_storage()._cdata != tokens.untyped_storage()._cdata:
+        if tensor.untyped_storage()._cdata != storage:
             return tensor
         return tensor.device, pinned_copy(tensor) if tensor.is_cuda else tensor.to("cpu", copy=True)
 

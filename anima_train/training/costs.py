@@ -1,7 +1,8 @@
 """The costs of a run: the device's memory as an estimate or as measured, and the time."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,13 +13,22 @@ from anima_train.core.device import DTYPES
 from anima_train.core.format import format_bytes
 from anima_train.data.buckets import Size
 from anima_train.model.dit import TransformerShape
+from anima_train.model.recompute import Recompute
 from anima_train.optim.optimizers import AnyOptimizer
 from anima_train.optim.state_shapes import optimizer_state
 
-# Values kept for the backward pass per image token, block and channel: 16 GiB for one image of 1024 pixels in the 28
-# blocks of width 2048 of Anima, what trainers that recompute nothing need.
-KEPT_VALUES = 36
-KEPT_VALUES_CHECKPOINTED = 1  # the block's input; one block at a time is recomputed
+# Values kept on the device for the backward pass per image token, block and channel, by what trains and whether float32
+# weights run under autocast. Counted on blocks of Anima's width at 1024 pixels, 96 tokens of text, rank 32, not
+# compiled; `tests/training/test_costs.py` counts them again. Left out, as it is little: 512 tokens of text are 5 % more
+# at 512 pixels and 1 % at 1024, rank 128 is 4 % more; the layers around the blocks keep 0.04 GiB for such an image, and
+# an LLM adapter that trains at most 0.4 GiB for a caption (96 tokens: 0.05).
+KEPT_VALUES: dict[tuple[Literal["lora", "full"], bool], dict[Recompute, float]] = {
+    ("lora", False): {"nothing": 26.6, "selective": 14.3, "blocks": 1.1, "offload": 0.1},
+    ("full", False): {"nothing": 26.2, "selective": 14.1, "blocks": 1.0, "offload": 0.0},
+    ("lora", True): {"nothing": 31.9, "selective": 25.9, "blocks": 1.6, "offload": 0.6},
+    ("full", True): {"nothing": 33.7, "selective": 14.8, "blocks": 1.8, "offload": 0.8},
+}
+POLICIES = list(KEPT_VALUES["lora", False])  # each keeps less than the one before it, and takes longer
 
 
 @dataclass(frozen=True)
@@ -37,7 +47,8 @@ class MemoryCost:
 
     weights: int
     trained: int  # gradients and the optimizer's state, and the weights that a LoRA adds
-    activations: int  # kept for the backward pass
+    activations: int  # kept for the backward pass, and what one block at a time computes again
+    kept_values: Mapping[Recompute, float]  # of one block, per image token and channel, by policy
 
     @property
     def total(self) -> int:
@@ -56,13 +67,16 @@ def memory_cost(config: Config, model: ModelStats, size: Size, batch_size: int) 
     if config.ema is not None:
         trained += torch.float32.itemsize
     shape = model.transformer
-    per_block = batch_size * size.num_tokens * shape.width * DTYPES[config.model.dtype].itemsize
-    if config.activation_checkpointing:
-        activations = per_block * (shape.num_blocks * KEPT_VALUES_CHECKPOINTED + KEPT_VALUES)
-    else:
-        activations = per_block * shape.num_blocks * KEPT_VALUES
-    weights = model.num_weights * DTYPES[weights_dtype].itemsize + model.num_text_weights * torch.float32.itemsize
-    return MemoryCost(weights, model.num_trained * trained, activations)
+    trains_all, uses_autocast = isinstance(config.adapter, Full), config.model.uses_autocast
+    values = KEPT_VALUES["full" if trains_all else "lora", uses_autocast]
+    num_values = values[config.recompute] * (shape.num_blocks - 1) + values["nothing"]  # of the block that is at work
+    per_value = batch_size * size.num_tokens * shape.width * DTYPES[config.model.dtype].itemsize
+    weight_bytes = DTYPES[weights_dtype].itemsize
+    # Autocast keeps its copies of what trains for the forward pass, and each as long as a linear needs it.
+    if uses_autocast and (trains_all or config.recompute == "nothing"):
+        weight_bytes += DTYPES[config.model.dtype].itemsize
+    weights = model.num_weights * weight_bytes + model.num_text_weights * torch.float32.itemsize
+    return MemoryCost(weights, model.num_trained * trained, round(per_value * num_values), values)
 
 
 def gradient_and_state_bytes(optimizer: AnyOptimizer, dtype: str) -> int:
@@ -104,7 +118,8 @@ def memory_suggestions(
     trains_all = isinstance(config.adapter, Full)
     has_float32_weights = config.model.dtype == "bfloat16" and config.model.transformer_dtype == "float32"
     has_float32_moments = config.optimizer.type == "adamw_optimi" and config.optimizer.moments_dtype == "float32"
-    keeps_all = not (config.activation_checkpointing or is_evaluation)  # for a backward pass
+    kept_now = POLICIES[-1] if is_evaluation else config.recompute  # in evaluation there is no backward pass
+    keeps_less = {policy: POLICIES.index(policy) > POLICIES.index(kept_now) for policy in POLICIES}
     trains_llm_adapter = config.learning_rates().by_component["llm_adapter"] != 0
     fewer = f"micro_batch_size_per_gpu below {batch_size} at resolution {resolution}"
     suggestions = {
@@ -114,7 +129,11 @@ def memory_suggestions(
         'model.text_encoder_device = "cpu" (captions are encoded more slowly)': has_text_encoder,
         f"eval_{fewer}": batch_size > 1 and is_evaluation,
         f"{fewer}, with more gradient_accumulation_steps": batch_size > 1 and not is_evaluation,
-        "activation_checkpointing = true (about 40 % more work)": keeps_all,
+        'activation_checkpointing = "selective" (half of the activations, at most 8 % more work)': (
+            keeps_less["selective"]
+        ),
+        "activation_checkpointing = true (far fewer, about 40 % more work)": keeps_less["blocks"],
+        'activation_checkpointing = "offload" (fewer again, and copies to the host and back)': keeps_less["offload"],
         # With an effect, from here on.
         'no model.transformer_dtype, and optimizer.type = "adamw_optimi" (weights in bfloat16)': (
             trains_all and has_float32_weights

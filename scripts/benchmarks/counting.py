@@ -87,7 +87,7 @@ def touched_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 class KeptBytes:
-    """The bytes that a forward pass keeps for the backward pass, in storages that each count once.
+    """The bytes that a forward pass keeps for the backward pass on the model's device, in storages that count once.
 
     They are what the pass has made and is alive when it is over: what autograd saves, and what selective checkpointing
     keeps by itself. Parameters and inputs are not counted; the pass's output is.
@@ -102,7 +102,7 @@ class KeptBytes:
         known = (*model.parameters(), *model.buffers(), *inputs)
         self.known = {tensor.untyped_storage()._cdata for tensor in known}
         self.saved: dict[int, torch.UntypedStorage] = {}
-        self.made = MadeStorages()
+        self.made = MadeStorages(known[0].device.type)
         hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor)
         self.watch = self.made if sees_operations else hooks
         self.total = 0
@@ -126,10 +126,11 @@ class KeptBytes:
 
 
 class MadeStorages(TorchDispatchMode):
-    """The storages that operations have made, and whether they are alive."""
+    """The storages that operations have made on one kind of device, and whether they are alive."""
 
-    def __init__(self) -> None:
+    def __init__(self, device_type: str) -> None:
         super().__init__()
+        self.device_type = device_type
         self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def alive(self) -> dict[int, int]:
@@ -141,6 +142,8 @@ class MadeStorages(TorchDispatchMode):
     ) -> Any:
         found = function(*args, **(kwargs or {}))
         for tensor in tensors_in(found):
+            if tensor.device.type != self.device_type:
+                continue
             storage = tensor.untyped_storage()
             self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         return found

@@ -4,6 +4,7 @@ import collections
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from anima_train.adapters.full import Full
@@ -99,6 +100,20 @@ def test_selective_runs_no_product_and_no_attention_again(dropout):
     assert number("selective") == [*products, 2 * gelu]
     again = number("blocks")
     assert all(more > before for more, before in zip(again, products, strict=False))
+
+
+def test_the_device_does_not_hold_what_waits_on_the_host():
+    run, held = offloading(runner("offload")), []
+
+    def watch(block, tokens, *inputs):
+        held.append(StorageWeakRef(tokens.untyped_storage()))
+        return run(block, tokens, *inputs)
+
+    model = model_of(Lora(rank=2))
+    model.run_block = watch
+    out = loss(model)
+    assert out.requires_grad
+    assert [reference.expired() for reference in held] == [True] * SHAPE.num_blocks
 
 
 def test_tokens_wait_on_the_host_and_come_back_the_same():
