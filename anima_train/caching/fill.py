@@ -31,7 +31,7 @@ from anima_train.caching.writer import EntryWriter, Made, Rejected
 from anima_train.core.device import release_memory
 from anima_train.core.errors import SpaceError
 from anima_train.core.files import DiskRequirement, require_space
-from anima_train.core.transfers import Arrival, to_device, to_host
+from anima_train.core.transfers import HostCopy, to_device
 from anima_train.data.cache import Cache, DamagedEntry
 from anima_train.data.decoding import mask, num_decoding_threads, pixels
 from anima_train.data.image_headers import BadImage, Unreadable
@@ -193,15 +193,15 @@ def encode_latents(
     most = max(at_once.number(each.width * each.height) for each in sizes)
     logger.info(ENCODING, "latents", most)
 
-    def encode(batch: Sequence[Decoded]) -> tuple[Tensor, Arrival | None]:
+    def encode(batch: Sequence[Decoded]) -> HostCopy:
         stacked = to_device(torch.from_numpy(np.stack([value for _, value in batch])), device)
-        return to_host(vae.encode(to_pixels(stacked)))
+        return HostCopy(vae.encode(to_pixels(stacked)))
 
     with tqdm(entries, desc="latents", unit="image", disable=not progress) as bar:
         for batch in batches_of_one_size(decoded(bar, pixels, num_threads, writer, most), at_once):
-            for part, (latents, arrival) in encoded(batch, encode, at_once, device, num_pixels(batch[0][1])):
-                made = [{"latents": each} for each in latents]
-                writer.put(Made([entry for entry, _ in part], made, arrival))
+            for part, latents in encoded(batch, encode, at_once, device, num_pixels(batch[0][1])):
+                made = [{"latents": each} for each in latents.values]
+                writer.put(Made([entry for entry, _ in part], made, latents))
 
 
 def store_masks(entries: Sequence[Entry[View]], num_threads: int, writer: EntryWriter) -> None:

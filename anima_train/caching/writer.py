@@ -9,7 +9,7 @@ from types import TracebackType
 from torch import Tensor
 
 from anima_train.core.background import BackgroundThread
-from anima_train.core.transfers import Arrival
+from anima_train.core.transfers import HostCopy
 from anima_train.data.cache import CacheFile, write_files
 from anima_train.data.loader import Entry
 from anima_train.data.samples import View
@@ -25,7 +25,7 @@ class Made:
 
     entries: Sequence[Entry[View] | Entry[str]]
     values: Sequence[Mapping[str, Tensor]]  # of each entry, on the host
-    arrival: Arrival | None = None  # None: they are there
+    copy: HostCopy | None = None  # that they are views of; None: they are there
 
     def files(self, made: Counter[str]) -> Iterator[CacheFile]:
         """Wait for the values and yield what is to be written; latents that are not finite are rejected.
@@ -33,8 +33,8 @@ class Made:
         Args:
             made: counts the entries of each kind.
         """
-        if self.arrival is not None:
-            self.arrival.wait()
+        if self.copy is not None:
+            self.copy.wait()
         for entry, tensors in zip(self.entries, self.values, strict=True):
             if entry.kind == "latent" and not bool(tensors["latents"].isfinite().all()):
                 yield entry.cache.rejection_file(entry.key, "its latents are not finite")

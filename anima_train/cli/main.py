@@ -1,7 +1,7 @@
 """`anima-train` and `anima`: prints user errors without a traceback, and ends with their exit code.
 
 The modules of the commands hold what `--help` shows and import their work inside the function: help, a version and a
-slip of the pen need not wait for torch, nor a refused configuration for transformers, diffusers and peft.
+slip of the pen need not wait for torch, nor a refused configuration for transformers and diffusers.
 """
 
 import sys

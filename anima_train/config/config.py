@@ -1,13 +1,13 @@
 """The configuration tree, in diffusion-pipe's words. The docstring under each key is its reference."""
 
-import os
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
 from anima_train.adapters.full import Full
 from anima_train.adapters.lora import Lora
-from anima_train.core.settings import Settings, describe_value, quoted
+from anima_train.config.values import BatchSizes, ComputeDtype, Dtype, Folder, plain_name, printable_name
+from anima_train.core.settings import Settings, quoted
 from anima_train.data.settings import DatasetSettings
 from anima_train.model.recompute import Recompute
 from anima_train.objective.losses import Loss
@@ -22,47 +22,7 @@ EVAL_INTERVALS = ("eval_every_n_epochs", "eval_every_n_steps", "eval_every_n_exa
 STATE_INTERVALS = ("checkpoint_every_n_epochs", "checkpoint_every_n_steps", "checkpoint_every_n_minutes")
 DEFAULT_KEEP_LAST = 2
 
-
-def refuse_float16(value: Any) -> Any:
-    """Refuse fp16 with its reason, not with a list of the allowed names."""
-    if value in ("float16", "fp16", "half"):
-        raise ValueError(f'found "{value}", which overflows in this model and trains to NaN; use "bfloat16"')
-    return value
-
-
-def plain_name(value: str) -> str:
-    """Require a name that makes a folder of its own and nothing else."""
-    if value in ("", ".", "..") or not value.isprintable() or set(value) & set('/\\:*?"<>|'):
-        raise ValueError(f'found {quoted(value)}, expected a plain name without any of / \\ : * ? " < > |')
-    if len(value.encode()) > 150:  # files have it with a step number and a temporary suffix, in at most 255 bytes
-        raise ValueError(f"found a name of {len(value.encode())} bytes, expected at most 150")
-    return value
-
-
-def printable_name(value: str) -> str:
-    """Require a name that shows as it is in terminals and curves."""
-    if not value.isprintable():
-        raise ValueError(f"found {quoted(value)}, expected a name without control characters")
-    return value
-
-
-def batch_sizes(value: int | list[list[int]]) -> int | list[list[int]]:
-    """Require positive numbers, and each resolution once."""
-    entries = value if isinstance(value, list) else [[1, value]]
-    if not entries or any(len(entry) != 2 or min(entry) < 1 for entry in entries):
-        expected = "a positive integer, or a list of [resolution, number], such as [[512, 4]]"
-        raise ValueError(f"found {describe_value(value)}, expected {expected}")
-    resolutions = [entry[0] for entry in entries]
-    if len(set(resolutions)) < len(resolutions):
-        raise ValueError(f"found {describe_value(value)}, expected each resolution once")
-    return value
-
-
-Dtype = Literal["bfloat16", "float32"]
-ComputeDtype = Annotated[Dtype, BeforeValidator(refuse_float16)]
 AnyAdapter = Annotated[Lora | Full, Field(discriminator="type")]
-Folder = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
-BatchSizes = Annotated[int | list[list[int]], AfterValidator(batch_sizes)]
 
 
 class ModelSettings(Settings):

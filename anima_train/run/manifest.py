@@ -16,7 +16,7 @@ from anima_train.model.hub import origin_of
 from anima_train.model.loading import ModelFiles
 from anima_train.optim.groups import GroupRow
 
-LIBRARIES = ("torch", "accelerate", "peft", "transformers", "diffusers", "safetensors", "pillow", "numpy")
+LIBRARIES = ("torch", "accelerate", "transformers", "diffusers", "safetensors", "pillow", "numpy")
 
 
 def dataset_digest(samples: Iterable[Sample]) -> str:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
 
-from anima_train.core.host_copy import HostCopy
+from anima_train.core.transfers import HostCopy
 from anima_train.data.loader import Batch
 from anima_train.objective.timesteps import T_BINS
 from anima_train.run.progress import ProgressBar
@@ -96,7 +96,7 @@ class MadeStep:
 
     def result(self) -> tuple[StepLosses, float]:
         """Return its losses and its gradient norm; wait until the device has them."""
-        *sums, grad_norm = self.numbers.read()
+        *sums, grad_norm = self.numbers.wait().tolist()
         return StepLosses.of(sums), grad_norm
 
 

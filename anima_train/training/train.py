@@ -12,8 +12,8 @@ from anima_train.config.load import LoadedConfig
 from anima_train.config.model_files import build_model_spec
 from anima_train.core.determinism import deterministic_kernels
 from anima_train.core.device import choose_device, describe_device
-from anima_train.core.host_copy import HostCopy, is_asynchronous
 from anima_train.core.random import derive
+from anima_train.core.transfers import HostCopy, is_asynchronous
 from anima_train.data.loader import Batch
 from anima_train.distributed.launcher import rank, world_size
 from anima_train.objective.step import compute_loss

@@ -1,6 +1,7 @@
 """Training states: whole or not there, exact, and refused where they do not fit."""
 
 import os
+import re
 import shutil
 import stat
 
@@ -117,22 +118,26 @@ OLD_MANIFEST = """{
 }"""
 
 
-def test_a_state_of_the_version_before_resumes_bitwise(tmp_path):
+@pytest.mark.parametrize("lora_names", [r"\1", r"\1.default.weight"], ids=["ours", "PEFT's"])
+def test_a_state_of_the_version_before_resumes_bitwise(tmp_path, lora_names):
+    def then(tensors):
+        return {re.sub(r"(\.lora_[AB])", lora_names, name): tensor for name, tensor in tensors.items()}
+
     straight = lora_model()
     optimizer, average = optimizer_for(straight), WeightAverage(trained_parameters(straight), Ema(decay=0.9))
     train(straight, optimizer, 5)
     average.update(5)
     folder = tmp_path / "step-000005"
     folder.mkdir()
-    save_file(trainable(straight), folder / "weights.safetensors")
+    save_file(then(trainable(straight)), folder / "weights.safetensors")
     names = {parameter: name for name, parameter in straight.named_parameters()}
     moments = {
         f"{names[parameter]}.{key}": tensor
         for parameter, state in optimizer.state.items()
         for key, tensor in state.items()
     }
-    save_file(moments, folder / "optimizer.safetensors")
-    save_file(average.tensors, folder / "average.safetensors")
+    save_file(then(moments), folder / "optimizer.safetensors")
+    save_file(then(average.tensors), folder / "average.safetensors")
     entries = [
         f'"{path.name}": {{"bytes": {path.stat().st_size}, "sha256": "{sha256_file(path)}"}}'
         for path in folder.iterdir()

@@ -11,7 +11,7 @@ import torch
 from anima_train.training import train as train_module
 
 REPO = Path(__file__).parents[2]
-EVENT = "Event.synchronize in host_copy.py"
+EVENT = "Event.synchronize in transfers.py"
 
 FULL = {"adapter": None}
 KAHAN = {"optimizer": {"type": "adamw_optimi", "lr": 1e-4}}
