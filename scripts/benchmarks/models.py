@@ -91,14 +91,22 @@ def build_ours(shape: TransformerShape, rank: int, policy: str, device: torch.de
         policy: one of `POLICIES`, "compiled" before it or not.
         device: of the model.
         dtype: of the base weights and of the computation.
+
+    Raises:
+        SystemExit: there is no such policy.
     """
+    recompute = POLICIES.get(policy.removeprefix("compiled").strip())
+    if recompute is None:
+        raise SystemExit(
+            f'there is no case "{policy}"; known are {", ".join(filter(None, POLICIES))} and compiled ones'
+        )
     with device:  # random numbers for two billion weights: not on the host
         transformer = MiniTrainDIT(shape)
     transformer.to(dtype)
     Lora(rank=rank).attach(transformer, LearningRates(dict.fromkeys(COMPONENTS, 1e-4)), seed=0)
     transformer.batch_modulations()
     compiles = policy.startswith("compiled")
-    transformer.run_block = block_runner(POLICIES[policy.removeprefix("compiled").strip()], compiles, device)
+    transformer.run_block = block_runner(recompute, compiles, device)
     transformer.train()
     return accelerator_on(device).prepare(transformer)
 

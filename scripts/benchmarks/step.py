@@ -17,7 +17,7 @@ import torch
 from benchmarks.counting import KeptBytes
 from benchmarks.models import Side, build_diffusers, build_ours, diffusers, ours, random_inputs, shape_of
 
-CASES = ("eager", "selective", "compiled", "compiled selective")
+CASES = ("eager", "selective", "compiled")
 THEIRS = "diffusers"
 
 
