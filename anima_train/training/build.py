@@ -36,6 +36,24 @@ def plan_run(config: Config, samples: Sequence[Sample], num_processes: int) -> t
     return plan, EpochSchedule.of(plan, config.epochs, config.max_steps)
 
 
+def check_compiler(compiles: bool | None, device: torch.device) -> None:
+    """Refuse to compile the blocks where there is no compiler.
+
+    Args:
+        compiles: the setting `compile`.
+        device: of the transformer.
+
+    Raises:
+        ConfigError: it is true, and there is none.
+    """
+    if not compiles:
+        return
+    from anima_train.model.compiled import missing_compiler  # takes long to import
+
+    if (missing := missing_compiler(device)) is not None:
+        raise ConfigError(f"compile: {missing}; install it, or set compile = false")
+
+
 def block_runner(recompute: Recompute, compiles: bool | None, device: torch.device) -> RunBlock:
     """Return the way to run the blocks in training.
 
@@ -47,25 +65,20 @@ def block_runner(recompute: Recompute, compiles: bool | None, device: torch.devi
     Raises:
         ConfigError: `compile` is true, and there is no compiler.
     """
+    check_compiler(compiles, device)
     run = runner(recompute)
     if compiles or (compiles is None and device.type == "cuda"):
-        run = compiled(run, bool(compiles), device)
+        run = compiled(run, device)
     return offloading(run) if recompute == "offload" else run
 
 
-def compiled(run: RunBlock, is_wanted: bool, device: torch.device) -> RunBlock:
-    """Return this way to run a block compiled, or as it is where there is no compiler.
-
-    Raises:
-        ConfigError: there is none, and it was asked for.
-    """
+def compiled(run: RunBlock, device: torch.device) -> RunBlock:
+    """Return this way to run a block compiled, or as it is, with a warning, where there is no compiler."""
     from anima_train.model.compiled import CompiledBlocks, missing_compiler  # takes long to import
 
     if (missing := missing_compiler(device)) is None:
         return CompiledBlocks(run)
-    if is_wanted:
-        raise ConfigError(f"compile: {missing}; install it, or set compile = false")
-    logger.warning("the blocks are not compiled, and run slower: %s", missing)
+    logger.warning("the blocks are not compiled, and run slower: %s; compile = false is without this warning", missing)
     return run
 
 

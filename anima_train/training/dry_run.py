@@ -8,13 +8,18 @@ from anima_train.core.format import format_bytes
 from anima_train.data.scan import Scan
 from anima_train.model.loading import ModelSpec
 from anima_train.optim.groups import group_rows
-from anima_train.training.build import disk_plan, file_sizes, plan_run, trainable_transformer
+from anima_train.training.build import check_compiler, disk_plan, file_sizes, plan_run, trainable_transformer
 from anima_train.training.summary import data_text, groups_text, plan_text
 
 
 def describe_run(loaded: LoadedConfig, spec: ModelSpec, scans: Mapping[str, Scan], num_processes: int) -> list[str]:
-    """Return lines about the data, the plan, what is trained, and the files that the run would write."""
+    """Return lines about the data, the plan, what is trained, and the files that the run would write.
+
+    Raises:
+        ConfigError: the run would have no step, or no compiler where one is asked for.
+    """
     config = loaded.config
+    check_compiler(config.compile, spec.device)
     lines = [f"note: {note}" for note in loaded.notes]
     for name, found in scans.items():
         lines.extend(data_text(name, found))

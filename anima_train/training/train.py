@@ -20,6 +20,7 @@ from anima_train.objective.step import compute_loss
 from anima_train.optim.skipping import step_unless
 from anima_train.run.log import logged_to, terminal
 from anima_train.training.anomalies import UpdateGuard
+from anima_train.training.build import check_compiler
 from anima_train.training.context import RunContext, run_context
 from anima_train.training.dry_run import describe_run
 from anima_train.training.memory_check import try_shape
@@ -81,6 +82,7 @@ def train(run: RunContext, lag: int | None = None) -> Path:
         Interrupted: a signal or a file has asked for it; the state is saved.
     """
     config = run.config
+    check_compiler(config.compile, run.device)
     # Data: everything into the cache, then the plan of every batch.
     data = prepare_data(run.loaded, run.accelerator, trains=True)
     plan, schedule = build_plan(run, data)
