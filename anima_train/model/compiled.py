@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import subprocess
 import sys
 import sysconfig
 import time
@@ -48,7 +49,7 @@ def missing_cpp_compiler() -> str | None:
     """Return what is missing to compile C++; None if nothing is."""
     try:
         get_cpp_compiler()  # torch's own search, which $CXX changes
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
         return f"there is no C++ compiler ({str(error).rstrip('.')})"
     return None
 

@@ -82,7 +82,7 @@ def test_a_compiled_run_ends_as_eager_does_and_says_so(trainer, error, caplog):
         trainer("compiled", max_steps=2, compile=True, **changes)
         compiled = trainer("compiled", max_steps=3, compile=True, resume=True, **changes)
     assert compiled.losses == pytest.approx(eager.losses, rel=1e-4)
-    losses = [[evaluation["loss"] for evaluation in run.evaluations] for run in (compiled, eager)]
+    losses = [[evaluation["same/loss"] for evaluation in run.evaluations] for run in (compiled, eager)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert compiled.weights.keys() == eager.weights.keys()
     assert all(error(weight, eager.weights[name]) < 0.01 for name, weight in compiled.weights.items())
