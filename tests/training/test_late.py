@@ -89,7 +89,7 @@ def everything(pictures):
     }
 
 
-@pytest.mark.parametrize("lag", [1, 3])
+@pytest.mark.parametrize("lag", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_run_that_is_told_late_leaves_the_same(trainer, pictures, late, monkeypatch, lag):
     """With two updates that are skipped, one of them just before a state is saved."""
     runs = []
@@ -131,7 +131,7 @@ def test_everything_is_told_before_the_run_is_looked_at(trainer, pictures, late,
     assert all((waiting, last) == (0, step) for _, step, waiting, last in seen)
 
 
-@pytest.mark.parametrize("first", [1, 4])
+@pytest.mark.parametrize("first", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_ten_in_a_row_end_a_late_run_with_the_same_state(trainer, late, monkeypatch, first):
     """The step after the tenth would be finite; the device has made it when the host hears of the tenth."""
     folders = []
