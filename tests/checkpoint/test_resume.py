@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import sys
+import threading
 import time
 
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from anima_train.checkpoint import training_state as states_module
+from anima_train.checkpoint.async_writer import AsyncWriter
 from anima_train.cli.train import with_resume_path
 from anima_train.core.errors import ConfigError, Interrupted, ModelFileError, NumericError
 from anima_train.evaluation import evaluate as evaluate_module
@@ -230,18 +232,21 @@ def test_the_worst_steps_end_with_the_last_good_state(trainer, monkeypatch):
 
 
 def signal_at(patch, module, name, number, kind=signal.SIGTERM):
-    """Send a signal to this process at the n-th call of a function."""
+    """Send a signal to this process at the n-th call of a function; return what is set when that is done."""
     real = getattr(module, name)
     calls = 0
+    sent = threading.Event()
 
     def sending(*arguments, **options):
         nonlocal calls
         calls += 1
         if calls == number:
             signal.raise_signal(kind)
+            sent.set()
         return real(*arguments, **options)
 
     patch.setattr(module, name, sending)
+    return sent
 
 
 PHASES = {
@@ -269,9 +274,13 @@ def test_a_signal_in_any_phase_saves_and_what_was_left_is_made_later(trainer, pi
     whole = trainer("whole", **keys)
     module, name, number, pending = PHASES[phase]
     with pytest.MonkeyPatch.context() as patch:
-        signal_at(patch, module, name, number)
+        sent = signal_at(patch, module, name, number)
+        if phase == "saving":  # in the background: the steps wait until it has begun
+            write = AsyncWriter.write
+            patch.setattr(AsyncWriter, "write", lambda *arguments: (write(*arguments), sent.wait(60)))
         with pytest.raises(Interrupted) as stopped:
             trainer("run", **keys)
+    assert sent.is_set()
     assert stopped.value.exit_code == 143
     run = trainer.folder / "runs" / "run"
     newest = states(run)[-1]
