@@ -100,11 +100,10 @@ def modulate(
         return (norm * one_plus_scale[:, None] + shift[:, None]).to(x.dtype)
     # Each sample's modulation is what torch's kernel takes for the norm's own parameters: one pass each way, and the
     # gradients of shift and scale in one more.
-    rows = [
-        F.layer_norm(tokens, scale.shape, scale, bias, EPS)
-        for tokens, scale, bias in zip(x.unbind(), one_plus_scale.unbind(), shift.unbind(), strict=True)
-    ]
-    return rows[0][None] if len(rows) == 1 else torch.stack(rows)
+    if len(x) == 1:  # without a copy of the gradient
+        return F.layer_norm(x, one_plus_scale.shape[1:], one_plus_scale.squeeze(0), shift.squeeze(0), EPS)
+    rows = zip(x.unbind(), one_plus_scale.unbind(), shift.unbind(), strict=True)
+    return torch.stack([F.layer_norm(tokens, scale.shape, scale, bias, EPS) for tokens, scale, bias in rows])
 
 
 def add_gated(x: Float[Tensor, "B N D"], update: Float[Tensor, "B N D"], gate: Float[Tensor, "B D"]) -> Tensor:
