@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
+from anima_train.data.caption_parts import caption_parts
 from anima_train.data.captions import unescaped
 from anima_train.data.image_headers import EXTENSIONS
 from anima_train.data.scan_images import ScannedImage
@@ -15,6 +16,9 @@ Findings = Iterator[tuple[str, list[str]]]  # what was found, and the files it w
 
 CAPTION_FILES = {"tags": ".txt", "nl": "_nl.txt", "mixed": ".txt or _nl.txt"}  # by caption_mode
 CAPTION_COLUMNS = {"tags": "caption_column", "nl": "natural_column", "mixed": "caption_column or natural_column"}
+
+SEPARATOR = "|||"  # of tags that stay and tags that move, in captions written for kohya's scripts
+BARE_COMMA = re.compile(r",(?=[^\s\d,])")  # between two tags, without a blank
 
 # Text that a tokenizer of the model reads as one of its special tokens, not as letters.
 SPECIAL_TOKEN = re.compile(r"</s>|<pad>|<unk>|<extra_id_\d+>|<\|\w+\|>")
@@ -82,9 +86,25 @@ def odd_texts(images: Sequence[ScannedImage], options: DirectoryOptions) -> Find
     if options.varies_tags and not any(delimiter in text for image in images for text in image.picture.tags):
         tagged = [image.file for image in images if any(image.picture.tags)]
         yield f"captions, none of which holds cache_shuffle_delimiter {delimiter!r}, so that each is one tag", tagged
+    elif delimiter == ", ":
+        bare = [image.file for image in images if any(map(holds_bare_comma, image.picture.tags))]
+        yield 'captions with a comma that has no blank behind it: "a,b" is one tag, and the model knows "a, b"', bare
+    if not options.keep_tokens_separator:
+        parted = [image.file for image in images if any(SEPARATOR in text for text in image.picture.tags)]
+        yield (
+            f'captions with {SEPARATOR}, trained as text; keep_tokens_separator = "{SEPARATOR}" gives it its meaning',
+            parted,
+        )
     if not options.unescape_parentheses:
         escaped = [file for file, own in texts.items() if any(unescaped(text) != text for text in own)]
         yield r"captions with \( or \), which belong in prompts; unescape_parentheses writes ( and )", escaped
+
+
+def holds_bare_comma(caption: str) -> bool:
+    """Return True if a run of tags has a comma with no blank behind it."""
+    if BARE_COMMA.search(caption) is None:
+        return False
+    return any(BARE_COMMA.search(part.text) for part in caption_parts(caption, ", ") if not part.is_prose)
 
 
 def unused_captions(files: Files, options: DirectoryOptions) -> Findings:
