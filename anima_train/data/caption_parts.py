@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 # Words that tell a sentence from tags; "the" in small letters also begins names, so it counts further inside only.
 SENTENCE_WORDS = frozenset(
@@ -47,6 +48,14 @@ def caption_parts(caption: str, delimiter: str) -> list[Part]:
             line = [Part("", True, lines[place + 1])]
         parts.extend(line)
     return parts
+
+
+def kind_of(caption: str, delimiter: str) -> Literal["tags", "sentences", "both", "empty"]:
+    """Return what a caption is made of."""
+    kinds = {part.is_prose for part in caption_parts(caption, delimiter) if part.text.strip()}
+    if not kinds:
+        return "empty"
+    return "both" if len(kinds) == 2 else "sentences" if kinds == {True} else "tags"
 
 
 def line_parts(line: str, delimiter: str) -> Iterator[Part]:
