@@ -57,9 +57,8 @@ def scan_image(
     if options.caption_mode != "tags":
         natural = files.listed_natural.get(name) or captions_in(files, files.natural_files.get(stem), options)
     mask, mask_sha256 = None, ""
-    if stem in files.mask_files:
-        file = files.mask_files[stem][0]
-        mask = files.mask(file)
+    if (file := mask_name(files, stem)) is not None:
+        mask = files.file(file) if files.mask_folder is None else files.mask(file)
         try:
             mask_sha256 = mask_index.lookup(file, mask).sha256
         except BadImage as error:
@@ -77,6 +76,13 @@ def scan_image(
         has_alpha=record.has_alpha,
     )
     return ScannedImage(name, picture, not tags and not natural, record.warnings)
+
+
+def mask_name(files: Files, stem: str) -> str | None:
+    """Return the name of an image's mask, in the mask folder or, without one, beside the image."""
+    if files.mask_folder is not None:
+        return files.mask_files[stem][0] if stem in files.mask_files else None
+    return files.masks_beside.get(stem)
 
 
 def captions_in(files: Files, names: Sequence[str] | None, options: DirectoryOptions) -> tuple[str, ...]:

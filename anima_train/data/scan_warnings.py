@@ -112,7 +112,8 @@ def unused_captions(files: Files, options: DirectoryOptions) -> Findings:
     images = set(files.images)
     stems = by_stem(files.images)
     caption_files = [*files.caption_files.items(), *files.natural_files.items()]
-    yield "captions without an image", [names[0] for stem, names in caption_files if stem not in stems]
+    known = stems.keys() | set(map(stem_of, files.unread_images))
+    yield "captions without an image", [names[0] for stem, names in caption_files if stem not in known]
     yield "entries of captions.json without an image", [name for name in files.listed_captions if name not in images]
     if options.caption_mode != "nl":
         listed = [stem_of(name) for name in files.listed_captions if name in images]
@@ -128,6 +129,11 @@ def mask_findings(files: Files, images: Sequence[ScannedImage]) -> Findings:
     """Yield the masks that are not used, and the images without one."""
     unused = [name for names in files.mask_files.values() for name in names[1:]]
     yield "masks not used, because another differs in the ending only", unused
+    beside = list(files.masks_beside.values())
+    if files.mask_folder is None:
+        yield "masks beside their images (-masklabel, _mask), used", beside
+    else:
+        yield "masks beside their images (-masklabel, _mask), not used, because of mask_path", beside
     unmasked = [image.file for image in images if files.mask_folder is not None and image.picture.mask is None]
     yield "images without a mask, trained whole", unmasked
 

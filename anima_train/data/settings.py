@@ -119,7 +119,8 @@ class DirectoryOptions(Settings):
     """Skip images whose caption is empty or missing."""
     missing_caption: Literal["empty", "error"] = "empty"
     """The treatment of an image without a caption (of the kind that caption_mode asks for): "empty" trains it with the
-    empty one (after caption_prefix) and counts it; "error" stops."""
+    empty one (after caption_prefix) and counts it; "error" stops. Where it is not set, a run also stops if most images
+    of a folder lack a caption while files beside them look like captions."""
     min_image_side: int = Field(default=64, ge=1)
     """Images whose shorter side has fewer pixels are skipped."""
     min_kept: float = Field(default=0.25, ge=0, le=1)

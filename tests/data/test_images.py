@@ -30,7 +30,16 @@ from anima_train.data.image_headers import (
     probe,
     read_file,
 )
-from anima_train.data.images import Crop, cover_and_crop, cover_box, decode, decode_alpha, decode_mask, mask_to_latent
+from anima_train.data.images import (
+    TRANSPOSE_OF,
+    Crop,
+    cover_and_crop,
+    cover_box,
+    decode,
+    decode_alpha,
+    decode_mask,
+    mask_to_latent,
+)
 
 NOBODY = 65534  # a user who owns nothing
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -553,11 +562,32 @@ def test_what_is_not_an_image_is_named(
     assert reason(read, write(tmp_path / "x.png", content)) == expected
 
 
-@pytest.mark.parametrize("format_name", ["GIF", "TIFF"])
-def test_formats_outside_the_list_are_refused_by_name(tmp_path: Path, format_name: str) -> None:
-    path = tmp_path / "x.png"
+@pytest.mark.parametrize(("format_name", "tolerance"), [("GIF", 40), ("TIFF", 0)])  # a GIF has 256 colours
+def test_of_formats_with_several_pictures_the_first_is_read(tmp_path: Path, format_name: str, tolerance: int) -> None:
+    path = tmp_path / f"x.{format_name.lower()}"
     Image.fromarray(scene()).save(path, format_name, save_all=True, append_images=[Image.fromarray(255 - scene())])
-    assert reason(decode, path) == f"{format_name} is not supported; convert it to PNG, JPEG or WebP"
+    found = np.asarray(decode(path)).astype(int)
+    assert np.abs(found - scene()).max() <= tolerance
+    assert probe_file(path).warnings == ("animated: the first of 2 frames is used",)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("compression", [None, "tiff_lzw", "tiff_deflate"])
+def test_a_tiff_is_upright(tmp_path: Path, orientation: int, compression: str | None) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "x.tif"
+    stored = Image.fromarray(scene())
+    stored.save(path, "TIFF", compression=compression, exif=exif)
+    upright = stored if orientation == 1 else stored.transpose(TRANSPOSE_OF[orientation])
+    assert np.array_equal(np.asarray(decode(path)), np.asarray(upright))
+    assert (probe_file(path).width, probe_file(path).height) == upright.size
+
+
+def test_a_tiff_without_agreed_colours_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.tiff"
+    Image.new("F", (16, 16), 0.5).save(path)
+    assert reason(decode, path) == "a TIFF of mode F is not supported; convert it to PNG, JPEG or WebP"
 
 
 FITS = b"".join(
@@ -586,7 +616,7 @@ def disguised() -> Iterator[tuple[str, bytes]]:
 def test_no_other_format_reaches_its_decoder(tmp_path: Path) -> None:
     """Some of them run other programs (EPS), read other files, or have decoders that few look at."""
     found = dict(disguised())
-    assert found.keys() >= {"EPS", "FITS", "GIF", "ICO", "PCX", "PPM", "PSD", "SGI", "TGA", "TIFF"}
+    assert found.keys() >= {"EPS", "FITS", "ICO", "PCX", "PPM", "PSD", "SGI", "TGA"}
     for name, content in found.items():
         assert Image.open(io.BytesIO(content)).format == name
         path = write(tmp_path / "x.png", content)

@@ -342,11 +342,64 @@ def test_a_loop_of_folders_ends(folder: Path):
 
 def test_files_that_are_not_used_are_counted(folder: Path):
     image(folder / "a.png")
-    for name in ("b.gif", "c.tiff", "notes.json"):
+    for name in ("b.safetensors", "notes.json"):
         (folder / name).write_bytes(b"x")
-    (folder / ".DS_Store").write_bytes(b"x")
     (folder / ".anima_cache").mkdir()
-    assert "neither images nor captions, not used: 3, such as b.gif" in the_warning(look(folder), "neither")
+    assert "neither images nor captions, not used: 2, such as b.safeten" in the_warning(look(folder), "neither")
+
+
+def test_hidden_files_and_leavings_of_other_systems_are_left_out(folder: Path):
+    image(folder / "a.png")
+    for name in ("._a.png", "._a.txt", ".DS_Store", "Thumbs.db", "desktop.ini", ".hidden.webp"):
+        (folder / name).write_bytes(b"\0\5\x16\7")
+    assert (names(look(folder)), look(folder).warnings, look(folder).num_images) == (["a.png"], [], 1)
+
+
+def test_pictures_of_formats_that_are_not_read_are_skipped_by_name(folder: Path):
+    image(folder / "a.png")
+    for name in ("IMG_1.HEIC", "b.jxl", "clip.mp4", "raw.CR2"):
+        (folder / name).write_bytes(b"x")
+        (folder / name).with_suffix(".txt").write_text("a tag")
+    found = look(folder)
+    found.check(0.0)  # they are not damaged
+    assert (names(found), found.num_images, found.warnings) == (["a.png"], 5, [])
+    assert [line.removeprefix(f"{folder}/") for line in found.skipped] == [
+        "IMG_1.HEIC: HEIC is not read; convert it to PNG, JPEG or WebP",
+        "b.jxl: JXL is not read; convert it to PNG, JPEG or WebP",
+        "clip.mp4: MP4 is not read; extract its frames as PNG or JPEG",
+        "raw.CR2: CR2 is not read; develop it to PNG, JPEG or WebP",
+    ]
+
+
+def test_masks_beside_their_images_are_masks_and_told(folder: Path):
+    for name in ("a.png", "b.png", "c.png", "a_mask.png", "b-masklabel.png"):
+        image(folder / name, caption=None if "mask" in name else "tag")
+    image(folder / "c_mask.png", caption="the mask of an actor")  # has a caption, so it is a picture
+    image(folder / "d_mask.png", caption=None)  # no mask of any other
+    found = look(folder)
+    masks = {sample.picture.path.name: sample.picture.mask and sample.picture.mask.name for sample in found.samples}
+    expected = {"a.png": "a_mask.png", "b.png": "b-masklabel.png"}
+    assert masks == {**dict.fromkeys(("c.png", "c_mask.png", "d_mask.png")), **expected}
+    assert "used: 2, such as a_mask.png" in the_warning(found, "beside their images")
+
+
+def test_a_mask_folder_counts_before_masks_beside(folder: Path):
+    image(folder / "a.png")
+    image(folder / "a_mask.png", caption=None)
+    image(folder / "masks" / "a.png", caption=None)
+    (sample,) = look(folder, masks=folder / "masks").samples
+    assert sample.picture.mask == folder / "masks" / "a.png"
+    assert "not used, because of mask_path: 1" in the_warning(look(folder, masks=folder / "masks"), "beside")
+
+
+def test_caption_files_are_read_like_txt(folder: Path):
+    image(folder / "a.png", caption=None)
+    (folder / "a.caption").write_text("one")
+    image(folder / "b.png", caption="two")
+    (folder / "b.caption").write_text("not this one")
+    found = look(folder)
+    assert captions(found) == {"a.png": "one", "b.png": "two"}
+    assert "another differs in the ending only: 1, such as b.caption" in the_warning(found, "differs")
 
 
 def test_the_mask_folder_is_no_stray_subfolder(folder: Path):
@@ -820,7 +873,7 @@ def test_a_natural_language_caption_without_an_image_is_warned_of(folder: Path):
     image(folder / "a.png")
     (folder / "b_nl.txt").write_text("x")
     for mode in ("tags", "nl", "mixed"):
-        found = look(folder, caption_mode=mode)
+        found = look(folder, caption_mode=mode, missing_caption="empty")
         assert "captions without an image: 1, such as b_nl.txt" in the_warning(found, "without an image")
 
 
@@ -951,11 +1004,11 @@ def test_images_that_a_setting_leaves_out_do_not_count_as_bad(folder: Path):
 
 
 def test_an_empty_folder_is_an_error_that_names_it(folder: Path):
-    (folder / "a.gif").write_bytes(b"x")
+    (folder / "a.xyz").write_bytes(b"x")
     with pytest.raises(DataError, match="no image is left to train on") as caught:
         look(folder).check(1.0)
     assert str(folder) in str(caught.value)
-    assert "a.gif" in str(caught.value)
+    assert "a.xyz" in str(caught.value)
 
 
 def test_a_folder_whose_images_are_all_skipped_is_an_error_with_the_reasons(folder: Path):
