@@ -33,6 +33,7 @@ from anima_train.data.image_headers import (
 from anima_train.data.images import (
     TRANSPOSE_OF,
     Crop,
+    check_png_rows,
     cover_and_crop,
     cover_box,
     decode,
@@ -569,6 +570,42 @@ def test_of_formats_with_several_pictures_the_first_is_read(tmp_path: Path, form
     found = np.asarray(decode(path)).astype(int)
     assert np.abs(found - scene()).max() <= tolerance
     assert probe_file(path).warnings == ("animated: the first of 2 frames is used",)
+
+
+def png_of_rows(rows: int, value: int, interlace: int = 0) -> bytes:
+    """A PNG of 20 x 24 pixels that holds this many rows, each of one value."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    pixels = zlib.compress((b"\0" + bytes([value]) * 60) * rows)
+    header = struct.pack(">IIBBBBB", 20, 24, 8, 2, 0, 0, interlace)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("rows", [1, 12, 23])
+def test_a_png_with_fewer_rows_than_its_header_says_is_never_loaded(tmp_path: Path, rows: int) -> None:
+    message = f"truncated: the PNG holds {rows / 24:.0%} of the pixels that its header says"
+    assert reason(decode, write(tmp_path / "x.png", png_of_rows(rows, 200))) == message
+
+
+def test_a_png_that_is_black_at_the_end_is_whole(tmp_path: Path) -> None:
+    assert not np.asarray(decode(write(tmp_path / "x.png", png_of_rows(24, 0)))).any()
+
+
+@pytest.mark.parametrize("size", [(16, 16), (13, 7), (1, 1), (3, 20)])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+def test_rows_are_counted_for_every_kind_of_png(size: tuple[int, int], mode: str) -> None:
+    file = io.BytesIO()
+    Image.new(mode, size).save(file, "PNG")
+    check_png_rows(file.getvalue())
+
+
+def test_an_interlaced_png_without_its_last_pass_is_never_loaded(tmp_path: Path) -> None:
+    whole = png_of_rows(24, 200, interlace=1)  # as many bytes as 24 rows, but the passes need some more for filters
+    with pytest.raises(BadImage, match=r"the PNG holds 9\d% of the pixels"):
+        check_png_rows(whole)
+    check_png_rows(png_of_rows(26, 200, interlace=1))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
