@@ -9,7 +9,7 @@ from anima_train.data.caption_parts import caption_parts
 from anima_train.data.captions import unescaped
 from anima_train.data.image_headers import EXTENSIONS
 from anima_train.data.scan_images import ScannedImage
-from anima_train.data.settings import DirectoryOptions
+from anima_train.data.settings import KOHYA_FOLDER, DirectoryOptions
 from anima_train.data.sources.folder import Files, by_stem, stem_of
 
 Findings = Iterator[tuple[str, list[str]]]  # what was found, and the files it was found in
@@ -30,7 +30,7 @@ def folder_warnings(files: Files, images: Sequence[ScannedImage], options: Direc
         endings = ", ".join(sorted(EXTENSIONS))
         yield f"{files.folder}: holds no {'row' if files.is_table else f'image ({endings})'}"
     findings = chain(
-        unused_entries(files),
+        unused_entries(files, options),
         missing_captions(files, images, options),
         odd_texts(images, options),
         unused_captions(files, options),
@@ -47,9 +47,23 @@ def caption_kind(files: Files, options: DirectoryOptions) -> str:
     return (CAPTION_COLUMNS if files.is_table else CAPTION_FILES)[options.caption_mode]
 
 
-def unused_entries(files: Files) -> Findings:
-    """Yield the folders that are not searched, and the files that are of no known kind."""
-    yield "subfolders, which are not searched", files.subfolders
+def unused_entries(files: Files, options: DirectoryOptions) -> Findings:
+    """Yield the folders that are not searched or count as others, and the files that are of no known kind."""
+    numbered = [name for name in files.subfolders if KOHYA_FOLDER.fullmatch(name)]
+    yield "subfolders named as kohya's scripts count repeats, not searched; kohya_folders = true reads them", numbered
+    others = [name for name in files.subfolders if name not in numbered]
+    yield "subfolders, which are not searched", others
+    if not options.kohya_folders:
+        searched = {name.partition("/")[0] for name in files.images if "/" in name}
+        counted = sorted(filter(KOHYA_FOLDER.fullmatch, searched))
+        yield "subfolders named as kohya's scripts count repeats, seen once; kohya_folders = true counts them", counted
+    if not files.is_table and KOHYA_FOLDER.fullmatch(files.folder.resolve().name):
+        repeats, _, name = files.folder.resolve().name.partition("_")
+        yield (
+            "a folder named as kohya's scripts count repeats; kohya_folders counts those below path: num_repeats = "
+            f'{repeats} does the same here, and trigger_word = "{name}" what the name did',
+            [files.folder.resolve().name] if options.num_repeats == 1 else [],
+        )
     yield "subfolders that are searched under another name, not searched again", files.repeated_folders
     yield "files that are neither images nor captions, not used", files.unused_files
 

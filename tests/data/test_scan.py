@@ -340,6 +340,29 @@ def test_a_loop_of_folders_ends(folder: Path):
     assert "again" in the_warning(found, "subfolders, which are not searched: 1")
 
 
+def test_folders_of_kohyas_scripts_name_the_key_that_reads_them(folder: Path):
+    image(folder / "a.png")
+    image(folder / "10_mia girl" / "b.png")
+    (folder / "notes").mkdir()
+    found = look(folder)
+    assert "not searched; kohya_folders = true reads them: 1, such as 10_mia girl" in the_warning(
+        found, "not searched;"
+    )
+    assert "which are not searched: 1, such as notes" in the_warning(found, "which are not")
+    assert "kohya_folders = true counts them: 1, such as 10_mia girl" in the_warning(
+        look(folder, recursive=True), "once;"
+    )
+    assert not any("kohya's" in warning for warning in look(folder, kohya_folders=True).warnings)
+
+
+def test_a_path_that_is_such_a_folder_itself_names_the_number_and_the_name(folder: Path):
+    image(folder / "10_mia girl" / "b.png")
+    warning = the_warning(look(folder / "10_mia girl"), "kohya's")
+    assert "num_repeats = 10 does the same here" in warning
+    assert 'trigger_word = "mia girl"' in warning
+    assert look(folder / "10_mia girl", num_repeats=10.0).warnings == []
+
+
 def test_files_that_are_not_used_are_counted(folder: Path):
     image(folder / "a.png")
     for name in ("b.safetensors", "notes.json"):
