@@ -20,6 +20,8 @@ CAPTION_COLUMNS = {"tags": "caption_column", "nl": "natural_column", "mixed": "c
 SEPARATOR = "|||"  # of tags that stay and tags that move, in captions written for kohya's scripts
 BARE_COMMA = re.compile(r",(?=[^\s\d,])")  # between two tags, without a blank
 
+LITTLE = 0.01  # of an image: a mask that leaves less is told
+
 # Text that a tokenizer of the model reads as one of its special tokens, not as letters.
 SPECIAL_TOKEN = re.compile(r"</s>|<pad>|<unk>|<extra_id_\d+>|<\|\w+\|>")
 
@@ -150,6 +152,10 @@ def mask_findings(files: Files, images: Sequence[ScannedImage]) -> Findings:
         yield "masks beside their images (-masklabel, _mask), not used, because of mask_path", beside
     unmasked = [image.file for image in images if files.mask_folder is not None and image.picture.mask is None]
     yield "images without a mask, trained whole", unmasked
+    hidden = [image.file for image in images if image.mask_coverage == 0]
+    yield "images whose mask is all black: nothing of them is trained (white is trained)", hidden
+    little = [image.file for image in images if 0 < image.mask_coverage < LITTLE]
+    yield f"images whose mask leaves less than {LITTLE:.0%} of them to train", little
 
 
 def header_findings(images: Sequence[ScannedImage]) -> Findings:

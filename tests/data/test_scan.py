@@ -406,6 +406,33 @@ def test_masks_beside_their_images_are_masks_and_told(folder: Path):
     assert "used: 2, such as a_mask.png" in the_warning(found, "beside their images")
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_masks_that_leave_nothing_or_little_are_named(folder: Path, again: bool):
+    white = {"a": (0, 0, 80, 80), "b": (0, 0, 0, 0), "c": (0, 0, 5, 5), "d": (0, 0, 10, 10)}
+    for name, box in white.items():
+        image(folder / f"{name}.png")
+        mask = Image.new("L", (80, 80), 0)
+        mask.paste(255, box)
+        (folder / "masks").mkdir(exist_ok=True)
+        mask.save(folder / "masks" / f"{name}.png")
+    found = look(folder, masks=folder / "masks")
+    if again:  # from the index
+        found = look(folder, masks=folder / "masks")
+    assert "nothing of them is trained (white is trained): 1, such as b.png" in the_warning(found, "all black")
+    assert "leaves less than 1% of them to train: 1, such as c.png" in the_warning(found, "less than")
+
+
+def test_a_damaged_mask_skips_its_image_at_the_scan(folder: Path):
+    image(folder / "a.png")
+    image(folder / "b.png")
+    image(folder / "masks" / "b.png", caption=None)
+    content = (folder / "masks" / "b.png").read_bytes()
+    (folder / "masks" / "b.png").write_bytes(content[:300] + b"\0" + content[301:])
+    found = look(folder, masks=folder / "masks")
+    assert names(found) == ["a.png"]
+    assert "its mask b.png: truncated or damaged" in found.bad[0]
+
+
 def test_a_mask_folder_counts_before_masks_beside(folder: Path):
     image(folder / "a.png")
     image(folder / "a_mask.png", caption=None)
