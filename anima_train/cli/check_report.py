@@ -122,7 +122,7 @@ def model_stats(config: Config, spec: ModelSpec, transformer: MiniTrainDIT, has_
         TransformerShape.of(files.transformer_header.entries),
         num_weights=num_all if isinstance(config.adapter, Full) else num_all - num_trained,
         num_trained=num_trained,
-        num_text_weights=files.num_text_weights(spec.trains_llm_adapter) if has_text_encoder else 0,
+        text_bytes=files.text_bytes(spec.trains_llm_adapter, spec.text_quantization) if has_text_encoder else 0,
     )
 
 
@@ -136,7 +136,7 @@ def with_costs(
         resolution, size, width = bucket.resolution, bucket.size, bucket.batch_size
         cost = by_bucket.get((size, width))
         ran_out = cost is not None and cost.seconds_per_step is None
-        savings = memory_suggestions(config, resolution, width, stats.num_text_weights > 0) if ran_out else ()
+        savings = memory_suggestions(config, resolution, width, stats.text_bytes > 0) if ran_out else ()
         memory = memory_cost(config, stats, size, width)
         found.append(replace(bucket, memory=memory, measured=cost, savings=savings))
     return found

@@ -55,6 +55,7 @@ MAY_NOT_CHANGE = {
     **dict.fromkeys(("huber_delta", "smooth_l1_beta", "pseudo_huber_c", "normalize_masked_loss"), LOSS),
     "model.multiscale_loss_weight": LOSS,
     "model.type": "decides what is trained",
+    **dict.fromkeys(("model.text_encoder_nf4", "model.text_encoder_fp8"), "decides how captions are encoded"),
     "adapter.*": "decides what is trained, and how it counts",
     **dict.fromkeys(("model.dtype", "model.transformer_dtype"), DTYPE),
     **dict.fromkeys(("optimizer.type", "optimizer.betas", "optimizer.moments_dtype"), MOMENTS),

@@ -37,6 +37,11 @@ class TransformerShape:
     context_width: int
     adaln_lora_dim: int
 
+    @property
+    def num_quantizable(self) -> int:
+        """The number of weights that may have a byte each: those of the blocks' attention and MLPs."""
+        return self.num_blocks * self.width * (14 * self.width + 2 * self.context_width)
+
     @classmethod
     def of(cls, entries: Mapping[str, Entry]) -> "TransformerShape":
         """Read the shape off a file's entries (keys without prefix)."""

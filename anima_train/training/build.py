@@ -101,7 +101,9 @@ def load_trained(
     Raises:
         ConfigError: nothing is trained.
     """
-    transformer = load_transformer(spec.files, spec.trains_llm_adapter, spec.weights_dtype, spec.device)
+    transformer = load_transformer(
+        spec.files, spec.trains_llm_adapter, spec.weights_dtype, spec.device, spec.quantization
+    )
     adapter.attach(transformer, rates, seed)
     transformer.batch_modulations()
     transformer.run_block = run_block

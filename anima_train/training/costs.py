@@ -38,7 +38,7 @@ class ModelStats:
     transformer: TransformerShape
     num_weights: int  # in memory while training, without what an adapter adds
     num_trained: int
-    num_text_weights: int = 0  # of what encodes captions on the device during training, in float32
+    text_bytes: int = 0  # of what encodes captions on the device during training
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class MemoryCost:
 
 def memory_cost(config: Config, model: ModelStats, size: Size, batch_size: int) -> MemoryCost:
     """Estimate the memory of one micro-batch of a bucket."""
-    weights_dtype = config.model.transformer_dtype or config.model.dtype
+    weights_dtype = config.model.weights_dtype
     if isinstance(config.adapter, Full):
         trained = gradient_and_state_bytes(config.optimizer, weights_dtype)
     else:  # a LoRA comes on top of the weights, in a dtype of its own
@@ -75,7 +75,9 @@ def memory_cost(config: Config, model: ModelStats, size: Size, batch_size: int) 
     # Autocast keeps its copies of what trains for the forward pass, and each as long as a linear needs it.
     if uses_autocast and (trains_all or config.recompute == "nothing"):
         weight_bytes += DTYPES[config.model.dtype].itemsize
-    weights = model.num_weights * weight_bytes + model.num_text_weights * torch.float32.itemsize
+    weights = model.num_weights * weight_bytes + model.text_bytes
+    if config.model.quantization is not None:  # a byte for each of these instead
+        weights -= shape.num_quantizable * (weight_bytes - 1)
     return MemoryCost(weights, model.num_trained * trained, round(per_value * num_values), values)
 
 

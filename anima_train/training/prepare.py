@@ -72,7 +72,7 @@ def prepare_data(
     note_newer_entries(caches)
 
     vae_id = vae_identity(spec.files)
-    text_id = text_identity(spec.files, not spec.trains_llm_adapter, spec.dtype)
+    text_id = text_identity(spec.files, not spec.trains_llm_adapter, spec.dtype, spec.text_quantization)
     needed = needed_entries(
         scans["train"].samples,
         [sample for name, found in scans.items() if name != "train" for sample in found.samples],

@@ -12,6 +12,7 @@ from anima_train.adapters.lora import Lora
 from anima_train.config.load import load_config
 from anima_train.data.buckets import Size
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
+from anima_train.model.quantized import quantize_blocks
 from anima_train.optim.groups import COMPONENTS, LearningRates
 from anima_train.training.build import block_runner
 from anima_train.training.costs import KEPT_VALUES, POLICIES, ModelStats, memory_cost
@@ -104,6 +105,22 @@ def gib_of(path, *changes):
         for side in config.dataset.resolutions
     ]
     return max(cost.total for cost in costs) / 2**30
+
+
+@pytest.mark.parametrize("kind", ["int8", "float8"])
+def test_weights_of_a_byte_are_counted_as_such(kind, tmp_path, monkeypatch):
+    for folder in ("style", "heldout"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    config = load_config(REPO / "configs" / "style_lora.toml", [f"model.transformer_dtype='{kind}'"]).config
+    shape = TransformerShape(2, 256, 64, 16, 64, 16)
+    model = MiniTrainDIT(shape).bfloat16()
+    num_weights = sum(each.numel() for each in model.parameters())
+    quantize_blocks(model, kind)
+    held = sum(each.nbytes for each in model.parameters())
+    cost = memory_cost(config, ModelStats(shape, num_weights, 0), Size(512, 512), 1)
+    assert cost.weights == pytest.approx(held, rel=0.1)  # the model is small: its scales and rotations are a part
+    assert cost.weights < 0.65 * num_weights * BFLOAT16.itemsize
 
 
 def test_each_policy_keeps_less_than_the_one_before_it():

@@ -44,6 +44,7 @@ REPO = Path(__file__).parents[2]
 CUDA = torch.device("cuda", 0)
 BF16 = {"model": {"dtype": "bfloat16"}, "monitoring": {"tensorboard": False}}
 FULL = BF16 | {"adapter": None, "optimizer": {"type": "adamw_optimi", "lr": 1e-5}}
+INT8 = BF16 | {"model": {"dtype": "bfloat16", "transformer_dtype": "int8"}}
 WAITS_OF_A_STEP = 0  # its numbers are read later, see `test_waits.py`
 
 
@@ -131,7 +132,8 @@ def devices(tensors) -> set[torch.device]:
 
 
 @pytest.mark.parametrize(
-    "changes", [BF16, FULL, *(BF16 | {"activation_checkpointing": policy} for policy in (True, "selective", "offload"))]
+    "changes",
+    [BF16, FULL, INT8, *(BF16 | {"activation_checkpointing": policy} for policy in (True, "selective", "offload"))],
 )
 def test_a_step_is_on_the_device_from_the_files_to_the_update(started, changes):
     cuda = started(**changes)
@@ -139,11 +141,14 @@ def test_a_step_is_on_the_device_from_the_files_to_the_update(started, changes):
     assert devices(state.transformer.parameters()) == devices(state.transformer.state_dict().values()) == {CUDA}
     assert cuda.waits.total == 0
     gradients = []
+    is_int8 = state.transformer.blocks[0].mlp.layer1.weight in list(state.transformer.modules())
     step = state.optimizer.step
     state.optimizer.step = lambda: (gradients.extend(each.grad for each in state.parameters), step())
-    cuda.step(state)
+    with Operations() as operations:
+        cuda.step(state)
     assert state.step == 1
     assert devices(gradients) == {CUDA}
+    assert (operations.names["anima_train.integer_product.default"] > 0) == is_int8
     moments = [value for each in state.optimizer.state.values() for name, value in each.items() if name != "step"]
     assert len(moments) >= 2 * len(state.parameters)
     assert devices(moments) == {CUDA}
