@@ -105,10 +105,10 @@ class QuantizedProducts(torch.autograd.Function):
 def quantized_outputs(tokens: Float[Tensor, "N D"], weights: Sequence[QuantizedWeight]) -> list[Tensor]:
     """Return the products of one input with several weights, which share its rotation and its rounding."""
     first = weights[0]
-    rotated = rotate(tokens, first.rotation)
     if not first.multiplies_integers(len(tokens)):
+        rotated = rotate(tokens, first.rotation)
         return [F.linear(rotated, weight.dequantized(tokens.dtype)) for weight in weights]
-    values, scale = round_rows(rotated)
+    values, scale = rotated_integers(tokens, first.rotation)
     return [multiply(values, scale, weight.values.t(), weight.scale.t(), tokens.dtype) for weight in weights]
 
 
@@ -137,14 +137,31 @@ def integer_gradient(gradient: Tensor, weight: QuantizedWeight) -> Float[Tensor,
     return multiply(values, scale, rows, None, gradient.dtype)
 
 
+# What has a number of kernels in eager blocks is one operation there, so that selective checkpointing keeps the result
+# of a product, and neither the integers nor what is rotated. A compiler sees what is in it, and fuses that.
+
+
+@torch.library.custom_op("anima_train::rotate_and_round", mutates_args=())
+def rotate_and_round(x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate x, and return its rows as int8 values and a scale."""
+    return round_rows(rotate(x, rotation))
+
+
+@rotate_and_round.register_fake
+def _(x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, dtype=torch.int8), x.new_empty((len(x), 1), dtype=torch.float32)
+
+
+def rotated_integers(x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the same, for a compiler, too."""
+    return round_rows(rotate(x, rotation)) if torch.compiler.is_compiling() else rotate_and_round(x, rotation)
+
+
 @torch.library.custom_op("anima_train::integer_product", mutates_args=())
 def integer_product(
     values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Return `values @ weight`, both int8, times the scales of rows and columns, in as few passes as torch has for it.
-
-    One operation, so that selective checkpointing keeps its result, not the integers.
-    """
+    """Return `values @ weight`, both int8, times the scales of rows and columns, in as few passes as torch has."""
     product = torch._int_mm(values, weight)
     out = torch.mul(product, scale, out=torch.empty_like(product, dtype=dtype))
     return out if weight_scale is None else out.mul_(weight_scale)
@@ -156,7 +173,7 @@ def _(values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor | None
 
 
 def multiply(values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return the same; a compiler sees the operations, and fuses the scales."""
+    """Return the same, for a compiler, too."""
     if not torch.compiler.is_compiling():
         return integer_product(values, scale, weight, weight_scale, dtype)
     product = torch._int_mm(values, weight) * scale

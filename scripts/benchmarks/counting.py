@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from anima_train.model import quantized
+
 # What launches nothing and is no view by its schema.
 NO_KERNEL = {
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh", "detach",
@@ -39,6 +41,9 @@ class KernelCounter(TorchDispatchMode):
         self, function: Any, types: Any, args: Sequence = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if function.namespace == "anima_train":  # an operation of our own: what is in it is counted
+            with self:
+                return getattr(quantized, function.overloadpacket.__name__)._init_fn(*args, **kwargs)
         found = function(*args, **kwargs)
         name = function._schema.name.split("::")[-1]
         results = {argument.name for argument in function._schema.arguments if argument.is_out}

@@ -17,7 +17,9 @@ from anima_train.model.llm_adapter import LLMAdapterShape
 from anima_train.model.recompute import runner
 from anima_train.optim.groups import COMPONENTS, LearningRates
 
-Policy = Literal["eager", "selective", "checkpointing", "compiled", "compiled selective", "int8"]
+Policy = Literal[
+    "eager", "selective", "checkpointing", "compiled", "compiled selective", "int8", "compiled int8", "float8",
+]  # fmt: skip
 RATES = LearningRates(dict.fromkeys(COMPONENTS, 1e-4))
 
 
@@ -68,10 +70,6 @@ SMOKE = Scale(
     curve_steps=3,
     gemm=(64, 64, 64),
 )
-
-
-class NotThereYet(Exception):
-    """Something that this version of the trainer cannot do."""
 
 
 @dataclass(frozen=True)
@@ -126,22 +124,12 @@ def random_inputs(
 
 
 def build(case: Case) -> Built:
-    """Return a model with random weights.
-
-    Raises:
-        NotThereYet: this version cannot do it.
-    """
+    """Return a model with random weights."""
     return build_ours(case) if case.whose == "ours" else build_diffusers(case)
 
 
 def build_ours(case: Case) -> Built:
-    """Return our transformer with its LoRA.
-
-    Raises:
-        NotThereYet: this version cannot do it.
-    """
-    if case.policy == "int8":
-        raise NotThereYet("int8 is not there yet")
+    """Return our transformer with its LoRA."""
     model = models.build_ours(case.shape, case.rank, case.policy, case.device, case.dtype)
     if case.policy.startswith("compiled") and case.device.type != "cuda":
         model.run_block = CompiledBlocks(runner("nothing"), "eager")

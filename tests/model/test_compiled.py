@@ -200,14 +200,16 @@ def test_other_adapters_compile(adapter, same):
     assert graphs_of(same, train, model, run, *inputs_of((8, 16), 2)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh")
-@pytest.mark.parametrize("quantization", ["int8", pytest.param("float8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("quantization", ["int8", "float8"])
 def test_quantised_weights_take_no_more_graphs(quantization, same):
     model, run = make_model(Lora(rank=4), quantization), blocks_of("nothing", "eager")
 
     def run_all():
         for size, batch_size, rows in (((8, 16), 2, 20), ((4, 24), 4, 48), ((6, 10), 1, 1), ((16, 12), 1, 20)):
-            same(train, model, run, *inputs_of(size, batch_size, rows))
+            # A value in the middle between two integers is rounded to either.
+            same(train, model, run, *inputs_of(size, batch_size, rows), tolerance=0.01)
 
     assert graphs_of(run_all) == 2
 
@@ -217,7 +219,7 @@ def test_quantised_weights_take_no_more_graphs(quantization, same):
 @pytest.mark.parametrize("policy", ["selective", "blocks"])
 def test_policies_on_quantised_weights_compile_with_their_backward_pass(policy, same):
     model, run = make_model(Lora(rank=4), "int8"), blocks_of(policy, "aot_eager")
-    assert graphs_of(same, train, model, run, *inputs_of((8, 16), 2)) == 1
+    assert graphs_of(lambda: same(train, model, run, *inputs_of((8, 16), 2), tolerance=0.01)) == 1
 
 
 @pytest.mark.usefixtures("fresh")
