@@ -69,7 +69,7 @@ class QuantizedWeight(nn.Module):
         """Return True if inputs of so many rows are quantised, too."""
         if not self.has_integer_products:
             return False
-        if self.device.type == "cuda":  # torch's own limits, and no rounding to bfloat16 or int8 in hardware before
+        if self.device.type == "cuda":  # the limits are torch's; fast since Ampere
             fits = num_rows > 16 and self.shape[0] % 8 == self.shape[1] % 8 == 0
             return fits and torch.version.hip is None and has_tensor_cores(self.device)
         return self.device.type == "cpu"
