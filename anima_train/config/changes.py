@@ -33,7 +33,8 @@ MAY_CHANGE = frozenset(
         # Times the number of processes it has to stay the same, see `training.resume.check_same_content`.
         "gradient_accumulation_steps",
         # Memory and speed: the same is computed, up to rounding.
-        *("activation_checkpointing", "compile", "caching_batch_size", "eval_micro_batch_size_per_gpu", "offline"),
+        *("activation_checkpointing", "blocks_to_swap", "compile", "caching_batch_size", "offline"),
+        "eval_micro_batch_size_per_gpu",
         *("num_workers", "model.cache_text_embeddings", "model.text_encoder_device", "attention", "deterministic"),
         # What is looked at and what is kept on the way: the training does not see it.
         *("eval_datasets", "eval_datasets.*", "eval_every_n_epochs", "eval_every_n_steps", "eval_every_n_examples"),

@@ -219,6 +219,11 @@ class Config(Settings):
     """The activations that blocks compute again in the backward pass instead of keeping them. "selective": all but
     products and attention, which is half of the memory for at most 8 % more work; true: everything, far less memory for
     about 40 % more work; "offload" (or "unsloth"): the same, and what is left waits in the host's memory."""
+    blocks_to_swap: int = Field(default=0, ge=0)
+    """Number of blocks whose weights wait in the host's memory, pinned on CUDA, and come to the device when they are at
+    work, forward and backward: saves the memory of all of them but two (0.12 GiB each in bfloat16), for copies that are
+    told at the start. Results do not depend on it. In a full fine-tune gradients and the optimizer's state stay on the
+    device."""
     compile: bool | None = None
     """Compile the blocks with torch.compile: fewer passes over memory, faster steps after a minute or two at the start.
     Absent: on CUDA, where a compiler is there. What cannot be compiled runs as it is, with a warning."""
@@ -367,6 +372,16 @@ class Config(Settings):
         components = COMPONENTS[:-1] if isinstance(adapter, Lora) else COMPONENTS
         if model is not None and all(component_rate(model, value, component) == 0 for component in components):
             raise ValueError("lr is 0 for every component that could be trained; nothing would be")
+        return value
+
+    @field_validator("ema")
+    @classmethod
+    def finds_weights(cls, value: Ema | None, earlier: ValidationInfo) -> Ema | None:
+        """Refuse an average of weights that are not all on the device."""
+        if value is not None and earlier.data.get("blocks_to_swap") and isinstance(earlier.data.get("adapter"), Full):
+            raise ValueError(
+                "follows weights on the device, where blocks_to_swap does not keep them; remove one of them"
+            )
         return value
 
     # What the rooms below take, made from the flat keys ---------------------------------------------------------------

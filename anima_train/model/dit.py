@@ -7,6 +7,7 @@ branches on shapes, and dtypes are the caller's: the residual stream runs in the
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,9 @@ from anima_train.model.llm_adapter import LLMAdapter
 from anima_train.model.lora_linear import project
 from anima_train.model.modulations import LinearBatch, split_modulations
 from anima_train.model.safetensors_io import Entry, count_blocks
+
+if TYPE_CHECKING:
+    from anima_train.model.block_swap import BlockSwap
 
 PATCH = 2  # latent pixels per token side
 MAX_TABLES = 64  # of rotary values; 2 MB each at 1024 pixels
@@ -232,6 +236,7 @@ class MiniTrainDIT(nn.Module):
         super().__init__()
         self.shape = shape
         self.run_block: RunBlock = run_block  # another one compiles, or recomputes in the backward pass
+        self.block_swap: BlockSwap | None = None  # the blocks whose weights wait in the host's memory
         self.folds_zeros = True  # rows of zeros at the end of the text are counted; False: they are computed
         self.modulation_batches: tuple[LinearBatch, LinearBatch] | None = None
         self.rope_tables: dict[tuple[int, int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
@@ -314,6 +319,11 @@ class MiniTrainDIT(nn.Module):
         )
         if LinearBatch.fits(first) and LinearBatch.fits(second):
             self.modulation_batches = LinearBatch(first), LinearBatch(second)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the values of all parameters, to be read or changed between steps; of swapped blocks on the host."""
+        weights = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        return weights if self.block_swap is None else weights | dict(self.block_swap.waiting())
 
     def rope_table(
         self, rows: int, columns: int, device: torch.device, dtype: torch.dtype

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from anima_train.core.errors import ModelFileError
+from anima_train.model.block_swap import swapped_blocks, swaps
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX, is_buffer, key_prefix, validate_kind
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
@@ -122,13 +123,18 @@ def load_llm_adapter(files: ModelFiles, dtype: torch.dtype, device: torch.device
 
 
 def load_transformer(
-    files: ModelFiles, train_llm_adapter: bool, dtype: torch.dtype, device: torch.device
+    files: ModelFiles, train_llm_adapter: bool, dtype: torch.dtype, device: torch.device, blocks_to_swap: int = 0
 ) -> MiniTrainDIT:
-    """Load the transformer, frozen; with the LLM adapter inside if that trains."""
+    """Load the transformer, frozen; with the LLM adapter inside if that trains.
+
+    Blocks that are to be swapped are left in the host's memory, for `BlockSwap`.
+    """
     header = files.transformer_header
     with torch.device("meta"):
         transformer = MiniTrainDIT(TransformerShape.of(header.entries))
-    load_into(transformer, header, f"model.transformer_path {header.path}", dtype, device)
+    swapped = swapped_blocks(len(transformer.blocks), blocks_to_swap)
+    what = f"model.transformer_path {header.path}"
+    load_into(transformer, header, what, dtype, device, on_host=lambda name: swaps(name, swapped))
     if train_llm_adapter:
         transformer.llm_adapter = load_llm_adapter(files, dtype, device)
     return transformer

@@ -12,6 +12,7 @@ from anima_train.config.config import Config
 from anima_train.core.device import DTYPES
 from anima_train.core.format import format_bytes
 from anima_train.data.buckets import Size
+from anima_train.model.block_swap import num_swapped_values, saved_bytes
 from anima_train.model.dit import TransformerShape
 from anima_train.model.recompute import Recompute
 from anima_train.optim.optimizers import AnyOptimizer
@@ -76,6 +77,7 @@ def memory_cost(config: Config, model: ModelStats, size: Size, batch_size: int) 
     if uses_autocast and (trains_all or config.recompute == "nothing"):
         weight_bytes += DTYPES[config.model.dtype].itemsize
     weights = model.num_weights * weight_bytes + model.num_text_weights * torch.float32.itemsize
+    weights -= saved_bytes(num_swapped_values(shape) * DTYPES[weights_dtype].itemsize, config.blocks_to_swap)
     return MemoryCost(weights, model.num_trained * trained, round(per_value * num_values), values)
 
 

@@ -8,7 +8,14 @@ from anima_train.core.format import format_bytes
 from anima_train.data.scan import Scan
 from anima_train.model.loading import ModelSpec
 from anima_train.optim.groups import group_rows
-from anima_train.training.build import check_compiler, disk_plan, file_sizes, plan_run, trainable_transformer
+from anima_train.training.build import (
+    check_compiler,
+    check_swap,
+    disk_plan,
+    file_sizes,
+    plan_run,
+    trainable_transformer,
+)
 from anima_train.training.summary import data_text, groups_text, plan_text
 
 
@@ -16,10 +23,11 @@ def describe_run(loaded: LoadedConfig, spec: ModelSpec, scans: Mapping[str, Scan
     """Return lines about the data, the plan, what is trained, and the files that the run would write.
 
     Raises:
-        ConfigError: the run would have no step, or no compiler where one is asked for.
+        ConfigError: the run would have no step, no compiler where one is asked for, or too few blocks to swap.
     """
     config = loaded.config
     check_compiler(config.compile, spec.device)
+    check_swap(config.blocks_to_swap, config.adapter, spec, num_processes)
     lines = [f"note: {note}" for note in loaded.notes]
     for name, found in scans.items():
         lines.extend(data_text(name, found))

@@ -4,6 +4,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from anima_train.model.loading import ModelSpec
 from anima_train.model.text import MAX_TOKENS, load_tokenizers
 from anima_train.objective.losses import Loss
 from anima_train.objective.step import compute_loss
+from anima_train.optim.by_block import step_by_block
 from anima_train.optim.optimizers import AnyOptimizer
 from anima_train.optim.state_shapes import optimizer_state
 from anima_train.run.accelerator import make_accelerator
@@ -155,12 +157,14 @@ def measure(
             encoder = CaptionEncoder(spec, load_tokenizers(spec.files.tokenizer, spec.files.t5_tokenizer))
         transformer, groups = load_trained(
             spec, config.adapter, config.learning_rates(), config.seed, config.optimizer.weight_decay,
-            block_runner(config.recompute, config.compile, device),
+            block_runner(config.recompute, config.compile, device), config.blocks_to_swap,
         )  # fmt: skip
         model, optimizer = accelerator.prepare(transformer), config.optimizer.build(groups)
+        update = partial(step_by_block, optimizer, transformer.block_swap, optimizer.step)
         step = training_step(
-            model, optimizer, config.loss(), accelerator, config.gradient_accumulation_steps, config.gradient_clipping
-        )
+            model, optimizer, update, config.loss(), accelerator, config.gradient_accumulation_steps,
+            config.gradient_clipping,
+        )  # fmt: skip
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -182,15 +186,15 @@ def measure(
 
 
 def training_step(
-    model: nn.Module, optimizer: Optimizer, loss_function: Loss, accelerator: Accelerator, num_micro_batches: int,
-    gradient_clipping: float,
+    model: nn.Module, optimizer: Optimizer, update: Callable[[], object], loss_function: Loss, accelerator: Accelerator,
+    num_micro_batches: int, gradient_clipping: float,
 ) -> Callable[[Batch], None]:  # fmt: skip
     """Return a function that makes one optimizer update as the training loop does, the optimizer's state in memory."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     # The optimizer's state, which all steps of a run but the first find in memory.
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
+    update()
 
     def step(batch: Batch) -> None:
         optimizer.zero_grad(set_to_none=True)  # here: a step that ran out of memory leaves gradients
@@ -198,7 +202,7 @@ def training_step(
             losses = compute_loss(model, batch.to(accelerator.device), loss_function)
             accelerator.backward(losses.mean() / num_micro_batches)
         accelerator.clip_grad_norm_(parameters, gradient_clipping or math.inf)
-        optimizer.step()
+        update()
 
     return step
 

@@ -23,7 +23,7 @@ from anima_train.optim.ema import WeightAverage
 from anima_train.optim.groups import group_rows
 from anima_train.optim.lr_schedules import lr_factor
 from anima_train.training.anomalies import SkippedUpdates, SpikeDetector
-from anima_train.training.build import block_runner, load_trained, plan_run
+from anima_train.training.build import block_runner, load_trained, plan_run, swap_text
 from anima_train.training.context import RunContext
 from anima_train.training.costs import memory_suggestions
 from anima_train.training.memory import MicroBatchShape, memory_errors
@@ -138,8 +138,10 @@ def build_model(run: RunContext, spec: ModelSpec, num_steps: int) -> TrainState:
     rates = config.learning_rates()
     run_block = block_runner(config.recompute, config.compile, spec.device)
     transformer, groups = load_trained(
-        spec, config.adapter, rates, config.seed, config.optimizer.weight_decay, run_block
+        spec, config.adapter, rates, config.seed, config.optimizer.weight_decay, run_block, config.blocks_to_swap
     )
+    if transformer.block_swap is not None:
+        logger.info("%s", swap_text(transformer.block_swap, config.gradient_accumulation_steps, spec.device))
     for line in groups_text(group_rows(transformer, rates)):
         logger.info("%s", line)
     patient_barrier(run.accelerator)  # one process has encoded prompts, each has read the model

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from anima_train.core.transfers import HostCopy, is_asynchronous
 from anima_train.data.loader import Batch
 from anima_train.distributed.launcher import rank, world_size
 from anima_train.objective.step import compute_loss
+from anima_train.optim.by_block import step_by_block
 from anima_train.optim.skipping import step_unless
 from anima_train.run.log import logged_to, terminal
 from anima_train.training.anomalies import UpdateGuard
@@ -152,7 +154,7 @@ def train_step(
     grad_norm = accelerator.clip_grad_norm_(state.parameters, config.gradient_clipping or math.inf)
     totals = sums.take(accelerator)  # of all processes, as is the norm: all skip together
     skips = guard.skips(totals[0], grad_norm)
-    step_unless(state.optimizer, skips)
+    step_by_block(state.optimizer, state.transformer.block_swap, partial(step_unless, state.optimizer, skips))
     if state.ema is not None:
         state.ema.update(step.index + 1, skips)
     state.optimizer.zero_grad(set_to_none=True)
