@@ -52,20 +52,25 @@ def saved_bytes(num_bytes: int, blocks_to_swap: int) -> int:
     return num_bytes * max(0, blocks_to_swap - MAX_BUFFERS)
 
 
-def copied_blocks(blocks_to_swap: int, num_micro_batches: int, trains_blocks: bool) -> int:
-    """Return how many times an optimizer step copies a block's weights between host and device.
+def copied_blocks(
+    blocks_to_swap: int, num_micro_batches: int, trains_blocks: bool, changes_in_backward: bool = False
+) -> int:
+    """Return how many times an optimizer step copies a block's weights between host and device, at most.
 
     The blocks at which a pass ends are still there when the next one begins, as that goes the other way. Trained blocks
-    come once more for their update, and are copied back after it.
+    are copied back after their update, for which they come once more unless it is a part of the backward pass.
 
     Args:
         blocks_to_swap: number of swapped blocks.
         num_micro_batches: in the step.
         trains_blocks: True for a full fine-tune.
+        changes_in_backward: True if the update is a part of the backward pass.
     """
     moving = max(0, blocks_to_swap - MAX_BUFFERS)
-    updates = (2 if moving else 1) * blocks_to_swap if trains_blocks else 0
-    return 2 * num_micro_batches * moving + updates
+    passes = 2 * num_micro_batches * moving
+    if not trains_blocks:
+        return passes
+    return passes + blocks_to_swap * (1 if changes_in_backward or not moving else 2)
 
 
 @dataclass
@@ -100,12 +105,14 @@ class BlockSwap:
             for _ in range(min(MAX_BUFFERS, blocks_to_swap))
         ]
         self.home: dict[str, Tensor] = {}  # the parameters in the host's memory, by name
+        self.shown: list[Tensor] = []  # of each block one of its weights on the device
         self.hosts = [
             self.move(block, f"blocks.{number}", self.buffer_of(index))
             for index, (number, block) in enumerate(zip(numbers, blocks, strict=True))
         ]
         self.current: int | None = None  # the block that is at work
         self.changes = False  # True if its weights are changed while it is
+        self.changes_in_backward = False  # True if each backward pass updates weights as soon as it has their gradients
 
     @property
     def host_bytes(self) -> int:
@@ -121,14 +128,14 @@ class BlockSwap:
         found = list(tensors_of(block, name))
         tensors = [place.tensor for place in found]
         host = self.copies.host_buffer(flat_bytes(tensors))
-        # Of `data`: else copies into the buffer would count as changes, which autograd refuses.
-        places = zip(found, views(host, tensors), views(buffer.values.data, tensors), strict=True)
-        for place, waiting, working in places:
+        for place, waiting, shared in zip(found, views(host, tensors), views(buffer.values, tensors), strict=True):
             waiting.copy_(place.tensor.detach())
+            working = shared.data  # else a copy, or another block's update, would count as a change of this weight
             if isinstance(place.tensor, nn.Parameter):
                 self.home[place.name] = waiting
                 working = nn.Parameter(working, place.tensor.requires_grad)
             place.owner[place.key] = working
+        self.shown.append(working)
         return host
 
     def around(self, run: RunBlock) -> RunBlock:
@@ -138,11 +145,19 @@ class BlockSwap:
             index = self.indices.get(block)
             if index is None:
                 return run(block, *inputs)
+            storage = self.shown[index].untyped_storage()
+            # Else it would compute with what was in the buffer then, and nobody would notice.
+            assert storage._cdata == self.buffer_of(index).values.untyped_storage()._cdata, "the weights were moved"
             self.bring(index, index + 1)
             out = run(block, *inputs)
-            return BeforeBackward.apply(out, partial(self.bring, index, index - 1)) if out.requires_grad else out
+            return BeforeBackward.apply(out, partial(self.bring_back, index)) if out.requires_grad else out
 
         return run_swapped
+
+    def bring_back(self, index: int) -> None:
+        """Have a block's weights on the device for its backward pass."""
+        self.bring(index, index - 1)
+        self.changes = self.changes_in_backward
 
     def bring(self, index: int, following: int) -> None:
         """Have a block's weights on the device for what it is told next, and those of the block after that on the way.

@@ -159,7 +159,7 @@ def measure(
             spec, config.adapter, config.learning_rates(), config.seed, config.optimizer.weight_decay,
             block_runner(config.recompute, config.compile, device), config.blocks_to_swap,
         )  # fmt: skip
-        model, optimizer = accelerator.prepare(transformer), config.optimizer.build(groups)
+        model, optimizer = accelerator.prepare(transformer, device_placement=[False]), config.optimizer.build(groups)
         update = partial(step_by_block, optimizer, transformer.block_swap, optimizer.step)
         step = training_step(
             model, optimizer, update, config.loss(), accelerator, config.gradient_accumulation_steps,

@@ -145,7 +145,7 @@ def build_model(run: RunContext, spec: ModelSpec, num_steps: int) -> TrainState:
     for line in groups_text(group_rows(transformer, rates)):
         logger.info("%s", line)
     patient_barrier(run.accelerator)  # one process has encoded prompts, each has read the model
-    model = run.accelerator.prepare(transformer)
+    model = run.accelerator.prepare(transformer, device_placement=[False])  # it is there, its swapped blocks are not
     ema = None if config.ema is None else WeightAverage(trained_parameters(transformer), config.ema)
 
     def factor(step: int) -> float:

@@ -1,11 +1,13 @@
 """Swapped blocks: the same bits as without, real buffers and copies, and as many of them as is told."""
 
 import itertools
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from anima_train.adapters.full import Full
 from anima_train.adapters.lora import Lora
@@ -34,22 +36,23 @@ RATES = LearningRates(dict.fromkeys(COMPONENTS, 1e-2))
 ADAPTERS = [Lora(rank=2, alpha=1.0, dropout=0.3), Full()]
 
 
-def make_model(adapter, blocks_to_swap=0, policy="nothing", dtype=torch.float32, backend=None):
+def make_model(adapter, blocks_to_swap=0, policy="nothing", dtype=torch.float32, backend=None, device=CPU):
     """A model as `load_trained` makes it."""
     model = MiniTrainDIT(SHAPE).to(dtype)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.2).to(dtype)
+    model.to(device)
     run = runner(policy)
     run = run if backend is None else CompiledBlocks(run, backend)
     run = offloading(run) if policy == "offload" else run
     if blocks_to_swap:
-        model.block_swap = BlockSwap(model, blocks_to_swap, CPU)
+        model.block_swap = BlockSwap(model, blocks_to_swap, device)
         run = model.block_swap.around(run)
     adapter.attach(model, RATES, seed=0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+            parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.2).to(device)
     model.batch_modulations()
     model.run_block = run
     return model.train()
@@ -60,7 +63,8 @@ def loss_of(model, seed=1):
     x, t = torch.randn(2, 16, 1, 8, 12, generator=generator), torch.rand(2, 1, generator=generator)
     text = fold_rows(torch.randn(2, 5, 20, generator=generator))
     torch.manual_seed(seed)  # of dropout
-    return model(x, t, text).square().mean()
+    device = model.x_embedder.proj[1].weight.device
+    return model(x.to(device), t.to(device), replace(text, rows=text.rows.to(device))).square().mean()
 
 
 def accumulate(model, seeds=(1, 2, 3)):
@@ -172,6 +176,51 @@ def test_steps_of_a_full_finetune_are_those_without_swapping(optimizer, dtype, b
     assert states == pytest.approx(expected_states, rel=1e-12)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=["lora", "full"])
+def test_no_bit_moves_where_copies_are_made_beside_the_computation(adapter, policy):
+    device = torch.device("cuda")
+
+    def train(number):
+        model = make_model(adapter, number, policy, device=device)
+        optimizer = AdamW(lr=1e-3).build([{"params": [each for each in model.parameters() if each.requires_grad]}])
+        found = []
+        for seed in range(5):
+            found.append(accumulate(model, (seed, seed + 1)))
+            step_by_block(optimizer, model.block_swap, optimizer.step)
+            optimizer.zero_grad()
+        return found
+
+    with sdpa_kernel(SDPBackend.MATH):  # whose gradient has the same bits each time
+        expected = train(0)
+        assert all(map(same_bits, train(4), expected))
+        assert all(map(same_bits, train(5), expected))
+
+
+@pytest.mark.parametrize("copies", [CopyStream, LateCopies])
+@pytest.mark.parametrize("policy", ["nothing", "blocks"])
+def test_updates_within_the_backward_pass_are_those_without_swapping(policy, copies):
+    """As `torch.optim` in a hook of each parameter makes them."""
+
+    @torch.no_grad()
+    def update(parameter):
+        parameter.sub_(parameter.grad, alpha=1e-3)
+        parameter.grad = None
+
+    def train(number):
+        with patch("anima_train.model.block_swap.CopyStream", copies):
+            model = make_model(Full(), number, policy)
+        if number:
+            model.block_swap.changes_in_backward = True
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(update)
+        accumulate(model, (1, 2))
+        return model.weights()
+
+    assert same_bits(train(4), train(0))
+
+
 def test_weights_can_be_read_and_changed_between_steps():
     model, plain = make_model(Full(), 4), make_model(Full())
     assert same_bits(model.weights(), plain.weights())
@@ -183,9 +232,13 @@ def test_weights_can_be_read_and_changed_between_steps():
     assert same_bits(model.weights(), plain.weights())
 
 
+@pytest.mark.parametrize("releases", [False, True], ids=["", "released"])
 @pytest.mark.parametrize(("adapter", "blocks_to_swap"), list(itertools.product(ADAPTERS, (1, 2, 4, 5))))
-def test_a_step_makes_as_many_copies_as_it_told(adapter, blocks_to_swap):
+def test_a_step_makes_as_many_copies_as_it_told(adapter, blocks_to_swap, releases):
+    trains = isinstance(adapter, Full)
+    releases &= trains
     model = make_model(adapter, blocks_to_swap)
+    model.block_swap.changes_in_backward = releases
     optimizer = AdamW(lr=1e-3).build([{"params": [each for each in model.parameters() if each.requires_grad]}])
     swap, copies = model.block_swap, []
     copy = CopyStream.copy
@@ -196,15 +249,17 @@ def test_a_step_makes_as_many_copies_as_it_told(adapter, blocks_to_swap):
 
     def step():
         copies.clear()
-        accumulate(model, (1, 2))
-        step_by_block(optimizer, swap, optimizer.step)
+        accumulate(model, (1,) if releases else (1, 2))
+        if not releases:
+            step_by_block(optimizer, swap, optimizer.step)
         return len(copies), copies.count("out")
 
-    trains = isinstance(adapter, Full)
     with patch.object(CopyStream, "copy", counted):
         step()  # the first finds nothing on the device
         found = step()
-    assert found == (copied_blocks(blocks_to_swap, 2, trains), blocks_to_swap if trains else 0)
+    num_micro_batches = 1 if releases else 2
+    told = copied_blocks(blocks_to_swap, num_micro_batches, trains, releases)
+    assert found == (told, blocks_to_swap if trains else 0)
 
 
 def test_the_weights_of_two_blocks_at_most_are_on_the_device():
@@ -227,10 +282,19 @@ def test_what_is_swapped_is_all_of_a_block_but_modulations_and_updates():
     names = {name for name, _ in model.named_parameters() if swaps(name.removesuffix(".lora_A"), swapped)}
     home = model.block_swap.home
     assert home.keys() == {name for name in names if ".lora_" not in name}
-    assert len(home) == 3 * 14
+    assert sum(weight.numel() for weight in home.values()) == 3 * num_swapped_values(SHAPE)
     buffers = {buffer.values.data_ptr() for buffer in model.block_swap.buffers}
     for name, parameter in model.named_parameters():
         assert (parameter.untyped_storage().data_ptr() in buffers) == (name in home)
+
+
+def test_weights_that_something_moves_are_not_computed_with():
+    model = make_model(Lora(rank=2), 4)
+    model.to(CPU)  # they are there
+    loss_of(model)
+    model.double()
+    with pytest.raises(AssertionError, match="the weights were moved"):
+        loss_of(model)
 
 
 @pytest.mark.parametrize(("num_blocks", "blocks_to_swap"), [(28, 28), (28, 14), (28, 27), (28, 3), (1, 1)])

@@ -153,7 +153,8 @@ def test_a_step_is_on_the_device_from_the_files_to_the_update(started, changes):
 SWAPPED = {"blocks_to_swap": 2, "gradient_accumulation_steps": 2}
 
 
-@pytest.mark.parametrize("changes", [BF16, pytest.param(FULL, marks=pytest.mark.slow)], ids=["lora", "full"])
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [BF16, FULL], ids=["lora", "full"])
 def test_a_step_with_swapped_blocks_waits_for_nothing_and_saves_the_bytes_that_are_told(
     started, counting, monkeypatch, changes
 ):
