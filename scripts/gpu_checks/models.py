@@ -11,13 +11,14 @@ from benchmarks import models
 from torch import Tensor, nn
 
 from anima_train.core.text_batch import fold_rows, pad_rows
+from anima_train.model.block_swap import BlockSwap
 from anima_train.model.compiled import CompiledBlocks
 from anima_train.model.dit import TransformerShape
 from anima_train.model.llm_adapter import LLMAdapterShape
 from anima_train.model.recompute import runner
 from anima_train.optim.groups import COMPONENTS, LearningRates
 
-Policy = Literal["eager", "selective", "checkpointing", "compiled", "compiled selective", "int8"]
+Policy = Literal["eager", "selective", "checkpointing", "compiled", "compiled selective", "swap", "int8"]
 RATES = LearningRates(dict.fromkeys(COMPONENTS, 1e-4))
 
 
@@ -142,7 +143,11 @@ def build_ours(case: Case) -> Built:
     """
     if case.policy == "int8":
         raise NotThereYet("int8 is not there yet")
-    model = models.build_ours(case.shape, case.rank, case.policy, case.device, case.dtype)
+    policy = "checkpointing" if case.policy == "swap" else case.policy
+    model = models.build_ours(case.shape, case.rank, policy, case.device, case.dtype)
+    if case.policy == "swap":  # all blocks; to be compared with checkpointing alone
+        model.block_swap = BlockSwap(model, case.shape.num_blocks, case.device)
+        model.run_block = model.block_swap.around(model.run_block)
     if case.policy.startswith("compiled") and case.device.type != "cuda":
         model.run_block = CompiledBlocks(runner("nothing"), "eager")
     return Built(model, lambda inputs: model(inputs.latents, inputs.t, fold_rows(inputs.text)))
