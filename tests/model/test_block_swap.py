@@ -350,3 +350,11 @@ def test_compiled_blocks_take_no_graph_more_and_give_the_same_bits(adapter):
     torch._dynamo.reset()
     assert num_graphs() == before
     assert same_bits(found, expected)
+
+
+def test_the_next_block_is_on_its_way_while_one_works_forward_and_backward():
+    swap = make_model(Lora(rank=2), 5).block_swap
+    swap.bring(2, 3)
+    assert [buffer.block for buffer in swap.buffers] == [2, 3]
+    swap.bring_back(2)
+    assert [buffer.block for buffer in swap.buffers] == [2, 1]
