@@ -4,6 +4,7 @@
                                        [--side 256] [--rank 16] [--rounds 7] [--json]
     python scripts/benchmark.py counts [--cases eager,checkpointing,diffusers] [--side 1024] [--rank 32] [--json]
     python scripts/benchmark.py graphs [--json]
+    python scripts/benchmark.py rounding [--cases bfloat16,int8] [--json]
     python scripts/benchmark.py waits  [--json]
     python scripts/benchmark.py start  [--rounds 7] [--json]
     python scripts/benchmark.py vae    [--device cuda] [--side 256] [--rounds 7]
@@ -17,6 +18,7 @@
 `counts`: kernels, gigabytes of elementwise passes and GiB kept of one step at full size, 28 blocks of width 2048 at
     1024 pixels, on fake CUDA tensors; no GPU is needed.
 `graphs`: graphs that compiled blocks have after training at 9 sizes and batches of 1, 2 and 4.
+`rounding`: errors of predictions and of a LoRA's gradients, by the type of the base weights, against float64.
 `waits`: how often an optimizer step waits for the device.
 `start`: seconds until a command is done that does next to nothing.
 `vae`: encoding one image, 2-D convolutions against diffusers' 3-D ones.
@@ -29,7 +31,7 @@
 `soak`: a long run of the tiny model in a process of its own, with everything that happens between steps: its memory,
     open files and threads, a quarter of the run at a time. Fails where they grow. On Linux.
 
-The first five print values; with --json each is one JSON object a line, and nothing else is on the standard output.
+The first six print values; with --json each is one JSON object a line, and nothing else is on the standard output.
 Absolute times say little on a shared machine; the ratio of two commands run in turn does.
 """
 
@@ -44,7 +46,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # this tree's anima_train, w
 
 import torch
 
-VALUES = ("step", "counts", "graphs", "waits", "start")  # these yield values
+VALUES = ("step", "counts", "graphs", "rounding", "waits", "start")  # these yield values
 TABLES = ("vae", "cache", "scan", "save", "soak")  # these print
 
 
@@ -53,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=VALUES + TABLES)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--cases", type=lambda text: text.split(","), help="of step and counts")
+    parser.add_argument("--cases", type=lambda text: text.split(","), help="of step, counts and rounding")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--width", type=int, default=1280)

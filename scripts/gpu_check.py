@@ -55,6 +55,8 @@ PARTS = (
     Part("full", 45),
     Part("ours selective", 45),
     Part("ours checkpointing", 45),
+    Part("ours compiled int8", 110),
+    Part("ours swap", 45),
     Part("curve", 60),
     Part("caching", 60),
     Part("ours int8", 45),
@@ -76,7 +78,7 @@ def run_part(name: str, smoke: bool) -> None:
         **{
             f"{whose} {policy}": partial(parts.step_part, place, whose, policy)
             for whose in ("ours", "diffusers")
-            for policy in ("eager", "compiled", "selective", "checkpointing", "int8")
+            for policy in ("eager", "compiled", "selective", "checkpointing", "swap", "int8", "compiled int8")
         },
     }
     for row in functions[name]():

@@ -73,8 +73,10 @@ def test_every_part_runs_on_a_cpu(script, command, tmp_path):
     assert found.keys() == {part.name for part in script.PARTS}
     assert [part["problem"] for part in found.values() if "problem" in part] == []
     assert all(part["rows"] for part in found.values())
-    for name in ("ours eager", "diffusers eager", "ours compiled", "diffusers compiled", "ours checkpointing"):
+    steps = ("eager", "compiled", "checkpointing", "int8", "compiled int8")
+    for name in (*(f"ours {policy}" for policy in steps), "diffusers eager", "diffusers compiled"):
         assert all(row["ms"] > 0 for row in found[name]["rows"]), name
     assert "skipped" in found["tests"]["rows"][0]["result"] or "passed" in found["tests"]["rows"][0]["result"]
-    (curve,) = found["curve"]["rows"]
-    assert 0 < curve["mean_relative_difference"] < 0.1
+    curves = found["curve"]["rows"]
+    assert [curve["case"].split()[2] for curve in curves] == ["bfloat16", "int8", "float8"]
+    assert all(0 < curve["mean_relative_difference"] < 0.1 for curve in curves)

@@ -23,7 +23,7 @@ class Full(Settings):
 
     def tensors(self, transformer: MiniTrainDIT) -> dict[str, Tensor]:
         """Return every parameter under its checkpoint key; the caller adds an LLM adapter that was not in memory."""
-        return {checkpoint_key(name): parameter.detach() for name, parameter in transformer.named_parameters()}
+        return {checkpoint_key(name): weight for name, weight in transformer.weights().items()}
 
     def outside(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return weights that were not in memory, given by their names in the transformer, under checkpoint keys."""

@@ -14,6 +14,7 @@ from anima_train.data.samples import Sample, View
 from anima_train.model.loading import ModelFiles
 from anima_train.model.safetensors_io import fingerprint
 from anima_train.model.text import text_encoder_identity, tokenizer_identity
+from anima_train.model.text_quantized import TextQuantization
 
 
 @dataclass(frozen=True)
@@ -50,16 +51,19 @@ def vae_identity(files: ModelFiles) -> str:
     return sha256_file(files.vae)
 
 
-def text_identity(files: ModelFiles, apply_llm_adapter: bool, dtype: torch.dtype) -> TextIdentity:
+def text_identity(
+    files: ModelFiles, apply_llm_adapter: bool, dtype: torch.dtype, quantization: TextQuantization | None = None
+) -> TextIdentity:
     """Return the hashes of what conditions depend on beside the caption.
 
     Args:
         files: the model's files.
         apply_llm_adapter: True if the LLM adapter's output is cached, False if what it reads.
         dtype: of the cached values.
+        quantization: of the text encoder.
     """
     return TextIdentity(
-        encoder=text_encoder_identity(files.llm),
+        encoder=text_encoder_identity(files.llm) + ("" if quantization is None else f" in {quantization}"),
         tokenizer=tokenizer_identity(files.tokenizer),
         t5_tokenizer=tokenizer_identity(files.t5_tokenizer),
         adapter=fingerprint(files.llm_adapter_header) if apply_llm_adapter else "",

@@ -36,7 +36,7 @@ class CaptionEncoder:
         self.tokenizers = tokenizers
         self.device = model.text_device
         self.dtype = model.dtype
-        self.text_encoder = load_text_encoder(model.files.llm, tokenizers, self.device)
+        self.text_encoder = load_text_encoder(model.files.llm, tokenizers, self.device, model.text_quantization)
         self.llm_adapter = (
             None if model.trains_llm_adapter else load_llm_adapter(model.files, torch.float32, self.device).eval()
         )

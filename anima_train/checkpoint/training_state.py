@@ -25,6 +25,7 @@ from anima_train.checkpoint.weights import check_finite
 from anima_train.core.errors import ModelFileError
 from anima_train.core.files import DiskRequirement, disk_errors, require_space, sha256_file, sync, write_text
 from anima_train.core.settings import Settings
+from anima_train.model.dit import MiniTrainDIT
 from anima_train.model.safetensors_io import TensorFile, match_keys, open_header, read_tensors, write_tensors
 from anima_train.optim.ema import WeightAverage
 
@@ -78,8 +79,10 @@ class DamagedState(ModelFileError):
 
 def state_tensors(transformer: nn.Module, optimizer: Optimizer, average: WeightAverage | None = None) -> Groups:
     """Return the tensors of a state as they are in memory, nothing converted or copied."""
-    weights = trained_parameters(transformer)
-    groups: Groups = {"weights": weights, "optimizer": optimizer_tensors(optimizer, weights)}
+    groups: Groups = {
+        "weights": trained_weights(transformer),
+        "optimizer": optimizer_tensors(optimizer, trained_parameters(transformer)),
+    }
     return groups if average is None else {**groups, "average": average.tensors}
 
 
@@ -267,8 +270,8 @@ def load_state(
         average.load(averages, f"{folder}: saved by a run that trains other parameters")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     with torch.no_grad():
-        for name, tensor in weights.items():
-            trained[name].copy_(tensor)
+        for name, weight in trained_weights(transformer).items():
+            weight.copy_(weights[name])
 
 
 def open_tensors(path: Path) -> TensorFile:
@@ -281,6 +284,14 @@ def open_tensors(path: Path) -> TensorFile:
 def trained_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that get updates, by name."""
     return {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
+
+
+def trained_weights(transformer: nn.Module) -> dict[str, Tensor]:
+    """Return the values of the parameters that get updates, by name; those of swapped blocks are on the host."""
+    trained = trained_parameters(transformer)
+    if not isinstance(transformer, MiniTrainDIT):
+        return {name: parameter.detach() for name, parameter in trained.items()}
+    return {name: weight for name, weight in transformer.weights().items() if name in trained}
 
 
 def names_in_order(optimizer: Optimizer, trained: Mapping[str, nn.Parameter]) -> list[str]:

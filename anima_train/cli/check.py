@@ -21,7 +21,8 @@ def check(
             "--measure",
             min=1,
             metavar="N",
-            help="Run N training steps each on the smallest and the largest bucket: memory, time.",
+            help="Run N training steps each, after a first one that is not timed, on the smallest and the largest "
+            "bucket: memory, time.",
         ),
     ] = None,
     no_html: Annotated[bool, typer.Option("--no-html", help="Write no page, and decode no image for it.")] = False,

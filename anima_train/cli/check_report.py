@@ -6,11 +6,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from anima_train.adapters.full import Full
 from anima_train.caching.entries import needed_entries
 from anima_train.caching.sizes import TextFormat, cache_costs
 from anima_train.caching.text_encoding import encodes_online
 from anima_train.config.config import Config
+from anima_train.config.ladder import rungs
 from anima_train.config.load import LoadedConfig
 from anima_train.config.model_files import build_model_spec
 from anima_train.core.determinism import deterministic_kernels
@@ -22,7 +22,6 @@ from anima_train.data.loader import TextIdentity
 from anima_train.data.plan import times_seen
 from anima_train.data.scan import Scan
 from anima_train.model.attention_choice import AttentionShape, choose_attention
-from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.loading import ModelSpec
 from anima_train.model.text import load_tokenizers
 from anima_train.optim.groups import group_rows
@@ -32,10 +31,19 @@ from anima_train.reports.dataset import MAX_THUMBNAILS, Bucket, DatasetReport, c
 from anima_train.reports.dataset_page import render
 from anima_train.reports.places import places_of, shared_text
 from anima_train.training.build import plan_run, trainable_transformer
-from anima_train.training.costs import Measured, ModelStats, estimated_seconds, memory_cost, memory_suggestions
+from anima_train.training.costs import (
+    Measured,
+    ModelStats,
+    estimated_seconds,
+    memory_cost,
+    memory_suggestions,
+    model_stats,
+)  # fmt: skip
 from anima_train.training.dry_run import describe_run
+from anima_train.training.ladder import choose_here, num_blocks
 from anima_train.training.memory_check import extremes, measure
 from anima_train.training.prepare import scan_all
+from anima_train.training.setup import counts_zeros
 
 ANY_MODEL = TextIdentity("", "", "", "", "")  # the number and sizes of cache entries are those of every model
 
@@ -51,9 +59,12 @@ def report_check(loaded: LoadedConfig, title: str, measure_steps: int | None, pa
     spec = build_model_spec(config, device)
     scans = scan_all((loaded.train, *loaded.evals), config.seed, write=True)
     show([describe_device(device, spec.dtype), *describe_run(loaded, spec, scans, num_processes=1)])
+    plan, schedule = plan_run(config, scans["train"].samples, num_processes=1)
+    memory = choose_here(rungs(config, num_blocks(spec)), spec, plan, schedule)
+    config, loaded = memory.rung.config, replace(loaded, config=memory.rung.config)  # as a run on this device has it
+    spec = replace(spec, quantization=config.model.quantization)
     measured = []
     if measure_steps is not None:  # before any picture is decoded: the CPU's peak is that of the process
-        plan, _ = plan_run(config, scans["train"].samples, num_processes=1)
         is_online = encodes_online(config.model.cache_text_embeddings, plan.samples)
         buckets = extremes(plan)
         size, batch_size = buckets[-1]
@@ -62,8 +73,11 @@ def report_check(loaded: LoadedConfig, title: str, measure_steps: int | None, pa
             choice = choose_attention(config.attention, device, spec.dtype, shape)
             show([str(choice)])
             with choice.in_use(device):
-                measured = measure(config, spec, buckets, measure_steps, is_online)
-    found = make_report(title, loaded, spec, scans, 0 if page is None else MAX_THUMBNAILS, measured)
+                zeros = counts_zeros(config.attention, spec)
+                measured = measure(config, spec, buckets, measure_steps, is_online, zeros)
+    found = make_report(
+        title, loaded, spec, scans, 0 if page is None else MAX_THUMBNAILS, measured, memory.lasting_lines
+    )
     show(summary(found))
     if page is not None:
         write_page(page, found)
@@ -71,11 +85,11 @@ def report_check(loaded: LoadedConfig, title: str, measure_steps: int | None, pa
 
 def make_report(
     title: str, loaded: LoadedConfig, spec: ModelSpec, scans: Mapping[str, Scan], max_thumbnails: int,
-    measured: Sequence[Measured] = (),
+    measured: Sequence[Measured] = (), memory: Sequence[str] = (),
 ) -> DatasetReport:  # fmt: skip
     """Return the report for the page, with at most `max_thumbnails` pictures.
 
-    Measured costs replace the estimates of their buckets.
+    Measured costs replace the estimates of their buckets; `memory` says what they are compared with.
 
     Raises:
         ModelFileError: a tokenizer cannot be loaded.
@@ -92,7 +106,7 @@ def make_report(
     train, *evals = collect_sets(scans, plan, config.eval_batch_sizes(), captions, known, max_thumbnails, shared)
     is_online = encodes_online(config.model.cache_text_embeddings, plan.samples)
     has_text_encoder = is_online and config.model.text_encoder_device == "training"
-    stats = model_stats(config, spec, transformer, has_text_encoder)
+    stats = model_stats(config.adapter, spec, transformer, has_text_encoder)
     entries = needed_entries(
         plan.samples, [sample for name, scan in scans.items() if name != "train" for sample in scan.samples], "",
         ANY_MODEL, config.seed, config.uncond_fraction > 0, config.model.cache_text_embeddings,
@@ -109,20 +123,8 @@ def make_report(
         curve=lr_curve(config.lr_scheduler, config.warmup_steps, num_steps),
         groups=group_rows(transformer, config.learning_rates()),
         cache=cache_costs(entries, known.lengths, TextFormat.of(spec)),
+        memory=memory,
         run_seconds=estimated_seconds(measured, plan.micro_batches_per_step, num_steps, num_tokens),
-    )
-
-
-def model_stats(config: Config, spec: ModelSpec, transformer: MiniTrainDIT, has_text_encoder: bool) -> ModelStats:
-    """Return what the costs depend on, of a transformer with what is trained attached."""
-    files, parameters = spec.files, list(transformer.parameters())
-    num_trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    num_all = sum(parameter.numel() for parameter in parameters)
-    return ModelStats(
-        TransformerShape.of(files.transformer_header.entries),
-        num_weights=num_all if isinstance(config.adapter, Full) else num_all - num_trained,
-        num_trained=num_trained,
-        num_text_weights=files.num_text_weights(spec.trains_llm_adapter) if has_text_encoder else 0,
     )
 
 
@@ -136,7 +138,7 @@ def with_costs(
         resolution, size, width = bucket.resolution, bucket.size, bucket.batch_size
         cost = by_bucket.get((size, width))
         ran_out = cost is not None and cost.seconds_per_step is None
-        savings = memory_suggestions(config, resolution, width, stats.num_text_weights > 0) if ran_out else ()
+        savings = memory_suggestions(config, resolution, width, stats.text_bytes > 0) if ran_out else ()
         memory = memory_cost(config, stats, size, width)
         found.append(replace(bucket, memory=memory, measured=cost, savings=savings))
     return found

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from anima_train.config.config import Sampling
 from anima_train.config.load import ModelPart
 from anima_train.config.prompt_files import HINTS, make_requests, read_lines, read_requests
+from anima_train.config.sections import Sampling
 from anima_train.core.device import choose_device, describe_device
 from anima_train.core.errors import ConfigError
 from anima_train.core.settings import quoted

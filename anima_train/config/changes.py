@@ -34,7 +34,8 @@ MAY_CHANGE = frozenset(
         # Times the number of processes it has to stay the same, see `training.resume.check_same_content`.
         "gradient_accumulation_steps",
         # Memory and speed: the same is computed, up to rounding.
-        *("activation_checkpointing", "compile", "caching_batch_size", "eval_micro_batch_size_per_gpu", "offline"),
+        *("activation_checkpointing", "blocks_to_swap", "memory", "max_memory_gib", "compile", "caching_batch_size"),
+        *("eval_micro_batch_size_per_gpu", "offline"),
         *("optimizer.gradient_release", "optimizer.moments_device"),
         *("num_workers", "model.cache_text_embeddings", "model.text_encoder_device", "attention", "deterministic"),
         # What is looked at and what is kept on the way: the training does not see it.
@@ -57,6 +58,7 @@ MAY_NOT_CHANGE = {
     **dict.fromkeys(("huber_delta", "smooth_l1_beta", "pseudo_huber_c", "normalize_masked_loss"), LOSS),
     "model.multiscale_loss_weight": LOSS,
     "model.type": "decides what is trained",
+    **dict.fromkeys(("model.text_encoder_nf4", "model.text_encoder_fp8"), "decides how captions are encoded"),
     "adapter.*": "decides what is trained, and how it counts",
     **dict.fromkeys(("model.dtype", "model.transformer_dtype"), DTYPE),
     **dict.fromkeys(("optimizer.type", "optimizer.betas", "optimizer.moments_dtype", "optimizer.rounding"), MOMENTS),

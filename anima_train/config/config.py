@@ -1,22 +1,24 @@
 """The configuration tree, in diffusion-pipe's words. The docstring under each key is its reference."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from anima_train.adapters.full import Full
 from anima_train.adapters.lora import Lora
-from anima_train.config.values import BatchSizes, ComputeDtype, Dtype, Folder, plain_name, printable_name
+from anima_train.config.sections import EvalDataset, Monitoring, Sampling
+from anima_train.config.values import BatchSizes, ComputeDtype, Dtype, Folder, WeightsDtype, plain_name  # fmt: skip
 from anima_train.core.settings import Settings, quoted
 from anima_train.data.settings import DatasetSettings
+from anima_train.model.quantized import Quantization
 from anima_train.model.recompute import Recompute
+from anima_train.model.text_quantized import TextQuantization
 from anima_train.objective.losses import Loss
 from anima_train.objective.timesteps import Timesteps
 from anima_train.optim.ema import Ema
 from anima_train.optim.groups import COMPONENTS, Component, LearningRates
 from anima_train.optim.lr_schedules import Constant, ScheduleSetting
 from anima_train.optim.optimizers import SCHEDULE_FREE, AnyOptimizer
-from anima_train.sampling.generate import PictureSettings, Request
 
 EVAL_INTERVALS = ("eval_every_n_epochs", "eval_every_n_steps", "eval_every_n_examples")
 STATE_INTERVALS = ("checkpoint_every_n_epochs", "checkpoint_every_n_steps", "checkpoint_every_n_minutes")
@@ -49,9 +51,11 @@ class ModelSettings(Settings):
     nothing useful."""
     dtype: ComputeDtype = "bfloat16"
     """The type that the forward and backward pass compute in: "bfloat16", or "float32" (slower; for comparisons)."""
-    transformer_dtype: ComputeDtype | None = None
+    transformer_dtype: WeightsDtype | None = None
     """The type that the base weights are kept in. Absent: as dtype. "float32" with dtype "bfloat16" trains fp32 weights
-    under autocast."""
+    under autocast. "int8" halves the base weights of a LoRA run, and takes products of integers where the device has
+    them (CUDA from the 30 series on; wants compile); "float8" halves them, too, is less exact, and a little slower than
+    absent. Both leave embedders, norms, modulations, the final layer and the LLM adapter as they are."""
     cache_text_embeddings: bool = True
     """Encode captions once, before training. false encodes each one when it is needed, ahead of use: saves disk where
     there are very many, and keeps the text encoder in memory. Captions that are drawn at random (shuffle_tags,
@@ -59,6 +63,11 @@ class ModelSettings(Settings):
     text_encoder_device: Literal["training", "cpu"] = "training"
     """The device that encodes captions: "training", the one that trains; "cpu" saves its memory (2.4 GB where captions
     are encoded during training)."""
+    text_encoder_nf4: bool = False
+    """Keep the text encoder's linears in 4 bits a value (bitsandbytes, to be installed): 0.6 GB instead of 2.4 GB while
+    it is in memory. Captions are encoded with an error, and cached under keys of their own."""
+    text_encoder_fp8: bool = False
+    """The same in 8 bits: 0.8 GB, and a smaller error."""
     timestep_sample_method: Literal["logit_normal", "uniform"] = "logit_normal"
     """The distribution of t (0 clean, 1 noise) before the shift."""
     sigmoid_scale: float = Field(default=1.0, gt=0)
@@ -94,7 +103,22 @@ class ModelSettings(Settings):
     @property
     def uses_autocast(self) -> bool:
         """True where float32 weights compute in bfloat16."""
-        return self.dtype != (self.transformer_dtype or self.dtype)
+        return self.dtype == "bfloat16" and self.transformer_dtype == "float32"
+
+    @property
+    def weights_dtype(self) -> Dtype:
+        """The type of the transformer's weights that do not have a byte a value."""
+        return self.transformer_dtype if self.transformer_dtype in ("bfloat16", "float32") else self.dtype
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """The way in which the blocks' linears have a byte a value; None if they do not."""
+        return self.transformer_dtype if self.transformer_dtype in ("int8", "float8") else None
+
+    @property
+    def text_quantization(self) -> TextQuantization | None:
+        """The way in which the text encoder's linears have a byte a value, or less."""
+        return "nf4" if self.text_encoder_nf4 else "float8" if self.text_encoder_fp8 else None
 
     @field_validator("transformer_dtype")
     @classmethod
@@ -102,6 +126,14 @@ class ModelSettings(Settings):
         """Require float32 weights for float32 computation."""
         if value == "bfloat16" and earlier.data.get("dtype") == "float32":
             raise ValueError('found "bfloat16", which needs dtype = "bfloat16"; remove it')
+        return value
+
+    @field_validator("text_encoder_fp8")
+    @classmethod
+    def one_quantization(cls, value: bool, earlier: ValidationInfo) -> bool:
+        """Refuse two kinds of weights for one text encoder."""
+        if value and earlier.data.get("text_encoder_nf4"):
+            raise ValueError("excludes text_encoder_nf4; keep one")
         return value
 
     @field_validator("sigmoid_scale")
@@ -118,70 +150,6 @@ class ModelSettings(Settings):
         """Refuse a second shift of t."""
         if value and earlier.data.get("shift") is not None:
             raise ValueError("excludes shift, which moves t too; keep one")
-        return value
-
-
-class EvalDataset(Settings):
-    """A dataset the loss is measured on, never trained."""
-
-    name: Annotated[str, Field(min_length=1), AfterValidator(printable_name)]
-    """The name of its curves."""
-    config: str | DatasetSettings
-    """A dataset TOML, or an inline table with the same keys."""
-
-
-class Monitoring(Settings):
-    """The trackers that get the numbers beside metrics.jsonl."""
-
-    tensorboard: bool = True
-    """Write TensorBoard files into the run folder."""
-    enable_wandb: bool = False
-    """Send the numbers to Weights & Biases."""
-    wandb_api_key: str = Field(default="", repr=False)
-    """Better left to the environment (WANDB_API_KEY); never written anywhere."""
-    wandb_tracker_name: str = ""
-    """The W&B project. Empty: anima-train."""
-    wandb_run_name: str = ""
-    """The W&B run. Empty: run_name."""
-
-
-def as_request(value: Any) -> Any:
-    """Return a text as a table with nothing but that prompt."""
-    return {"prompt": value} if isinstance(value, str) else value
-
-
-Prompt = Annotated[Request, BeforeValidator(as_request, json_schema_input_type=str | Request)]
-
-
-class Sampling(PictureSettings):
-    """Pictures drawn while training, into the run's `samples` and the trackers. The keys of a picture hold for all
-    prompts that do not have their own."""
-
-    every_n_steps: int | None = Field(default=None, ge=1)
-    """Draw them after every n steps."""
-    every_n_epochs: int | None = Field(default=None, ge=1)
-    """Draw them after every n epochs."""
-    before_first_step: bool = True
-    """Draw them with the base model, too."""
-    prompts: list[Prompt] = Field(min_length=1)
-    """The pictures to draw: texts, as in ComfyUI ("1girl, (smile:1.2)"), or tables {prompt = "...", seed = 1, ...}."""
-
-    @field_validator("prompts", mode="before")
-    @classmethod
-    def with_shared_keys(cls, value: Any, earlier: ValidationInfo) -> Any:
-        """Return each prompt as a table, with the keys that hold for all."""
-        if not isinstance(value, list):
-            return value
-        shared = {key: earlier.data[key] for key in PictureSettings.model_fields if key in earlier.data}
-        tables = map(as_request, value)
-        return [{**shared, **table} if isinstance(table, dict) else table for table in tables]
-
-    @field_validator("prompts")
-    @classmethod
-    def are_drawn(cls, value: list[Request], earlier: ValidationInfo) -> list[Request]:
-        """Require a time at which the pictures are drawn."""
-        if not any(earlier.data.get(key, True) for key in ("every_n_steps", "every_n_epochs", "before_first_step")):
-            raise ValueError("are never drawn; set every_n_steps or every_n_epochs")
         return value
 
 
@@ -218,7 +186,22 @@ class Config(Settings):
     activation_checkpointing: bool | Literal["selective", "offload", "unsloth"] = False
     """The activations that blocks compute again in the backward pass instead of keeping them. "selective": all but
     products and attention, which is half of the memory for at most 8 % more work; true: everything, far less memory for
-    about 40 % more work; "offload" (or "unsloth"): the same, and what is left waits in the host's memory."""
+    about 40 % more work; "offload" (or "unsloth"): the same, and what is left waits in the host's memory. Absent: none
+    of it, or what memory chooses."""
+    blocks_to_swap: int = Field(default=0, ge=0)
+    """Number of blocks whose weights wait in the host's memory, pinned on CUDA, and come to the device when they are at
+    work, forward and backward: saves the memory of all of them but two (0.12 GiB each in bfloat16), for copies that are
+    told at the start. Results do not depend on it. In a full fine-tune gradients and the optimizer's state stay on the
+    device."""
+    memory: Literal["auto", "fast", "low"] = "auto"
+    """The way to fit into the device's memory: settings that are not written are chosen, the fastest that fit. "auto"
+    takes activation_checkpointing, swapped blocks and moments on the host, which leave what is learned as it is. "fast"
+    takes weights in int8 (of a full fine-tune: moments in 8 bits), too, before slower settings; results change a little
+    then. "low" begins with these and checkpointing, for the least memory. What is chosen, and why, is told at the start
+    and tried on the largest micro-batch. What is written stays."""
+    max_memory_gib: float | None = Field(default=None, gt=0)
+    """The memory of the device that a run may take, in GiB, which memory has to fit into; on CUDA it gets no more.
+    Absent: what is free at the start."""
     compile: bool | None = None
     """Compile the blocks with torch.compile: fewer passes over memory, faster steps after a minute or two at the start.
     Absent: on CUDA, where a compiler is there. What cannot be compiled runs as it is, with a warning."""
@@ -358,6 +341,18 @@ class Config(Settings):
             raise ValueError(f"has no effect, as no training state is saved; set {' or '.join(STATE_INTERVALS)}")
         return value
 
+    @field_validator("adapter")
+    @classmethod
+    def leaves_quantized_weights(cls, value: AnyAdapter, earlier: ValidationInfo) -> AnyAdapter:
+        """Refuse to train weights of a byte a value."""
+        model = earlier.data.get("model")
+        if isinstance(value, Full) and model is not None and model.quantization is not None:
+            raise ValueError(
+                f'found "full", the whole model, with model.transformer_dtype = "{model.quantization}", '
+                "whose steps are too coarse for updates; remove that, or train a LoRA"
+            )
+        return value
+
     @field_validator("optimizer")
     @classmethod
     def trains_something(cls, value: AnyOptimizer, earlier: ValidationInfo) -> AnyOptimizer:
@@ -367,6 +362,16 @@ class Config(Settings):
         components = COMPONENTS[:-1] if isinstance(adapter, Lora) else COMPONENTS
         if model is not None and all(component_rate(model, value, component) == 0 for component in components):
             raise ValueError("lr is 0 for every component that could be trained; nothing would be")
+        return value
+
+    @field_validator("ema")
+    @classmethod
+    def finds_weights(cls, value: Ema | None, earlier: ValidationInfo) -> Ema | None:
+        """Refuse an average of weights that are not all on the device."""
+        if value is not None and earlier.data.get("blocks_to_swap") and isinstance(earlier.data.get("adapter"), Full):
+            raise ValueError(
+                "follows weights on the device, where blocks_to_swap does not keep them; remove one of them"
+            )
         return value
 
     @field_validator("optimizer")
@@ -383,6 +388,18 @@ class Config(Settings):
                 "gradient_release excludes gradient_accumulation_steps (it is "
                 f"{earlier.data['gradient_accumulation_steps']}): a gradient is gone before the next micro-batch; set "
                 "1 and a larger micro_batch_size_per_gpu, or remove gradient_release"
+            )
+        return value
+
+    @field_validator("optimizer")
+    @classmethod
+    def updates_by_block(cls, value: AnyOptimizer, earlier: ValidationInfo) -> AnyOptimizer:
+        """Refuse an optimizer that looks at all weights where they are not all there."""
+        trains_all, swaps = isinstance(earlier.data.get("adapter"), Full), bool(earlier.data.get("blocks_to_swap"))
+        if value.type in SCHEDULE_FREE and trains_all and swaps:
+            raise ValueError(
+                f"{value.type} excludes blocks_to_swap in a full fine-tune: it has to look at all weights at once, and "
+                'swapped blocks are updated one after the other; take "adamw_optimi", or remove blocks_to_swap'
             )
         return value
 

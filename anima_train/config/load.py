@@ -13,10 +13,11 @@ from typing import Any, Literal, TypeVar
 from pydantic import ValidationError
 
 from anima_train.config.compat import DATASET, FOREIGN, MAIN, Keys, translate
-from anima_train.config.config import Config, ModelSettings, Sampling
+from anima_train.config.config import Config, ModelSettings
 from anima_train.config.notes import optimizer_advice, without_effect
 from anima_train.config.paths import find_path, path_fault
 from anima_train.config.read import Table, apply_override, read_toml
+from anima_train.config.sections import Sampling
 from anima_train.core.errors import ConfigError
 from anima_train.core.settings import Settings, quoted, validation_problems
 from anima_train.data.cache import CACHE_FOLDER, Cache

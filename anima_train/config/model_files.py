@@ -12,6 +12,7 @@ from anima_train.core.errors import ModelFileError, UserError
 from anima_train.model import hub
 from anima_train.model.loading import ModelFiles, ModelSpec
 from anima_train.model.text import find_tokenizer_folder
+from anima_train.model.text_quantized import check_library
 from anima_train.model.tiny import tiny_paths, write_tiny
 
 
@@ -64,8 +65,10 @@ def build_model_spec(config: Config | ModelPart, device: torch.device) -> ModelS
     """Find the model's files, check their headers, and say how the configuration uses them.
 
     Raises:
+        ConfigError: the library that quantises the text encoder is missing.
         ModelFileError: every file that is missing or wrong, at once.
     """
+    check_library(config.model.text_quantization)
     files = find_model_files(config)
     files.check_headers()
     model = config.model
@@ -73,8 +76,10 @@ def build_model_spec(config: Config | ModelPart, device: torch.device) -> ModelS
     return ModelSpec(
         files,
         dtype=DTYPES[model.dtype],
-        weights_dtype=DTYPES[model.transformer_dtype or model.dtype],
+        weights_dtype=DTYPES[model.weights_dtype],
         trains_llm_adapter=trains,
         device=device,
         text_device=device if model.text_encoder_device == "training" else torch.device("cpu"),
+        quantization=model.quantization,
+        text_quantization=model.text_quantization,
     )

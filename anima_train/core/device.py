@@ -32,9 +32,7 @@ def describe_device(device: torch.device, dtype: torch.dtype) -> str:
     facts = f"{format_bytes(memory_bytes(device))}, {str(dtype).removeprefix('torch.')}"
     if device.type == "cpu":
         return f"device: CPU with {count(os.cpu_count() or 1, 'core')}, {facts}{SLOW}"
-    module = torch.get_device_module(device)
-    name = module.get_device_name(device) if hasattr(module, "get_device_name") else device.type
-    return f"device: {name} ({device}), {facts}"
+    return f"device: {device_name(device)} ({device}), {facts}"
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -46,10 +44,20 @@ def memory_bytes(device: torch.device) -> int:
     return torch.accelerator.get_memory_info(device)[1]
 
 
+def device_name(device: torch.device) -> str:
+    """Return the device's name, such as that of a GPU."""
+    module = torch.get_device_module(device)
+    return module.get_device_name(device) if hasattr(module, "get_device_name") else device.type.upper()
+
+
 def free_device_bytes(device: torch.device) -> int:
-    """Return the bytes that tensors may still take of a CUDA device: free, or kept by torch without a use."""
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
+    """Return the bytes that tensors may still take of a device: free, or kept by torch without a use."""
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().available)
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    unused = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
+    return torch.accelerator.get_memory_info(device)[0] + unused
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -46,3 +46,41 @@ class HostCopy:
             with torch.cuda.device(self.device):  # a thread without one would use, and so occupy, the first one
                 self.event.synchronize()
         return self.values
+
+
+class CopyStream:
+    """Copies between host and device beside what the device computes, in their order; elsewhere than on CUDA at once.
+
+    A copy begins when the device has done all that it was told before the copy.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if is_asynchronous(device) else None
+
+    def host_buffer(self, num_bytes: int) -> Tensor:
+        """Return a buffer of the host's memory that copies can be made from and into."""
+        return torch.empty(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=self.stream is not None)
+
+    def copy(self, source: Tensor, target: Tensor) -> torch.cuda.Event | None:
+        """Copy a flat buffer between host and device, as far as both reach; return the event of its end, on CUDA."""
+        source, target = source[: len(target)], target[: len(source)]
+        if self.stream is None:
+            target.copy_(source)
+            return None
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            target.copy_(source, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(self.stream)
+        return event
+
+    def wait(self, event: torch.cuda.Event | None) -> None:
+        """Have the device wait for a copy before what it is told next."""
+        if event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
+
+    def finish(self) -> None:
+        """Wait until all copies are made."""
+        if self.stream is not None:
+            self.stream.synchronize()

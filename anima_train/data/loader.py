@@ -50,7 +50,7 @@ class Batch(TensorFields):
 class TextIdentity:
     """All that a caption's cache entry depends on beside the caption."""
 
-    encoder: str  # hash of the weights
+    encoder: str  # hash of the weights, and how they are quantised
     tokenizer: str
     t5_tokenizer: str
     adapter: str  # hash of the frozen adapter's weights; "" where it trains, and Qwen states are cached

@@ -53,7 +53,7 @@ class Previews:
         """
         files = spec.files
         tokenizers = load_tokenizers(files.tokenizer, files.t5_tokenizer)
-        text_encoder = load_text_encoder(files.llm, tokenizers, spec.text_device)
+        text_encoder = load_text_encoder(files.llm, tokenizers, spec.text_device, spec.text_quantization)
         states = {text: prompt_states(text, tokenizers, text_encoder) for text in texts_of(requests)}
         contexts = {}
         if not spec.trains_llm_adapter:

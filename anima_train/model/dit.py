@@ -7,6 +7,7 @@ branches on shapes, and dtypes are the caller's: the residual stream runs in the
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,9 @@ from anima_train.model.lora_linear import project
 from anima_train.model.modulations import LinearBatch, split_modulations
 from anima_train.model.safetensors_io import Entry, count_blocks
 
+if TYPE_CHECKING:
+    from anima_train.model.block_swap import BlockSwap
+
 PATCH = 2  # latent pixels per token side
 MAX_TABLES = 64  # of rotary values; 2 MB each at 1024 pixels
 
@@ -36,6 +40,11 @@ class TransformerShape:
     in_channels: int  # 16, or 17 with a mask channel; the padding mask comes on top
     context_width: int
     adaln_lora_dim: int
+
+    @property
+    def num_quantizable(self) -> int:
+        """The number of weights that may have a byte each: those of the blocks' attention and MLPs."""
+        return self.num_blocks * self.width * (14 * self.width + 2 * self.context_width)
 
     @classmethod
     def of(cls, entries: Mapping[str, Entry]) -> "TransformerShape":
@@ -232,6 +241,7 @@ class MiniTrainDIT(nn.Module):
         super().__init__()
         self.shape = shape
         self.run_block: RunBlock = run_block  # another one compiles, or recomputes in the backward pass
+        self.block_swap: BlockSwap | None = None  # the blocks whose weights wait in the host's memory
         self.folds_zeros = True  # rows of zeros at the end of the text are counted; False: they are computed
         self.modulation_batches: tuple[LinearBatch, LinearBatch] | None = None
         self.rope_tables: dict[tuple[int, int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
@@ -314,6 +324,11 @@ class MiniTrainDIT(nn.Module):
         )
         if LinearBatch.fits(first) and LinearBatch.fits(second):
             self.modulation_batches = LinearBatch(first), LinearBatch(second)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the values of all parameters, to be read or changed between steps; of swapped blocks on the host."""
+        weights = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        return weights if self.block_swap is None else weights | dict(self.block_swap.waiting())
 
     def rope_table(
         self, rows: int, columns: int, device: torch.device, dtype: torch.dtype

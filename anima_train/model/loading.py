@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from anima_train.core.errors import ModelFileError
+from anima_train.model.block_swap import swapped_blocks, swaps
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX, is_buffer, key_prefix, validate_kind
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
+from anima_train.model.quantized import Quantization, quantize_linear
 from anima_train.model.safetensors_io import TensorFile, load_into, open_header, read_tensors
 from anima_train.model.text import open_text_encoder
+from anima_train.model.text_quantized import TextQuantization, stored_bytes
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,11 @@ class ModelFiles:
                 f"{llm_adapter.target_width:,}, and the transformer reads {transformer.context_width:,}"
             )
 
-    def num_text_weights(self, trains_llm_adapter: bool) -> int:
-        """Return the number of weights of the text encoder and, if it is frozen, the LLM adapter."""
-        llm_adapter = 0 if trains_llm_adapter else self.llm_adapter_header.num_values
-        return open_text_encoder(self.llm).num_values + llm_adapter
+    def text_bytes(self, trains_llm_adapter: bool, quantization: TextQuantization | None) -> int:
+        """Return the bytes in memory of the text encoder and, if it is frozen, the LLM adapter."""
+        llm_adapter = 0 if trains_llm_adapter else self.llm_adapter_header.num_values * torch.float32.itemsize
+        entries = open_text_encoder(self.llm).entries.items()
+        return round(sum(stored_bytes(name, entry, quantization) for name, entry in entries)) + llm_adapter
 
     def llm_adapter_tensors(self, on_meta: bool) -> dict[str, Tensor]:
         """Return the LLM adapter's weights, or their shapes, under the names they have in a whole transformer."""
@@ -106,10 +110,12 @@ class ModelSpec:
 
     files: ModelFiles
     dtype: torch.dtype  # that the model computes in, and of cached conditions
-    weights_dtype: torch.dtype  # of the transformer's weights
+    weights_dtype: torch.dtype  # of the transformer's weights that are not quantised
     trains_llm_adapter: bool  # then it is a part of the transformer, and conditions are what it reads
     device: torch.device  # of the transformer and the VAE
     text_device: torch.device  # of the text encoder and a frozen LLM adapter
+    quantization: Quantization | None = None  # of the blocks' linears
+    text_quantization: TextQuantization | None = None  # of the text encoder
 
 
 def load_llm_adapter(files: ModelFiles, dtype: torch.dtype, device: torch.device) -> LLMAdapter:
@@ -122,13 +128,28 @@ def load_llm_adapter(files: ModelFiles, dtype: torch.dtype, device: torch.device
 
 
 def load_transformer(
-    files: ModelFiles, train_llm_adapter: bool, dtype: torch.dtype, device: torch.device
-) -> MiniTrainDIT:
-    """Load the transformer, frozen; with the LLM adapter inside if that trains."""
+    files: ModelFiles, train_llm_adapter: bool, dtype: torch.dtype, device: torch.device,
+    quantization: Quantization | None = None, blocks_to_swap: int = 0,
+) -> MiniTrainDIT:  # fmt: skip
+    """Load the transformer, frozen; with the LLM adapter inside if that trains.
+
+    Weights are quantised one by one on the device, so that no two of them are there in another dtype. Blocks that are
+    to be swapped are left in the host's memory, for `BlockSwap`; of these the quantised ones come back at once.
+    """
     header = files.transformer_header
     with torch.device("meta"):
         transformer = MiniTrainDIT(TransformerShape.of(header.entries))
-    load_into(transformer, header, f"model.transformer_path {header.path}", dtype, device)
+    swapped = swapped_blocks(len(transformer.blocks), blocks_to_swap)
+    what = f"model.transformer_path {header.path}"
+
+    def replace(name: str, tensor: Tensor) -> bool:
+        if quantization is None or not quantize_linear(transformer, name, tensor.to(device), quantization, dtype):
+            return False
+        if swaps(name, swapped):
+            transformer.get_submodule(name.removesuffix(".weight")).to("cpu")
+        return True
+
+    load_into(transformer, header, what, dtype, device, replace, on_host=lambda name: swaps(name, swapped))
     if train_llm_adapter:
         transformer.llm_adapter = load_llm_adapter(files, dtype, device)
     return transformer

@@ -9,12 +9,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from anima_train.model.quantized import QuantizedProducts, QuantizedWeight, quantized_gradient, quantized_outputs
+
 
 class LoraLinear(nn.Linear):
     """A frozen linear and its low-rank update, `y = x W^T + b + scale x A^T B^T` (LoRA, arXiv:2106.09685).
 
     Args:
-        base: the linear; its parameters become this module's.
+        base: the linear; its parameters, or its quantised weight, become this module's.
         lora_a: (rank, in), trained; its dtype may be another than the base's, which is what is computed in.
         lora_b: (out, rank), trained.
         scale: alpha / rank.
@@ -51,13 +53,39 @@ def lora_outputs(x: Float[Tensor, "... D"], linears: Sequence[LoraLinear]) -> li
     if is_compiling() or torch.is_autocast_enabled(x.device.type):
         low = F.linear(tokens if dropped is None else dropped, down)
         parts = low.split([len(linear.lora_A) for linear in linears], dim=-1)
+        weights = quantized_weights(linears)
+        bases = QuantizedProducts.apply(tokens, weights) if weights else base_outputs(tokens, linears)
         outputs: Sequence[Tensor] = [
-            torch.addmm(F.linear(tokens, linear.weight, linear.bias), part, up.t())
-            for linear, part, up in zip(linears, parts, ups, strict=True)
+            # Eager in place, or "selective" would keep both products; autocast leaves the dtypes there alone.
+            torch.addmm(base, part, up.t()) if is_compiling() else base.addmm_(part, up.to(base.dtype).t())
+            for base, part, up in zip(bases, parts, ups, strict=True)
         ]
     else:
         outputs = LoraProducts.apply(tokens, dropped, down, linears, *ups)
     return [output.unflatten(0, x.shape[:-1]) for output in outputs]
+
+
+def quantized_weights(linears: Sequence[Any]) -> list[QuantizedWeight]:
+    """Return the base weights of linears that read the same input, if they are quantised: all are, or none is."""
+    weights = (linear.weight for linear in linears)
+    return [weight for weight in weights if isinstance(weight, QuantizedWeight)]
+
+
+def base_outputs(tokens: Float[Tensor, "N D"], linears: Sequence[LoraLinear]) -> list[Tensor]:
+    """Return the outputs of linears without their updates."""
+    if weights := quantized_weights(linears):
+        return quantized_outputs(tokens, weights)
+    return [F.linear(tokens, linear.weight, linear.bias) for linear in linears]
+
+
+def base_gradient(gradients: Sequence[Tensor], linears: Sequence[LoraLinear]) -> Float[Tensor, "N D"]:
+    """Return the gradient of the input of `base_outputs`."""
+    if weights := quantized_weights(linears):
+        return quantized_gradient(gradients, weights)
+    token_gradient = gradients[0] @ linears[0].weight
+    for gradient, linear in zip(gradients[1:], linears[1:], strict=True):
+        token_gradient.addmm_(gradient, linear.weight)
+    return token_gradient
 
 
 def down_weights(linears: Sequence[LoraLinear]) -> Float[Tensor, "ranks D"]:
@@ -81,8 +109,8 @@ class LoraProducts(torch.autograd.Function):
         ctx.linears, ctx.ranks, ctx.has_dropout = linears, [up.shape[1] for up in ups], dropped is not None
         ctx.save_for_backward(read, low, down, *ups)
         return tuple(
-            F.linear(tokens, linear.weight, linear.bias).addmm_(part, up.t())
-            for linear, part, up in zip(linears, low.split(ctx.ranks, dim=1), ups, strict=True)
+            base.addmm_(part, up.t())
+            for base, part, up in zip(base_outputs(tokens, linears), low.split(ctx.ranks, dim=1), ups, strict=True)
         )
 
     @staticmethod
@@ -96,10 +124,7 @@ class LoraProducts(torch.autograd.Function):
         down_gradient = low_gradient.t() @ read
         token_gradient = dropped_gradient = None
         if ctx.needs_input_grad[0]:
-            first, *others = zip(gradients, ctx.linears, strict=True)
-            token_gradient = first[0] @ first[1].weight
-            for gradient, linear in others:
-                token_gradient.addmm_(gradient, linear.weight)
+            token_gradient = base_gradient(gradients, ctx.linears)
             if ctx.has_dropout:
                 dropped_gradient = low_gradient @ down
             else:

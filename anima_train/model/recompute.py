@@ -16,7 +16,8 @@ aten = torch.ops.aten
 
 Recompute = Literal["nothing", "selective", "blocks", "offload"]
 
-# Kept by "selective": what takes long to compute. `addmm_` adds to what `mm` gave: both are one tensor.
+# Kept by "selective": what takes long to compute. `addmm_` adds to what `mm` or `integer_product` gave: both are one
+# tensor, and have to be, as an operation in place gives the tensor that it was called with, whatever is kept.
 PRODUCTS = {
     aten.mm.default,
     aten.addmm.default,
@@ -26,6 +27,7 @@ PRODUCTS = {
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.anima_train.integer_product.default,
 }
 
 

@@ -315,7 +315,11 @@ def match_keys(found: Mapping[str, Entry | Tensor], wanted: Mapping[str, Tensor]
         raise ModelFileError(problems)
 
 
-def load_into(module: nn.Module, file: TensorFile, what: str, dtype: torch.dtype, device: torch.device) -> None:
+def load_into(
+    module: nn.Module, file: TensorFile, what: str, dtype: torch.dtype, device: torch.device,
+    replace: Callable[[str, Tensor], bool] = lambda name, tensor: False,
+    on_host: Callable[[str], bool] = lambda name: False,
+) -> None:  # fmt: skip
     """Give a module on the meta device the file's tensors, converted one by one, and check that none is left over.
 
     Args:
@@ -324,10 +328,15 @@ def load_into(module: nn.Module, file: TensorFile, what: str, dtype: torch.dtype
         what: the config key and path, for messages.
         dtype: of the parameters afterwards.
         device: of the parameters afterwards.
+        replace: gets each name and the tensor as it is in the file; True if it has put something else into the module.
+        on_host: True for the name of a tensor that stays in the host's memory.
     """
     wanted = module.state_dict()
     match_keys(file.entries, wanted, what)
     for name, tensor in read_tensors(file):
+        if replace(name, tensor):
+            continue
         owner, _, attribute = name.rpartition(".")
-        parameter = nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=False)
+        place = tensor.device if on_host(name) else device
+        parameter = nn.Parameter(tensor.to(device=place, dtype=dtype), requires_grad=False)
         setattr(module.get_submodule(owner), attribute, parameter)

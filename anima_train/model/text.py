@@ -20,6 +20,7 @@ from anima_train.core.text_batch import EncodedText, length_mask
 from anima_train.model.file_kinds import is_buffer, validate_kind
 from anima_train.model.hub import PICKLES
 from anima_train.model.safetensors_io import Entry, TensorFile, count_blocks, match_keys, open_header, read_tensors
+from anima_train.model.text_quantized import TextQuantization, TextQuantizer
 
 MAX_TOKENS = 512  # of either stream; the reference trainer's limit
 T5_END = 1  # </s>
@@ -211,15 +212,19 @@ class TextEncoder:
         return [row[:length].clone() for row, length in zip(hidden, lengths, strict=True)]
 
 
-def load_text_encoder(path: Path, tokenizers: Tokenizers, device: torch.device) -> TextEncoder:
+def load_text_encoder(
+    path: Path, tokenizers: Tokenizers, device: torch.device, quantization: TextQuantization | None = None
+) -> TextEncoder:
     """Load Qwen3 in float32 (as ComfyUI runs it), whatever dtype the file has.
 
     Args:
         path: a safetensors file, its keys with or without `model.`; or a folder of them with `config.json`.
         tokenizers: for the padding id, and to check that every token has an embedding.
         device: of the weights and the computation.
+        quantization: of the linears' weights; the computation stays in float32.
 
     Raises:
+        ConfigError: the library that quantises is missing.
         ModelFileError: missing or damaged file, another kind of model, or tensors missing, unexpected or misshapen.
     """
     files = open_shards(path)
@@ -237,11 +242,17 @@ def load_text_encoder(path: Path, tokenizers: Tokenizers, device: torch.device) 
     except (LookupError, ArithmeticError, RuntimeError, ValueError, TypeError) as error:  # numbers without sense
         raise ModelFileError(f"{KEY}: no Qwen3 model can be built as {path} describes it ({error})") from error
     match_keys(merged.entries, model.state_dict(), f"{KEY}: {path}")
+    quantizer = None if quantization is None else TextQuantizer(model, quantization, device)
     # Weight by weight: `.to(float32)` on a model loaded in bfloat16 would keep a rounded `inv_freq`.
     state = {
-        name: tensor.to(device=device, dtype=torch.float32) for file in files for name, tensor in read_tensors(file)
+        name: tensor.to(device=device, dtype=torch.float32)
+        for file in files
+        for name, tensor in read_tensors(file)
+        if quantizer is None or not quantizer.replace(name, tensor)
     }
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict(state, assign=True, strict=quantizer is None)
+    if quantizer is not None:
+        quantizer.tell()
     return TextEncoder(model.to(device).eval().requires_grad_(False), tokenizers.qwen.pad_token_id)
 
 

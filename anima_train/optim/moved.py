@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.optim import Optimizer
 
+from anima_train.model.block_swap import BlockSwap
 from anima_train.optim.moments import local
 
 NUM_TENSORS = 16  # that the sample is from
@@ -22,12 +23,17 @@ class MovedShare:
 
     Args:
         optimizer: of the weights.
+        swap: blocks whose weights are not all on the device; they are left out. The shares are NaN where nothing else
+            trains.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, swap: BlockSwap | None = None) -> None:
         self.optimizer = optimizer
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.sample = parameters[:: -(-len(parameters) // NUM_TENSORS)]
+        swapped = set() if swap is None else {each for parameters in swap.trained for each in parameters}
+        everything = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        parameters = [parameter for parameter in everything if parameter not in swapped]
+        self.sample = parameters[:: max(1, -(-len(parameters) // NUM_TENSORS))]
+        self.nothing = everything[0].new_empty(0)
         self.first = self.weights()
         self.last: tuple[Tensor, Tensor] | None = None
 
@@ -45,11 +51,11 @@ class MovedShare:
 
     def weights(self) -> Tensor:
         """Return the weights of the sample, in float32."""
-        return torch.cat(list(self.slices(compensations=False)))
+        return torch.cat([self.nothing.float(), *self.slices(compensations=False)])
 
     def now(self) -> tuple[Tensor, Tensor]:
         """Return the weights of the sample, and what is kept beside them."""
-        return self.weights(), torch.cat(list(self.slices(compensations=True)))
+        return self.weights(), torch.cat([self.nothing.to(torch.int16), *self.slices(compensations=True)])
 
     def before_update(self) -> None:
         """Note the weights, where they may be others than after the last update."""

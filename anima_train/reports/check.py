@@ -34,7 +34,7 @@ def missing_text(found: SetReport) -> list[str]:
 
 
 def costs_text(found: DatasetReport) -> list[str]:
-    """Return lines with memory and time of the training set's buckets: measured, or the estimate for the largest."""
+    """Return lines with memory and time of the training set's buckets: as measured."""
     buckets = found.sets[0].buckets
     lines = []
     for bucket in buckets:
@@ -45,9 +45,6 @@ def costs_text(found: DatasetReport) -> list[str]:
             lines.append(f"{title} {measured.described}; what to change, in order of cost: {'; '.join(bucket.savings)}")
         else:
             lines.append(f"{title} {measured.described} a step, {format_bytes(measured.peak_bytes)} of memory at most")
-    if not lines:
-        memory = max(bucket.memory.total for bucket in buckets if bucket.memory is not None)
-        lines.append(f"memory: about {format_bytes(memory)} on the device for the largest bucket (an estimate)")
     if found.run_seconds is not None:
         lines.append(f"the whole run: {found.run_time}")
     return lines

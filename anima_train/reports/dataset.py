@@ -99,6 +99,7 @@ class DatasetReport:
     curve: Sequence[tuple[int, float]]  # (step, factor on the learning rates)
     groups: Sequence[GroupRow]
     cache: Sequence[CacheCost]
+    memory: Sequence[str]  # the estimate of the largest bucket, what it is compared with, and what was chosen for it
     run_seconds: float | None  # None where nothing was measured, or memory ran out
 
     @property

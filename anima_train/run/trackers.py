@@ -10,7 +10,7 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
-from anima_train.config.config import Monitoring
+from anima_train.config.sections import Monitoring
 from anima_train.core.background import BackgroundThread
 from anima_train.core.errors import ConfigError
 from anima_train.core.format import count

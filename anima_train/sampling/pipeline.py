@@ -85,7 +85,7 @@ def sample(spec: ModelSpec, cells: Sequence[Cell], folder: Path) -> Iterator[tup
         return tuple(lora for lora in loras if lora.path in on_llm_adapter)
 
     texts = [(llm_adapter_loras(cell.loras), text) for cell in cells for text in texts_of([cell.request])]
-    contexts = encode_all(files, shapes, texts, spec.text_device)
+    contexts = encode_all(spec, shapes, texts)
     transformer = load_transformer(files, train_llm_adapter=False, dtype=dtype, device=device).eval()
     groups: dict[Loras, list[int]] = {}
     for place, cell in enumerate(cells):
@@ -128,10 +128,11 @@ def linear_shapes(files: ModelFiles) -> dict[str, tuple[int, ...]]:
     }
 
 
-def encode_all(files: ModelFiles, shapes: Shapes, texts: Sequence[tuple[Loras, str]], device: torch.device) -> Contexts:
+def encode_all(spec: ModelSpec, shapes: Shapes, texts: Sequence[tuple[Loras, str]]) -> Contexts:
     """Return the context of each text with the LoRAs on the LLM adapter, in float32 on the CPU; models are freed."""
+    files, device = spec.files, spec.text_device
     tokenizers = load_tokenizers(files.tokenizer, files.t5_tokenizer)
-    text_encoder = load_text_encoder(files.llm, tokenizers, device)
+    text_encoder = load_text_encoder(files.llm, tokenizers, device, spec.text_quantization)
     states = {text: prompt_states(text, tokenizers, text_encoder) for text in dict.fromkeys(text for _, text in texts)}
     del text_encoder
     llm_adapter = load_llm_adapter(files, torch.float32, device).eval()

@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from anima_train.adapters.full import Full
 from anima_train.checkpoint.disk_space import DiskPlan, FileSizes, first_state_bytes, picture_bytes, weights_bytes
 from anima_train.checkpoint.training_state import trained_parameters
 from anima_train.checkpoint.weights import weights_to_save
 from anima_train.config.config import AnyAdapter, Config
 from anima_train.core.device import DTYPES
 from anima_train.core.errors import ConfigError
+from anima_train.core.format import format_bytes
 from anima_train.data.plan import EpochSchedule, Plan, times_seen
 from anima_train.data.samples import Sample
+from anima_train.model.block_swap import BlockSwap, copied_blocks
 from anima_train.model.dit import MiniTrainDIT, RunBlock, TransformerShape
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
 from anima_train.model.loading import ModelSpec, load_transformer
@@ -56,6 +59,44 @@ def check_compiler(compiles: bool | None, device: torch.device) -> None:
 
     if (missing := missing_compiler(device)) is not None:
         raise ConfigError(f"compile: {missing}; install it, or set compile = false")
+
+
+def check_swap(blocks_to_swap: int, adapter: AnyAdapter, spec: ModelSpec, num_processes: int) -> None:
+    """Refuse to swap blocks that are not there, or that several processes would train.
+
+    Raises:
+        ConfigError: there are fewer blocks, or the whole model is trained by several processes.
+    """
+    num_blocks = TransformerShape.of(spec.files.transformer_header.entries).num_blocks
+    if blocks_to_swap > num_blocks:
+        raise ConfigError(
+            f"blocks_to_swap: found {blocks_to_swap}, and the transformer has {num_blocks} blocks; "
+            f"write {num_blocks} or less"
+        )
+    if blocks_to_swap and isinstance(adapter, Full) and num_processes > 1:
+        raise ConfigError(
+            f"blocks_to_swap: found {blocks_to_swap} in a full fine-tune by {num_processes} processes, whose weights "
+            "have to stay where they are exchanged; set it to 0, or train a LoRA"
+        )
+
+
+def swap_text(swap: BlockSwap, num_micro_batches: int, device: torch.device) -> str:
+    """Return a line about the price of swapping blocks.
+
+    Args:
+        swap: the swapped blocks.
+        num_micro_batches: of a step of this process.
+        device: that trains.
+    """
+    number = len(swap.hosts)
+    num_bytes = (
+        copied_blocks(number, num_micro_batches, swap.trains, swap.changes_in_backward) * swap.host_bytes // number
+    )
+    text = (
+        f"blocks_to_swap: the weights of {number} blocks wait in {format_bytes(swap.host_bytes)} of the host's memory; "
+        f"a step copies {format_bytes(num_bytes)} between host and device"
+    )
+    return f"{text}; on a CPU that saves nothing, and costs time" if device.type == "cpu" else text
 
 
 def check_release(releases: bool, num_processes: int) -> None:
@@ -115,14 +156,20 @@ def trainable_transformer(spec: ModelSpec, adapter: AnyAdapter, rates: LearningR
 
 
 def load_trained(
-    spec: ModelSpec, adapter: AnyAdapter, rates: LearningRates, seed: int, weight_decay: float, run_block: RunBlock
+    spec: ModelSpec, adapter: AnyAdapter, rates: LearningRates, seed: int, weight_decay: float, run_block: RunBlock,
+    blocks_to_swap: int = 0,
 ) -> tuple[MiniTrainDIT, list[dict[str, Any]]]:  # fmt: skip
     """Return the transformer on its device with what is trained attached, ready for steps, and its parameter groups.
 
     Raises:
         ConfigError: nothing is trained.
     """
-    transformer = load_transformer(spec.files, spec.trains_llm_adapter, spec.weights_dtype, spec.device)
+    transformer = load_transformer(
+        spec.files, spec.trains_llm_adapter, spec.weights_dtype, spec.device, spec.quantization, blocks_to_swap
+    )
+    if blocks_to_swap:
+        swap = transformer.block_swap = BlockSwap(transformer, blocks_to_swap, spec.device)
+        run_block = swap.around(run_block)
     adapter.attach(transformer, rates, seed)
     transformer.batch_modulations()
     transformer.run_block = run_block
@@ -134,7 +181,7 @@ def load_trained(
 
 
 def build_optimizer(
-    settings: AnyOptimizer, groups: list[dict[str, Any]], seed: int
+    settings: AnyOptimizer, groups: list[dict[str, Any]], seed: int, swap: BlockSwap | None = None
 ) -> tuple[Optimizer, GradientRelease | None]:
     """Return the optimizer of these groups, and what makes its updates in the backward pass where that is wished.
 
@@ -142,9 +189,12 @@ def build_optimizer(
         settings: of the optimizer.
         groups: of the parameters.
         seed: of stochastic rounding.
+        swap: the swapped blocks, if there are any: what is updated in the backward pass is copied back.
     """
     optimizer = settings.build(groups, seed)
     if settings.releases_gradients and isinstance(optimizer, SplitOptimizer):
+        if swap is not None:
+            swap.changes_in_backward = swap.trains
         return optimizer, GradientRelease(optimizer)
     return optimizer, None
 

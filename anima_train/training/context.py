@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from anima_train.checkpoint.resume import ResumePoint, find_resume_point
 from anima_train.config.config import Config
+from anima_train.config.ladder import Rung
 from anima_train.config.load import LoadedConfig
 from anima_train.config.resolved import plain
 from anima_train.core.determinism import PRICE
@@ -43,11 +44,12 @@ class RunContext:
     warnings: WarningsHandler
     stack: contextlib.ExitStack
     memory: MemoryContext
+    rung: Rung | None = None  # the settings that `memory` has chosen; None: not yet
 
     @cached_property
     def config(self) -> Config:
-        """The configuration."""
-        return self.loaded.config
+        """The configuration, with what `memory` has chosen."""
+        return self.loaded.config if self.rung is None else self.rung.config
 
     @property
     def is_main(self) -> bool:

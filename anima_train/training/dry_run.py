@@ -3,27 +3,40 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from anima_train.config.ladder import rungs
 from anima_train.config.load import LoadedConfig
 from anima_train.core.format import format_bytes
 from anima_train.data.scan import Scan
 from anima_train.model.loading import ModelSpec
 from anima_train.optim.groups import group_rows
-from anima_train.training.build import check_compiler, disk_plan, file_sizes, plan_run, trainable_transformer
+from anima_train.training.build import (
+    check_compiler,
+    check_swap,
+    disk_plan,
+    file_sizes,
+    plan_run,
+    trainable_transformer,
+)  # fmt: skip
+from anima_train.training.ladder import choose_here, num_blocks
 from anima_train.training.summary import data_text, groups_text, plan_text
 
 
 def describe_run(loaded: LoadedConfig, spec: ModelSpec, scans: Mapping[str, Scan], num_processes: int) -> list[str]:
-    """Return lines about the data, the plan, what is trained, and the files that the run would write.
+    """Return lines about the data, the memory, the plan, what is trained, and the files that the run would write.
 
     Raises:
-        ConfigError: the run would have no step, or no compiler where one is asked for.
+        ConfigError: the run would have no step, no compiler where one is asked for, too few blocks to swap, or no room
+            in `max_memory_gib`.
     """
     config = loaded.config
     check_compiler(config.compile, spec.device)
+    check_swap(config.blocks_to_swap, config.adapter, spec, num_processes)
     lines = [f"note: {note}" for note in loaded.notes]
     for name, found in scans.items():
         lines.extend(data_text(name, found))
     plan, schedule = plan_run(config, scans["train"].samples, num_processes)
+    choice = choose_here(rungs(config, num_blocks(spec), num_processes), spec, plan, schedule)
+    lines.extend((*choice.lines, *choice.card_lines))
     lines.extend(plan_text(plan, schedule, config.epochs, config.ema))
     transformer = trainable_transformer(spec, config.adapter, config.learning_rates(), config.seed)
     lines.extend(groups_text(group_rows(transformer, config.learning_rates())))

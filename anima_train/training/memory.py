@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from anima_train.config.config import Config
 from anima_train.core.device import is_out_of_memory
 from anima_train.core.errors import SpaceError
 from anima_train.core.format import count, format_bytes
@@ -63,6 +64,7 @@ class MemoryContext:
 
     doing: str
     shape: MicroBatchShape | None = None  # None: nothing goes through the transformer
+    config: Config | None = None  # with the settings that save memory; None: they are not chosen yet
 
     def __str__(self) -> str:
         return self.doing if self.shape is None else f"{self.doing}, with {self.shape}"

@@ -4,6 +4,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from anima_train.model.loading import ModelSpec
 from anima_train.model.text import MAX_TOKENS, load_tokenizers
 from anima_train.objective.losses import Loss
 from anima_train.objective.step import compute_loss
+from anima_train.optim.by_block import step_by_block
 from anima_train.optim.optimizers import AnyOptimizer
 from anima_train.optim.release import GradientRelease
 from anima_train.optim.split import SplitOptimizer
@@ -133,8 +135,9 @@ def extremes(plan: Plan) -> list[tuple[Size, int]]:
 
 
 def measure(
-    config: Config, spec: ModelSpec, buckets: Sequence[tuple[Size, int]], num_steps: int, encodes_online: bool
-) -> list[Measured]:
+    config: Config, spec: ModelSpec, buckets: Sequence[tuple[Size, int]], num_steps: int, encodes_online: bool,
+    folds_zeros: bool,
+) -> list[Measured]:  # fmt: skip
     """Run the training steps of a run of one process, and take their time and memory; the result is thrown away.
 
     Latents, noise and text are random, because nothing is cached yet and their values do not change the cost; captions
@@ -145,9 +148,10 @@ def measure(
         spec: the model.
         buckets: size and micro-batch size of each. The CPU's peak is that of the process so far, so that the cheapest
             bucket must come first.
-        num_steps: for each bucket. The first of several is not timed: kernels are chosen in it.
+        num_steps: for each bucket, after one that is not timed: kernels are chosen and blocks compiled in it.
         encodes_online: True if captions are encoded during training: the text encoder is in memory then, but does
             nothing here.
+        folds_zeros: True if the text's rows of zeros are counted, False if they are computed.
     """
     accelerator = make_accelerator(config.model.uses_autocast, [], Path(config.output_dir))
     device = accelerator.device
@@ -157,12 +161,14 @@ def measure(
             encoder = CaptionEncoder(spec, load_tokenizers(spec.files.tokenizer, spec.files.t5_tokenizer))
         transformer, groups = load_trained(
             spec, config.adapter, config.learning_rates(), config.seed, config.optimizer.weight_decay,
-            block_runner(config.recompute, config.compile, device),
+            block_runner(config.recompute, config.compile, device), config.blocks_to_swap,
         )  # fmt: skip
-        model = accelerator.prepare(transformer)
-        optimizer, release = build_optimizer(config.optimizer, groups, config.seed)
+        transformer.folds_zeros = folds_zeros
+        model = accelerator.prepare(transformer, device_placement=[False])
+        optimizer, release = build_optimizer(config.optimizer, groups, config.seed, transformer.block_swap)
+        update = partial(step_by_block, optimizer, transformer.block_swap, optimizer.step)
         step = training_step(
-            model, optimizer, release, config.loss(), accelerator, config.gradient_accumulation_steps,
+            model, optimizer, update, release, config.loss(), accelerator, config.gradient_accumulation_steps,
             config.gradient_clipping,
         )  # fmt: skip
     except (RuntimeError, MemoryError) as error:
@@ -174,20 +180,20 @@ def measure(
         batch = random_batch(size, batch_size, spec)
         start_peak(device)
         try:
-            seconds = [timed(step, batch, device) for _ in range(num_steps)]
+            _, *seconds = [timed(step, batch, device) for _ in range(num_steps + 1)]
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             measured.append(Measured(size, batch_size, None, peak_bytes(device)))
         else:
-            measured.append(Measured(size, batch_size, statistics.median(seconds[1:] or seconds), peak_bytes(device)))
+            measured.append(Measured(size, batch_size, statistics.median(seconds), peak_bytes(device)))
     del encoder  # was in memory until now
     return measured
 
 
 def training_step(
-    model: nn.Module, optimizer: Optimizer, release: GradientRelease | None, loss_function: Loss,
-    accelerator: Accelerator, num_micro_batches: int, gradient_clipping: float,
+    model: nn.Module, optimizer: Optimizer, update: Callable[[], object], release: GradientRelease | None,
+    loss_function: Loss, accelerator: Accelerator, num_micro_batches: int, gradient_clipping: float,
 ) -> Callable[[Batch], None]:  # fmt: skip
     """Return a function that makes one optimizer update as the training loop does, the optimizer's state in memory."""
     # The optimizer's state, which all steps of a run but the first find in memory.
@@ -200,7 +206,7 @@ def training_step(
             else:
                 parameter.grad = torch.zeros_like(parameter)
     if not isinstance(optimizer, SplitOptimizer):
-        optimizer.step()
+        update()
 
     def step(batch: Batch) -> None:
         optimizer.zero_grad(set_to_none=True)  # here: a step that ran out of memory leaves gradients
@@ -213,7 +219,7 @@ def training_step(
             release.end()
             return
         accelerator.clip_grad_norm_(parameters, gradient_clipping or math.inf)
-        optimizer.step()
+        update()
 
     return step
 

@@ -27,7 +27,7 @@ from anima_train.distributed.consistency import check_same_data
 from anima_train.evaluation.evaluate import EvalSet
 from anima_train.model.loading import ModelSpec
 from anima_train.model.text import count_tokens, load_tokenizers
-from anima_train.training.build import file_sizes
+from anima_train.training.build import check_swap, file_sizes
 from anima_train.training.costs import cache_suggestions
 from anima_train.training.memory import MemoryContext, memory_errors
 from anima_train.training.summary import data_text
@@ -62,6 +62,8 @@ def prepare_data(
     caches = list({cache.folder: cache for dataset in datasets for cache in dataset.caches}.values())  # each once
     with main_process_first(accelerator):  # one process downloads and reads the images, the others find it done
         spec = build_model_spec(config, accelerator.device)
+        if trains:
+            check_swap(config.blocks_to_swap, config.adapter, spec, accelerator.num_processes)
         scans = scan_all(datasets, config.seed, write=is_main)
         if is_main:
             for cache in caches:
@@ -72,7 +74,7 @@ def prepare_data(
     note_newer_entries(caches)
 
     vae_id = vae_identity(spec.files)
-    text_id = text_identity(spec.files, not spec.trains_llm_adapter, spec.dtype)
+    text_id = text_identity(spec.files, not spec.trains_llm_adapter, spec.dtype, spec.text_quantization)
     needed = needed_entries(
         scans["train"].samples,
         [sample for name, found in scans.items() if name != "train" for sample in found.samples],

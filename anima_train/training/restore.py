@@ -45,7 +45,7 @@ def restore(
         facts = manifest(
             run.folder.name, spec.files, data.train, rows, config.seed, schedule.num_steps,
             run.accelerator.num_processes, config.gradient_accumulation_steps, attention,
-        )  # fmt: skip
+        ) | {"memory": {} if run.rung is None else dict(run.rung.settings)}  # fmt: skip
         if saved is not None:
             check_same_content(saved, facts)
         return facts
@@ -74,7 +74,7 @@ def start_records(run: RunContext, data: Prepared, facts: dict[str, Any]) -> Non
     point, folder = run.resume_point, run.folder
     step, pending = (0, []) if point.saved is None else (point.saved.manifest.step, point.saved.manifest.pending)
     folder.start_records(point.source, step, pending)
-    write_text(folder.path / "config.toml", config_toml(run.config))
+    write_text(folder.path / "config.toml", config_toml(run.loaded.config))
     write_text(folder.manifest_path, json.dumps(facts, indent=1))
     for warning in (*run.loaded.notes, *data.warnings):  # on the terminal they are already, in other words
         run.warnings.keep(0, warning)

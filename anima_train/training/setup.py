@@ -26,7 +26,7 @@ from anima_train.optim.moved import MovedShare
 from anima_train.optim.release import GradientRelease
 from anima_train.optim.schedule_free import averages_in_place
 from anima_train.training.anomalies import SkippedUpdates, SpikeDetector
-from anima_train.training.build import block_runner, build_optimizer, load_trained, plan_run
+from anima_train.training.build import block_runner, build_optimizer, load_trained, plan_run, swap_text
 from anima_train.training.context import RunContext
 from anima_train.training.costs import memory_suggestions
 from anima_train.training.memory import MicroBatchShape, memory_errors
@@ -53,7 +53,8 @@ class TrainState:
     spikes: SpikeDetector = field(default_factory=SpikeDetector)
 
     def __post_init__(self) -> None:
-        self.moved = MovedShare(self.optimizer)  # of the weights before the first step, also where a run is resumed
+        # Of the weights before the first step, also where a run is resumed.
+        self.moved = MovedShare(self.optimizer, self.transformer.block_swap)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -89,19 +90,25 @@ def build_plan(run: RunContext, data: Prepared) -> tuple[Plan, EpochSchedule]:
     return plan, schedule
 
 
-def watch_memory(run: RunContext, data: Prepared, plan: Plan, schedule: EpochSchedule) -> list[MicroBatchShape]:
-    """Report memory that runs out from here on with what to change; return the largest micro-batches to come."""
+def watch_memory(
+    run: RunContext, data: Prepared, plan: Plan, schedule: EpochSchedule
+) -> tuple[list[MicroBatchShape], bool]:
+    """Report memory that runs out from here on with what to change.
+
+    Returns:
+        The largest micro-batches to come, and True if captions are encoded on the device during training.
+    """
     config = run.config
     shapes = largest_shapes(plan, len(schedule.epoch_starts) - 1, data.evals)
     is_online = encodes_online(config.model.cache_text_embeddings, data.train.samples)
     encodes_here = is_online and data.spec.text_device.type != "cpu"
 
     def suggestions(tried: MicroBatchShape | None) -> list[str]:
-        shape = tried or shapes[0]
-        return memory_suggestions(config, shape.resolution, shape.batch_size, encodes_here, shape.is_evaluation)
+        shape, now = tried or shapes[0], run.memory.config or config
+        return memory_suggestions(now, shape.resolution, shape.batch_size, encodes_here, shape.is_evaluation)
 
     run.stack.enter_context(memory_errors(run.device, run.memory, suggestions))
-    return shapes
+    return shapes, encodes_here
 
 
 def use_attention(run: RunContext, spec: ModelSpec, shape: MicroBatchShape) -> AttentionChoice:
@@ -156,12 +163,15 @@ def build_model(run: RunContext, spec: ModelSpec, num_steps: int) -> TrainState:
     rates = config.learning_rates()
     run_block = block_runner(config.recompute, config.compile, spec.device)
     transformer, groups = load_trained(
-        spec, config.adapter, rates, config.seed, config.optimizer.weight_decay, run_block
+        spec, config.adapter, rates, config.seed, config.optimizer.weight_decay, run_block, config.blocks_to_swap
     )
+    optimizer, release = build_optimizer(config.optimizer, groups, config.seed, transformer.block_swap)
+    if transformer.block_swap is not None:
+        logger.info("%s", swap_text(transformer.block_swap, config.gradient_accumulation_steps, spec.device))
     for line in groups_text(group_rows(transformer, rates)):
         logger.info("%s", line)
     patient_barrier(run.accelerator)  # one process has encoded prompts, each has read the model
-    model = run.accelerator.prepare(transformer)
+    model = run.accelerator.prepare(transformer, device_placement=[False])  # it is there, its swapped blocks are not
     ema = None if config.ema is None else WeightAverage(trained_parameters(transformer), config.ema)
 
     def factor(step: int) -> float:
@@ -169,5 +179,4 @@ def build_model(run: RunContext, spec: ModelSpec, num_steps: int) -> TrainState:
             return 1.0
         return lr_factor(config.lr_scheduler, step, num_steps, config.warmup_steps)
 
-    optimizer, release = build_optimizer(config.optimizer, groups, config.seed)
     return TrainState(transformer, model, optimizer, ema, factor, release=release)

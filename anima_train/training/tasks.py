@@ -210,7 +210,7 @@ class PeriodicTasks:
             pending=list(pending),
             score=self.scores.get(step),
             run=dict(self.manifest),
-            config=plain(self.context.config),
+            config=plain(self.context.loaded.config),
         )
 
         def write(groups: Groups) -> None:

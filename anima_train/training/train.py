@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,26 +18,19 @@ from anima_train.core.transfers import HostCopy, is_asynchronous
 from anima_train.data.loader import Batch
 from anima_train.distributed.launcher import rank, world_size
 from anima_train.objective.step import compute_loss
+from anima_train.optim.by_block import step_by_block
 from anima_train.optim.skipping import step_unless
 from anima_train.run.log import logged_to, terminal
 from anima_train.training.anomalies import UpdateGuard
 from anima_train.training.build import check_compiler, check_release
 from anima_train.training.context import RunContext, run_context
 from anima_train.training.dry_run import describe_run
-from anima_train.training.memory_check import try_shape
+from anima_train.training.ladder import build_fitting_model
 from anima_train.training.metrics import MadeStep, StepLogger, StepSums, rates_in_use
 from anima_train.training.prefetch import RankStep, prefetch_steps, rank_steps
 from anima_train.training.prepare import prepare_data, scan_all, with_online_text_encoder
 from anima_train.training.restore import restore
-from anima_train.training.setup import (
-    TrainState,
-    build_model,
-    build_plan,
-    counts_zeros,
-    encode_previews,
-    use_attention,
-    watch_memory,
-)  # fmt: skip
+from anima_train.training.setup import TrainState, build_plan, encode_previews, use_attention, watch_memory  # fmt: skip
 from anima_train.training.tasks import PeriodicTasks
 
 logger = logging.getLogger(__name__)
@@ -87,29 +81,23 @@ def train(run: RunContext, lag: int | None = None) -> Path:
     # Data: everything into the cache, then the plan of every batch.
     data = prepare_data(run.loaded, run.accelerator, trains=True)
     plan, schedule = build_plan(run, data)
-    shapes = watch_memory(run, data, plan, schedule)  # whatever runs out of it from here on says what to change
+    # Whatever runs out of memory from here on says what to change.
+    shapes, encodes_here = watch_memory(run, data, plan, schedule)
     attention = use_attention(run, data.spec, shapes[0])
 
     # Prompts are encoded, and the text encoder is freed, before the transformer is loaded.
     previews = encode_previews(run, data.spec)
     data = with_online_text_encoder(data, config.model.cache_text_embeddings, config.seed)
 
-    # Model: base weights, what is trained, its optimizer; then the state that the run goes on from, if there is one.
-    state = build_model(run, data.spec, schedule.num_steps)
-    state.transformer.folds_zeros = counts_zeros(config.attention, data.spec)
+    # Model: base weights, what is trained, its optimizer, in the memory that there is: the largest micro-batches are
+    # tried, so that a run that does not fit ends here. Then the state that it goes on from, if there is one.
+    run, state = build_fitting_model(run, data.spec, shapes, encodes_here, schedule.num_steps)
     manifest = restore(run, state, data, plan, schedule, attention.kernel)
     log = StepLogger(run, state, schedule.num_steps)
     is_async = is_asynchronous(run.device)
     lag = int(is_async) if lag is None else lag
     tasks = PeriodicTasks(run, state, data, plan, schedule, previews, manifest, log, shapes[-1], lag)
 
-    # The largest micro-batches first, so that a run that does not fit into the memory ends here.
-    for shape in shapes:
-        run.memory.doing, run.memory.shape = "a trial before the first step", shape
-        try_shape(
-            shape, state.model, state.optimizer, run.accelerator, config.optimizer, config.loss(), data.spec,
-            config.gradient_accumulation_steps > 1,
-        )  # fmt: skip
     tasks.run(tasks.before_first_step())
 
     sums = StepSums(run.device, has_roles=len({sample.is_regularization for sample in plan.samples}) > 1)
@@ -160,7 +148,7 @@ def train_step(
     skips = guard.skips(totals[0], grad_norm)
     rates = rates_in_use(state.optimizer)
     if state.release is None:
-        step_unless(state.optimizer, skips)
+        step_by_block(state.optimizer, state.transformer.block_swap, partial(step_unless, state.optimizer, skips))
     if state.ema is not None:
         state.ema.update(step.index + 1, skips)
     state.optimizer.zero_grad(set_to_none=True)

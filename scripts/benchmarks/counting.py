@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from anima_train.model import quantized
+
 # What launches nothing and is no view by its schema.
 NO_KERNEL = {
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh", "detach",
@@ -39,6 +41,9 @@ class KernelCounter(TorchDispatchMode):
         self, function: Any, types: Any, args: Sequence = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if function.namespace == "anima_train":  # an operation of our own: what is in it is counted
+            with self:
+                return getattr(quantized, function.overloadpacket.__name__)._init_fn(*args, **kwargs)
         found = function(*args, **kwargs)
         name = function._schema.name.split("::")[-1]
         results = {argument.name for argument in function._schema.arguments if argument.is_out}
@@ -137,13 +142,43 @@ class MadeStorages(TorchDispatchMode):
         """Return the bytes of each storage that is alive."""
         return {key: size for key, (reference, size) in self.storages.items() if not reference.expired()}
 
+    def note(self, tensor: Tensor) -> None:
+        """Note a tensor's storage."""
+        storage = tensor.untyped_storage()
+        self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Sequence = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         found = function(*args, **(kwargs or {}))
         for tensor in tensors_in(found):
-            if tensor.device.type != self.device_type:
-                continue
-            storage = tensor.untyped_storage()
-            self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+            if tensor.device.type == self.device_type:
+                self.note(tensor)
         return found
+
+
+class PeakBytes(MadeStorages):
+    """The most bytes that were alive at once on one kind of device; what an operation uses inside is not seen.
+
+    Args:
+        device_type: "cuda" or "cpu".
+        known: tensors that are there at the start.
+    """
+
+    def __init__(self, device_type: str, known: Iterable[Tensor]) -> None:
+        super().__init__(device_type)
+        self.peak = self.at_most = 0  # `at_most`: those that were alive when it was last counted, and all made since
+        for tensor in known:
+            self.note(tensor)
+
+    def note(self, tensor: Tensor) -> None:
+        known = self.storages.get(tensor.untyped_storage()._cdata)
+        if known is not None and not known[0].expired():
+            return
+        super().note(tensor)
+        self.at_most += tensor.untyped_storage().nbytes()
+        if self.at_most > self.peak:
+            alive = self.alive()
+            self.storages = {key: self.storages[key] for key in alive}
+            self.at_most = sum(alive.values())
+            self.peak = max(self.peak, self.at_most)

@@ -14,7 +14,7 @@ from benchmarks.counting import KeptBytes, KernelCounter
 from benchmarks.fake_cuda import fake_cuda
 from benchmarks.models import Side, build_diffusers, build_ours, diffusers, ours, random_inputs, shape_of
 
-CASES = ("eager", "selective", "checkpointing", "diffusers")
+CASES = ("eager", "selective", "checkpointing", "int8", "int8 selective", "float8", "diffusers")
 WIDTH, NUM_BLOCKS, DTYPE = 2048, 28, torch.bfloat16
 DEPTHS = (2, 4)  # that are traced
 

@@ -10,7 +10,7 @@ stand-in:
 - the autograd engine asks for the GPU's streams, and fails without one; here `run_backward` walks the same graph, calls
   the same functions and sums the same gradients, in the engine's order. `tests/training/test_fake_cuda.py` compares it
   with the engine.
-- `torch.Generator("cuda")` is one on the CPU here; events do nothing, there are no streams, and no current device.
+- `torch.Generator("cuda")` is one on the CPU here; events and streams do nothing, and there is no current device.
 - `Module.to` exchanges the contents of parameters, which fake ones refuse; here they are replaced where the conversion
   changes them.
 - reading a value (`.item()`, `bool()`, `.tolist()`, a blocking copy to the host) gives ones, and is counted in `Waits`,
@@ -55,8 +55,9 @@ def fake_cuda() -> Iterator["Waits"]:
         (F, "scaled_dot_product_attention", attention),
         (torch, "Generator", HostGenerator),
         *((module, "Event", waits.event) for module in (torch, torch.cuda)),
-        (torch.cuda, "current_stream", lambda device=None: None),
-        (torch.cuda, "device", contextlib.nullcontext),
+        (torch.cuda, "Stream", Stream),
+        (torch.cuda, "current_stream", Stream),
+        *((torch.cuda, name, contextlib.nullcontext) for name in ("device", "stream")),
         *((module, "synchronize", waits.for_device) for module in (torch.cuda, torch.accelerator)),
         (nn.Module, "_apply", convert),
         (FakeTensor, "tolist", read_list),
@@ -120,6 +121,19 @@ class Event:
 
     def record(self, stream: object = None) -> None:
         """Record nothing."""
+
+
+class Stream:
+    """A stream of a device that does nothing."""
+
+    def __init__(self, device: object = None) -> None:
+        self.device = device
+
+    def wait_stream(self, stream: object) -> None:
+        """Wait for nothing."""
+
+    def wait_event(self, event: object) -> None:
+        """Wait for nothing."""
 
 
 class Waits(TorchDispatchMode):

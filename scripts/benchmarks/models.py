@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from anima_train.adapters.lora import Lora
 from anima_train.core.text_batch import TextContext, fold_rows, pad_rows
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
+from anima_train.model.quantized import Quantization, quantize_blocks
 from anima_train.model.recompute import Recompute
 from anima_train.optim.groups import COMPONENTS, LearningRates
 from anima_train.run.accelerator import make_accelerator
@@ -88,25 +90,29 @@ def build_ours(shape: TransformerShape, rank: int, policy: str, device: torch.de
     Args:
         shape: of the transformer.
         rank: of the LoRA, whose weights are float32.
-        policy: one of `POLICIES`, "compiled" before it or not.
+        policy: one of `POLICIES`, "compiled", "int8" or "float8" before it or not.
         device: of the model.
         dtype: of the base weights and of the computation.
 
     Raises:
         SystemExit: there is no such policy.
     """
-    recompute = POLICIES.get(policy.removeprefix("compiled").strip())
+    words = policy.split()
+    kinds = [word for word in words if word in get_args(Quantization)]
+    recompute = POLICIES.get(" ".join(word for word in words if word not in ("compiled", *kinds)))
     if recompute is None:
         raise SystemExit(
-            f'there is no case "{policy}"; known are {", ".join(filter(None, POLICIES))} and compiled ones'
+            f'there is no case "{policy}"; known are {", ".join(filter(None, POLICIES))}, compiled ones, and those on '
+            "int8 and float8"
         )
     with device:  # random numbers for two billion weights: not on the host
         transformer = MiniTrainDIT(shape)
     transformer.to(dtype)
+    for kind in kinds:
+        quantize_blocks(transformer, kind)
     Lora(rank=rank).attach(transformer, LearningRates(dict.fromkeys(COMPONENTS, 1e-4)), seed=0)
     transformer.batch_modulations()
-    compiles = policy.startswith("compiled")
-    transformer.run_block = block_runner(recompute, compiles, device)
+    transformer.run_block = block_runner(recompute, "compiled" in words, device)
     transformer.train()
     return accelerator_on(device).prepare(transformer)
 

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -30,6 +30,8 @@ from anima_train.data.buckets import Size
 from anima_train.data.loader import Batch
 from anima_train.data.plan import MicroBatch, SampleRef, Step
 from anima_train.distributed.signals import SignalHandler
+from anima_train.model.block_swap import BlockSwap
+from anima_train.model.dit import MiniTrainDIT
 from anima_train.model.loading import ModelSpec
 from anima_train.model.tiny import write_tiny
 from anima_train.optim.ema import WeightAverage
@@ -216,10 +218,13 @@ def context(loaded: LoadedConfig, folder: Path) -> RunContext:
     )  # fmt: skip
 
 
-def state_on_device(run: RunContext, transformer: nn.Module) -> TrainState:
+def state_on_device(run: RunContext, transformer: MiniTrainDIT) -> TrainState:
     """Return a transformer in training on the device, as `build_model` makes it."""
     config = run.config
     transformer.to(CUDA)
+    if config.blocks_to_swap:
+        swap = transformer.block_swap = BlockSwap(transformer, config.blocks_to_swap, CUDA)
+        transformer.run_block = swap.around(transformer.run_block)
     groups = optimizer_groups(
         transformer.named_parameters(), config.learning_rates(), config.optimizer.weight_decay
     )  # fmt: skip

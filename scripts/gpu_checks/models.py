@@ -11,13 +11,16 @@ from benchmarks import models
 from torch import Tensor, nn
 
 from anima_train.core.text_batch import fold_rows, pad_rows
+from anima_train.model.block_swap import BlockSwap
 from anima_train.model.compiled import CompiledBlocks
 from anima_train.model.dit import TransformerShape
 from anima_train.model.llm_adapter import LLMAdapterShape
 from anima_train.model.recompute import runner
 from anima_train.optim.groups import COMPONENTS, LearningRates
 
-Policy = Literal["eager", "selective", "checkpointing", "compiled", "compiled selective", "int8"]
+Policy = Literal[
+    "eager", "selective", "checkpointing", "compiled", "compiled selective", "swap", "int8", "compiled int8", "float8",
+]  # fmt: skip
 RATES = LearningRates(dict.fromkeys(COMPONENTS, 1e-4))
 
 
@@ -68,10 +71,6 @@ SMOKE = Scale(
     curve_steps=3,
     gemm=(64, 64, 64),
 )
-
-
-class NotThereYet(Exception):
-    """Something that this version of the trainer cannot do."""
 
 
 @dataclass(frozen=True)
@@ -126,23 +125,17 @@ def random_inputs(
 
 
 def build(case: Case) -> Built:
-    """Return a model with random weights.
-
-    Raises:
-        NotThereYet: this version cannot do it.
-    """
+    """Return a model with random weights."""
     return build_ours(case) if case.whose == "ours" else build_diffusers(case)
 
 
 def build_ours(case: Case) -> Built:
-    """Return our transformer with its LoRA.
-
-    Raises:
-        NotThereYet: this version cannot do it.
-    """
-    if case.policy == "int8":
-        raise NotThereYet("int8 is not there yet")
-    model = models.build_ours(case.shape, case.rank, case.policy, case.device, case.dtype)
+    """Return our transformer with its LoRA."""
+    policy = "checkpointing" if case.policy == "swap" else case.policy
+    model = models.build_ours(case.shape, case.rank, policy, case.device, case.dtype)
+    if case.policy == "swap":  # all blocks; to be compared with checkpointing alone
+        model.block_swap = BlockSwap(model, case.shape.num_blocks, case.device)
+        model.run_block = model.block_swap.around(model.run_block)
     if case.policy.startswith("compiled") and case.device.type != "cuda":
         model.run_block = CompiledBlocks(runner("nothing"), "eager")
     return Built(model, lambda inputs: model(inputs.latents, inputs.t, fold_rows(inputs.text)))

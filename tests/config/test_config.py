@@ -37,6 +37,29 @@ FROZEN = {f"model.{name}_lr": 0.0 for name in ("self_attn", "cross_attn", "mlp",
             'model.transformer_dtype: found "bfloat16", which needs dtype = "bfloat16"; remove it',
         ),
         (
+            {"model.transformer_dtype": "nf4"},
+            'model.transformer_dtype: found "nf4", which saves 0.85 GiB more than "int8", and is slower; use "int8"',
+        ),
+        (
+            {"model.transformer_dtype": "float8_e5m2"},
+            'model.transformer_dtype: found "float8_e5m2", which has two bits for the digits of a weight; use "int8" '
+            'or "float8"',
+        ),
+        (
+            {"model.transformer_dtype": "int8", "adapter": {"type": "full"}},
+            'adapter: found "full", the whole model, with model.transformer_dtype = "int8", whose steps are too coarse '
+            "for updates; remove that, or train a LoRA",
+        ),
+        (
+            {"model.transformer_dtype": "float8", "adapter": None},
+            'adapter: found "full", the whole model, with model.transformer_dtype = "float8", whose steps are too '
+            "coarse for updates; remove that, or train a LoRA",
+        ),
+        (
+            {"model.text_encoder_nf4": True, "model.text_encoder_fp8": True},
+            "model.text_encoder_fp8: excludes text_encoder_nf4; keep one",
+        ),
+        (
             {"deterministic": True, "attention": "cudnn"},
             'attention: found "cudnn", which torch does not allow with deterministic = true; use "auto"',
         ),
@@ -98,7 +121,7 @@ def test_contradictory_options_are_refused(project, changes, problem):
     # ... together with mistakes anywhere else
     elsewhere = {"seed": "x", "monitoring.tensorboard": 1, "optimizer.weight_decay": -1, "model.mlp": 1}
     both = project.problems(changes | elsewhere)
-    if not problem.startswith(("optimizer:", "ema:")):  # which are judged by the values that are wrong here
+    if not problem.startswith(("optimizer:", "ema:", "adapter:")):  # judged by the values that are wrong here
         assert f"main.toml: {problem}" in both
     assert len(both) >= 4
 
@@ -113,6 +136,9 @@ def test_contradictory_options_are_refused(project, changes, problem):
         {"model.tiny_path": "tiny", "model.llm_adapter_path": "data"},
         {"model.dtype": "float32", "model.transformer_dtype": "float32"},
         {"model.transformer_dtype": "float32"},
+        {"model.transformer_dtype": "int8"},
+        {"model.transformer_dtype": "float8_e4m3fn", "model.text_encoder_fp8": True},
+        {"model.dtype": "float32", "model.transformer_dtype": "int8", "model.text_encoder_nf4": True},
         {"optimizer.lr": 0, "model.mod_lr": 1e-5},
         FROZEN | {"adapter": {"type": "full"}},
         {"keep_last": 5, "checkpoint_every_n_minutes": 0.5},

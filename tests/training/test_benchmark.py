@@ -31,10 +31,12 @@ def test_step_gives_a_ratio_for_each_case():
 
 
 def test_counts_gives_kernels_bytes_and_what_is_kept():
-    found = {line.pop("case"): line for line in lines("counts", "--cases", "eager,checkpointing,diffusers")}
+    found = {line.pop("case"): line for line in lines("counts", "--cases", "eager,checkpointing,int8,diffusers")}
     assert all(set(line) == {"kernels", "elementwise_gb", "kept_gib"} for line in found.values())
     assert found["eager"]["kernels"] < found["checkpointing"]["kernels"]
     assert found["checkpointing"]["kept_gib"] < 1 < found["eager"]["kept_gib"] < found["diffusers"]["kept_gib"]
+    assert found["int8"]["kept_gib"] == pytest.approx(found["eager"]["kept_gib"], rel=0.01)
+    assert found["int8"]["elementwise_gb"] > found["eager"]["elementwise_gb"]
     assert found["eager"]["elementwise_gb"] < found["diffusers"]["elementwise_gb"]
 
 

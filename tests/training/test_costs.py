@@ -9,10 +9,14 @@ import torch
 
 from anima_train.adapters.full import Full
 from anima_train.adapters.lora import Lora
+from anima_train.config.config import Config
 from anima_train.config.load import load_config
 from anima_train.data.buckets import Size
+from anima_train.model.block_swap import BlockSwap
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
-from anima_train.optim.groups import COMPONENTS, LearningRates
+from anima_train.model.quantized import quantize_blocks
+from anima_train.optim.groups import COMPONENTS, LearningRates, optimizer_groups
+from anima_train.optim.optimizers import AdamW, AdamWKahan
 from anima_train.training.build import block_runner
 from anima_train.training.costs import KEPT_VALUES, POLICIES, ModelStats, memory_cost
 
@@ -22,32 +26,76 @@ NUM_TOKENS = (SIDE // 16) ** 2
 CUDA = torch.device("cuda")
 BFLOAT16 = torch.bfloat16
 ADAPTERS = {"lora": Lora(rank=32), "full": Full()}
+OPTIMIZERS = {"lora": AdamW(lr=1e-4), "full": AdamWKahan(lr=1e-5)}
+RATES = LearningRates(dict.fromkeys(COMPONENTS, 1e-4))
 
 
 @pytest.fixture(scope="module")
-def kept_bytes():
-    """Counts what blocks keep on the device: (adapter, float32 weights under autocast, policy, blocks) -> bytes."""
+def scripts():
+    """Modules of `scripts/benchmarks`, by name."""
     with pytest.MonkeyPatch.context() as context:
         context.syspath_prepend(str(REPO / "scripts"))
-        counting, fake, models = (
-            importlib.import_module(f"benchmarks.{name}") for name in ("counting", "fake_cuda", "models")
-        )
+        yield {name: importlib.import_module(f"benchmarks.{name}") for name in ("counting", "fake_cuda", "models")}
+
+
+@pytest.fixture(scope="module")
+def prepared(scripts):
+    """Makes a model in training on CUDA tensors without values: (adapter, autocast, policy, blocks) -> side."""
+
+    def prepare(adapter, autocast, policy, depth, blocks_to_swap=0, quantization=None):
+        inputs = scripts["models"].random_inputs((SIDE, SIDE), 1, CUDA, BFLOAT16)
+        with CUDA:
+            model = MiniTrainDIT(scripts["models"].shape_of(WIDTH, depth))
+        model.to(torch.float32 if autocast else BFLOAT16)
+        if quantization is not None:
+            quantize_blocks(model, quantization)
+        run = block_runner(policy, False, CUDA)
+        if blocks_to_swap:
+            swap = model.block_swap = BlockSwap(model, blocks_to_swap, CUDA)
+            run = swap.around(run)
+        adapter.attach(model, RATES, seed=0)
+        model.batch_modulations()
+        model.run_block = run
+        return scripts["models"].ours(model.train(), inputs)
+
+    return prepare
+
+
+@pytest.fixture(scope="module")
+def kept_bytes(scripts, prepared):
+    """Counts what blocks keep on the device: (adapter, float32 weights under autocast, policy, blocks) -> bytes."""
 
     def count(adapter, autocast, policy, depth):
-        with fake.fake_cuda():
-            inputs = models.random_inputs((SIDE, SIDE), 1, CUDA, BFLOAT16)
-            with CUDA:
-                model = MiniTrainDIT(models.shape_of(WIDTH, depth))
-            model.to(torch.float32 if autocast else BFLOAT16)
-            adapter.attach(model, LearningRates(dict.fromkeys(COMPONENTS, 1e-4)), seed=0)
-            model.batch_modulations()
-            model.run_block = block_runner(policy, False, CUDA)
-            side = models.ours(model.train(), inputs)
-            with counting.KeptBytes(model, inputs.tensors) as kept, torch.autocast("cuda", BFLOAT16, enabled=autocast):
+        with scripts["fake_cuda"].fake_cuda():
+            side = prepared(adapter, autocast, policy, depth)
+            kept = scripts["counting"].KeptBytes(side.model, side.inputs.tensors)
+            with kept, torch.autocast("cuda", BFLOAT16, enabled=autocast):
                 loss = side.loss()
             assert loss.requires_grad
-            weights = sum(each.numel() for name, each in model.named_parameters() if ".lora_" not in name)
+            weights = sum(each.numel() for name, each in side.model.named_parameters() if ".lora_" not in name)
         return kept.total, weights
+
+    return count
+
+
+@pytest.fixture(scope="module")
+def step_peak(scripts, prepared):
+    """Counts the peak of the second step, the optimizer's state in memory: -> bytes, transformer."""
+
+    def count(adapter, autocast, policy, optimizer, depth=2, **options):
+        with scripts["fake_cuda"].fake_cuda():
+            side = prepared(adapter, autocast, policy, depth, **options)
+            built = optimizer.build(optimizer_groups(side.model.named_parameters(), RATES, 0.01))
+            with scripts["counting"].PeakBytes("cuda", (*side.model.parameters(), *side.model.buffers())) as peak:
+                for _ in range(2):
+                    peak.peak = 0
+                    with torch.autocast("cuda", BFLOAT16, enabled=autocast):
+                        loss = side.loss()
+                    loss.backward()
+                    del loss  # fake ones keep what their graph has saved
+                    of_step = peak.peak
+                    built.step()
+        return of_step, side.model
 
     return count
 
@@ -69,6 +117,53 @@ def test_the_table_is_what_a_block_keeps(kept_bytes, kind, autocast, policy):
         few, many = few - weights_of_few * BFLOAT16.itemsize, many - weights_of_many * BFLOAT16.itemsize
     counted = (many - few) / (NUM_TOKENS * WIDTH * BFLOAT16.itemsize)
     assert KEPT_VALUES[kind, autocast][policy] == pytest.approx(counted, rel=0.02, abs=0.06)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("kind", "autocast"), KINDS)
+def test_the_estimate_is_the_peak_of_a_whole_step(step_peak, kind, autocast, policy):
+    """Forward and backward of all 16 linears, temporary memory included, beside what the optimizer keeps."""
+    adapter, optimizer = ADAPTERS[kind], OPTIMIZERS[kind]
+    counted, model = step_peak(adapter, autocast, policy, optimizer)
+    estimate = estimate_of(model, adapter, optimizer, policy, transformer_dtype="float32" if autocast else "bfloat16")
+    assert estimate == pytest.approx(counted, rel=0.04 if autocast else 0, abs=0.07 * 2**30)
+
+
+def test_the_estimate_of_swapped_blocks_is_the_peak_of_a_whole_step(step_peak):
+    adapter, optimizer = ADAPTERS["lora"], OPTIMIZERS["lora"]
+    peaks = [step_peak(adapter, False, "blocks", optimizer, depth=4, blocks_to_swap=number) for number in (0, 4)]
+    (counted, model), (counted_swapped, _) = peaks
+    found = [estimate_of(model, adapter, optimizer, "blocks", blocks_to_swap=number) for number in (0, 4)]
+    assert found == pytest.approx([counted, counted_swapped], abs=0.07 * 2**30)
+    assert counted - counted_swapped == pytest.approx(found[0] - found[1], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "policy", [policy if policy == "selective" else pytest.param(policy, marks=pytest.mark.slow) for policy in POLICIES]
+)
+@pytest.mark.parametrize("quantization", ["int8", pytest.param("float8", marks=pytest.mark.slow)])
+def test_the_estimate_of_weights_of_a_byte_is_the_peak_of_a_whole_step(step_peak, quantization, policy):
+    adapter, optimizer = ADAPTERS["lora"], OPTIMIZERS["lora"]
+    counted, model = step_peak(adapter, False, policy, optimizer, quantization=quantization)
+    estimate = estimate_of(model, adapter, optimizer, policy, quantization)
+    assert estimate == pytest.approx(counted, abs=0.07 * 2**30)
+
+
+def estimate_of(model, adapter, optimizer, policy, transformer_dtype="bfloat16", **changes):
+    """The estimate of a step of this model on one image."""
+    config = Config.model_validate(
+        {
+            "output_dir": "runs", "dataset": "data.toml", "max_steps": 1, "adapter": adapter, "optimizer": optimizer,
+            "model": {"type": "anima", "transformer_dtype": transformer_dtype},
+            "activation_checkpointing": {"nothing": False, "blocks": True}.get(policy, policy), **changes,
+        }
+    )  # fmt: skip
+    with torch.device("meta"):
+        base = MiniTrainDIT(model.shape)
+    weights = sum(each.numel() for each in base.parameters())
+    trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    stats = ModelStats(model.shape, weights, trained)
+    return memory_cost(config, stats, Size(SIDE, SIDE), 1).total
 
 
 @pytest.mark.parametrize("name", ["style_lora", "character_lora", "full_finetune"])
@@ -104,6 +199,22 @@ def gib_of(path, *changes):
         for side in config.dataset.resolutions
     ]
     return max(cost.total for cost in costs) / 2**30
+
+
+@pytest.mark.parametrize("kind", ["int8", "float8"])
+def test_weights_of_a_byte_are_counted_as_such(kind, tmp_path, monkeypatch):
+    for folder in ("style", "heldout"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    config = load_config(REPO / "configs" / "style_lora.toml", [f"model.transformer_dtype='{kind}'"]).config
+    shape = TransformerShape(2, 256, 64, 16, 64, 16)
+    model = MiniTrainDIT(shape).bfloat16()
+    num_weights = sum(each.numel() for each in model.parameters())
+    quantize_blocks(model, kind)
+    held = sum(each.nbytes for each in model.parameters())
+    cost = memory_cost(config, ModelStats(shape, num_weights, 0), Size(512, 512), 1)
+    assert cost.weights == pytest.approx(held, rel=0.1)  # the model is small: its scales and rotations are a part
+    assert cost.weights < 0.65 * num_weights * BFLOAT16.itemsize
 
 
 def test_each_policy_keeps_less_than_the_one_before_it():

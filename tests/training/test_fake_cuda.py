@@ -27,7 +27,7 @@ from anima_train.config.load import load_config
 from anima_train.data.plan import EpochSchedule, Plan
 from anima_train.evaluation.evaluate import evaluate
 from anima_train.evaluation.previews import Previews
-from anima_train.model import safetensors_io
+from anima_train.model import block_swap, safetensors_io
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.loading import ModelSpec
 from anima_train.model.recompute import runner
@@ -44,6 +44,7 @@ REPO = Path(__file__).parents[2]
 CUDA = torch.device("cuda", 0)
 BF16 = {"model": {"dtype": "bfloat16"}, "monitoring": {"tensorboard": False}}
 FULL = BF16 | {"adapter": None, "optimizer": {"type": "adamw_optimi", "lr": 1e-5}}
+INT8 = BF16 | {"model": {"dtype": "bfloat16", "transformer_dtype": "int8"}}
 WAITS_OF_A_STEP = 0  # its numbers are read later, see `test_waits.py`
 
 
@@ -131,7 +132,8 @@ def devices(tensors) -> set[torch.device]:
 
 
 @pytest.mark.parametrize(
-    "changes", [BF16, FULL, *(BF16 | {"activation_checkpointing": policy} for policy in (True, "selective", "offload"))]
+    "changes",
+    [BF16, FULL, INT8, *(BF16 | {"activation_checkpointing": policy} for policy in (True, "selective", "offload"))],
 )
 def test_a_step_is_on_the_device_from_the_files_to_the_update(started, changes):
     cuda = started(**changes)
@@ -139,15 +141,62 @@ def test_a_step_is_on_the_device_from_the_files_to_the_update(started, changes):
     assert devices(state.transformer.parameters()) == devices(state.transformer.state_dict().values()) == {CUDA}
     assert cuda.waits.total == 0
     gradients = []
+    is_int8 = state.transformer.blocks[0].mlp.layer1.weight in list(state.transformer.modules())
     step = state.optimizer.step
     state.optimizer.step = lambda: (gradients.extend(each.grad for each in state.parameters), step())
-    cuda.step(state)
+    with Operations() as operations:
+        cuda.step(state)
     assert state.step == 1
     assert devices(gradients) == {CUDA}
+    assert (operations.names["anima_train.integer_product.default"] > 0) == is_int8
     moments = [value for each in state.optimizer.state.values() for name, value in each.items() if name != "step"]
     assert len(moments) >= 2 * len(state.parameters)
     assert devices(moments) == {CUDA}
     assert cuda.waits.total == WAITS_OF_A_STEP, cuda.waits.numbers
+
+
+SWAPPED = {"blocks_to_swap": 2, "gradient_accumulation_steps": 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [BF16, FULL], ids=["lora", "full"])
+def test_a_step_with_swapped_blocks_waits_for_nothing_and_saves_the_bytes_that_are_told(
+    started, counting, monkeypatch, changes
+):
+    monkeypatch.setattr(block_swap, "MAX_BUFFERS", 1)  # the tiny model has two blocks
+
+    def held_bytes(cuda: CudaRun) -> list[int]:
+        """Bytes on the device: when all is loaded, before each block of a step, and after it."""
+        with counting.MadeStorages("cuda") as made:
+            state = cuda.load()
+            held = [sum(made.alive().values())]
+            run = state.transformer.run_block
+
+            def watched(*inputs: object) -> Tensor:
+                held.append(sum(made.alive().values()))
+                return run(*inputs)
+
+            state.transformer.run_block = watched
+            cuda.step(state)
+            held.append(sum(made.alive().values()))
+        assert devices(state.transformer.parameters()) == {CUDA}
+        assert cuda.waits.total == WAITS_OF_A_STEP, cuda.waits.numbers
+        return held
+
+    cuda = started(**changes | SWAPPED)
+    found = held_bytes(cuda)
+    plain = held_bytes(replace(cuda, run=without_swapping(cuda.run)))
+    shape = TransformerShape.of(cuda.spec.files.transformer_header.entries)
+    told = block_swap.saved_bytes(block_swap.num_swapped_values(shape) * 2, 2)
+    padding = 256 * 14  # for the alignment of the block's tensors
+    assert len(found) == 2 + 2 * 2
+    assert all(told - padding <= before - now <= told for before, now in zip(plain, found, strict=True))
+
+
+def without_swapping(run: RunContext) -> RunContext:
+    """The same run, its blocks on the device."""
+    loaded = replace(run.loaded, config=run.config.model_copy(update={"blocks_to_swap": 0}))
+    return replace(run, loaded=loaded)
 
 
 def test_a_trained_llm_adapter_is_on_the_device(started):

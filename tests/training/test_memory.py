@@ -13,6 +13,7 @@ from anima_train.core.device import is_out_of_memory
 from anima_train.core.errors import SpaceError
 from anima_train.data.buckets import Size
 from anima_train.optim.optimizers import AdamWKahan, AnyOptimizer
+from anima_train.training import ladder as ladder_module
 from anima_train.training import train as train_module
 from anima_train.training.memory import MemoryContext, MicroBatchShape, asked_bytes, memory_errors
 from anima_train.training.memory_check import state_like
@@ -109,7 +110,7 @@ def test_trial_changes_nothing(trainer, pictures, monkeypatch, changes):
     held = {"resolutions": [96], "num_ar_buckets": 3, "directory": [{"path": str(pictures)}]}
     changes = {**changes, "eval_datasets": [{"name": "held", "config": held}], "max_steps": 2}
     tried = trainer("tried", **changes)
-    monkeypatch.setattr(train_module, "try_shape", lambda *_: None)
+    monkeypatch.setattr(ladder_module, "try_shape", lambda *_: None)
     other = trainer("other", **changes)
     assert tried.losses == other.losses
     assert [line["grad_norm"] for line in tried.metrics] == [line["grad_norm"] for line in other.metrics]
@@ -121,7 +122,7 @@ def test_trial_changes_nothing(trainer, pictures, monkeypatch, changes):
 def shapes_spy(monkeypatch):
     """Shapes that were tried, what they left, and those that were then trained: ("tried" or "trained", shape)."""
     seen = []
-    real = {name: getattr(train_module, name) for name in ("try_shape", "compute_loss")}
+    real = {"try_shape": ladder_module.try_shape, "compute_loss": train_module.compute_loss}
 
     def try_shape(shape, *rest):
         real["try_shape"](shape, *rest)
@@ -135,7 +136,7 @@ def shapes_spy(monkeypatch):
         seen.append(("trained", places // 4))
         return real["compute_loss"](model, batch, loss)
 
-    monkeypatch.setattr(train_module, "try_shape", try_shape)
+    monkeypatch.setattr(ladder_module, "try_shape", try_shape)
     monkeypatch.setattr(train_module, "compute_loss", compute_loss)
     return seen
 

@@ -164,11 +164,13 @@ def test_padding_of_a_short_step_changes_nothing(trainer, error):
         assert error(two.weights[key], value) < 1e-6, key
 
 
-@pytest.mark.parametrize("adapter", ["lora", "full"])
+@pytest.mark.parametrize("adapter", ["lora", "full", "lora on int8"])
 def test_resume_is_bitwise(trainer, adapter):
     changes = {"max_steps": 6, "uncond_fraction": 0.2, "checkpoint_every_n_steps": 2, "warmup_steps": 3}
     changes |= {"optimizer": {"type": "adamw_optimi"}, "model": {"dtype": "bfloat16"}, "lr_scheduler": "cosine"}
-    changes["adapter"] = {"dropout": 0.2, "dtype": "bfloat16"} if adapter == "lora" else None
+    changes["adapter"] = {"dropout": 0.2, "dtype": "bfloat16"} if adapter != "full" else None
+    if adapter == "lora on int8":
+        changes["model"] = {"dtype": "bfloat16", "transformer_dtype": "int8"}
     whole = trainer("whole", **changes)
     shutil.copytree(whole.path, whole.path.parent / "stopped")
     stopped = whole.path.parent / "stopped"

@@ -74,6 +74,14 @@ def test_a_step_that_trains_the_llm_adapter_or_casts_float32_weights_waits_once_
         assert [len(waits) for waits in found] == [0, 1]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["LoRA, fused", "full, Kahan"])
+def test_a_step_with_swapped_blocks_waits_once_too(benchmark, folder, kind, monkeypatch):
+    monkeypatch.setattr("anima_train.model.block_swap.MAX_BUFFERS", 1)  # the tiny model has two blocks
+    found = benchmark.waits_of_steps(benchmark.Case(1, KINDS[kind] | {"blocks_to_swap": 2}, num_steps=2), folder)
+    assert [[wait.rpartition(":")[0] for wait in waits] for waits in found] == [[], [EVENT]]
+
+
 def test_a_value_that_a_step_reads_is_seen_with_its_line(benchmark, folder, monkeypatch):
     real = train_module.compute_loss
 
