@@ -6,6 +6,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, fie
 
 from anima_train.adapters.full import Full
 from anima_train.adapters.lora import Lora
+from anima_train.config.launch import LaunchSettings
 from anima_train.config.values import BatchSizes, ComputeDtype, Dtype, Folder, plain_name, printable_name
 from anima_train.core.settings import Settings, quoted
 from anima_train.data.settings import DatasetSettings
@@ -222,6 +223,10 @@ class Config(Settings):
     compile: bool | None = None
     """Compile the blocks with torch.compile: fewer passes over memory, faster steps after a minute or two at the start.
     Absent: on CUDA, where a compiler is there. What cannot be compiled runs as it is, with a warning."""
+    sharding: Literal["fsdp2"] | None = None
+    """Divide weights, gradients, optimizer state and average among the processes of a run, which gather each block to
+    compute it (FSDP2): less memory on each GPU for more traffic between them. Absent: each holds all of it.
+    accelerate's configuration with fsdp_version 2 asks for the same."""
     deterministic: bool = False
     """Take kernels that give the same bits each time, on one GPU of the same kind: for comparisons. Slower."""
     attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = "auto"
@@ -392,6 +397,13 @@ class Config(Settings):
         """The policy that `activation_checkpointing` names."""
         policies: dict[bool | str, Recompute] = {False: "nothing", True: "blocks", "selective": "selective"}
         return policies.get(self.activation_checkpointing, "offload")
+
+    def launch_settings(self, num_processes: int) -> LaunchSettings:
+        """Return what the environment of a launch with so many processes may contradict."""
+        return LaunchSettings(
+            self.model.dtype, self.compile, self.recompute, self.gradient_accumulation_steps, self.gradient_clipping,
+            self.sharding is not None, num_processes,
+        )  # fmt: skip
 
     def learning_rates(self) -> LearningRates:
         """Return the base learning rate of each component."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -16,8 +17,11 @@ from anima_train.config.load import LoadedConfig
 from anima_train.config.resolved import plain
 from anima_train.core.determinism import PRICE
 from anima_train.core.device import DTYPES, describe_device
+from anima_train.core.errors import ConfigError
 from anima_train.distributed.collectives import broadcast_from_main, process_group
 from anima_train.distributed.consistency import check_same_config
+from anima_train.distributed.environment import read_environment
+from anima_train.distributed.launcher import world_size
 from anima_train.distributed.signals import SignalHandler
 from anima_train.run.accelerator import make_accelerator
 from anima_train.run.folder import RunFolder
@@ -73,6 +77,10 @@ def run_context(loaded: LoadedConfig, resume: bool, resume_path: Path | None) ->
         ConfigError: processes differ, there is nothing to resume, or the folder is in use.
     """
     config = loaded.config
+    launch = read_environment(os.environ, config.launch_settings(world_size()))
+    if launch.shards:
+        raise ConfigError("sharding is not supported yet; start without it")
+    loaded = replace(loaded, notes=(*loaded.notes, *launch.notes))
     accelerator = make_accelerator(
         config.model.uses_autocast, tracker_names(config.monitoring), Path(config.output_dir) / loaded.run_name
     )

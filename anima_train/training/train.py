@@ -3,7 +3,9 @@
 import contextlib
 import logging
 import math
+import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from anima_train.core.device import choose_device, describe_device
 from anima_train.core.random import derive
 from anima_train.core.transfers import HostCopy, is_asynchronous
 from anima_train.data.loader import Batch
+from anima_train.distributed.environment import read_environment
 from anima_train.distributed.launcher import rank, world_size
 from anima_train.objective.step import compute_loss
 from anima_train.optim.skipping import step_unless
@@ -60,6 +63,8 @@ def run_training(
         with deterministic_kernels(loaded.config.deterministic), run_context(loaded, resume, resume_path) as run:
             return train(run)
     config, device = loaded.config, choose_device()
+    launch = read_environment(os.environ, config.launch_settings(world_size()))
+    loaded = replace(loaded, notes=(*loaded.notes, *launch.notes))
     if rank() == 0:
         with logged_to(terminal(is_main=True)):
             spec = build_model_spec(config, device)
