@@ -17,7 +17,6 @@ from anima_train.config.load import LoadedConfig
 from anima_train.config.resolved import plain
 from anima_train.core.determinism import PRICE
 from anima_train.core.device import DTYPES, describe_device
-from anima_train.core.errors import ConfigError
 from anima_train.distributed.collectives import broadcast_from_main, process_group
 from anima_train.distributed.consistency import check_same_config
 from anima_train.distributed.environment import read_environment
@@ -47,6 +46,7 @@ class RunContext:
     warnings: WarningsHandler
     stack: contextlib.ExitStack
     memory: MemoryContext
+    divides: bool  # the transformer among the processes
 
     @cached_property
     def config(self) -> Config:
@@ -78,8 +78,6 @@ def run_context(loaded: LoadedConfig, resume: bool, resume_path: Path | None) ->
     """
     config = loaded.config
     launch = read_environment(os.environ, config.launch_settings(world_size()))
-    if launch.shards:
-        raise ConfigError("sharding is not supported yet; start without it")
     loaded = replace(loaded, notes=(*loaded.notes, *launch.notes))
     accelerator = make_accelerator(
         config.model.uses_autocast, tracker_names(config.monitoring), Path(config.output_dir) / loaded.run_name
@@ -91,7 +89,7 @@ def run_context(loaded: LoadedConfig, resume: bool, resume_path: Path | None) ->
         if config.deterministic:
             logger.info("%s", PRICE)
         stack.enter_context(process_group(accelerator))
-        loaded = check_same_config(loaded, accelerator)
+        loaded = check_same_config(loaded, accelerator, launch.shards)
         for note in loaded.notes:
             logger.info("note: %s", note)
         point = broadcast_from_main(
@@ -108,5 +106,6 @@ def run_context(loaded: LoadedConfig, resume: bool, resume_path: Path | None) ->
             stack.callback(folder.close)
         signals = stack.enter_context(SignalHandler(folder.path))
         yield RunContext(
-            loaded, accelerator, folder, point, signals, warnings, stack, MemoryContext("loading the model")
-        )
+            loaded, accelerator, folder, point, signals, warnings, stack, MemoryContext("loading the model"),
+            launch.shards,
+        )  # fmt: skip

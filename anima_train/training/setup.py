@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 from torch import nn
 from torch.optim import Optimizer
@@ -20,16 +21,20 @@ from anima_train.model.attention_choice import AttentionChoice, AttentionShape, 
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.loading import ModelSpec
 from anima_train.optim.ema import WeightAverage
-from anima_train.optim.groups import group_rows
+from anima_train.optim.groups import group_rows, optimizer_groups
 from anima_train.optim.lr_schedules import lr_factor
 from anima_train.training.anomalies import SkippedUpdates, SpikeDetector
 from anima_train.training.build import block_runner, load_trained, plan_run
 from anima_train.training.context import RunContext
 from anima_train.training.costs import memory_suggestions
+from anima_train.training.divided import divide
 from anima_train.training.memory import MicroBatchShape, memory_errors
 from anima_train.training.memory_check import largest_shapes
 from anima_train.training.prepare import Prepared
 from anima_train.training.summary import groups_text, plan_text
+
+if TYPE_CHECKING:
+    from anima_train.model.sharding import Shards  # takes long to import
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +48,7 @@ class TrainState:
     optimizer: Optimizer
     ema: WeightAverage | None
     lr_factor: Callable[[int], float]  # on every group's base rate, of a step, 0 the first
+    shards: "Shards | None" = None  # what this process holds of a divided transformer
     step: int = 0  # optimizer steps that are done
     samples_seen: int = 0  # in them
     skipped: SkippedUpdates = field(default_factory=SkippedUpdates)
@@ -143,12 +149,17 @@ def build_model(run: RunContext, spec: ModelSpec, num_steps: int) -> TrainState:
     for line in groups_text(group_rows(transformer, rates)):
         logger.info("%s", line)
     patient_barrier(run.accelerator)  # one process has encoded prompts, each has read the model
-    model = run.accelerator.prepare(transformer)
-    ema = None if config.ema is None else WeightAverage(trained_parameters(transformer), config.ema)
+    shards = None
+    if run.divides:
+        shards = divide(run, transformer, spec.dtype if config.model.uses_autocast else None)
+        groups = optimizer_groups(shards.parameters.items(), rates, config.optimizer.weight_decay)
+    model = run.accelerator.prepare(transformer) if shards is None else transformer
+    trained = trained_parameters(transformer) if shards is None else shards.parameters
+    ema = None if config.ema is None else WeightAverage(trained, config.ema)
 
     def factor(step: int) -> float:
         if config.force_constant_lr is not None:
             return 1.0
         return lr_factor(config.lr_scheduler, step, num_steps, config.warmup_steps)
 
-    return TrainState(transformer, model, config.optimizer.build(groups), ema, factor)
+    return TrainState(transformer, model, config.optimizer.build(groups), ema, factor, shards)

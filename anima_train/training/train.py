@@ -17,6 +17,7 @@ from anima_train.core.device import choose_device, describe_device
 from anima_train.core.random import derive
 from anima_train.core.transfers import HostCopy, is_asynchronous
 from anima_train.data.loader import Batch
+from anima_train.distributed.clipping import clip_gradients
 from anima_train.distributed.environment import read_environment
 from anima_train.distributed.launcher import rank, world_size
 from anima_train.objective.step import compute_loss
@@ -25,6 +26,7 @@ from anima_train.run.log import logged_to, terminal
 from anima_train.training.anomalies import UpdateGuard
 from anima_train.training.build import check_compiler
 from anima_train.training.context import RunContext, run_context
+from anima_train.training.divided import check_can_divide
 from anima_train.training.dry_run import describe_run
 from anima_train.training.memory_check import try_shape
 from anima_train.training.metrics import MadeStep, StepLogger, StepSums
@@ -88,6 +90,8 @@ def train(run: RunContext, lag: int | None = None) -> Path:
     """
     config = run.config
     check_compiler(config.compile, run.device)
+    if run.divides:
+        check_can_divide(config.optimizer)
     # Data: everything into the cache, then the plan of every batch.
     data = prepare_data(run.loaded, run.accelerator, trains=True)
     plan, schedule = build_plan(run, data)
@@ -154,7 +158,8 @@ def train_step(
     factor = state.lr_factor(step.index)
     for group in state.optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
-    grad_norm = accelerator.clip_grad_norm_(state.parameters, config.gradient_clipping or math.inf)
+    is_divided = state.shards is not None
+    grad_norm = clip_gradients(accelerator, state.parameters, config.gradient_clipping or math.inf, is_divided)
     totals = sums.take(accelerator)  # of all processes, as is the norm: all skip together
     skips = guard.skips(totals[0], grad_norm)
     step_unless(state.optimizer, skips)
