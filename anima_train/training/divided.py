@@ -1,5 +1,6 @@
 """A run whose transformer is divided among its processes."""
 
+import logging
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ from anima_train.distributed.lockstep import Lockstep
 from anima_train.model.dit import MiniTrainDIT
 from anima_train.optim.optimizers import AnyOptimizer
 from anima_train.training.context import RunContext
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from anima_train.model.sharding import Shards
@@ -39,6 +42,7 @@ def divide(run: RunContext, transformer: MiniTrainDIT, compute_dtype: torch.dtyp
     tensors = dict(transformer.named_parameters())
     if problems := differences(run.accelerator, {"the transformer's weights": checksum(tensors)}):
         raise ModelFileError([*problems, "all processes must read the same model: copy its files to all machines"])
+    logger.info("sharding: the model is divided among %d processes (FSDP2)", run.accelerator.num_processes)
     return Shards(transformer, run.device.type, compute_dtype)
 
 

@@ -230,3 +230,14 @@ def test_accelerate_launch_with_a_configuration_file_that_asks_for_what_is_not_d
         "process 0): ACCELERATE_MIXED_PRECISION=fp16",
         "process 0): FSDP_VERSION=1",
     ]
+
+
+@pytest.mark.slow
+def test_accelerate_launch_with_a_configuration_file_that_asks_for_fsdp2_divides_the_model(trainer, command, tmp_path):
+    path = tmp_path / "accelerate.yaml"
+    path.write_text(yaml.safe_dump({**BASE, "distributed_type": "FSDP", "fsdp_config": FSDP_FILE}))
+    arguments = ["-m", "accelerate.commands.launch", "--config_file", str(path), "-m", "anima_train"]
+    result = command([sys.executable, *arguments, str(trainer.config("run", max_steps=1))])
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("sharding: the model is divided among 2 processes (FSDP2)") == 1
+    assert (trainer.folder / "runs" / "run" / "weights" / "run.safetensors").exists()
