@@ -28,6 +28,7 @@ def cache(
 
     loaded = load_config(config, overrides or [])
 
+    from anima_train.config.launch import launch_settings
     from anima_train.core.device import DTYPES, describe_device
     from anima_train.distributed.collectives import process_group
     from anima_train.distributed.consistency import check_same_config
@@ -36,7 +37,7 @@ def cache(
     from anima_train.run.log import logged_to, terminal
     from anima_train.training.prepare import prepare_data
 
-    read_environment(os.environ, loaded.config.launch_settings(world_size()))
+    read_environment(os.environ, launch_settings(loaded.config, world_size()))
     accelerator = make_accelerator(loaded.config.model.uses_autocast, [], Path(loaded.config.output_dir))
     with process_group(accelerator), logged_to(terminal(accelerator.is_main_process)):
         logging.getLogger(__name__).info("%s", describe_device(accelerator.device, DTYPES[loaded.config.model.dtype]))

@@ -29,11 +29,13 @@ MAY_CHANGE = frozenset(
         # becomes 0, or was 0, is another matter, see `find_frozen_or_thawed`.
         *("epochs", "max_steps", "lr_scheduler.*", "warmup_steps", "force_constant_lr", "gradient_clipping"),
         *("optimizer.lr", "optimizer.weight_decay", "optimizer.eps", "ema.decay"),
+        *("optimizer.clip_threshold", "optimizer.decay_rate", "optimizer.scale_parameter", "optimizer.d_coef"),
         *(f"model.{component}_lr" for component in COMPONENTS if component != "base"),
         # Times the number of processes it has to stay the same, see `training.resume.check_same_content`.
         "gradient_accumulation_steps",
         # Memory and speed: the same is computed, up to rounding.
         *("activation_checkpointing", "compile", "caching_batch_size", "eval_micro_batch_size_per_gpu", "offline"),
+        *("optimizer.gradient_release", "optimizer.moments_device"),
         *("num_workers", "model.cache_text_embeddings", "model.text_encoder_device", "attention", "deterministic"),
         "sharding",
         # What is looked at and what is kept on the way: the training does not see it.
@@ -58,7 +60,8 @@ MAY_NOT_CHANGE = {
     "model.type": "decides what is trained",
     "adapter.*": "decides what is trained, and how it counts",
     **dict.fromkeys(("model.dtype", "model.transformer_dtype"), DTYPE),
-    **dict.fromkeys(("optimizer.type", "optimizer.betas", "optimizer.moments_dtype"), MOMENTS),
+    **dict.fromkeys(("optimizer.type", "optimizer.betas", "optimizer.moments_dtype", "optimizer.rounding"), MOMENTS),
+    **dict.fromkeys(("optimizer.momentum", "optimizer.d0"), MOMENTS),
     "ema": "the average has to follow the weights from the first step on",
 }
 FOLLOWS = (("adapter", "alpha", "rank"), ("model", "transformer_dtype", "dtype"))  # table, key, which it is if absent

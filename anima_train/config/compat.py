@@ -22,6 +22,7 @@ class Keys:
     ignored: dict[str, str]  # without meaning here: why. Accepted with one note each
     off: dict[str, Any] = field(default_factory=dict)  # not supported yet: the value that means "off", accepted
     not_yet: dict[str, list[str]] = field(default_factory=dict)  # values of our own keys that are not supported yet
+    instead: dict[str, dict[str, str]] = field(default_factory=dict)  # values that are not chosen: what to write
 
 
 MAIN, DATASET = Keys(**TABLES["main"]), Keys(**TABLES["dataset"])
@@ -55,5 +56,7 @@ def translate(
         else:
             if isinstance(value, str) and value.lower() in keys.not_yet.get(name, []):
                 problem(name, f"found {quoted(value)}, which is not supported yet")
+            if isinstance(value, str) and (other := keys.instead.get(name, {}).get(value.lower().replace("-", "_"))):
+                problem(name, f"found {quoted(value)}, which is not one of ours: {other}")
             kept[key] = translate(value, keys, problem, note, f"{name}.") if isinstance(value, dict) else value
     return kept

@@ -6,7 +6,6 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, fie
 
 from anima_train.adapters.full import Full
 from anima_train.adapters.lora import Lora
-from anima_train.config.launch import LaunchSettings
 from anima_train.config.values import BatchSizes, ComputeDtype, Dtype, Folder, plain_name, printable_name
 from anima_train.core.settings import Settings, quoted
 from anima_train.data.settings import DatasetSettings
@@ -16,7 +15,7 @@ from anima_train.objective.timesteps import Timesteps
 from anima_train.optim.ema import Ema
 from anima_train.optim.groups import COMPONENTS, Component, LearningRates
 from anima_train.optim.lr_schedules import Constant, ScheduleSetting
-from anima_train.optim.optimizers import AnyOptimizer
+from anima_train.optim.optimizers import SCHEDULE_FREE, AnyOptimizer
 from anima_train.sampling.generate import PictureSettings, Request
 
 EVAL_INTERVALS = ("eval_every_n_epochs", "eval_every_n_steps", "eval_every_n_examples")
@@ -374,6 +373,31 @@ class Config(Settings):
             raise ValueError("lr is 0 for every component that could be trained; nothing would be")
         return value
 
+    @field_validator("optimizer")
+    @classmethod
+    def can_release_gradients(cls, value: AnyOptimizer, earlier: ValidationInfo) -> AnyOptimizer:
+        """Refuse updates in the backward pass where they would need what is known only after it."""
+        if value.releases_gradients and earlier.data.get("gradient_clipping"):
+            raise ValueError(
+                f"gradient_release excludes gradient_clipping (it is {earlier.data['gradient_clipping']:g}): the norm "
+                "is known only after the last update; set gradient_clipping = 0, or remove gradient_release"
+            )
+        if value.releases_gradients and earlier.data.get("gradient_accumulation_steps", 1) > 1:
+            raise ValueError(
+                "gradient_release excludes gradient_accumulation_steps (it is "
+                f"{earlier.data['gradient_accumulation_steps']}): a gradient is gone before the next micro-batch; set "
+                "1 and a larger micro_batch_size_per_gpu, or remove gradient_release"
+            )
+        return value
+
+    @field_validator("ema")
+    @classmethod
+    def one_average(cls, value: Ema | None, earlier: ValidationInfo) -> Ema | None:
+        """Refuse a second average of the weights."""
+        if value is not None and getattr(earlier.data.get("optimizer"), "type", "") in SCHEDULE_FREE:
+            raise ValueError("excludes a schedule-free optimizer, which has an average of its own; remove [ema]")
+        return value
+
     # What the rooms below take, made from the flat keys ---------------------------------------------------------------
 
     def timesteps(self) -> Timesteps:
@@ -397,13 +421,6 @@ class Config(Settings):
         """The policy that `activation_checkpointing` names."""
         policies: dict[bool | str, Recompute] = {False: "nothing", True: "blocks", "selective": "selective"}
         return policies.get(self.activation_checkpointing, "offload")
-
-    def launch_settings(self, num_processes: int) -> LaunchSettings:
-        """Return what the environment of a launch with so many processes may contradict."""
-        return LaunchSettings(
-            self.model.dtype, self.compile, self.recompute, self.gradient_accumulation_steps, self.gradient_clipping,
-            self.sharding is not None, num_processes,
-        )  # fmt: skip
 
     def learning_rates(self) -> LearningRates:
         """Return the base learning rate of each component."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from anima_train.config.config import Config
 from anima_train.model.recompute import Recompute
 
 
@@ -16,3 +17,11 @@ class LaunchSettings:
     gradient_clipping: float
     shards: bool
     num_processes: int
+
+
+def launch_settings(config: Config, num_processes: int) -> LaunchSettings:
+    """Return what the environment of a launch with so many processes may contradict."""
+    return LaunchSettings(
+        config.model.dtype, config.compile, config.recompute, config.gradient_accumulation_steps,
+        config.gradient_clipping, config.sharding is not None, num_processes,
+    )  # fmt: skip

@@ -1,5 +1,6 @@
 """The loading of TOML files and --set into a `Config`, with every mistake in one report."""
 
+import importlib.util
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 
 from anima_train.config.compat import DATASET, FOREIGN, MAIN, Keys, translate
 from anima_train.config.config import Config, ModelSettings, Sampling
-from anima_train.config.notes import without_effect
+from anima_train.config.notes import optimizer_advice, without_effect
 from anima_train.config.paths import find_path, path_fault
 from anima_train.config.read import Table, apply_override, read_toml
 from anima_train.core.errors import ConfigError
@@ -224,6 +225,17 @@ class Loader:
         if text is not None and os.path.exists(text):
             self.find(self.main, key, text, "folder")
 
+    def check_library(self, optimizer: str, needed: tuple[str, str] | None) -> None:
+        """File an optimizer's library that is not installed.
+
+        Args:
+            optimizer: its type.
+            needed: the module and the package that has it, or None.
+        """
+        if needed is not None and importlib.util.find_spec(needed[0]) is None:
+            text = f'{optimizer} needs {needed[1]}, which is not installed: pip install "anima-train[optimizers]"'
+            self.add_problem(self.main, "optimizer.type", text)
+
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     """Read a configuration with its datasets.
@@ -259,6 +271,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
         for key, text in (("output_dir", config.output_dir), ("cache_dir", config.cache_dir)):
             loader.check_folder(key, text)
         config = config.model_copy(update={"model": loader.find_model_files(config.model)})
+        loader.check_library(config.optimizer.type, config.optimizer.needs_library)
     if loader.problems or config is None or train is None:
         raise ConfigError(loader.problems)
 
@@ -272,6 +285,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     )
     for key, why in without_effect(config):
         loader.add_note(loader.main, key, why)
+    loader.notes.extend(
+        f"{loader.key_name(loader.main, key)}: {advice}" for key, advice in optimizer_advice(config)
+    )  # fmt: skip
     run_name = config.run_name or f"{path.stem}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
     return LoadedConfig(config, run_name, train, found, tuple(dict.fromkeys(loader.notes)))
 

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 
+from anima_train.adapters.full import Full
 from anima_train.config.config import EVAL_INTERVALS, STATE_INTERVALS, Config
 from anima_train.data.settings import DatasetSettings
+from anima_train.optim.optimizers import SCHEDULE_FREE
 
 
 def without_effect(config: Config) -> Iterator[tuple[str, str]]:
@@ -23,6 +25,38 @@ def without_effect(config: Config) -> Iterator[tuple[str, str]]:
                 yield f"monitoring.{key}", "enable_wandb is false"
     if config.x_axis_examples and not (monitoring.tensorboard or monitoring.enable_wandb):
         yield "x_axis_examples", "there are neither TensorBoard nor W&B curves"
+
+
+def optimizer_advice(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield (key, what it does in this run that one may not expect) for an optimizer with the rest of the run."""
+    optimizer, model, adapter = config.optimizer, config.model, config.adapter
+    trains_all = isinstance(adapter, Full)
+    dtype = model.transformer_dtype or model.dtype if isinstance(adapter, Full) else adapter.dtype
+    if optimizer.type == "adamw" and dtype == "bfloat16":
+        yield (
+            "optimizer.type",
+            "adamw rounds bfloat16 weights after each update, and loses updates below a 512th of a weight: at 1e-6 "
+            '2 % of the weights ever move; "adamw_optimi" loses none',
+        )
+    if not trains_all and (optimizer.type == "adamw8bit" or getattr(optimizer, "moments_dtype", "") == "8bit"):
+        yield "optimizer.type", "8-bit moments save a LoRA little, and its many small tensors make each step longer"
+    if not trains_all and optimizer.releases_gradients:
+        yield (
+            "optimizer.gradient_release",
+            "it saves a LoRA little, and its many small tensors are updated one by one, which takes long",
+        )
+    if optimizer.type in SCHEDULE_FREE and config.lr_scheduler.type != "constant":
+        yield "lr_scheduler", f"{optimizer.type} needs none: its average takes the place of a falling learning rate"
+    if optimizer.type == "prodigy":
+        if config.gradient_clipping:
+            yield "gradient_clipping", "it disturbs the rate that prodigy finds; its authors say 0"
+        if any(rate not in (0, optimizer.lr) for rate in config.learning_rates().by_component.values()):
+            yield (
+                "model",
+                "with prodigy a component's learning rate is a factor on the one that is found, such as 1 or 0.5",
+            )
+    if getattr(optimizer, "rounding", "kahan") == "stochastic" and dtype == "float32":
+        yield "optimizer.rounding", "it has no effect on float32 weights"
 
 
 def datasets_of(config: Config) -> Iterator[DatasetSettings]:

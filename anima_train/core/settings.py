@@ -152,7 +152,7 @@ def unknown_type(value: object, names: list[str]) -> str:
 
 
 def suggestion(spot: "ErrorPlace", root: type[Settings], hints: Mapping[str, str]) -> str:
-    """Return the end of the message about an unknown key: what the user may have meant; "" if nothing is close."""
+    """Return the end of the message about an unknown key: what the user may have meant, or the keys of the type."""
     key = str(spot.location[-1])
     word = key.lower().replace("-", "_")
     if word in hints:
@@ -170,7 +170,8 @@ def suggestion(spot: "ErrorPlace", root: type[Settings], hints: Mapping[str, str
         return f"; did you mean {close}?"
     if close := nearest(word, places):
         return f"; did you mean {close}, {' or '.join(places[close])}?"
-    return ""
+    others = [field for field in spot.table.model_fields if field != "type"]
+    return f"; {quoted(name)} has {', '.join(others)}" if (name := type_name(spot.table)) and others else ""
 
 
 @dataclass(frozen=True)

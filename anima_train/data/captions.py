@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from anima_train.core.random import shuffled, uniform
+from anima_train.data.caption_parts import map_tags
 from anima_train.data.image_headers import Unreadable
 from anima_train.data.settings import DirectoryOptions
 from anima_train.data.sources.archive import ArchiveMember
@@ -110,24 +111,55 @@ def unescaped(text: str) -> str:
     return text.replace("\\(", "(").replace("\\)", ")")
 
 
-def vary_tags(caption: str, options: DirectoryOptions, seed: int, sample: str, variant: int) -> str:
-    """Return the caption's tags in this variant of this sample, shuffled and dropped as the options say.
+def vary_tags(
+    caption: str, options: DirectoryOptions, seed: int, sample: str, variant: int | None, num_fixed: int = 0
+) -> str:
+    """Return the caption with its tags in this variant of this sample, shuffled and dropped as the options say.
 
-    Tags are drawn by their position too, so that a tag given twice stays twice.
+    Sentences and line ends stay where they are, and no tag leaves its run (`caption_parts`). Tags are drawn by their
+    position too, so that a tag given twice stays twice.
+
+    Args:
+        caption: as in the file.
+        options: of the directory.
+        seed: of the run.
+        sample: its name.
+        variant: None leaves all tags, in the order of the file.
+        num_fixed: tags at the start that stay, beside those of `keep_first_n_tags`.
     """
-    delimiter = options.cache_shuffle_delimiter
-    tags = [(f"{place}:{tag}", tag) for place, tag in enumerate(caption.split(delimiter))]
-    kept, rest = tags[: options.keep_first_n_tags], tags[options.keep_first_n_tags :]
-    if options.tag_dropout > 0:
-        protected = set(map(plain_tag, options.protected_tags))
-        rest = [
-            (key, tag)
-            for key, tag in rest
-            if plain_tag(tag) in protected or uniform(seed, "tag_dropout", sample, variant, key) >= options.tag_dropout
-        ]
-    if options.shuffle_tags or options.cache_shuffle_num > 0:
-        rest = shuffled(rest, lambda item: item[0], seed, "tags", sample, variant)
-    return delimiter.join(tag for _, tag in kept + rest)
+    delimiter, separator = options.cache_shuffle_delimiter, options.keep_tokens_separator
+    protected = set(map(plain_tag, options.protected_tags))
+    num_kept, num_seen = num_fixed + options.keep_first_n_tags, 0
+
+    def spelled(tags: list[str]) -> list[str]:
+        return [without_underscores(tag, delimiter) for tag in tags] if options.replace_underscores else tags
+
+    def varied(tags: list[str]) -> list[str]:
+        nonlocal num_seen
+        if variant is None:
+            return spelled(tags)
+        keyed = [(f"{num_seen + place}:{tag}", tag) for place, tag in enumerate(spelled(tags))]
+        num_here = max(0, num_kept - num_seen)
+        num_seen += len(keyed)
+        kept, rest = keyed[:num_here], keyed[num_here:]
+        if options.tag_dropout > 0:
+            rest = [
+                (key, tag)
+                for key, tag in rest
+                if plain_tag(tag) in protected
+                or uniform(seed, "tag_dropout", sample, variant, key) >= options.tag_dropout
+            ]
+        if options.shuffle_tags or options.cache_shuffle_num > 0:
+            rest = shuffled(rest, lambda item: item[0], seed, "tags", sample, variant)
+        return [tag for _, tag in kept + rest]
+
+    if not separator or separator not in caption:
+        return map_tags(caption, delimiter, varied)
+    num_kept = 0  # the separator takes the place of a number
+    outside = f" {delimiter}"
+    head, flexible, *tail = (part.strip(outside) for part in caption.split(separator))
+    parts = [map_tags(head, delimiter, spelled), map_tags(flexible, delimiter, varied)]
+    return delimiter.join(filter(None, [*parts, *(map_tags(part, delimiter, spelled) for part in tail)]))
 
 
 def plain_tag(tag: str) -> str:

@@ -24,9 +24,20 @@ from anima_train.data.colour import colour_mode, srgb_transform
 MAX_PIXELS = 128 * 2**20  # a header that claims more is treated as a decompression bomb and never decoded
 MAX_BYTES = 2**30  # WebP and AVIF are read whole even for their header; no picture of MAX_PIXELS is larger than this
 
-FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP")
-FORMAT_OF_SUFFIX = {f".{name.lower()}": name for name in FORMATS} | {".jpg": "JPEG", ".jfif": "JPEG"}
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
+OTHER_SUFFIXES = {".jpg": "JPEG", ".jfif": "JPEG", ".apng": "PNG", ".tif": "TIFF"}
+FORMAT_OF_SUFFIX = {f".{name.lower()}": name for name in FORMATS} | OTHER_SUFFIXES
 EXTENSIONS = frozenset(FORMAT_OF_SUFFIX)  # lower-case suffixes that count as images when a folder is scanned
+
+# Pictures that are not read, by suffix, and what to do with them.
+CONVERT, EXTRACT = "convert it to PNG, JPEG or WebP", "extract its frames as PNG or JPEG"
+UNREAD_SUFFIXES = (
+    dict.fromkeys(
+        ("heic", "heif", "jxl", "jp2", "psd", "xcf", "kra", "clip", "svg", "tga", "ico", "dds", "exr"), CONVERT
+    )
+    | dict.fromkeys(("cr2", "cr3", "nef", "arw", "dng", "raf", "orf"), "develop it to PNG, JPEG or WebP")
+    | dict.fromkeys(("mp4", "webm", "mov", "avi", "mkv", "m4v", "gifv"), EXTRACT)
+)
 
 # What Pillow and its codecs raise on damaged data. Not MemoryError: that is the machine's fault, not the file's.
 DECODE_ERRORS = (
@@ -49,6 +60,7 @@ SIGNATURES = (  # (offset, bytes, name), only for the reason shown to the user
     (0, b"\xff\x0a", "JPEG XL"),
     (0, b"8BPS", "PSD"),
 )
+UNREAD_TIFF_MODES = ("F", "I", "LAB", "HSV")  # their values have no agreed meaning as colours
 FILE_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}  # others are devices
 SIDEWAYS = (5, 6, 7, 8)  # the orientations that swap width and height
 ORIENTATION_TAG = 0x0112
@@ -139,6 +151,8 @@ def open_image(content: bytes) -> ImageFile.ImageFile:
         raise BadImage(f"its header claims more than the limit of {MAX_PIXELS:,} pixels") from error
     except UnidentifiedImageError as error:
         raise BadImage(identify(content[:512])) from error
+    if image.format == "TIFF" and image.mode in UNREAD_TIFF_MODES:
+        raise BadImage(f"a TIFF of mode {image.mode} is not supported; convert it to PNG, JPEG or WebP")
     if image.width * image.height > MAX_PIXELS:
         raise BadImage(f"{image.width} x {image.height} pixels is more than the limit of {MAX_PIXELS:,}")
     return image

@@ -5,14 +5,16 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from pydantic import TypeAdapter
 
 from anima_train.core.format import printable
 from anima_train.data.cache import Cache
 from anima_train.data.image_headers import Unreadable, probe
+from anima_train.data.images import decode_mask
 from anima_train.data.sources.archive import ArchiveMember, content_of, file_stamp
 
-INDEX_VERSION = 2  # raise when the meaning of `ImageRecord` changes
+INDEX_VERSION = 3  # raise when the meaning of `ImageRecord` changes
 
 
 class ImageRecord(NamedTuple):
@@ -26,6 +28,7 @@ class ImageRecord(NamedTuple):
     height: int
     has_alpha: bool
     warnings: tuple[str, ...]
+    coverage: float = 1.0  # of a mask: the share of the image that it trains
 
 
 RECORDS = TypeAdapter(dict[str, ImageRecord])
@@ -42,6 +45,7 @@ class ImageIndex:
 
     def __init__(self, cache: Cache, kind: str, identity: bytes) -> None:
         self.cache = cache
+        self.holds_masks = kind == "masks"
         digest = hashlib.sha256(identity).hexdigest()
         self.path = cache.folder / f"{kind}_{INDEX_VERSION}_{digest[:16]}.json"
         try:
@@ -62,7 +66,7 @@ class ImageIndex:
             stamp = file_stamp(file) if isinstance(file, Path) else file.stamp
             record = self.records.get(name)
             if record is None or record[:3] != stamp:
-                record = read_record(name, file, stamp)
+                record = read_record(name, file, stamp, self.holds_masks)
                 self.records[name] = record
                 self.changed = True
         except OSError as error:
@@ -79,13 +83,14 @@ class ImageIndex:
             self.cache.write(self.path, RECORDS.dump_json(self.records))
 
 
-def read_record(name: str, file: Path | ArchiveMember, stamp: tuple[int, int, int]) -> ImageRecord:
-    """Read the header of an image file and hash its content, read once.
+def read_record(name: str, file: Path | ArchiveMember, stamp: tuple[int, int, int], is_mask: bool) -> ImageRecord:
+    """Read the header of an image file and hash its content, read once; a mask is decoded, to see what it leaves.
 
     Raises:
-        BadImage: as `content_of` and `probe`.
+        BadImage: as `content_of` and `probe`; for a mask as `decode_mask`.
     """
     content = content_of(file)
     info = probe(content, os.path.splitext(name)[1])
     digest = hashlib.sha256(content).hexdigest()
-    return ImageRecord(*stamp, digest, info.width, info.height, info.has_alpha, info.warnings)
+    coverage = float(np.asarray(decode_mask(content, (info.width, info.height))).mean()) / 255 if is_mask else 1.0
+    return ImageRecord(*stamp, digest, info.width, info.height, info.has_alpha, info.warnings, coverage)

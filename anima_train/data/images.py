@@ -3,6 +3,7 @@
 Whatever is wrong with a file ends as `BadImage` with a short reason: the caller skips the file and goes on.
 """
 
+import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,18 @@ TRANSPOSE_OF = {  # EXIF orientation -> the transpose that undoes it
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
+ADAM7 = (
+    (0, 0, 8, 8),
+    (4, 0, 8, 8),
+    (0, 4, 4, 8),
+    (2, 0, 4, 4),
+    (0, 2, 2, 4),
+    (1, 0, 2, 2),
+    (0, 1, 1, 2),
+)  # x, y, steps
 
 
 @dataclass(frozen=True)
@@ -135,6 +148,8 @@ def load(file: Path | bytes) -> tuple[Image.Image, int]:
         check_jpeg(content)
     with decode_errors_as_bad_image():
         image.load()
+    if image.format == "PNG" and may_lack_rows(image, content):
+        check_png_rows(content)
     return image, read_orientation(image, content)
 
 
@@ -145,6 +160,29 @@ def check_png(content: bytes) -> None:
         end = start + length
         if kind == b"IDAT" and zlib.crc32(view[start - 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
             raise BadImage(f"truncated or damaged: the PNG chunk at byte {start - 8:,} fails its checksum")
+
+
+def may_lack_rows(image: Image.Image, content: bytes) -> bool:
+    """Return True if a decoded PNG is interlaced, or its last row is zeros, as rows are that its file does not hold."""
+    last_row = image.crop((0, image.height - 1, image.width, image.height)).tobytes()
+    return content[28] == 1 or not any(last_row)
+
+
+def check_png_rows(content: bytes) -> None:
+    """Raise BadImage if the pixel data ends before the last row: Pillow leaves the rest black and says nothing."""
+    width, height, depth, colour, _, _, interlace = struct.unpack_from(">IIBBBBB", content, 16)
+    passes = ADAM7 if interlace else ((0, 0, 1, 1),)
+    sizes = [(-(-(width - x) // dx), -(-(height - y) // dy)) for x, y, dx, dy in passes if width > x and height > y]
+    bits = depth * PNG_CHANNELS[colour]
+    expected = sum(rows * (1 + (columns * bits + 7) // 8) for columns, rows in sizes)
+    inflate, found = zlib.decompressobj(), 0
+    for kind, start, length in png_chunks(content):
+        data = content[start : start + length] if kind == b"IDAT" else b""
+        while data and found < expected:  # no more than that, whatever the file unpacks to
+            found += len(inflate.decompress(data, 2**20))
+            data = inflate.unconsumed_tail
+    if found < expected:
+        raise BadImage(f"truncated: the PNG holds {found / expected:.0%} of the pixels that its header says")
 
 
 def check_jpeg(content: bytes) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -10,7 +11,7 @@ from pathlib import Path
 from anima_train.core.random import derive, uniform
 from anima_train.data.buckets import Size
 from anima_train.data.cache import Cache, entry_key
-from anima_train.data.captions import unescaped, vary_tags, without_underscores
+from anima_train.data.captions import unescaped, vary_tags
 from anima_train.data.images import Crop
 from anima_train.data.settings import DirectoryOptions
 from anima_train.data.sources.archive import ArchiveMember
@@ -147,25 +148,35 @@ class Sample:
 
     def tags_caption(self, seed: int, tags: str, variant: int | None) -> str:
         """Return tags as they are trained, in a variant; None changes neither their order nor their number."""
-        options = self.options
+        return self.with_prefix(
+            tags, functools.partial(vary_tags, options=self.options, seed=seed, sample=self.name, variant=variant)
+        )
 
-        def vary(text: str) -> str:
-            if options.replace_underscores:
-                text = without_underscores(text, options.cache_shuffle_delimiter)
-            return text if variant is None or not text else vary_tags(text, options, seed, self.name, variant)
+    def with_prefix(self, text: str, vary: Callable[..., str] | None = None) -> str:
+        """Return a caption with trigger word and prefix.
 
-        return self.with_prefix(tags, vary)
-
-    def with_prefix(self, text: str, vary: Callable[[str], str] = str) -> str:
-        """Return a caption with trigger word and prefix; `vary` changes all of it but a trigger word it begins with."""
+        Args:
+            text: of the caption.
+            vary: all of it but a trigger word that it begins with; takes the number of tags that stay as `num_fixed`.
+        """
         options = self.options
         prefix, word, delimiter = options.caption_prefix, options.prefix_word, options.cache_shuffle_delimiter
         if options.unescape_parentheses:
             text = unescaped(text)
+
+        def varied(text: str, num_fixed: int = 0) -> str:
+            return text if vary is None else vary(text, num_fixed=num_fixed)
+
         if not word or not text:
-            return prefix + vary(text)
-        rest = "" if text == word else vary(text.removeprefix(word + delimiter))
-        return delimiter.join(filter(None, [word, prefix + rest]))
+            return prefix + varied(text)
+        if not re.match(rf"{re.escape(word)}(?!\w)", text):
+            return delimiter.join(filter(None, [word, prefix + varied(text)]))
+        rest = text.removeprefix(word)
+        behind = re.match(rf"{re.escape(delimiter)}|\s*\n\s*|\s*,\s*|$", rest)
+        if behind is None:  # a tag or a sentence that begins with it
+            return prefix + varied(text, num_fixed=1)
+        between = behind[0] if "\n" in behind[0] else delimiter
+        return between.join(filter(None, [word, prefix + varied(rest[behind.end() :])]))
 
     # Views of the picture.
 

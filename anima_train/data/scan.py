@@ -13,12 +13,14 @@ from anima_train.core.format import count, listed, printable
 from anima_train.core.random import shuffled
 from anima_train.data.buckets import SIDE_MULTIPLE, kept_fraction
 from anima_train.data.cache import Cache
+from anima_train.data.image_headers import UNREAD_SUFFIXES
 from anima_train.data.image_index import ImageIndex
+from anima_train.data.lost_captions import lost_captions
 from anima_train.data.samples import Picture, Sample, exact
 from anima_train.data.scan_images import scan_images
 from anima_train.data.scan_warnings import caption_kind, folder_warnings
 from anima_train.data.settings import DatasetSettings, DirectoryOptions
-from anima_train.data.sources.folder import Files
+from anima_train.data.sources.folder import Files, suffix_of
 from anima_train.data.sources.hf_dataset import hf_dataset_files
 
 
@@ -151,6 +153,8 @@ def scan_files(index: int, files: Files, options: DirectoryOptions, cache: Cache
         noun = count(len(uncaptioned), "image has", "images have")
         title = f'{files.folder}: {noun} no {caption_kind(files, options)} caption, and missing_caption is "error":'
         raise DataError([title, *listed([str(image.picture.path) for image in uncaptioned])])
+    if (advice := lost_captions(files, images, options)) is not None:
+        raise DataError(advice)
     skipped = []
     usable = []
     for image in images:
@@ -159,6 +163,9 @@ def scan_files(index: int, files: Files, options: DirectoryOptions, cache: Cache
         else:
             fault = "missing" if image.is_uncaptioned else "empty"
             skipped.append(f"{image.picture.path}: its caption is {fault}")
+    for name in files.unread_images:
+        advice = UNREAD_SUFFIXES[suffix_of(name)[1:]]
+        skipped.append(f"{files.folder / name}: {suffix_of(name)[1:].upper()} is not read; {advice}")
     kept = shuffled(usable, lambda image: image.file, seed, "subsample", index)
     kept = kept[: max(1, round(len(kept) * options.subsample_ratio))]
     options_of = functools.cache(options.of_folder)  # one object for each folder
@@ -170,7 +177,7 @@ def scan_files(index: int, files: Files, options: DirectoryOptions, cache: Cache
         except SkippedImage as reason:
             skipped.append(f"{image.picture.path}: {reason}")
     warnings.extend(folder_warnings(files, images, options))
-    return Scan(samples, len(files.images), bad, skipped, warnings)
+    return Scan(samples, len(files.images) + len(files.unread_images), bad, skipped, warnings)
 
 
 class SkippedImage(Exception):

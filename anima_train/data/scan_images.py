@@ -19,6 +19,7 @@ class ScannedImage(NamedTuple):
     picture: Picture
     is_uncaptioned: bool  # no caption of the kind that caption_mode asks for, not even an empty one
     warnings: Sequence[str]  # of `probe`, from the header
+    mask_coverage: float = 1.0  # share of the image that its mask trains
 
 
 def scan_images(
@@ -56,12 +57,12 @@ def scan_image(
         tags = files.listed_captions.get(name) or captions_in(files, files.caption_files.get(stem), options)
     if options.caption_mode != "tags":
         natural = files.listed_natural.get(name) or captions_in(files, files.natural_files.get(stem), options)
-    mask, mask_sha256 = None, ""
-    if stem in files.mask_files:
-        file = files.mask_files[stem][0]
-        mask = files.mask(file)
+    mask, mask_sha256, coverage = None, "", 1.0
+    if (file := mask_name(files, stem)) is not None:
+        mask = files.file(file) if files.mask_folder is None else files.mask(file)
         try:
-            mask_sha256 = mask_index.lookup(file, mask).sha256
+            mask_record = mask_index.lookup(file, mask)
+            mask_sha256, coverage = mask_record.sha256, mask_record.coverage
         except BadImage as error:
             raise BadImage(f"its mask {file}: {error}") from error
     picture = Picture(
@@ -76,7 +77,14 @@ def scan_image(
         mask_sha256=mask_sha256,
         has_alpha=record.has_alpha,
     )
-    return ScannedImage(name, picture, not tags and not natural, record.warnings)
+    return ScannedImage(name, picture, not tags and not natural, record.warnings, coverage)
+
+
+def mask_name(files: Files, stem: str) -> str | None:
+    """Return the name of an image's mask, in the mask folder or, without one, beside the image."""
+    if files.mask_folder is not None:
+        return files.mask_files[stem][0] if stem in files.mask_files else None
+    return files.masks_beside.get(stem)
 
 
 def captions_in(files: Files, names: Sequence[str] | None, options: DirectoryOptions) -> tuple[str, ...]:

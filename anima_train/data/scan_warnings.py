@@ -5,16 +5,22 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
+from anima_train.data.caption_parts import caption_parts
 from anima_train.data.captions import unescaped
 from anima_train.data.image_headers import EXTENSIONS
 from anima_train.data.scan_images import ScannedImage
-from anima_train.data.settings import DirectoryOptions
+from anima_train.data.settings import KOHYA_FOLDER, DirectoryOptions
 from anima_train.data.sources.folder import Files, by_stem, stem_of
 
 Findings = Iterator[tuple[str, list[str]]]  # what was found, and the files it was found in
 
 CAPTION_FILES = {"tags": ".txt", "nl": "_nl.txt", "mixed": ".txt or _nl.txt"}  # by caption_mode
 CAPTION_COLUMNS = {"tags": "caption_column", "nl": "natural_column", "mixed": "caption_column or natural_column"}
+
+SEPARATOR = "|||"  # of tags that stay and tags that move, in captions written for kohya's scripts
+BARE_COMMA = re.compile(r",(?=[^\s\d,])")  # between two tags, without a blank
+
+LITTLE = 0.01  # of an image: a mask that leaves less is told
 
 # Text that a tokenizer of the model reads as one of its special tokens, not as letters.
 SPECIAL_TOKEN = re.compile(r"</s>|<pad>|<unk>|<extra_id_\d+>|<\|\w+\|>")
@@ -26,7 +32,7 @@ def folder_warnings(files: Files, images: Sequence[ScannedImage], options: Direc
         endings = ", ".join(sorted(EXTENSIONS))
         yield f"{files.folder}: holds no {'row' if files.is_table else f'image ({endings})'}"
     findings = chain(
-        unused_entries(files),
+        unused_entries(files, options),
         missing_captions(files, images, options),
         odd_texts(images, options),
         unused_captions(files, options),
@@ -43,9 +49,23 @@ def caption_kind(files: Files, options: DirectoryOptions) -> str:
     return (CAPTION_COLUMNS if files.is_table else CAPTION_FILES)[options.caption_mode]
 
 
-def unused_entries(files: Files) -> Findings:
-    """Yield the folders that are not searched, and the files that are of no known kind."""
-    yield "subfolders, which are not searched", files.subfolders
+def unused_entries(files: Files, options: DirectoryOptions) -> Findings:
+    """Yield the folders that are not searched or count as others, and the files that are of no known kind."""
+    numbered = [name for name in files.subfolders if KOHYA_FOLDER.fullmatch(name)]
+    yield "subfolders named as kohya's scripts count repeats, not searched; kohya_folders = true reads them", numbered
+    others = [name for name in files.subfolders if name not in numbered]
+    yield "subfolders, which are not searched", others
+    if not options.kohya_folders:
+        searched = {name.partition("/")[0] for name in files.images if "/" in name}
+        counted = sorted(filter(KOHYA_FOLDER.fullmatch, searched))
+        yield "subfolders named as kohya's scripts count repeats, seen once; kohya_folders = true counts them", counted
+    if not files.is_table and KOHYA_FOLDER.fullmatch(files.folder.resolve().name):
+        repeats, _, name = files.folder.resolve().name.partition("_")
+        yield (
+            "a folder named as kohya's scripts count repeats; kohya_folders counts those below path: num_repeats = "
+            f'{repeats} does the same here, and trigger_word = "{name}" what the name did',
+            [files.folder.resolve().name] if options.num_repeats == 1 else [],
+        )
     yield "subfolders that are searched under another name, not searched again", files.repeated_folders
     yield "files that are neither images nor captions, not used", files.unused_files
 
@@ -82,9 +102,25 @@ def odd_texts(images: Sequence[ScannedImage], options: DirectoryOptions) -> Find
     if options.varies_tags and not any(delimiter in text for image in images for text in image.picture.tags):
         tagged = [image.file for image in images if any(image.picture.tags)]
         yield f"captions, none of which holds cache_shuffle_delimiter {delimiter!r}, so that each is one tag", tagged
+    elif delimiter == ", ":
+        bare = [image.file for image in images if any(map(holds_bare_comma, image.picture.tags))]
+        yield 'captions with a comma that has no blank behind it: "a,b" is one tag, and the model knows "a, b"', bare
+    if not options.keep_tokens_separator:
+        parted = [image.file for image in images if any(SEPARATOR in text for text in image.picture.tags)]
+        yield (
+            f'captions with {SEPARATOR}, trained as text; keep_tokens_separator = "{SEPARATOR}" gives it its meaning',
+            parted,
+        )
     if not options.unescape_parentheses:
         escaped = [file for file, own in texts.items() if any(unescaped(text) != text for text in own)]
         yield r"captions with \( or \), which belong in prompts; unescape_parentheses writes ( and )", escaped
+
+
+def holds_bare_comma(caption: str) -> bool:
+    """Return True if a run of tags has a comma with no blank behind it."""
+    if BARE_COMMA.search(caption) is None:
+        return False
+    return any(BARE_COMMA.search(part.text) for part in caption_parts(caption, ", ") if not part.is_prose)
 
 
 def unused_captions(files: Files, options: DirectoryOptions) -> Findings:
@@ -92,7 +128,8 @@ def unused_captions(files: Files, options: DirectoryOptions) -> Findings:
     images = set(files.images)
     stems = by_stem(files.images)
     caption_files = [*files.caption_files.items(), *files.natural_files.items()]
-    yield "captions without an image", [names[0] for stem, names in caption_files if stem not in stems]
+    known = stems.keys() | set(map(stem_of, files.unread_images))
+    yield "captions without an image", [names[0] for stem, names in caption_files if stem not in known]
     yield "entries of captions.json without an image", [name for name in files.listed_captions if name not in images]
     if options.caption_mode != "nl":
         listed = [stem_of(name) for name in files.listed_captions if name in images]
@@ -108,8 +145,17 @@ def mask_findings(files: Files, images: Sequence[ScannedImage]) -> Findings:
     """Yield the masks that are not used, and the images without one."""
     unused = [name for names in files.mask_files.values() for name in names[1:]]
     yield "masks not used, because another differs in the ending only", unused
+    beside = list(files.masks_beside.values())
+    if files.mask_folder is None:
+        yield "masks beside their images (-masklabel, _mask), used", beside
+    else:
+        yield "masks beside their images (-masklabel, _mask), not used, because of mask_path", beside
     unmasked = [image.file for image in images if files.mask_folder is not None and image.picture.mask is None]
     yield "images without a mask, trained whole", unmasked
+    hidden = [image.file for image in images if image.mask_coverage == 0]
+    yield "images whose mask is all black: nothing of them is trained (white is trained)", hidden
+    little = [image.file for image in images if 0 < image.mask_coverage < LITTLE]
+    yield f"images whose mask leaves less than {LITTLE:.0%} of them to train", little
 
 
 def header_findings(images: Sequence[ScannedImage]) -> Findings:

@@ -79,12 +79,17 @@ class DirectoryOptions(Settings):
     cache_shuffle_delimiter: str = Field(default=", ", min_length=1)
     """The text between tags, wherever tags are told apart."""
     shuffle_tags: bool = False
-    """Shuffle the tags anew each time an image is seen. Such captions are encoded ahead of use while the model trains,
+    """Shuffle the tags anew each time an image is seen, each run of tags by itself: line ends and sentences stay where
+    they are. Such captions are encoded ahead of use while the model trains,
     which keeps the text encoder in memory; cache_shuffle_num does it with a fixed number of variants and without
     that."""
     keep_first_n_tags: int = Field(default=0, ge=0)
     """This many tags at the start of a caption are neither shuffled nor dropped; trigger_word and caption_prefix are
     not counted, as they are never moved."""
+    keep_tokens_separator: str = ""
+    """Text, such as "|||", that parts a caption into tags that stay, tags that may be shuffled and dropped, and (behind
+    a second one) tags that stay; it takes the place of keep_first_n_tags where a caption holds it. The model is given
+    cache_shuffle_delimiter instead. "" for none."""
     tag_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of the tags left out, drawn anew each time an image is seen (or once for each variant of
     cache_shuffle_num). Never in evaluation."""
@@ -96,7 +101,8 @@ class DirectoryOptions(Settings):
     """Put in front of every caption, missing and empty ones too, as it stands."""
     trigger_word: str = ""
     """Put first of all, before caption_prefix, with cache_shuffle_delimiter behind it; not where the caption is missing
-    or empty, and not a second time where the caption begins with it already. Never shuffled. "" for none."""
+    or empty, and not a second time where the caption begins with it already, as a tag or as the first word of a tag or
+    a sentence (then caption_prefix stands in front). Never shuffled. "" for none."""
     replace_underscores: bool = False
     """Write spaces for the underscores in tags, except in those that look like emoticons, as ^_^, o_o and (o)_(o) do,
     and in score_7 and the like. Natural-language captions, caption_prefix and trigger_word stay as they are."""
@@ -113,7 +119,8 @@ class DirectoryOptions(Settings):
     """Skip images whose caption is empty or missing."""
     missing_caption: Literal["empty", "error"] = "empty"
     """The treatment of an image without a caption (of the kind that caption_mode asks for): "empty" trains it with the
-    empty one (after caption_prefix) and counts it; "error" stops."""
+    empty one (after caption_prefix) and counts it; "error" stops. Where it is not set, a run also stops if most images
+    of a folder lack a caption while files beside them look like captions."""
     min_image_side: int = Field(default=64, ge=1)
     """Images whose shorter side has fewer pixels are skipped."""
     min_kept: float = Field(default=0.25, ge=0, le=1)
@@ -343,7 +350,14 @@ POSITIONS = {"center": (0.5, 0.5), "top": (0.5, 0.0), "bottom": (0.5, 1.0), "lef
 ASPECT_KEYS = ("min_ar", "max_ar", "num_ar_buckets")
 BUCKET_KEYS = ("enable_ar_bucket", "ar_buckets", *ASPECT_KEYS)
 FOLDER_KEYS = ("recursive", "kohya_folders", "tars", "captions_per_line")
-TAG_KEYS = ("cache_shuffle_num", "shuffle_tags", "keep_first_n_tags", "tag_dropout", "protected_tags")
+TAG_KEYS = (
+    "cache_shuffle_num",
+    "shuffle_tags",
+    "keep_first_n_tags",
+    "keep_tokens_separator",
+    "tag_dropout",
+    "protected_tags",
+)
 TRAINING_KEYS = ("num_repeats", "weight", "role", "horizontal_flip", *TAG_KEYS)
 REPLACED: Sequence[tuple[str, Callable[[DirectoryOptions], bool], Sequence[str]]] = (
     # key, when it replaces others, the others

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from anima_train.core.shapes import LATENT_CHANNELS
 from anima_train.core.text_batch import TextContext, TextStates, fold_rows
 from anima_train.model.attention import attend_with_zeros, can_fold
-from anima_train.model.layers import RMSNorm, modulate, rope_values, rotate
+from anima_train.model.layers import RMSNorm, add_gated, modulate, rope_values, rotate
 from anima_train.model.llm_adapter import LLMAdapter
 from anima_train.model.lora_linear import project
 from anima_train.model.modulations import LinearBatch, split_modulations
@@ -166,12 +166,12 @@ class Block(nn.Module):
         """
         shift, one_plus_scale, gate = modulations[:3]
         h = self.self_attn.attend_self(modulate(x, shift, one_plus_scale), cos, sin)
-        x = torch.addcmul(x, h, gate[:, None])
+        x = add_gated(x, h, gate)
         shift, one_plus_scale, gate = modulations[3:6]
         h = self.cross_attn.attend_text(modulate(x, shift, one_plus_scale), text, log_zeros)
-        x = torch.addcmul(x, h, gate[:, None])
+        x = add_gated(x, h, gate)
         shift, one_plus_scale, gate = modulations[6:]
-        return torch.addcmul(x, self.mlp(modulate(x, shift, one_plus_scale)), gate[:, None])
+        return add_gated(x, self.mlp(modulate(x, shift, one_plus_scale)), gate)
 
 
 RunBlock = Callable[..., Tensor]  # (block, and what its forward pass takes) -> tokens

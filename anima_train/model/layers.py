@@ -56,8 +56,33 @@ def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
         cos: of the angles, broadcast to x.
         signed_sin: of the angles, negative in the first half, as `rope_values` gives it.
     """
-    first, second = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), signed_sin)
+    if is_compiling():
+        first, second = x.chunk(2, dim=-1)
+        return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), signed_sin)
+    return Rotation.apply(x, cos, signed_sin)
+
+
+class Rotation(torch.autograd.Function):
+    """The rotary embedding, whose gradient is turned back: three passes each way, and nothing of x is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, signed_sin)
+        return turned(x, cos, signed_sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cos, signed_sin = ctx.saved_tensors
+        return turned(gradient, cos, signed_sin, -1), None, None
+
+
+def turned(x: Tensor, cos: Tensor, signed_sin: Tensor, direction: int) -> Tensor:
+    """Return x turned by the angles, or by their negatives for a direction of -1."""
+    out = x * cos
+    halves = zip(out.chunk(2, dim=-1), reversed(x.chunk(2, dim=-1)), signed_sin.chunk(2, dim=-1), strict=True)
+    for half, other, sin in halves:
+        half.addcmul_(other, sin, value=direction)
+    return out
 
 
 def rope_values(angles: Float[Tensor, "N d/2"], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -75,8 +100,27 @@ def modulate(
         return (norm * one_plus_scale[:, None] + shift[:, None]).to(x.dtype)
     # Each sample's modulation is what torch's kernel takes for the norm's own parameters: one pass each way, and the
     # gradients of shift and scale in one more.
-    rows = [
-        F.layer_norm(tokens, scale.shape, scale, bias, EPS)
-        for tokens, scale, bias in zip(x.unbind(), one_plus_scale.unbind(), shift.unbind(), strict=True)
-    ]
-    return rows[0][None] if len(rows) == 1 else torch.stack(rows)
+    if len(x) == 1:  # without a copy of the gradient
+        return F.layer_norm(x, one_plus_scale.shape[1:], one_plus_scale.squeeze(0), shift.squeeze(0), EPS)
+    rows = zip(x.unbind(), one_plus_scale.unbind(), shift.unbind(), strict=True)
+    return torch.stack([F.layer_norm(tokens, scale.shape, scale, bias, EPS) for tokens, scale, bias in rows])
+
+
+def add_gated(x: Float[Tensor, "B N D"], update: Float[Tensor, "B N D"], gate: Float[Tensor, "B D"]) -> Tensor:
+    """Return `x + gate * update`, (B, N, D)."""
+    return torch.addcmul(x, update, gate[:, None]) if is_compiling() else GatedSum.apply(x, update, gate)
+
+
+class GatedSum(torch.autograd.Function):
+    """The same in one pass, and two back; torch's own gradient multiplies the update by 1 in a pass of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(update, gate)
+        return torch.addcmul(x, update, gate[:, None])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        update, gate = ctx.saved_tensors
+        gate_gradient = (gradient * update).sum(dim=1) if ctx.needs_input_grad[2] else None
+        return gradient, gradient * gate[:, None], gate_gradient

@@ -41,7 +41,7 @@ def optimizer_groups(
     """Return torch parameter groups for the trainable parameters: one per component, split where nothing decays.
 
     1-D parameters (norms, biases) and embeddings get no weight decay. Each group carries `component` and `base_lr`,
-    from which the loop sets `lr` at every step.
+    from which the loop sets `lr` at every step, and `decays`.
     """
     groups: dict[tuple[Component, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in parameters:
@@ -55,6 +55,7 @@ def optimizer_groups(
             "base_lr": rates.by_component[component],
             "lr": rates.by_component[component],
             "weight_decay": weight_decay if decays else 0.0,
+            "decays": decays,
         }
         for component, decays in sorted(groups, key=lambda key: (COMPONENTS.index(key[0]), not key[1]))
     ]

@@ -1,29 +1,59 @@
 """The optimizers, each a settings class with a `build` method; the union at the foot is the registry."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
-from torch import Tensor, nn
+from pydantic import BeforeValidator, Field
 from torch.optim import Optimizer
 
-from anima_train.core.device import DTYPES
 from anima_train.core.settings import Settings
+from anima_train.optim.moments import MomentsDtype
+from anima_train.optim.rules import KahanAdamW, ScheduleFreeAdamW, SplitAdafactor, SplitLion, SplitMuon
+from anima_train.optim.split import Groups, Rounding, Storage
 
-Groups = list[dict[str, Any]]
-CHUNK = 2**24  # elements updated at once; half a GB of temporary float32 tensors
 Beta = Annotated[float, Field(ge=0, lt=1)]
+SCHEDULE_FREE = ("schedule_free", "prodigy")  # their types: what is saved is an average that they keep
 
 
-class AdamSettings(Settings):
-    """The settings of the Adam family."""
+class OptimizerSettings(Settings):
+    """The settings of all optimizers."""
+
+    library: ClassVar[tuple[str, str] | None] = None  # that has to be installed: module, package
 
     lr: float = Field(ge=0)
     """Peak learning rate of every component that has none of its own in [model].
     Style LoRA: 2e-5 to 5e-5; full fine-tune: 1e-6 to 1e-5."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Decoupled weight decay (times lr, per step). Never on norms, biases and embeddings."""
+
+    def build(self, groups: Groups, seed: int = 0) -> Optimizer:
+        """Return the torch optimizer over these parameter groups.
+
+        Args:
+            groups: as `optimizer_groups` makes them.
+            seed: of stochastic rounding.
+        """
+        raise NotImplementedError
+
+    @property
+    def needs_library(self) -> tuple[str, str] | None:
+        """The module that has to be installed, and the package that has it; None if all is there."""
+        return self.library
+
+    @property
+    def state_on_host(self) -> bool:
+        """True if the running means wait in the host's memory."""
+        return False
+
+    @property
+    def releases_gradients(self) -> bool:
+        """True if the update is part of the backward pass."""
+        return False
+
+
+class AdamSettings(OptimizerSettings):
+    """The settings of the Adam family."""
+
     betas: list[Beta] = Field(default=[0.9, 0.99], min_length=2, max_length=2)
     """Decay of the running means of gradient and squared gradient, each in [0, 1)."""
     eps: float = Field(default=1e-8, gt=0)
@@ -34,38 +64,175 @@ class AdamSettings(Settings):
         """The betas in the form that torch wants."""
         return self.betas[0], self.betas[1]
 
-    def build(self, groups: Groups) -> Optimizer:
-        """Return the torch optimizer over these parameter groups."""
-        raise NotImplementedError
-
     def torch_adamw(self, groups: Groups) -> Optimizer:
         """Return torch's AdamW with these settings."""
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.beta_pair, eps=self.eps, fused=can_fuse(groups))
 
 
+class SplitSettings(OptimizerSettings):
+    """The settings of our own optimizers, which compute in float32 whatever the weights are."""
+
+    rounding: Rounding = "kahan"
+    """The rounding of bfloat16 weights. "kahan" keeps what is cut off, in 2 more bytes per weight, and equals float32
+    training; "stochastic" keeps nothing, and rounds up or down at random so that the mean is right: noisier."""
+    gradient_release: bool = False
+    """Update each weight in the backward pass as soon as its gradient is there, and free that: no more than one block's
+    gradients are in memory. Excludes gradient_clipping, gradient_accumulation_steps and several processes. A step whose
+    gradient is not finite is skipped from there on, not as a whole."""
+
+    @property
+    def releases_gradients(self) -> bool:
+        return self.gradient_release
+
+    def storage(self, seed: int) -> Storage:
+        """Return the form in which weights and moments are kept."""
+        return Storage(self.rounding, seed=seed)
+
+
+class HostSettings(SplitSettings):
+    """The settings of those whose running means may wait in the host's memory."""
+
+    moments_device: Literal["training", "cpu"] = "training"
+    """The place of the running means between updates. "cpu": the host's memory, pinned; each update copies them there
+    and back (for the whole model 31 GB a step in float32, 8 in 8 bits)."""
+
+    @property
+    def state_on_host(self) -> bool:
+        return self.moments_device == "cpu"
+
+
 class AdamW(AdamSettings):
-    """torch's AdamW; the fused kernel where the device has one."""
+    """torch's AdamW; the fused kernel where the device has one. For float32 weights: it rounds bfloat16 ones after each
+    update, and small updates are lost."""
 
     type: Literal["adamw"] = "adamw"
 
-    def build(self, groups: Groups) -> Optimizer:
+    def build(self, groups: Groups, seed: int = 0) -> Optimizer:
         return self.torch_adamw(groups)
 
 
-class AdamWKahan(AdamSettings):
+class AdamWKahan(AdamSettings, HostSettings):
     """AdamW whose bf16 weights lose no small update, which is what Kahan summation is for. The recipe of the model's
     author."""
 
     type: Literal["adamw_optimi"] = "adamw_optimi"
-    moments_dtype: Literal["float32", "bfloat16"] = "float32"
+    moments_dtype: MomentsDtype = "float32"
     """Of the running means. "bfloat16" saves 4 bytes per trained parameter (8 GB for the whole model), but where
-    gradients are steady updates get 10 % too large, 45 % with a second beta of 0.999."""
+    gradients are steady updates get 10 % too large, 45 % with a second beta of 0.999. "8bit" saves 6, in blocks of 256
+    with a scale each, and needs bitsandbytes."""
 
-    def build(self, groups: Groups) -> Optimizer:
+    def build(self, groups: Groups, seed: int = 0) -> Optimizer:
         dtypes = {parameter.dtype for group in groups for parameter in group["params"]}
-        if dtypes == {torch.float32} and self.moments_dtype == "float32":
+        own = self.gradient_release or self.state_on_host or self.moments_dtype != "float32"
+        if dtypes == {torch.float32} and not own:
             return self.torch_adamw(groups)
-        return KahanAdamW(groups, self.lr, self.beta_pair, self.eps, moments_dtype=DTYPES[self.moments_dtype])
+        return KahanAdamW(groups, self.lr, self.beta_pair, self.eps, storage=self.storage(seed))
+
+    def storage(self, seed: int) -> Storage:
+        return Storage(self.rounding, self.moments_dtype, self.state_on_host, seed)
+
+    @property
+    def needs_library(self) -> tuple[str, str] | None:
+        return AdamW8bit.library if self.moments_dtype == "8bit" else None
+
+
+class AdamW8bit(AdamSettings, HostSettings):
+    """AdamW with running means in 8 bits, by bitsandbytes: adamw_optimi with moments_dtype = "8bit". For a full
+    fine-tune; a LoRA gains little, and its many small tensors take long."""
+
+    library = ("bitsandbytes", "bitsandbytes")
+
+    type: Literal["adamw8bit"] = "adamw8bit"
+
+    def build(self, groups: Groups, seed: int = 0) -> Optimizer:
+        return KahanAdamW(groups, self.lr, self.beta_pair, self.eps, storage=self.storage(seed))
+
+    def storage(self, seed: int) -> Storage:
+        return Storage(self.rounding, "8bit", self.state_on_host, seed)
+
+
+class Lion(SplitSettings):
+    """Lion: the sign of a running mean, which takes half of AdamW's memory. Its lr is 3 to 10 times smaller than
+    AdamW's, its weight_decay as many times larger."""
+
+    type: Literal["lion"] = "lion"
+    betas: list[Beta] = Field(default=[0.9, 0.99], min_length=2, max_length=2)
+    """Weight of the running mean in the update, and its decay, each in [0, 1)."""
+
+    def build(self, groups: Groups, seed: int = 0) -> Optimizer:
+        return SplitLion(groups, self.lr, (self.betas[0], self.betas[1]), self.storage(seed))
+
+
+class Adafactor(SplitSettings):
+    """Adafactor with the lr that is given: the squared gradient of a matrix is kept as a number a row and column, so
+    that there is next to no state."""
+
+    type: Literal["adafactor"] = "adafactor"
+    eps: list[Annotated[float, Field(gt=0)]] = Field(default=[1e-30, 1e-3], min_length=2, max_length=2)
+    """Added to the squared gradient; smallest size of a weight for scale_parameter."""
+    clip_threshold: float = Field(default=1.0, gt=0)
+    """Largest root mean square of a parameter's update, before lr."""
+    decay_rate: float = Field(default=-0.8, lt=0)
+    """Power of the step, which is the share that a step has in the running means."""
+    scale_parameter: bool = False
+    """Multiply lr by the root mean square of the weight, as in the paper. Not for a LoRA, which begins with zeros."""
+
+    def build(self, groups: Groups, seed: int = 0) -> Optimizer:
+        eps = (self.eps[0], self.eps[1])
+        return SplitAdafactor(
+            groups, self.lr, eps, self.clip_threshold, self.decay_rate, self.scale_parameter, self.storage(seed)
+        )
+
+
+class Muon(AdamSettings, SplitSettings):
+    """Muon for the matrices of the blocks and of a LoRA, AdamW for the rest. Updates are scaled to the size of AdamW's,
+    so that its lr and weight_decay fit."""
+
+    type: Literal["muon"] = "muon"
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of the running mean of a matrix's gradient; betas and eps are of AdamW, for the rest."""
+
+    def build(self, groups: Groups, seed: int = 0) -> Optimizer:
+        return SplitMuon(groups, self.lr, self.momentum, self.beta_pair, self.eps, self.storage(seed))
+
+
+class ScheduleFree(AdamSettings):
+    """Schedule-free AdamW: an average of the weights takes the place of a schedule. What is saved, evaluated and drawn
+    is the average. Keep lr_scheduler constant, with warmup_steps; lr may be larger than AdamW's (2 to 10 times)."""
+
+    type: Literal["schedule_free"] = "schedule_free"
+    betas: list[Annotated[float, Field(gt=0, lt=1)]] = Field(default=[0.9, 0.99], min_length=2, max_length=2)
+    """Weight of the average in the weights that train (0.9 to 0.98), and decay of the squared gradient; each in
+    (0, 1)."""
+
+    def build(self, groups: Groups, seed: int = 0) -> Optimizer:
+        return ScheduleFreeAdamW(groups, self.lr, self.beta_pair, self.eps, Storage())
+
+
+class Prodigy(OptimizerSettings):
+    """Prodigy with schedule-free averaging, by prodigy-plus-schedule-free: it finds the learning rate by itself. What
+    is saved, evaluated and drawn is the average. Keep lr_scheduler constant, and gradient_clipping 0. bfloat16 weights
+    are rounded at random. The rate in effect is `effective_lr` in the metrics. Each step waits for the device three
+    times more than with the others."""
+
+    library = ("prodigyplus", "prodigy-plus-schedule-free")
+
+    type: Literal["prodigy"] = "prodigy"
+    lr: float = Field(gt=0)
+    """Factor on the rate that is found, of every component that has none of its own in [model]: 1."""
+    betas: list[Annotated[float, Field(gt=0, lt=1)]] = Field(default=[0.9, 0.99], min_length=2, max_length=2)
+    """Weight of the average in the weights that train, and decay of the squared gradient; each in (0, 1)."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay (times the rate, per step). Never on norms, biases and embeddings."""
+    d0: float = Field(default=1e-6, gt=0)
+    """First guess of the rate; it only rises from there."""
+    d_coef: float = Field(default=1.0, gt=0)
+    """Factor on the guess: 0.5 for a smaller rate, 2 for a larger one."""
+
+    def build(self, groups: Groups, seed: int = 0) -> Optimizer:
+        from anima_train.optim.prodigy import Prodigy as Built  # its library is optional
+
+        return Built(groups, self.lr, (self.betas[0], self.betas[1]), self.d0, self.d_coef, seed)
 
 
 def can_fuse(groups: Groups) -> bool:
@@ -75,149 +242,16 @@ def can_fuse(groups: Groups) -> bool:
     return devices <= {"cuda", "cpu", "xpu", "mps"} and all(parameter.is_floating_point() for parameter in parameters)
 
 
-class KahanAdamW(Optimizer):
-    """AdamW (Loshchilov & Hutter, arXiv:1711.05101) with Kahan summation: bf16 parameters lose no small update.
-
-    The part of a weight that rounding to bf16 cuts off is kept and added to the next update (Kahan 1965). This
-    compensation is held exactly, as the 16 bits by which float32 is longer than bf16, so that the result is that of
-    float32 training. Kept in bf16, for the same memory, it would lose most of updates of 2e-6 to a weight of 1.
-
-    Bytes per bf16 parameter: 2 for the compensation, and 8 for the moments in float32 or 4 in bfloat16.
-    """
-
-    def __init__(
-        self,
-        params: Groups,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float = 0.0,
-        moments_dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.moments_dtype = moments_dtype
-        self.ages: dict[nn.Parameter, int] = {}  # equal numbers: equal steps, without a look at the device
-        self.num_calls = 0
-        self._step_supports_amp_scaling = True  # torch's name: `found_inf` is heeded, see `optim.skipping`
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient; the device does nothing if its attribute `found_inf` is 1."""
-        loss = None if closure is None else closure()
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        skips = None if found_inf is None else found_inf == 1
-        self.num_calls += 1
-        for group in self.param_groups:
-            for parameters in self.chunks(group["params"]):
-                self.update(parameters, group, skips)
-        return loss
-
-    def chunks(self, parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-        """Yield parameters of one kind and age, about `CHUNK` elements together: a LoRA has a thousand small ones."""
-        chunk: list[nn.Parameter] = []
-        kind: tuple[Any, ...] = ()
-        size = 0
-        for parameter in parameters:
-            if parameter.grad is None:
-                continue
-            if not self.state[parameter]:
-                self.start(parameter)
-            # Of those that began with one step, only those that took part in the same calls have one step still.
-            self.ages[parameter] = hash((self.ages.get(parameter, 0), self.num_calls))
-            this_kind = (parameter.dtype, parameter.device, self.ages[parameter])
-            if chunk and (this_kind != kind or size + parameter.numel() > CHUNK):
-                yield chunk
-                chunk, size = [], 0
-            kind = this_kind
-            chunk.append(parameter)
-            size += parameter.numel()
-        if chunk:
-            yield chunk
-
-    def start(self, parameter: nn.Parameter) -> None:
-        """Make the state of a parameter that was never updated."""
-        state = self.state[parameter]
-        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        state["exp_avg"] = torch.zeros_like(parameter, dtype=self.moments_dtype)
-        state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=self.moments_dtype)
-        if parameter.dtype == torch.bfloat16:
-            state["compensation"] = torch.zeros_like(parameter, dtype=torch.int16)
-
-    def update(self, parameters: Sequence[nn.Parameter], group: dict[str, Any], skips: Tensor | None) -> None:
-        """Update parameters of one kind, in float32, as one flat tensor: few kernels for many parameters."""
-        states = [self.state[parameter] for parameter in parameters]
-        steps = [state["step"] for state in states]
-        torch._foreach_add_(steps, 1)
-        if skips is not None:
-            torch._foreach_sub_(steps, [skips.float()] * len(steps))  # a list: one tensor would be read as a number
-        step, (beta1, beta2) = steps[0], group["betas"]
-        gradient = flat([parameter.grad for parameter in parameters if parameter.grad is not None]).float()
-        mean = flat([state["exp_avg"] for state in states]).float().lerp_(gradient, 1 - beta1)
-        square = flat([state["exp_avg_sq"] for state in states]).float().mul_(beta2)
-        square.addcmul_(gradient, gradient, value=1 - beta2)
-        store(mean, [state["exp_avg"] for state in states], skips)
-        store(square, [state["exp_avg_sq"] for state in states], skips)
-
-        weight = flat(parameters)
-        compensated = weight.dtype == torch.bfloat16
-        if compensated:
-            weight = join_halves(weight, flat([state["compensation"] for state in states]))
-        weight.mul_(1 - group["lr"] * group["weight_decay"])
-        denominator = square.div_(bias_correction(beta2, step)).sqrt_().add_(group["eps"])
-        weight.addcdiv_(mean.mul_(-group["lr"] / bias_correction(beta1, step)), denominator)
-        store(weight, parameters, skips)
-        if compensated:
-            store(lower_half(weight), [state["compensation"] for state in states], skips)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Put a state back as it is; torch would convert all of it to the parameters' dtype."""
-        super().load_state_dict(state_dict)
-        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for index, parameter in zip(indices, parameters, strict=True):
-            state = state_dict["state"].get(index, {})
-            for name, value in state.items():
-                self.state[parameter][name] = value.to(device=parameter.device, copy=True)
-            self.ages[parameter] = hash((int(state.get("step", 0)), -1))
+def normalize_type(value: Any) -> Any:
+    """Return an optimizer's table with its type as we write it: other trainers write `AdamW8bit`, `schedule-free`."""
+    if isinstance(value, dict) and isinstance(value.get("type"), str):
+        return value | {"type": value["type"].lower().replace("-", "_")}
+    return value
 
 
-def flat(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the tensors' elements in one flat tensor, a copy."""
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
-
-
-def store(values: Tensor, targets: Sequence[Tensor], skips: Tensor | None) -> None:
-    """Put the elements of a flat tensor back into the tensors they belong to, converted to their dtype.
-
-    Args:
-        values: all elements.
-        targets: of one dtype.
-        skips: if it is True, every target stays as it is.
-    """
-    if skips is not None and len(targets) == 1:  # large: in one pass over the memory
-        torch.where(skips, targets[0], values.view_as(targets[0]).to(targets[0].dtype), out=targets[0])
-        return
-    if skips is not None:  # small: in few kernels
-        values = torch.where(skips, flat(targets), values.to(targets[0].dtype))
-    parts = values.split([target.numel() for target in targets])
-    torch._foreach_copy_(list(targets), [part.view_as(target) for part, target in zip(parts, targets, strict=True)])
-
-
-def bias_correction(beta: float, step: Tensor) -> Tensor:
-    """Return `1 - beta^step`, in float64 where the device has it."""
-    return 1 - beta ** step.to(torch.float32 if step.device.type == "mps" else torch.float64)
-
-
-def lower_half(weight: Tensor) -> Tensor:
-    """Return the part that rounding a float32 tensor to bfloat16 cuts off, as int16 in units of its last bit."""
-    upper = weight.bfloat16().view(torch.int16).int() << 16
-    # A tie rounded down leaves 2**15, one more than fits; the last bit of a float32 is given up there.
-    return (weight.view(torch.int32) - upper).clamp_(max=2**15 - 1).to(torch.int16)
-
-
-def join_halves(upper: Tensor, lower: Tensor) -> Tensor:
-    """Return the float32 tensor whose bfloat16 rounding is `upper`, and whose `lower_half` is `lower`."""
-    return ((upper.view(torch.int16).int() << 16) + lower).view(torch.float32)
-
-
-AnyOptimizer = Annotated[AdamW | AdamWKahan, Field(discriminator="type")]
+AnyOptimizer = Annotated[
+    Annotated[
+        AdamW | AdamWKahan | AdamW8bit | ScheduleFree | Prodigy | Lion | Adafactor | Muon, Field(discriminator="type")
+    ],
+    BeforeValidator(normalize_type),
+]

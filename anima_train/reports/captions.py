@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
+from anima_train.data.caption_parts import kind_of
 from anima_train.data.samples import Sample
 from anima_train.data.scan_warnings import SPECIAL_TOKEN
 from anima_train.model.text import AS_TRAINED, TokenCounts, Tokenizers, count_tokens
@@ -157,6 +158,17 @@ class Missing:
         if self.is_set:
             return f"the trigger word {self.word}"
         return f"{self.word}, which begins most captions of this folder"
+
+
+def caption_kinds(samples: Iterable[Sample]) -> dict[str, list[str]]:
+    """Return the files of the pictures with captions of tags, of sentences and of both, as they are in the files."""
+    pictures = {sample.picture.path: sample for sample in samples}  # once, not for every resolution
+    kinds: dict[str, list[str]] = {"tags": [], "sentences": [], "both": []}
+    for path, sample in pictures.items():
+        texts = (*sample.picture.tags, *sample.picture.natural)
+        for kind in {kind_of(text, sample.options.cache_shuffle_delimiter) for text in texts} - {"empty"}:
+            kinds[kind].append(str(path))
+    return kinds
 
 
 def missing_words(samples: Iterable[Sample]) -> Iterator[Missing]:

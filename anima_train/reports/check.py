@@ -13,6 +13,10 @@ def summary(found: DatasetReport) -> list[str]:
             f"captions of {item.name}: {len(facts.lengths):,} different, {len(facts.truncated):,} cut off, "
             f"{len(facts.unknown):,} characters T5 cannot read, {len(facts.typos):,} tags that look mistyped"
         )
+        named = {"tags": "of tags", "sentences": "of sentences", "both": "of tags and sentences"}
+        made_of = [f"{len(item.kinds[kind]):,} {text}" for kind, text in named.items() if item.kinds[kind]]
+        if made_of:
+            lines.append(f"images of {item.name} by their captions: {', '.join(made_of)}")
         lines.extend(missing_text(item))
     kinds = ", ".join(f"{cost.number:,} {cost.kind}" for cost in found.cache if cost.number)
     lines.append(f"cache: {kinds}, {format_bytes(sum(cost.num_bytes for cost in found.cache))} in all")

@@ -17,7 +17,14 @@ from anima_train.data.scan import Scan
 from anima_train.data.sources.archive import content_of
 from anima_train.optim.groups import GroupRow
 from anima_train.optim.lr_schedules import Schedule, lr_factor
-from anima_train.reports.captions import CaptionStats, Missing, Tokenized, caption_stats, missing_words
+from anima_train.reports.captions import (
+    CaptionStats,
+    Missing,
+    Tokenized,
+    caption_kinds,
+    caption_stats,
+    missing_words,
+)  # fmt: skip
 from anima_train.reports.html import small_jpeg
 from anima_train.reports.series import evenly, evenly_to_last
 from anima_train.training.costs import Measured, MemoryCost
@@ -25,6 +32,7 @@ from anima_train.training.costs import Measured, MemoryCost
 MAX_THUMBNAILS = 160
 THUMBNAIL_SIDE = 160  # pixels, the longer one
 CURVE_POINTS = 200
+MAX_GIVEN = 3  # captions that are shown as the model is given them
 NUM_THREADS = 4  # each holds a whole decoded image, of up to 400 MB
 
 BucketKey = tuple[int, Size]  # resolution, size
@@ -36,7 +44,8 @@ class Thumbnail:
     """A small picture, and the part of the image that is trained."""
 
     name: str
-    caption: str
+    written: str  # the first caption as it is in the file
+    given: Sequence[str]  # what the model may be given instead, at the first repeats; without those equal to it
     width: int  # of the image
     height: int
     box: tuple[float, float, float, float]  # left, top, right, bottom in pixels of the image
@@ -73,6 +82,7 @@ class SetReport:
     duplicates: Sequence[Sequence[str]]  # files with the same bytes
     buckets: Sequence[Bucket]
     captions: CaptionStats
+    kinds: Mapping[str, Sequence[str]]  # files by what their captions are made of: tags, sentences, both
     missing: Sequence[Missing]  # only of the training set
 
 
@@ -132,7 +142,8 @@ def collect_sets(
     for name, scan in scans.items():
         is_trained = name == "train"
         samples = scan.samples
-        pictures, damaged = thumbnails(plan.seed, samples, max_thumbnails // len(scans))
+        seed = plan.seed if is_trained else None
+        pictures, damaged = thumbnails(seed, samples, max_thumbnails // len(scans))
         batch_sizes = plan.batch_sizes if is_trained else eval_batch_sizes
         shown = plan.refs_by_bucket(0) if is_trained else by_bucket(samples)
         missing = missing_words(samples) if is_trained else ()
@@ -148,6 +159,7 @@ def collect_sets(
                 duplicates=[list(map(shared, group)) for group in duplicates(samples)],
                 buckets=collect_buckets(samples, batch_sizes, shown, pictures),
                 captions=caption_stats(captions[name].values(), known),
+                kinds={kind: list(map(shared, files)) for kind, files in caption_kinds(samples).items()},
                 missing=[replace(each, images=list(map(shared, each.images))) for each in missing],
             )
         )
@@ -189,8 +201,13 @@ def duplicates(samples: Iterable[Sample]) -> list[list[str]]:
     return sorted(sorted(group) for group in paths.values() if len(group) > 1)
 
 
-def thumbnails(seed: int, samples: Sequence[Sample], number: int) -> tuple[dict[BucketKey, list[Thumbnail]], list[str]]:
-    """Return some of the pictures of each bucket, at most `number` in all, and "path: reason" for damaged ones."""
+def thumbnails(
+    seed: int | None, samples: Sequence[Sample], number: int
+) -> tuple[dict[BucketKey, list[Thumbnail]], list[str]]:
+    """Return some of the pictures of each bucket, at most `number` in all, and "path: reason" for damaged ones.
+
+    The seed is that of the run; None for evaluation, where captions do not vary.
+    """
     buckets = by_bucket(samples)
     chosen = evenly(list(buckets), number)
     share = number // max(1, len(chosen))
@@ -210,17 +227,22 @@ def thumbnails(seed: int, samples: Sequence[Sample], number: int) -> tuple[dict[
     return drawn, list(dict.fromkeys(damaged))  # once, not for every resolution
 
 
-def thumbnail(sample: Sample, seed: int) -> Thumbnail:
-    """Return the picture of a sample, small.
+def thumbnail(sample: Sample, seed: int | None) -> Thumbnail:
+    """Return the picture of a sample, small, with its caption as it is written and as the model may be given it.
 
     Raises:
         BadImage: its pixels are damaged.
     """
     image = decode(content_of(sample.picture.source))
+    texts = [*filter(None, sample.picture.tags), *sample.picture.natural, ""]
+    written = texts[0]
+    captions = [sample.evaluation_caption()] if seed is None else [sample.caption(seed, k) for k in range(MAX_GIVEN)]
+    given = dict.fromkeys(caption.text for caption in captions)
     box = cover_box(image.size, sample.views()[0].crop)
     return Thumbnail(
         sample.picture.path.name,
-        sample.captions(seed)[0],
+        written,
+        [text for text in given if text != written],
         *image.size,
         box,
         sample.size.width / (box[2] - box[0]),

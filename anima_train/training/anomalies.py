@@ -48,13 +48,20 @@ class SkippedUpdates:
         """True if too many updates in a row were skipped."""
         return self.in_a_row >= MAX_SKIPPED
 
-    def check(self) -> None:
-        """Raise NumericError if too many updates in a row were skipped."""
+    def check(self, is_saved: bool = True) -> None:
+        """Raise NumericError if too many updates in a row were skipped.
+
+        Args:
+            is_saved: True if the state before them is.
+        """
         if self.is_over:
+            saved = "the state before them is saved, and earlier files are kept"
+            if not is_saved:
+                saved = "no state is saved, as with gradient_release they may be half made; earlier files are kept"
             raise NumericError(
                 f"{count(self.in_a_row, 'update')} in a row skipped, because the loss or the gradient was not finite; "
-                "the state before them is saved, and earlier files are kept. Lower the learning rate; if this comes "
-                "with the first steps at any rate, check the model's files"
+                f"{saved}. Lower the learning rate; if this comes with the first steps at any rate, check the model's "
+                "files"
             )
 
 
@@ -71,9 +78,13 @@ class UpdateGuard:
     def __init__(self, device: torch.device, in_a_row: int) -> None:
         self.in_a_row = torch.full((), in_a_row, device=device)
 
+    def must_skip(self, loss: Float[Tensor, ""]) -> Bool[Tensor, ""]:
+        """Return True if the update of a step is to be skipped whatever its gradient is."""
+        return ~loss.isfinite() | (self.in_a_row >= MAX_SKIPPED)
+
     def skips(self, loss: Float[Tensor, ""], grad_norm: Float[Tensor, ""]) -> Bool[Tensor, ""]:
         """Return True if the update of a step is to be skipped; to be called for each, in order."""
-        is_wrong = ~(loss.isfinite() & grad_norm.isfinite()) | (self.in_a_row >= MAX_SKIPPED)
+        is_wrong = ~grad_norm.isfinite() | self.must_skip(loss)
         self.in_a_row = torch.where(is_wrong, self.in_a_row + 1, 0)
         return is_wrong
 

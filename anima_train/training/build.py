@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from anima_train.checkpoint.disk_space import DiskPlan, FileSizes, first_state_bytes, picture_bytes, weights_bytes
 from anima_train.checkpoint.training_state import trained_parameters
@@ -20,6 +21,9 @@ from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
 from anima_train.model.loading import ModelSpec, load_transformer
 from anima_train.model.recompute import Recompute, offloading, runner
 from anima_train.optim.groups import LearningRates, optimizer_groups
+from anima_train.optim.optimizers import AnyOptimizer
+from anima_train.optim.release import GradientRelease
+from anima_train.optim.split import SplitOptimizer
 from anima_train.run.intervals import Interval
 
 logger = logging.getLogger(__name__)
@@ -52,6 +56,23 @@ def check_compiler(compiles: bool | None, device: torch.device) -> None:
 
     if (missing := missing_compiler(device)) is not None:
         raise ConfigError(f"compile: {missing}; install it, or set compile = false")
+
+
+def check_release(releases: bool, num_processes: int) -> None:
+    """Refuse updates in the backward pass where several processes have to add up their gradients first.
+
+    Args:
+        releases: the setting `gradient_release`.
+        num_processes: of the run.
+
+    Raises:
+        ConfigError: both.
+    """
+    if releases and num_processes > 1:
+        raise ConfigError(
+            f"optimizer.gradient_release: excludes several processes (there are {num_processes}), whose gradients are "
+            "added up only after the backward pass; run one process, or remove it"
+        )
 
 
 def block_runner(recompute: Recompute, compiles: bool | None, device: torch.device) -> RunBlock:
@@ -110,6 +131,22 @@ def load_trained(
     if not groups:
         raise ConfigError("nothing is trained: every component that this model has is frozen")
     return transformer, groups
+
+
+def build_optimizer(
+    settings: AnyOptimizer, groups: list[dict[str, Any]], seed: int
+) -> tuple[Optimizer, GradientRelease | None]:
+    """Return the optimizer of these groups, and what makes its updates in the backward pass where that is wished.
+
+    Args:
+        settings: of the optimizer.
+        groups: of the parameters.
+        seed: of stochastic rounding.
+    """
+    optimizer = settings.build(groups, seed)
+    if settings.releases_gradients and isinstance(optimizer, SplitOptimizer):
+        return optimizer, GradientRelease(optimizer)
+    return optimizer, None
 
 
 def file_sizes(config: Config, spec: ModelSpec) -> FileSizes:

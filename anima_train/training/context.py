@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from anima_train.checkpoint.resume import ResumePoint, find_resume_point
 from anima_train.config.config import Config
+from anima_train.config.launch import launch_settings
 from anima_train.config.load import LoadedConfig
 from anima_train.config.resolved import plain
 from anima_train.core.determinism import PRICE
@@ -77,7 +78,7 @@ def run_context(loaded: LoadedConfig, resume: bool, resume_path: Path | None) ->
         ConfigError: processes differ, there is nothing to resume, or the folder is in use.
     """
     config = loaded.config
-    launch = read_environment(os.environ, config.launch_settings(world_size()))
+    launch = read_environment(os.environ, launch_settings(config, world_size()))
     loaded = replace(loaded, notes=(*loaded.notes, *launch.notes))
     accelerator = make_accelerator(
         config.model.uses_autocast, tracker_names(config.monitoring), Path(config.output_dir) / loaded.run_name

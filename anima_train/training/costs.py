@@ -76,14 +76,18 @@ def memory_cost(config: Config, model: ModelStats, size: Size, batch_size: int) 
     if uses_autocast and (trains_all or config.recompute == "nothing"):
         weight_bytes += DTYPES[config.model.dtype].itemsize
     weights = model.num_weights * weight_bytes + model.num_text_weights * torch.float32.itemsize
-    return MemoryCost(weights, model.num_trained * trained, round(per_value * num_values), values)
+    return MemoryCost(weights, round(model.num_trained * trained), round(per_value * num_values), values)
 
 
-def gradient_and_state_bytes(optimizer: AnyOptimizer, dtype: str) -> int:
-    """Return the bytes per trained parameter of this dtype: its gradient, and what the optimizer keeps."""
-    weight = torch.empty(2**10, dtype=DTYPES[dtype], device="meta")  # so many that the count of steps adds no byte
-    (state,) = optimizer_state(optimizer, [weight])
-    return (weight.nbytes + sum(tensor.nbytes for tensor in state.values())) // weight.numel()
+def gradient_and_state_bytes(optimizer: AnyOptimizer, dtype: str) -> float:
+    """Return the bytes per trained parameter of this dtype: its gradient, and what the optimizer keeps on the device.
+
+    Of a large matrix: there, scales of blocks, sums of rows and counts of steps are next to nothing.
+    """
+    weight = torch.empty(2**10, 2**10, dtype=DTYPES[dtype], device="meta")
+    (state,) = optimizer_state(optimizer, [weight], on_device=True)
+    gradient = 0 if optimizer.releases_gradients else weight.nbytes
+    return (gradient + sum(tensor.nbytes for tensor in state.values() if tensor.ndim)) / weight.numel()
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,11 @@ from anima_train.model.text import MAX_TOKENS, load_tokenizers
 from anima_train.objective.losses import Loss
 from anima_train.objective.step import compute_loss
 from anima_train.optim.optimizers import AnyOptimizer
+from anima_train.optim.release import GradientRelease
+from anima_train.optim.split import SplitOptimizer
 from anima_train.optim.state_shapes import optimizer_state
 from anima_train.run.accelerator import make_accelerator
-from anima_train.training.build import block_runner, load_trained
+from anima_train.training.build import block_runner, build_optimizer, load_trained
 from anima_train.training.costs import Measured
 from anima_train.training.memory import MicroBatchShape, peak_bytes, start_peak
 
@@ -90,10 +92,10 @@ def try_shape(
 
 
 def state_like(settings: AnyOptimizer, parameters: Iterable[Tensor], device: torch.device) -> list[Tensor]:
-    """Return tensors that take the memory of an optimizer's state."""
+    """Return tensors that take the memory of an optimizer's state on the device."""
     return [
         torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
-        for state in optimizer_state(settings, parameters)
+        for state in optimizer_state(settings, parameters, on_device=True)
         for tensor in state.values()
     ]
 
@@ -157,10 +159,12 @@ def measure(
             spec, config.adapter, config.learning_rates(), config.seed, config.optimizer.weight_decay,
             block_runner(config.recompute, config.compile, device),
         )  # fmt: skip
-        model, optimizer = accelerator.prepare(transformer), config.optimizer.build(groups)
+        model = accelerator.prepare(transformer)
+        optimizer, release = build_optimizer(config.optimizer, groups, config.seed)
         step = training_step(
-            model, optimizer, config.loss(), accelerator, config.gradient_accumulation_steps, config.gradient_clipping
-        )
+            model, optimizer, release, config.loss(), accelerator, config.gradient_accumulation_steps,
+            config.gradient_clipping,
+        )  # fmt: skip
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -182,21 +186,32 @@ def measure(
 
 
 def training_step(
-    model: nn.Module, optimizer: Optimizer, loss_function: Loss, accelerator: Accelerator, num_micro_batches: int,
-    gradient_clipping: float,
+    model: nn.Module, optimizer: Optimizer, release: GradientRelease | None, loss_function: Loss,
+    accelerator: Accelerator, num_micro_batches: int, gradient_clipping: float,
 ) -> Callable[[Batch], None]:  # fmt: skip
     """Return a function that makes one optimizer update as the training loop does, the optimizer's state in memory."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     # The optimizer's state, which all steps of a run but the first find in memory.
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
+    parameters = []
+    for group in optimizer.param_groups:
+        parameters.extend(group["params"])
+        for parameter in group["params"]:
+            if isinstance(optimizer, SplitOptimizer):
+                optimizer.start(parameter, group)
+            else:
+                parameter.grad = torch.zeros_like(parameter)
+    if not isinstance(optimizer, SplitOptimizer):
+        optimizer.step()
 
     def step(batch: Batch) -> None:
         optimizer.zero_grad(set_to_none=True)  # here: a step that ran out of memory leaves gradients
         for _ in range(num_micro_batches):
             losses = compute_loss(model, batch.to(accelerator.device), loss_function)
+            if release is not None:
+                release.begin(~losses.detach().isfinite().all())
             accelerator.backward(losses.mean() / num_micro_batches)
+        if release is not None:
+            release.end()
+            return
         accelerator.clip_grad_norm_(parameters, gradient_clipping or math.inf)
         optimizer.step()
 

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
+from torch.optim import Optimizer
 
 from anima_train.core.transfers import HostCopy
 from anima_train.data.loader import Batch
@@ -80,24 +81,48 @@ class StepSums:
 
 
 @dataclass(frozen=True)
+class StepResult:
+    """The numbers that have come out of a step."""
+
+    losses: StepLosses
+    grad_norm: float  # before clipping
+    share_moved: float  # of the trained weights, in the update
+    share_moved_in_run: float  # since before the first step
+
+
+@dataclass(frozen=True)
 class MadeStep:
     """A step that the device has been told to make; only `numbers` are of what has come out."""
 
     planned: RankStep
     samples_seen: int  # with it
     lr_factor: float  # on the base rates
-    rates: dict[str, float]  # by component
-    numbers: HostCopy  # sums of the losses, then the gradient norm before clipping
+    rates: dict[str, float]  # by the name of their curve
+    numbers: HostCopy  # sums of the losses, the gradient norm before clipping, the shares of weights that have moved
 
     @property
     def number(self) -> int:
         """The number of steps that are done with it."""
         return self.planned.index + 1
 
-    def result(self) -> tuple[StepLosses, float]:
-        """Return its losses and its gradient norm; wait until the device has them."""
-        *sums, grad_norm = self.numbers.wait().tolist()
-        return StepLosses.of(sums), grad_norm
+    def result(self) -> StepResult:
+        """Return its numbers; wait until the device has them."""
+        *sums, grad_norm, moved, moved_in_run = self.numbers.wait().tolist()
+        return StepResult(StepLosses.of(sums), grad_norm, moved, moved_in_run)
+
+
+def rates_in_use(optimizer: Optimizer) -> dict[str, float]:
+    """Return the learning rate of each component in the step to come, by the name of its curve.
+
+    Prodigy's groups have a factor on it that was found, `d`; the product is the rate in effect.
+    """
+    rates = {f"lr/{group['component']}": group["lr"] for group in optimizer.param_groups}
+    effective = {
+        f"effective_lr/{group['component']}": group["lr"] * group["d"]
+        for group in optimizer.param_groups
+        if "d" in group
+    }
+    return rates | effective
 
 
 class StepLogger:
@@ -129,7 +154,7 @@ class StepLogger:
         """Return the place on the curves' axis."""
         return samples_seen if self.run.config.x_axis_examples else step
 
-    def step(self, made: MadeStep, losses: StepLosses, grad_norm: float, next_event: str) -> None:
+    def step(self, made: MadeStep, result: StepResult, next_event: str) -> None:
         """Log a step."""
         if not self.run.is_main:
             return
@@ -139,18 +164,20 @@ class StepLogger:
             "step": made.number,
             "epoch": made.planned.epoch,
             "examples": made.samples_seen,
-            "loss": losses.loss,
+            "loss": result.losses.loss,
             "lr": self.run.config.optimizer.lr * made.lr_factor,
-            **{f"lr/{component}": rate for component, rate in made.rates.items()},
-            **{f"loss/{role}": mean for role, mean in losses.by_role.items()},
-            "grad_norm": grad_norm,
+            **made.rates,
+            **{f"loss/{role}": mean for role, mean in result.losses.by_role.items()},
+            "grad_norm": result.grad_norm,
+            "share_moved": result.share_moved,
+            "share_moved_in_run": result.share_moved_in_run,
             "images_per_second": speed,
             "seconds": seconds,
             "memory_bytes": peak_bytes(self.run.device),
         }
-        self.run.folder.log(self.run.folder.metrics_path, values | {"loss_by_t": losses.by_t})
+        self.run.folder.log(self.run.folder.metrics_path, values | {"loss_by_t": result.losses.by_t})
         shown = {key: value for key, value in values.items() if key not in ("step", "examples")}
         self.trackers.log(shown, self.x(made.number, made.samples_seen))
-        if spike := self.state.spikes.after(made.number, grad_norm):
+        if spike := self.state.spikes.after(made.number, result.grad_norm):
             logger.warning("%s", spike, extra={"step": made.number})
-        self.progress.update(made.number, losses.loss, speed, values["memory_bytes"], next_event)
+        self.progress.update(made.number, result.losses.loss, speed, values["memory_bytes"], next_event)

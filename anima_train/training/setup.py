@@ -23,8 +23,11 @@ from anima_train.model.loading import ModelSpec
 from anima_train.optim.ema import WeightAverage
 from anima_train.optim.groups import group_rows, optimizer_groups
 from anima_train.optim.lr_schedules import lr_factor
+from anima_train.optim.moved import MovedShare
+from anima_train.optim.release import GradientRelease
+from anima_train.optim.schedule_free import averages_in_place
 from anima_train.training.anomalies import SkippedUpdates, SpikeDetector
-from anima_train.training.build import block_runner, load_trained, plan_run
+from anima_train.training.build import block_runner, build_optimizer, load_trained, plan_run
 from anima_train.training.context import RunContext
 from anima_train.training.costs import memory_suggestions
 from anima_train.training.divided import divide
@@ -51,8 +54,12 @@ class TrainState:
     shards: "Shards | None" = None  # what this process holds of a divided transformer
     step: int = 0  # optimizer steps that are done
     samples_seen: int = 0  # in them
+    release: GradientRelease | None = None  # where the update is a part of the backward pass
     skipped: SkippedUpdates = field(default_factory=SkippedUpdates)
     spikes: SpikeDetector = field(default_factory=SpikeDetector)
+
+    def __post_init__(self) -> None:
+        self.moved = MovedShare(self.optimizer)  # of the weights before the first step, also where a run is resumed
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -60,8 +67,19 @@ class TrainState:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which the weights are those to look at and to save: with [ema], their average."""
-        return contextlib.nullcontext() if self.ema is None else self.ema.in_place()
+        """Return a context in which the weights are those to look at and to save: with [ema], their average.
+
+        A schedule-free optimizer has an average of its own.
+        """
+        return averages_in_place(self.optimizer) if self.ema is None else self.ema.in_place()
+
+    def set_rates(self, step: int) -> float:
+        """Give the optimizer the learning rates of a step, and its number; return the factor on the base rates."""
+        factor = self.lr_factor(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+            group["step_index"] = step
+        return factor
 
 
 def build_plan(run: RunContext, data: Prepared) -> tuple[Plan, EpochSchedule]:
@@ -162,4 +180,5 @@ def build_model(run: RunContext, spec: ModelSpec, num_steps: int) -> TrainState:
             return 1.0
         return lr_factor(config.lr_scheduler, step, num_steps, config.warmup_steps)
 
-    return TrainState(transformer, model, config.optimizer.build(groups), ema, factor, shards)
+    optimizer, release = build_optimizer(config.optimizer, groups, config.seed)
+    return TrainState(transformer, model, optimizer, ema, factor, shards, release=release)

@@ -250,11 +250,11 @@ class PeriodicTasks:
 
     def log_step(self, made: MadeStep) -> None:
         """Log a step's numbers; warn of an update that was skipped, with the images of the step."""
-        losses, grad_norm = made.result()
-        if problem := self.state.skipped.after(losses.loss, grad_norm):
+        result = made.result()
+        if problem := self.state.skipped.after(result.losses.loss, result.grad_norm):
             warning = naming(problem, step_names(made.planned.planned, self.plan.samples))
             logger.warning("%s", warning, extra={"step": made.number})
-        self.log.step(made, losses, grad_norm, next_event(self.intervals, made.number, self.schedule))
+        self.log.step(made, result, next_event(self.intervals, made.number, self.schedule))
 
     def check_skipped(self, made: MadeStep) -> None:
         """Look at how many updates in a row were skipped with that of this step.
@@ -264,10 +264,10 @@ class PeriodicTasks:
         """
         skipped = self.state.skipped
         if skipped.is_over:
-            if self.writes:
+            if self.writes and self.state.release is None:
                 self.save_state(made.number - skipped.in_a_row)  # nothing has changed since, see `UpdateGuard`
             self.wait_for_writes()
-        skipped.check()
+        skipped.check(is_saved=self.state.release is None)
 
     def finish(self) -> Path:
         """Save the weights after the last step, and note that the run has come to its end; return their path."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from anima_train.config.launch import launch_settings
 from anima_train.config.load import LoadedConfig
 from anima_train.config.model_files import build_model_spec
 from anima_train.core.determinism import deterministic_kernels
@@ -24,12 +25,12 @@ from anima_train.objective.step import compute_loss
 from anima_train.optim.skipping import step_unless
 from anima_train.run.log import logged_to, terminal
 from anima_train.training.anomalies import UpdateGuard
-from anima_train.training.build import check_compiler
+from anima_train.training.build import check_compiler, check_release
 from anima_train.training.context import RunContext, run_context
 from anima_train.training.divided import check_can_divide
 from anima_train.training.dry_run import describe_run
 from anima_train.training.memory_check import try_shape
-from anima_train.training.metrics import MadeStep, StepLogger, StepSums
+from anima_train.training.metrics import MadeStep, StepLogger, StepSums, rates_in_use
 from anima_train.training.prefetch import RankStep, prefetch_steps, rank_steps
 from anima_train.training.prepare import prepare_data, scan_all, with_online_text_encoder
 from anima_train.training.restore import restore
@@ -61,11 +62,12 @@ def run_training(
     Raises:
         Interrupted: a signal or a file has asked for it; the state is saved.
     """
+    check_release(loaded.config.optimizer.releases_gradients, world_size())
     if not dry_run:
         with deterministic_kernels(loaded.config.deterministic), run_context(loaded, resume, resume_path) as run:
             return train(run)
     config, device = loaded.config, choose_device()
-    launch = read_environment(os.environ, config.launch_settings(world_size()))
+    launch = read_environment(os.environ, launch_settings(config, world_size()))
     loaded = replace(loaded, notes=(*loaded.notes, *launch.notes))
     if rank() == 0:
         with logged_to(terminal(is_main=True)):
@@ -140,10 +142,13 @@ def train_step(
     """Make one optimizer step: forward and backward of its micro-batches, clipping, the update, the average.
 
     Each sample weighs the same in the step, whatever the sizes of the micro-batches. An update that is not finite is
-    skipped, on all processes together. Nothing here waits for the device.
+    skipped, on all processes together; where gradients are released, from the first one that is not finite on. Nothing
+    here waits for the device.
     """
     config, accelerator = run.config, run.accelerator
     loss_function = config.loss()
+    factor = state.set_rates(step.index)
+    state.moved.before_update()
     for mine, batch in zip(step.micro_batches, batches, strict=True):
         run.memory.doing, run.memory.shape = f"step {step.index + 1}", mine.shape
         torch.manual_seed(derive(config.seed, "dropout", step.index, mine.address))
@@ -152,22 +157,25 @@ def train_step(
         with contextlib.nullcontext() if is_last else accelerator.no_sync(state.model):
             losses = compute_loss(state.model, on_device, loss_function)
             share = losses.sum() / step.planned.num_samples * (0.0 if mine.is_padding else 1.0)
+            if state.release is not None:
+                state.release.begin(guard.must_skip(share.detach()))
             accelerator.backward(share * accelerator.num_processes)  # DDP averages, and a sum is wanted
         sums.add(share, losses, on_device, mine.is_padding)
 
-    factor = state.lr_factor(step.index)
-    for group in state.optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
-    is_divided = state.shards is not None
-    grad_norm = clip_gradients(accelerator, state.parameters, config.gradient_clipping or math.inf, is_divided)
+    if state.release is None:
+        is_divided = state.shards is not None
+        grad_norm = clip_gradients(accelerator, state.parameters, config.gradient_clipping or math.inf, is_divided)
+    else:
+        grad_norm = state.release.end()
     totals = sums.take(accelerator)  # of all processes, as is the norm: all skip together
     skips = guard.skips(totals[0], grad_norm)
-    step_unless(state.optimizer, skips)
+    rates = rates_in_use(state.optimizer)
+    if state.release is None:
+        step_unless(state.optimizer, skips)
     if state.ema is not None:
         state.ema.update(step.index + 1, skips)
     state.optimizer.zero_grad(set_to_none=True)
     state.step = step.index + 1
     state.samples_seen += step.planned.num_samples
-    rates = {group["component"]: group["lr"] for group in state.optimizer.param_groups}
-    numbers = HostCopy(torch.cat([totals, grad_norm.float().reshape(1)]))
+    numbers = HostCopy(torch.cat([totals, grad_norm.float().reshape(1), state.moved.after_update()]))
     return MadeStep(step, state.samples_seen, factor, rates, numbers)

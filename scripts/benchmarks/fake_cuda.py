@@ -276,6 +276,8 @@ def edges(node: Any, gradients: Gradients) -> Iterator[tuple[tuple[Any, int], Te
         leaf, (gradient,) = node.variable, gradients
         if gradient is not None:
             leaf.grad = gradient.detach() if leaf.grad is None else leaf.grad.add_(gradient)
+            for hook in (leaf._post_accumulate_grad_hooks or {}).values():
+                hook(leaf)
         return
     is_python = isinstance(node, BackwardCFunction)
     if is_python and getattr(node, "wants_zeros", True):

@@ -38,7 +38,7 @@ from anima_train.run.accelerator import make_accelerator
 from anima_train.run.folder import RunFolder
 from anima_train.run.log import WarningsHandler
 from anima_train.training.anomalies import UpdateGuard
-from anima_train.training.build import block_runner, load_trained
+from anima_train.training.build import block_runner, build_optimizer, load_trained
 from anima_train.training.context import RunContext
 from anima_train.training.late import LateSteps
 from anima_train.training.memory import MemoryContext
@@ -226,7 +226,8 @@ def state_on_device(run: RunContext, transformer: nn.Module) -> TrainState:
     trained = {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
     ema = None if config.ema is None else WeightAverage(trained, config.ema)
     model = run.accelerator.prepare(transformer)
-    return TrainState(transformer, model, config.optimizer.build(groups), ema, lambda step: 1.0)  # type: ignore[arg-type]
+    optimizer, release = build_optimizer(config.optimizer, groups, config.seed)
+    return TrainState(transformer, model, optimizer, ema, lambda step: 1.0, release=release)  # type: ignore[arg-type]
 
 
 def steps_of(num_micro_batches: int) -> Iterator[RankStep]:

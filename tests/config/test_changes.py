@@ -61,8 +61,8 @@ def test_somebody_has_decided_about_every_key():
 
 
 def test_a_key_nobody_has_decided_about_is_found():
-    with pytest.raises(KeyError, match=r"optimizer\.momentum"):
-        why_not("optimizer.momentum")
+    with pytest.raises(KeyError, match=r"optimizer\.nesterov"):
+        why_not("optimizer.nesterov")
 
 
 def test_decisions_are_about_keys_that_exist_and_are_made_once():

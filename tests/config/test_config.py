@@ -72,6 +72,24 @@ FROZEN = {f"model.{name}_lr": 0.0 for name in ("self_attn", "cross_attn", "mlp",
             {"optimizer.lr": 0.0, "adapter": {"type": "full"}},
             "optimizer: lr is 0 for every component that could be trained; nothing would be",
         ),
+        (
+            {"optimizer": {"type": "adamw_optimi", "lr": 1e-6, "gradient_release": True}},
+            "optimizer: gradient_release excludes gradient_clipping (it is 1): the norm is known only after the last "
+            "update; set gradient_clipping = 0, or remove gradient_release",
+        ),
+        (
+            {
+                "optimizer": {"type": "adamw8bit", "lr": 1e-6, "gradient_release": True},
+                "gradient_clipping": 0.0,
+                "gradient_accumulation_steps": 2,
+            },
+            "optimizer: gradient_release excludes gradient_accumulation_steps (it is 2): a gradient is gone before the "
+            "next micro-batch; set 1 and a larger micro_batch_size_per_gpu, or remove gradient_release",
+        ),
+        (
+            {"optimizer": {"type": "Schedule_Free", "lr": 1e-3}, "ema": {"decay": 0.9}},
+            "ema: excludes a schedule-free optimizer, which has an average of its own; remove [ema]",
+        ),
     ],
 )
 def test_contradictory_options_are_refused(project, changes, problem):
@@ -80,7 +98,7 @@ def test_contradictory_options_are_refused(project, changes, problem):
     # ... together with mistakes anywhere else
     elsewhere = {"seed": "x", "monitoring.tensorboard": 1, "optimizer.weight_decay": -1, "model.mlp": 1}
     both = project.problems(changes | elsewhere)
-    if not problem.startswith("optimizer:"):  # which is judged by the values that are wrong here
+    if not problem.startswith(("optimizer:", "ema:")):  # which are judged by the values that are wrong here
         assert f"main.toml: {problem}" in both
     assert len(both) >= 4
 
@@ -100,6 +118,7 @@ def test_contradictory_options_are_refused(project, changes, problem):
         {"keep_last": 5, "checkpoint_every_n_minutes": 0.5},
         EVAL | {"eval_before_first_step": False, "eval_every_n_examples": 3},
         {"save_every_n_epochs": 1, "save_every_n_steps": 10, "save_every_n_minutes": 1},
+        {"optimizer": {"type": "lion", "lr": 1e-6, "gradient_release": True}, "gradient_clipping": 0.0},
     ],
 )
 def test_options_that_go_together_are_accepted(project, changes):

@@ -1,5 +1,7 @@
 """Settings that change nothing are noted."""
 
+import importlib.util
+
 import pytest
 
 EVAL = [{"name": "a", "config": {"directory": [{"path": "data"}]}}]
@@ -71,3 +73,45 @@ def test_a_dataset_that_is_read_twice_is_noted_once(project):
     changes = {"dataset": "dataset.toml", "eval_datasets": [{"name": "a", "config": "dataset.toml"}]}
     (note,) = project.load(changes).notes
     assert note.startswith("dataset.toml: directory[0]: cache_shuffle_delimiter has no effect")
+
+
+FULL = {"adapter": {"type": "full"}}
+HALF = {"adapter": {"type": "lora", "dtype": "bfloat16"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "keys"),
+    [
+        ({}, []),
+        (HALF, ["optimizer.type"]),
+        (FULL, ["optimizer.type"]),
+        (FULL | {"model.transformer_dtype": "float32"}, []),
+        (FULL | {"optimizer.type": "adamw_optimi"}, []),
+        ({"optimizer.type": "AdamW8bit"}, ["optimizer.type"]),
+        (FULL | {"optimizer.type": "AdamW8bit"}, []),
+        ({"optimizer": {"type": "adamw_optimi", "lr": 1e-4, "moments_dtype": "8bit"}}, ["optimizer.type"]),
+        ({"optimizer": {"type": "adamw_optimi", "lr": 1e-4, "rounding": "stochastic"}}, ["optimizer.rounding"]),
+        (HALF | {"optimizer": {"type": "adamw_optimi", "lr": 1e-4, "rounding": "stochastic"}}, []),
+        (
+            {"optimizer": {"type": "lion", "lr": 1e-4, "gradient_release": True}, "gradient_clipping": 0.0},
+            ["optimizer.gradient_release"],
+        ),
+        ({"optimizer.type": "schedule_free", "warmup_steps": 5}, []),
+        ({"optimizer.type": "schedule_free", "lr_scheduler": "cosine"}, ["lr_scheduler"]),
+        ({"optimizer": {"type": "prodigy", "lr": 1.0}}, ["gradient_clipping"]),
+        ({"optimizer": {"type": "prodigy", "lr": 1.0}, "gradient_clipping": 0.0, "model.mod_lr": 0}, []),
+        ({"optimizer": {"type": "prodigy", "lr": 1.0}, "gradient_clipping": 0.0, "model.mod_lr": 1e-5}, ["model"]),
+    ],
+)
+def test_what_one_may_not_expect_of_an_optimizer_is_noted(project, changes, keys):
+    assert [note.split(": ")[1] for note in project.load(changes).notes] == keys
+
+
+def test_an_optimizer_whose_library_is_missing_is_refused_with_the_command(project, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else real(name))
+    assert project.problems({"optimizer.type": "adamw8bit"}) == [
+        "main.toml: optimizer.type: adamw8bit needs bitsandbytes, which is not installed: pip install "
+        '"anima-train[optimizers]"'
+    ]
+    project.load({"optimizer.type": "adamw_optimi"})

@@ -106,6 +106,33 @@ def test_trigger_word_and_prefix_stand_first_whatever_is_drawn():
     assert all(text.startswith("sks, masterpiece, ") for text in texts(drawn, 30))
 
 
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("1girl, hat", "mia, art, 1girl, hat"),
+        ("mia, 1girl, hat", "mia, art, 1girl, hat"),
+        ("mia,1girl", "mia, art, 1girl"),
+        ("mia\n1girl, hat", "mia\nart, 1girl, hat"),
+        ("mia", "mia, art, "),
+        ("mia girl, hat", "art, mia girl, hat"),
+        ("mia's room, hat", "art, mia's room, hat"),
+        ("mia walks to the sea, and sings.", "art, mia walks to the sea, and sings."),
+        ("miami, hat", "mia, art, miami, hat"),
+    ],
+)
+def test_a_trigger_word_that_a_caption_begins_with_is_not_put_there_twice(caption, expected):
+    drawn = sample((caption,), trigger_word="mia", caption_prefix="art, ")
+    assert drawn.evaluation_caption().text == expected
+    natural = sample(("",), natural=(caption,), caption_mode="nl", trigger_word="mia", caption_prefix="art, ")
+    assert natural.evaluation_caption().text == expected
+
+
+def test_a_first_tag_that_begins_with_the_trigger_word_stays_first():
+    drawn = sample(("mia girl, a, b, c, d",), trigger_word="mia", shuffle_tags=True, tag_dropout=0.5)
+    assert all(text.startswith("mia girl") for text in texts(drawn, 30))
+    assert len(set(texts(drawn, 30))) > 5
+
+
 def test_regularization_images_get_no_trigger_word():
     drawn = sample(role="regularization", trigger_word="sks")
     assert (texts(drawn, 1), drawn.is_regularization) == ([TAGS], True)

@@ -340,13 +340,116 @@ def test_a_loop_of_folders_ends(folder: Path):
     assert "again" in the_warning(found, "subfolders, which are not searched: 1")
 
 
+def test_folders_of_kohyas_scripts_name_the_key_that_reads_them(folder: Path):
+    image(folder / "a.png")
+    image(folder / "10_mia girl" / "b.png")
+    (folder / "notes").mkdir()
+    found = look(folder)
+    assert "not searched; kohya_folders = true reads them: 1, such as 10_mia girl" in the_warning(
+        found, "not searched;"
+    )
+    assert "which are not searched: 1, such as notes" in the_warning(found, "which are not")
+    assert "kohya_folders = true counts them: 1, such as 10_mia girl" in the_warning(
+        look(folder, recursive=True), "once;"
+    )
+    assert not any("kohya's" in warning for warning in look(folder, kohya_folders=True).warnings)
+
+
+def test_a_path_that_is_such_a_folder_itself_names_the_number_and_the_name(folder: Path):
+    image(folder / "10_mia girl" / "b.png")
+    warning = the_warning(look(folder / "10_mia girl"), "kohya's")
+    assert "num_repeats = 10 does the same here" in warning
+    assert 'trigger_word = "mia girl"' in warning
+    assert look(folder / "10_mia girl", num_repeats=10.0).warnings == []
+
+
 def test_files_that_are_not_used_are_counted(folder: Path):
     image(folder / "a.png")
-    for name in ("b.gif", "c.tiff", "notes.json"):
+    for name in ("b.safetensors", "notes.json"):
         (folder / name).write_bytes(b"x")
-    (folder / ".DS_Store").write_bytes(b"x")
     (folder / ".anima_cache").mkdir()
-    assert "neither images nor captions, not used: 3, such as b.gif" in the_warning(look(folder), "neither")
+    assert "neither images nor captions, not used: 2, such as b.safeten" in the_warning(look(folder), "neither")
+
+
+def test_hidden_files_and_leavings_of_other_systems_are_left_out(folder: Path):
+    image(folder / "a.png")
+    for name in ("._a.png", "._a.txt", ".DS_Store", "Thumbs.db", "desktop.ini", ".hidden.webp"):
+        (folder / name).write_bytes(b"\0\5\x16\7")
+    assert (names(look(folder)), look(folder).warnings, look(folder).num_images) == (["a.png"], [], 1)
+
+
+def test_pictures_of_formats_that_are_not_read_are_skipped_by_name(folder: Path):
+    image(folder / "a.png")
+    for name in ("IMG_1.HEIC", "b.jxl", "clip.mp4", "raw.CR2"):
+        (folder / name).write_bytes(b"x")
+        (folder / name).with_suffix(".txt").write_text("a tag")
+    found = look(folder)
+    found.check(0.0)  # they are not damaged
+    assert (names(found), found.num_images, found.warnings) == (["a.png"], 5, [])
+    assert [line.removeprefix(f"{folder}/") for line in found.skipped] == [
+        "IMG_1.HEIC: HEIC is not read; convert it to PNG, JPEG or WebP",
+        "b.jxl: JXL is not read; convert it to PNG, JPEG or WebP",
+        "clip.mp4: MP4 is not read; extract its frames as PNG or JPEG",
+        "raw.CR2: CR2 is not read; develop it to PNG, JPEG or WebP",
+    ]
+
+
+def test_masks_beside_their_images_are_masks_and_told(folder: Path):
+    for name in ("a.png", "b.png", "c.png", "a_mask.png", "b-masklabel.png"):
+        image(folder / name, caption=None if "mask" in name else "tag")
+    image(folder / "c_mask.png", caption="the mask of an actor")  # has a caption, so it is a picture
+    image(folder / "d_mask.png", caption=None)  # no mask of any other
+    found = look(folder)
+    masks = {sample.picture.path.name: sample.picture.mask and sample.picture.mask.name for sample in found.samples}
+    expected = {"a.png": "a_mask.png", "b.png": "b-masklabel.png"}
+    assert masks == {**dict.fromkeys(("c.png", "c_mask.png", "d_mask.png")), **expected}
+    assert "used: 2, such as a_mask.png" in the_warning(found, "beside their images")
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_masks_that_leave_nothing_or_little_are_named(folder: Path, again: bool):
+    white = {"a": (0, 0, 80, 80), "b": (0, 0, 0, 0), "c": (0, 0, 5, 5), "d": (0, 0, 10, 10)}
+    for name, box in white.items():
+        image(folder / f"{name}.png")
+        mask = Image.new("L", (80, 80), 0)
+        mask.paste(255, box)
+        (folder / "masks").mkdir(exist_ok=True)
+        mask.save(folder / "masks" / f"{name}.png")
+    found = look(folder, masks=folder / "masks")
+    if again:  # from the index
+        found = look(folder, masks=folder / "masks")
+    assert "nothing of them is trained (white is trained): 1, such as b.png" in the_warning(found, "all black")
+    assert "leaves less than 1% of them to train: 1, such as c.png" in the_warning(found, "less than")
+
+
+def test_a_damaged_mask_skips_its_image_at_the_scan(folder: Path):
+    image(folder / "a.png")
+    image(folder / "b.png")
+    image(folder / "masks" / "b.png", caption=None)
+    content = (folder / "masks" / "b.png").read_bytes()
+    (folder / "masks" / "b.png").write_bytes(content[:300] + b"\0" + content[301:])
+    found = look(folder, masks=folder / "masks")
+    assert names(found) == ["a.png"]
+    assert "its mask b.png: truncated or damaged" in found.bad[0]
+
+
+def test_a_mask_folder_counts_before_masks_beside(folder: Path):
+    image(folder / "a.png")
+    image(folder / "a_mask.png", caption=None)
+    image(folder / "masks" / "a.png", caption=None)
+    (sample,) = look(folder, masks=folder / "masks").samples
+    assert sample.picture.mask == folder / "masks" / "a.png"
+    assert "not used, because of mask_path: 1" in the_warning(look(folder, masks=folder / "masks"), "beside")
+
+
+def test_caption_files_are_read_like_txt(folder: Path):
+    image(folder / "a.png", caption=None)
+    (folder / "a.caption").write_text("one")
+    image(folder / "b.png", caption="two")
+    (folder / "b.caption").write_text("not this one")
+    found = look(folder)
+    assert captions(found) == {"a.png": "one", "b.png": "two"}
+    assert "another differs in the ending only: 1, such as b.caption" in the_warning(found, "differs")
 
 
 def test_the_mask_folder_is_no_stray_subfolder(folder: Path):
@@ -820,7 +923,7 @@ def test_a_natural_language_caption_without_an_image_is_warned_of(folder: Path):
     image(folder / "a.png")
     (folder / "b_nl.txt").write_text("x")
     for mode in ("tags", "nl", "mixed"):
-        found = look(folder, caption_mode=mode)
+        found = look(folder, caption_mode=mode, missing_caption="empty")
         assert "captions without an image: 1, such as b_nl.txt" in the_warning(found, "without an image")
 
 
@@ -951,11 +1054,11 @@ def test_images_that_a_setting_leaves_out_do_not_count_as_bad(folder: Path):
 
 
 def test_an_empty_folder_is_an_error_that_names_it(folder: Path):
-    (folder / "a.gif").write_bytes(b"x")
+    (folder / "a.xyz").write_bytes(b"x")
     with pytest.raises(DataError, match="no image is left to train on") as caught:
         look(folder).check(1.0)
     assert str(folder) in str(caught.value)
-    assert "a.gif" in str(caught.value)
+    assert "a.xyz" in str(caught.value)
 
 
 def test_a_folder_whose_images_are_all_skipped_is_an_error_with_the_reasons(folder: Path):

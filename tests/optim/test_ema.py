@@ -9,7 +9,7 @@ from torch import nn
 from anima_train.core.errors import ModelFileError
 from anima_train.optim import ema
 from anima_train.optim.ema import Ema, WeightAverage
-from anima_train.optim.optimizers import KahanAdamW
+from anima_train.optim.rules import KahanAdamW
 
 SHAPES = {"a": (16, 8), "b": (8,), "c": (3, 4, 5)}
 

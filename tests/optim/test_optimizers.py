@@ -6,7 +6,9 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from anima_train.optim.groups import LearningRates, optimizer_groups
-from anima_train.optim.optimizers import AdamW, AdamWKahan, AnyOptimizer, KahanAdamW, join_halves, lower_half
+from anima_train.optim.optimizers import AdamW, AdamWKahan, AnyOptimizer
+from anima_train.optim.rules import KahanAdamW
+from anima_train.optim.split import Storage, join_halves, lower_half
 
 BETAS = (0.9, 0.99)
 
@@ -93,19 +95,21 @@ def torch_adamw(parameter, lr):
 
 
 def split_adamw(moments_dtype):
-    return lambda parameter, lr: KahanAdamW(groups_of([parameter]), lr, BETAS, 1e-8, moments_dtype=moments_dtype)
+    return lambda parameter, lr: KahanAdamW(
+        groups_of([parameter]), lr, BETAS, 1e-8, storage=Storage(moments=moments_dtype)
+    )
 
 
 @pytest.mark.parametrize("size", [1.0, 0.02])
 def test_updates_that_plain_bfloat16_loses_entirely_are_followed(error, size):
     exact = tiny_updates(torch_adamw, torch.float64, size)
     assert not tiny_updates(torch_adamw, torch.bfloat16, size).any()
-    assert error(tiny_updates(split_adamw(torch.float32), torch.bfloat16, size), exact) < 0.01
+    assert error(tiny_updates(split_adamw("float32"), torch.bfloat16, size), exact) < 0.01
 
 
 def test_moments_in_bfloat16_cost_what_their_setting_says(error):
     exact = tiny_updates(torch_adamw, torch.float64, 1.0)
-    assert 0.05 < error(tiny_updates(split_adamw(torch.bfloat16), torch.bfloat16, 1.0), exact) < 0.11
+    assert 0.05 < error(tiny_updates(split_adamw("bfloat16"), torch.bfloat16, 1.0), exact) < 0.11
 
 
 def test_halves_of_a_float32_join_to_it_but_for_ties():
@@ -221,7 +225,7 @@ def test_types_choose_the_optimizer():
 
 def test_how_many_parameters_are_updated_together_changes_nothing(monkeypatch):
     def trained(chunk):
-        monkeypatch.setattr("anima_train.optim.optimizers.CHUNK", chunk)
+        monkeypatch.setattr("anima_train.optim.split.CHUNK", chunk)
         generator = torch.Generator().manual_seed(0)
         shapes = [(3, 4), (5,), (2, 2, 2), (7, 1)]
         parameters = [nn.Parameter(torch.randn(shape, generator=generator).bfloat16()) for shape in shapes]

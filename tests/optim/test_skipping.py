@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from anima_train.optim.ema import Ema, WeightAverage
-from anima_train.optim.optimizers import AdamW, AdamWKahan, KahanAdamW
+from anima_train.optim.optimizers import AdamW, AdamWKahan
+from anima_train.optim.rules import KahanAdamW
 from anima_train.optim.skipping import step_unless
 
 SHAPES = ((16, 8), (8,), (3, 4, 5), (1,))
@@ -54,7 +55,7 @@ def same(first, second):
 @pytest.mark.parametrize(("settings", "dtype"), OPTIMIZERS, ids=str)
 def test_a_skipped_step_is_one_that_was_not_made(settings, dtype, chunk, monkeypatch):
     """The first ones, too, and those in a row: weights, moments, step counts, average; and what follows."""
-    monkeypatch.setattr("anima_train.optim.optimizers.CHUNK", chunk)  # one large parameter, or many small ones at once
+    monkeypatch.setattr("anima_train.optim.split.CHUNK", chunk)  # one large parameter, or many small ones at once
     skipping, other = Trained(settings, dtype), Trained(settings, dtype)
     for step in range(20):
         skipping.give_gradients(step, is_finite=step not in SKIPPED)

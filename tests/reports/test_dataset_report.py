@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import tomli_w
@@ -26,7 +27,10 @@ from anima_train.cli.main import COMMANDS, application
 from anima_train.config.load import load_config
 from anima_train.config.model_files import build_model_spec
 from anima_train.data.buckets import Size, aspect_ratios, nearest, size_of
+from anima_train.data.cache import Cache
 from anima_train.data.images import Crop, cover_box
+from anima_train.data.samples import Picture, Sample
+from anima_train.data.settings import DirectoryOptions
 from anima_train.model.dit import TransformerShape
 from anima_train.model.text import MAX_TOKENS, load_tokenizers, tokenize
 from anima_train.model.tiny import tiny_paths
@@ -34,6 +38,7 @@ from anima_train.optim.optimizers import AdamW, AdamWKahan
 from anima_train.reports.captions import one_edit, tokenized, typos
 from anima_train.reports.charts import HEIGHT, WIDTH
 from anima_train.reports.check import summary
+from anima_train.reports.dataset import thumbnail
 from anima_train.reports.dataset_page import histogram, render
 from anima_train.training.build import plan_run
 from anima_train.training.costs import (
@@ -442,6 +447,30 @@ def test_histogram_counts_every_length_once():
     assert rows[:2] == [("0 to 32", 3), ("33 to 64", 1)]
     assert rows[-2:] == [("481 to 512", 2), ("over 512", 2)]
     assert sum(number for _, number in rows) == len(lengths)
+
+
+# Kinds of captions
+
+
+def test_captions_of_tags_and_of_sentences_are_counted_and_named(missing):
+    sentence = "A girl in a hat stands by the sea, waving."
+    captions = ["1girl, hat", sentence, f"1girl, hat\n{sentence}", "", f"{sentence} 1girl, hat"]
+    _, report = missing((captions, {}))
+    kinds = {kind: [os.path.basename(name) for name in files] for kind, files in report.sets[0].kinds.items()}
+    assert kinds == {"tags": ["0.png"], "sentences": ["1.png"], "both": ["2.png", "4.png"]}
+    assert "images of train by their captions: 1 of tags, 1 of sentences, 2 of tags and sentences" in summary(report)
+
+
+def test_a_caption_is_shown_as_written_and_as_the_model_is_given_it(tmp_path):
+    folder = Path(captioned(tmp_path / "data", ["a, b, c, d, e"]))
+    picture = Picture(folder / "0.png", folder / "0.png", "", 128, 128, ("a, b, c, d, e",))
+    options = DirectoryOptions(shuffle_tags=True, trigger_word="mia")
+    sample = Sample("0/0.png@64", picture, Size(64, 64), 64, 0, options, Cache(tmp_path))
+    shown = thumbnail(sample, seed=0)
+    assert shown.written == "a, b, c, d, e"
+    assert shown.given == [sample.caption(0, repeat).text for repeat in range(3)]
+    assert thumbnail(sample, seed=None).given == ["mia, a, b, c, d, e"]
+    assert thumbnail(replace(sample, options=DirectoryOptions()), seed=0).given == []
 
 
 # Measured costs

@@ -15,6 +15,12 @@ EVENT = "Event.synchronize in transfers.py"
 
 FULL = {"adapter": None}
 KAHAN = {"optimizer": {"type": "adamw_optimi", "lr": 1e-4}}
+RELEASED = {
+    "optimizer": {
+        "type": "adamw_optimi", "lr": 1e-4, "gradient_release": True, "moments_device": "cpu", "rounding": "stochastic",
+    },
+    "gradient_clipping": 0.0,
+}  # fmt: skip
 HALF_LORA = {"adapter": {"type": "lora", "rank": 4, "dtype": "bfloat16"}}
 KINDS = {
     "LoRA, fused": {},
@@ -25,10 +31,17 @@ KINDS = {
 AVERAGED = {"ema": {"decay": 0.99}, "gradient_clipping": 1.0}
 QUICK = [
     ("LoRA, fused", 1, {}), ("LoRA, fused", 3, AVERAGED), ("LoRA in bfloat16, Kahan", 1, AVERAGED),
-    ("full, fused", 1, AVERAGED), ("full, Kahan", 3, {}), ("full, Kahan", 1, AVERAGED),
+    ("full, fused", 1, AVERAGED), ("full, Kahan", 3, AVERAGED),
 ]  # fmt: skip
 SLOW = [case for case in itertools.product(KINDS, (1, 3), ({}, AVERAGED)) if case not in QUICK]
 CASES = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+CASES.append(("full, released, moments on the host", 1, {}))
+OTHERS = {
+    name: HALF_LORA | {"optimizer": {"type": name, "lr": 1e-4}}
+    for name in ("adamw8bit", "schedule_free", "lion", "adafactor", "muon")
+}
+KINDS |= OTHERS | {"full, released, moments on the host": FULL | RELEASED}
+CASES += [pytest.param(name, 1, {}, marks=pytest.mark.slow) for name in OTHERS]
 
 
 @pytest.fixture(scope="module")

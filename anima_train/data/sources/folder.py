@@ -9,11 +9,14 @@ from pathlib import Path
 from anima_train.core.errors import DataError
 from anima_train.data.cache import Cache
 from anima_train.data.captions import BadCaption, read_captions_json
-from anima_train.data.image_headers import EXTENSIONS
+from anima_train.data.image_headers import EXTENSIONS, UNREAD_SUFFIXES
 from anima_train.data.settings import DirectoryOptions
 from anima_train.data.sources.archive import ArchiveMember, tar_members
 
 CAPTIONS_JSON = "captions.json"
+CAPTION_SUFFIXES = (".txt", ".caption")  # the first one of an image is read
+MASK_SUFFIXES = ("-masklabel", "_mask")  # of the stem of a mask beside its image
+LEAVINGS = ("thumbs.db", "desktop.ini")  # of Windows, in small letters
 NATURAL_SUFFIX = "_nl"  # of the stem of a natural-language caption
 
 
@@ -31,6 +34,8 @@ class Files:
     listed_captions: dict[str, tuple[str, ...]]  # by image; those of a captions.json or a dataset's column
     listed_natural: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of a dataset's column
     mask_files: dict[str, list[str]]  # by stem; the first is read
+    masks_beside: dict[str, str] = field(default_factory=dict)  # among the images, by the stem of the image
+    unread_images: list[str] = field(default_factory=list)  # pictures and videos of formats that are not read
     subfolders: list[str] = field(default_factory=list)  # not searched; without the mask folder
     repeated_folders: list[str] = field(default_factory=list)  # searched under another name, and so not again
     unused_files: list[str] = field(default_factory=list)  # neither image nor caption
@@ -48,13 +53,17 @@ class Files:
         excluded = [cache.folder] if mask_folder is None else [cache.folder, mask_folder]
         found = list_folder(folder, options, excluded)
         images = [name for name in found.names if is_image(name)]
-        texts = [name for name in found.names if suffix_of(name) == ".txt"]
+        texts = [name for name in found.names if suffix_of(name) in CAPTION_SUFFIXES]
+        beside = masks_beside(images, texts)
+        images = sorted(set(images) - set(beside.values()), key=os.fsencode)
+        unread = [name for name in found.names if suffix_of(name)[1:] in UNREAD_SUFFIXES]
         stems = {stem_of(name) for name in images}
         # x_nl.txt belongs to the image x, but to the image x_nl if there is one.
         natural = [name for name in texts if stem_of(name).endswith(NATURAL_SUFFIX) and stem_of(name) not in stems]
-        captions = sorted(set(texts) - set(natural), key=os.fsencode)
+        captions = sorted(set(texts) - set(natural), key=in_order)
+        natural = sorted(natural, key=in_order)
         tables = [name for name in found.names if os.path.basename(name) == CAPTIONS_JSON]
-        used = {*images, *texts, *tables}
+        used = {*images, *beside.values(), *texts, *unread, *tables}
         rest = [name for name in found.names if not (name in used or os.path.basename(name).startswith("."))]
         subfolders = [name for name in rest if os.path.isdir(folder / name)]
         masks = Listing() if mask_folder is None else list_folder(mask_folder, options, [cache.folder])
@@ -70,6 +79,8 @@ class Files:
             mask_files=by_stem([name for name in masks.names if is_image(name)]),
             subfolders=subfolders,
             repeated_folders=found.repeated_folders,
+            masks_beside=beside,
+            unread_images=unread,
             unused_files=sorted(set(rest) - set(subfolders), key=os.fsencode),
             identity=os.fsencode(folder.resolve()),
             mask_identity=os.fsencode((mask_folder or folder).resolve()),
@@ -126,8 +137,9 @@ def list_folder(folder: Path, options: DirectoryOptions, excluded: Sequence[Path
             for entry in sorted(os.listdir(folder / inside), key=os.fsencode):
                 name = inside + entry
                 if not os.path.isdir(folder / name):
-                    is_hidden = entry.startswith(".")  # macOS leaves such files beside others
-                    if options.tars and suffix_of(name) == ".tar" and not is_hidden and (folder / name).is_file():
+                    if entry.startswith(".") or entry.lower() in LEAVINGS:  # as those that macOS leaves beside others
+                        continue
+                    if options.tars and suffix_of(name) == ".tar" and (folder / name).is_file():
                         search(folder / name, f"{name}/")
                     else:
                         found.names.append(name)
@@ -180,6 +192,26 @@ def captions_from(
 def is_image(name: str) -> bool:
     """Return True if a file is named like an image, whatever it holds."""
     return suffix_of(name) in EXTENSIONS
+
+
+def masks_beside(images: Sequence[str], captions: Iterable[str]) -> dict[str, str]:
+    """Return those of the images that are masks of others, by the stem of the other.
+
+    x-masklabel.png (as OneTrainer writes it) or x_mask.png is the mask of x, unless it has a caption of its own.
+    """
+    stems, captioned = {stem_of(name) for name in images}, {stem_of(name) for name in captions}
+    found: dict[str, str] = {}
+    for name in images:
+        for suffix in MASK_SUFFIXES:
+            stem = stem_of(name).removesuffix(suffix)
+            if stem != stem_of(name) and stem in stems and stem_of(name) not in captioned:
+                found.setdefault(stem, name)
+    return found
+
+
+def in_order(caption_file: str) -> tuple[int, bytes]:
+    """Return the key that sorts caption files: those with the suffix that counts first in front."""
+    return CAPTION_SUFFIXES.index(suffix_of(caption_file)), os.fsencode(caption_file)
 
 
 def suffix_of(name: str) -> str:
