@@ -1,6 +1,6 @@
 """Full fine-tuning: the adapter that adds nothing, and trains the weights themselves."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from torch import Tensor
@@ -29,7 +29,7 @@ class Full(Settings):
         """Return weights that were not in memory, given by their names in the transformer, under checkpoint keys."""
         return {checkpoint_key(name): tensor for name, tensor in tensors.items()}
 
-    def is_without_effect(self, tensors: Mapping[str, Tensor]) -> bool:
+    def is_without_effect(self, tensors: Iterable[tuple[str, Tensor]]) -> bool:
         """Return False: the file is a whole model."""
         return False
 

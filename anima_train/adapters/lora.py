@@ -1,7 +1,7 @@
 """LoRA (Hu et al. 2021, arXiv:2106.09685) on the linears of `Block` and `TransformerBlock`."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import torch
@@ -62,9 +62,9 @@ class Lora(Settings):
             tensors[lora_key(name, "lora_B")] = layer.lora_B.detach() * self.scale
         return tensors
 
-    def is_without_effect(self, tensors: Mapping[str, Tensor]) -> bool:
+    def is_without_effect(self, tensors: Iterable[tuple[str, Tensor]]) -> bool:
         """Return True if a file with these tensors changes nothing: every up-projection is zero, as before training."""
-        return not any(bool(tensor.any()) for name, tensor in tensors.items() if "lora_B" in name)
+        return not any(bool(tensor.any()) for name, tensor in tensors if "lora_B" in name)
 
     def metadata(self) -> dict[str, str]:
         """Return the metadata that file managers read."""

@@ -9,10 +9,11 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field
@@ -22,12 +23,16 @@ from torch.optim import Optimizer
 from anima_train.checkpoint.async_writer import Groups
 from anima_train.checkpoint.disk_space import state_bytes
 from anima_train.checkpoint.weights import check_finite
+from anima_train.core.divided import is_divided
 from anima_train.core.errors import ModelFileError
 from anima_train.core.files import DiskRequirement, disk_errors, require_space, sha256_file, sync, write_text
 from anima_train.core.settings import Settings
 from anima_train.model.dit import MiniTrainDIT
-from anima_train.model.safetensors_io import TensorFile, match_keys, open_header, read_tensors, write_tensors
+from anima_train.model.safetensors_io import TensorFile, match_keys, open_header, read_tensors, take_part, write_tensors
 from anima_train.optim.ema import WeightAverage
+
+if TYPE_CHECKING:
+    from anima_train.model.sharding import Shards  # takes long to import
 
 logger = logging.getLogger(__name__)
 
@@ -77,13 +82,29 @@ class DamagedState(ModelFileError):
     """A state that is not what was written; the one before may be."""
 
 
-def state_tensors(transformer: nn.Module, optimizer: Optimizer, average: WeightAverage | None = None) -> Groups:
-    """Return the tensors of a state as they are in memory, nothing converted or copied."""
-    groups: Groups = {
-        "weights": trained_weights(transformer),
-        "optimizer": optimizer_tensors(optimizer, trained_parameters(transformer)),
+def state_tensors(
+    transformer: nn.Module, optimizer: Optimizer, average: WeightAverage | None = None, shards: "Shards | None" = None
+) -> Groups:
+    """Return the tensors of a state as they are in memory, nothing converted or copied.
+
+    Args:
+        transformer: that trains.
+        optimizer: that trains it.
+        average: of its weights.
+        shards: what this process holds of a divided transformer; all tensors are divided then, like its weights.
+    """
+    weights = trained_parameters(transformer)
+    if shards is None:
+        groups: Groups = {"weights": trained_weights(transformer), "optimizer": optimizer_tensors(optimizer, weights)}
+        return groups if average is None else {**groups, "average": average.tensors}
+    moments = optimizer_tensors(optimizer, shards.parameters)
+    groups = {
+        "weights": weights,
+        "optimizer": {name: shards.divided(name.rpartition(".")[0], rows) for name, rows in moments.items()},
     }
-    return groups if average is None else {**groups, "average": average.tensors}
+    if average is None:
+        return groups
+    return {**groups, "average": {name: shards.divided(name, rows) for name, rows in average.tensors.items()}}
 
 
 def save_state(folder: Path, manifest: StateManifest, groups: Groups, keep_last: int) -> Path:
@@ -100,10 +121,12 @@ def save_state(folder: Path, manifest: StateManifest, groups: Groups, keep_last:
     for abandoned in folder.glob(".step-*.tmp"):  # of a process that was killed
         shutil.rmtree(abandoned)
     for tensors in groups.values():
-        check_finite(final, tensors)
+        check_finite(final, {name: tensor for name, tensor in tensors.items() if not is_divided(tensor)})
     with contextlib.suppress(DamagedState):
         if final.exists():
-            return check_state(final).folder
+            found = check_state(final).folder
+            take_part_in(groups)  # other processes do, too
+            return found
     num_bytes = state_bytes(*groups.values())
     require_space([DiskRequirement(folder, num_bytes, f"the training state {final.name}")], NO_ROOM)
     with disk_errors(final, num_bytes):
@@ -112,7 +135,7 @@ def save_state(folder: Path, manifest: StateManifest, groups: Groups, keep_last:
             files = {}
             for name, tensors in groups.items():
                 path = temporary / f"{name}.safetensors"
-                write_tensors(path, tensors, {})
+                write_tensors(path, tensors, {}, partial(look, final, tensors))
                 sync(path)
                 files[path.name] = FileEntry(bytes=path.stat().st_size, sha256=sha256_file(path))
             write_text(temporary / MANIFEST, manifest.model_copy(update={"files": files}).model_dump_json(indent=1))
@@ -124,6 +147,18 @@ def save_state(folder: Path, manifest: StateManifest, groups: Groups, keep_last:
             shutil.rmtree(temporary, ignore_errors=True)
         prune_states(folder, final, keep_last)
     return final
+
+
+def look(folder: Path, tensors: Mapping[str, Tensor], name: str, tensor: Tensor) -> None:
+    """Raise NumericError if a tensor that was gathered to be saved holds NaN or infinity; the others are checked."""
+    if is_divided(tensors[name]):
+        check_finite(folder, {name: tensor})
+
+
+def take_part_in(groups: Groups) -> None:
+    """Give the parts that this process holds of a state's tensors, which process 0 writes."""
+    for tensors in groups.values():
+        take_part(tensors)
 
 
 def prune_states(folder: Path, newest: Path, keep_last: int) -> None:
@@ -230,9 +265,20 @@ def read_manifest(folder: Path) -> StateManifest:
 
 
 def load_state(
-    saved: SavedState, transformer: nn.Module, optimizer: Optimizer, average: WeightAverage | None = None
+    saved: SavedState,
+    transformer: nn.Module,
+    optimizer: Optimizer,
+    average: WeightAverage | None = None,
+    shards: "Shards | None" = None,
 ) -> None:
     """Put a checked state back. Nothing is changed unless all of it can be read.
+
+    Args:
+        saved: the state; any number of processes may have written it.
+        transformer: that trains.
+        optimizer: that trains it.
+        average: of its weights.
+        shards: what this process holds of a divided transformer; it keeps its rows of each tensor.
 
     Raises:
         ModelFileError: it was saved by a run with other trained parameters or another optimizer.
@@ -252,26 +298,30 @@ def load_state(
         raise ModelFileError(
             f"{folder}: saved by a run that trains in another dtype: {other[0]} is {found}, expected {expected}"
         )
-    weights = dict(read_tensors(header))
+    rows: Callable[[Tensor], Tensor] = shards.rows if shards is not None else lambda tensor: tensor
+    weights = {name: rows(tensor) for name, tensor in read_tensors(header)}
     averages = None
     if average is not None:
         if "average.safetensors" not in saved.manifest.files:
             raise ModelFileError(f"{folder}: saved by a run without [ema]; remove it, or start another run")
-        averages = dict(read_tensors(open_tensors(folder / "average.safetensors")))
+        read = read_tensors(open_tensors(folder / "average.safetensors"))
+        averages = {name: rows(tensor) for name, tensor in read}
     state: dict[int, dict[str, Tensor]] = {}
-    indices = {name: index for index, name in enumerate(names_in_order(optimizer, trained))}
+    in_optimizer = trained if shards is None else shards.parameters
+    indices = {name: index for index, name in enumerate(names_in_order(optimizer, in_optimizer))}
     for name, tensor in read_tensors(open_tensors(folder / "optimizer.safetensors")):
         parameter, _, key = name.rpartition(".")
         if parameter not in indices:
             raise ModelFileError(f"{folder}: the optimizer's state is of other parameters, such as {parameter}")
-        state.setdefault(indices[parameter], {})[key] = tensor
+        state.setdefault(indices[parameter], {})[key] = rows(tensor)
 
     if average is not None and averages is not None:
         average.load(averages, f"{folder}: saved by a run that trains other parameters")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     with torch.no_grad():
-        for name, weight in trained_weights(transformer).items():
-            weight.copy_(weights[name])
+        places: Mapping[str, Tensor] = trained_weights(transformer) if shards is None else shards.parameters
+        for name, tensor in weights.items():
+            places[name].copy_(tensor)
 
 
 def open_tensors(path: Path) -> TensorFile:

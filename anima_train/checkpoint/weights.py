@@ -1,5 +1,6 @@
 """The weights that users load elsewhere: a LoRA or a model, safetensors only."""
 
+import hashlib
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,32 +11,49 @@ from torch import Tensor
 from anima_train import __version__
 from anima_train.adapters.full import Full
 from anima_train.adapters.lora import Lora
+from anima_train.core.divided import is_divided
 from anima_train.core.errors import ModelFileError, NumericError
 from anima_train.core.files import atomic_path
 from anima_train.core.format import count
 from anima_train.model.dit import MiniTrainDIT
 from anima_train.model.loading import ModelFiles
-from anima_train.model.safetensors_io import file_bytes, match_keys, open_header, read_tensors, write_tensors
+from anima_train.model.safetensors_io import byte_view, file_bytes, match_keys, open_header, read_tensors, write_tensors
 from anima_train.optim.optimizers import AnyOptimizer
 
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a LoRA or a checkpoint atomically, after reading back every key, shape and value of it.
 
+    Tensors of which each process holds a part are gathered, checked, written and dropped one by one.
+
     Raises:
         NumericError: a weight is not finite; nothing is written.
         SpaceError: the disk is full; earlier files are intact.
         ModelFileError: the disk does not give back what was written; earlier files are intact.
     """
-    check_finite(path, tensors)
+    at_hand = {name: tensor for name, tensor in tensors.items() if not is_divided(tensor)}
+    check_finite(path, at_hand)
+    digests: dict[str, bytes] = {}  # of those that are gathered once
+
+    def look(name: str, tensor: Tensor) -> None:
+        if name not in at_hand:
+            check_finite(path, {name: tensor})
+            digests[name] = digest(tensor)
+
     metadata = {"format": "pt", **metadata}
     with atomic_path(path, file_bytes(tensors, metadata)) as temporary:
-        write_tensors(temporary, tensors, metadata)
+        write_tensors(temporary, tensors, metadata, look)
         found = open_header(temporary)
         match_keys(found.entries, tensors, f"{path}: reads back with other keys than were written; check the disk")
         for name, tensor in read_tensors(found):
-            if not torch.equal(tensor, tensors[name].detach().cpu()):
+            gathered = name in digests
+            if digests[name] != digest(tensor) if gathered else not torch.equal(tensor, tensors[name].detach().cpu()):
                 raise ModelFileError(f"{path}: {name} reads back with other values than were written; check the disk")
+
+
+def digest(tensor: Tensor) -> bytes:
+    """Return the SHA-256 of a CPU tensor's bytes."""
+    return hashlib.sha256(byte_view(tensor)).digest()
 
 
 def weights_to_save(

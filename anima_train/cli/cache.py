@@ -1,12 +1,14 @@
 """`anima cache`."""
 
 import logging
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from anima_train.cli.options import ConfigPath, Overrides
+from anima_train.distributed.launcher import world_size
 
 PRUNE = (
     "First remove from this configuration's cache folders whatever this configuration does not use. Other "
@@ -26,13 +28,16 @@ def cache(
 
     loaded = load_config(config, overrides or [])
 
+    from anima_train.config.launch import launch_settings
     from anima_train.core.device import DTYPES, describe_device
     from anima_train.distributed.collectives import process_group
     from anima_train.distributed.consistency import check_same_config
+    from anima_train.distributed.environment import read_environment
     from anima_train.run.accelerator import make_accelerator
     from anima_train.run.log import logged_to, terminal
     from anima_train.training.prepare import prepare_data
 
+    read_environment(os.environ, launch_settings(loaded.config, world_size()))
     accelerator = make_accelerator(loaded.config.model.uses_autocast, [], Path(loaded.config.output_dir))
     with process_group(accelerator), logged_to(terminal(accelerator.is_main_process)):
         logging.getLogger(__name__).info("%s", describe_device(accelerator.device, DTYPES[loaded.config.model.dtype]))

@@ -1,5 +1,7 @@
 """`anima check`."""
 
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +37,10 @@ def check(
     loaded = load_config(config, overrides or [])
 
     from anima_train.cli.check_report import report_check
+    from anima_train.config.launch import launch_settings
+    from anima_train.distributed.environment import read_environment
 
+    launch = read_environment(os.environ, launch_settings(loaded.config, num_processes=1))
+    loaded = replace(loaded, notes=(*loaded.notes, *launch.notes))
     page = None if no_html else html or Path(loaded.config.output_dir) / f"check_{config.stem}.html"
     report_check(loaded, f"Check of {config.name}", measure_steps, page)

@@ -38,6 +38,7 @@ MAY_CHANGE = frozenset(
         *("eval_micro_batch_size_per_gpu", "offline"),
         *("optimizer.gradient_release", "optimizer.moments_device"),
         *("num_workers", "model.cache_text_embeddings", "model.text_encoder_device", "attention", "deterministic"),
+        "sharding",
         # What is looked at and what is kept on the way: the training does not see it.
         *("eval_datasets", "eval_datasets.*", "eval_every_n_epochs", "eval_every_n_steps", "eval_every_n_examples"),
         *("eval_before_first_step", "sampling", "sampling.*", "monitoring.*", "x_axis_examples"),

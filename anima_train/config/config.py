@@ -205,6 +205,10 @@ class Config(Settings):
     compile: bool | None = None
     """Compile the blocks with torch.compile: fewer passes over memory, faster steps after a minute or two at the start.
     Absent: on CUDA, where a compiler is there. What cannot be compiled runs as it is, with a warning."""
+    sharding: Literal["fsdp2"] | None = None
+    """Divide weights, gradients, optimizer state and average among the processes of a run, which gather each block to
+    compute it (FSDP2): less memory on each GPU for more traffic between them. Absent: each holds all of it.
+    accelerate's configuration with fsdp_version 2 asks for the same."""
     deterministic: bool = False
     """Take kernels that give the same bits each time, on one GPU of the same kind: for comparisons. Slower."""
     attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = "auto"

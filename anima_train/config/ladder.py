@@ -67,7 +67,7 @@ def toml(value: object) -> str:
     return describe_value(value).partition(" (")[0]
 
 
-def rungs(config: Config, num_blocks: int, num_processes: int = 1) -> list[Rung]:
+def rungs(config: Config, num_blocks: int, num_processes: int = 1, divides: bool = False) -> list[Rung]:
     """Return the rungs of the ladder that `memory` names, in their order.
 
     Settings that the user has written, that this configuration does not have or that it refuses are not on it.
@@ -76,8 +76,10 @@ def rungs(config: Config, num_blocks: int, num_processes: int = 1) -> list[Rung]
         config: as the user has written it.
         num_blocks: of the transformer.
         num_processes: that train; several cannot swap blocks that they all train, nor update in the backward pass.
+        divides: True if they divide the transformer among them: then activations are what can be saved.
     """
     excluded = {SWAP, RELEASE} if num_processes > 1 and isinstance(config.adapter, Full) else set()
+    excluded |= set(LADDER_KEYS) - {POLICY} if divides else set()
     found: dict[str, Rung] = {}
     for values in (*steps(config, num_blocks), {}):  # the last one for a ladder whose keys are all written
         settings = {key: value for key, value in values.items() if is_free(config, key) and key not in excluded}

@@ -15,7 +15,7 @@ import torch.distributed
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from anima_train.core.errors import UserError
+from anima_train.core.errors import Interrupted, UserError
 from anima_train.run.accelerator import TIMEOUT
 
 PATIENCE = timedelta(days=30)
@@ -77,6 +77,8 @@ def broadcast_from_main(accelerator: Accelerator, make: Callable[[], Made]) -> M
     if accelerator.is_main_process:
         try:
             made[0] = make()
+        except Interrupted:
+            raise  # a signal to this process: it ends, and the launcher ends the others
         except UserError as error:
             made[1] = (type(error), error.problems)
     if accelerator.num_processes > 1:

@@ -21,15 +21,20 @@ from anima_train.run.manifest import LIBRARIES, dataset_digest
 MAX_SHOWN = 100  # characters of a value in a message
 
 
-def check_same_config(loaded: LoadedConfig, accelerator: Accelerator) -> LoadedConfig:
+def check_same_config(loaded: LoadedConfig, accelerator: Accelerator, shards: bool = False) -> LoadedConfig:
     """Return the configuration with process 0's name of the run, and a note where processes run different programs.
+
+    Args:
+        loaded: the configuration.
+        accelerator: of the run.
+        shards: True if this process's configuration or environment asks for a divided model.
 
     Raises:
         ConfigError: the processes have read different configurations.
     """
     patient_barrier(accelerator)  # the first one makes its process group, and all processes are here now
     values = loaded.config.model_dump(exclude={"monitoring": {"wandb_api_key"}})
-    problems = differences(accelerator, dict(flat(values)))
+    problems = differences(accelerator, {**dict(flat(values)), "sharding as it was launched": str(shards)})
     if problems:
         raise ConfigError([*problems, "all processes must get the same configuration: copy the files to all machines"])
     versions = {"anima-train": __version__, **{name: version(name) for name in LIBRARIES}}

@@ -34,9 +34,14 @@ class Abandoned(Exception):  # as Interrupted: not an error
 class StopRequest:
     """The answer to signals and files after a step."""
 
-    saves: bool  # because somebody asks
-    waits: bool  # the main process writes something after this step
+    weights: bool  # the main process writes them after this step
+    state: bool  # it writes the training state
     exit_code: int | None  # None: to go on
+
+    @property
+    def waits(self) -> bool:
+        """True if the main process writes something, which the others wait for."""
+        return self.weights or self.state
 
 
 class SignalHandler:
@@ -84,20 +89,21 @@ class SignalHandler:
         """Return True, on all processes, if any of them has received a signal."""
         return any(any_rank(accelerator, [self.received != 0]))
 
-    def requested(self, accelerator: Accelerator, writes: bool = False) -> StopRequest:
+    def requested(self, accelerator: Accelerator, weights: bool = False, state: bool = False) -> StopRequest:
         """Return on all processes what was asked of any of them by now.
 
         Args:
             accelerator: of the run.
-            writes: True on the main process if it is about to write something anyway.
+            weights: True on the main process if it is about to write weights anyway.
+            state: the same of the training state.
         """
-        asked = [self.received == signal.SIGINT, self.received not in (0, signal.SIGINT), False, False, writes]
+        asked = [self.received == signal.SIGINT, self.received not in (0, signal.SIGINT), False, False, weights, state]
         if accelerator.is_main_process:
             asked[2:4] = [self.take(QUIT_FILE), self.take(SAVE_FILE)]
-        is_interrupted, is_terminated, quits, saves, waits = any_rank(accelerator, asked)
+        is_interrupted, is_terminated, quits, saves, weights, state = any_rank(accelerator, asked)
         code = INTERRUPTED if is_interrupted else TERMINATED if is_terminated else 0 if quits else None
         saves = saves or code is not None
-        return StopRequest(saves, saves or waits, code)
+        return StopRequest(saves or weights, saves or state, code)
 
     def take(self, name: str) -> bool:
         """Return True if there is a file of this name, and remove it, as it counts once."""

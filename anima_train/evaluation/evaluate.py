@@ -7,8 +7,9 @@ import itertools
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from anima_train.core.random import stream
-from anima_train.data.loader import CachedData, read_ahead
+from anima_train.data.loader import Batch, CachedData, read_ahead
 from anima_train.data.plan import BatchSizes, batch_size_for
 from anima_train.distributed.signals import Abandoned, SignalHandler
 from anima_train.objective.losses import Loss
@@ -83,11 +84,23 @@ def evaluate(
     accelerator: Accelerator,
     num_workers: int,
     stopping: SignalHandler,
+    idle_pass: Callable[[], object] | None = None,
 ) -> Evaluation:
     """Measure the losses of one set, of which each process takes its share of the batches.
 
     Nothing is left to chance: dropout is off, captions and their tags are never dropped or shuffled, nothing is
     mirrored.
+
+    Args:
+        transformer: that is measured.
+        eval_set: the set.
+        loss: of a sample.
+        timesteps: the distribution of t.
+        accelerator: device and processes.
+        num_workers: threads that make batches.
+        stopping: the signals.
+        idle_pass: what a process does in a round that has no batch for it: all have to take part in the passes of a
+            divided model; None: nothing.
 
     Raises:
         Abandoned: on all processes, as one of them is to stop.
@@ -97,16 +110,7 @@ def evaluate(
     samples = eval_set.data.samples
     batches = eval_set.batches()
     mine = batches[accelerator.process_index :: accelerator.num_processes]
-
-    def make(point: tuple[tuple[int, ...], int]) -> tuple:
-        indices, column = point
-        chosen = [samples[index] for index in indices]
-        views = [sample.views()[0] for sample in chosen]
-        t = [timesteps.at(QUANTILES[column], sample.size.num_tokens) for sample in chosen]
-        captions = [sample.evaluation_caption() for sample in chosen]
-        noise = [stream(NOISE_SEED, "evaluation", sample.id, column) for sample in chosen]
-        return indices, column, eval_set.data.batch(views, captions, t, noise)
-
+    make = partial(make_batch, eval_set.data, timesteps)
     found: list[tuple[int, int, float]] = []
     made = read_ahead(itertools.product(mine, range(len(QUANTILES))), make, num_threads=num_workers)
     num_rounds = math.ceil(len(batches) / accelerator.num_processes) * len(QUANTILES)
@@ -114,7 +118,11 @@ def evaluate(
         for _ in range(num_rounds):  # as many on every process, as all are asked in each
             if stopping.is_requested(accelerator):
                 raise Abandoned
-            for indices, column, batch in itertools.islice(made, 1):
+            point = next(made, None)
+            if point is None and idle_pass is not None:
+                idle_pass()
+            if point is not None:
+                indices, column, batch = point
                 values = compute_loss(transformer, batch.to(accelerator.device), loss)
                 found.extend((index, column, float(value)) for index, value in zip(indices, values.cpu(), strict=True))
     finally:
@@ -125,6 +133,19 @@ def evaluate(
     for index, column, value in everyone:
         losses[index, column] = value
     return Evaluation(eval_set.name, losses)
+
+
+def make_batch(
+    data: CachedData, timesteps: Timesteps, point: tuple[tuple[int, ...], int]
+) -> tuple[tuple[int, ...], int, Batch]:
+    """Return indices of samples and the column of a quantile, as they came, with the batch at it."""
+    indices, column = point
+    chosen = [data.samples[index] for index in indices]
+    views = [sample.views()[0] for sample in chosen]
+    t = [timesteps.at(QUANTILES[column], sample.size.num_tokens) for sample in chosen]
+    captions = [sample.evaluation_caption() for sample in chosen]
+    noise = [stream(NOISE_SEED, "evaluation", sample.id, column) for sample in chosen]
+    return indices, column, data.batch(views, captions, t, noise)
 
 
 def base_text(results: Iterable[Evaluation], evals: Iterable[EvalSet]) -> str:

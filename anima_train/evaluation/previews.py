@@ -1,7 +1,8 @@
 """The pictures drawn while training, from fixed prompts and noise, in a way that the training does not notice."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ from anima_train.sampling.generate import Request, Transformer, decode, generate
 from anima_train.sampling.pictures import UsedWeights, png_info
 from anima_train.sampling.pipeline import texts_of
 from anima_train.sampling.prompts import PromptStates, context_of, prompt_states
+
+RunPass = Callable[[Callable[[], Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -64,13 +67,14 @@ class Previews:
         release_memory(spec.text_device)
         return cls(requests, states, contexts, spec, folder, name)
 
-    def draw(self, step: int, transformer: MiniTrainDIT, forward: Transformer) -> list[Path]:
+    def draw(self, step: int, transformer: MiniTrainDIT, forward: Transformer, run: RunPass) -> list[Path]:
         """Draw every picture with the weights as they are now, and return the paths.
 
         Args:
             step: the number of steps so far.
             transformer: with what is trained attached.
             forward: computes its velocity, in the precision of the training.
+            run: runs a pass of its LLM adapter.
 
         Raises:
             NumericError: a picture became NaN.
@@ -79,7 +83,7 @@ class Previews:
         was_training = transformer.training
         transformer.eval()
         try:
-            contexts = self.frozen_contexts or self.contexts_now(transformer.llm_adapter)
+            contexts = self.frozen_contexts or self.contexts_now(transformer.llm_adapter, run)
             latents = [self.latents(request, contexts, forward) for request in self.requests]
         finally:
             transformer.train(was_training)
@@ -103,7 +107,7 @@ class Previews:
         """Return drawn pictures for the trackers, (h, w, 3) uint8 by name."""
         return {f"preview/{number}": np.asarray(Image.open(path, formats=["PNG"])) for number, path in enumerate(paths)}
 
-    def contexts_now(self, llm_adapter: LLMAdapter | None) -> Mapping[str, Tensor]:
+    def contexts_now(self, llm_adapter: LLMAdapter | None, run: RunPass) -> Mapping[str, Tensor]:
         """Return the contexts as the LLM adapter in training makes them."""
         assert llm_adapter is not None
-        return {text: context_of(found, llm_adapter) for text, found in self.states.items()}
+        return {text: run(partial(context_of, found, llm_adapter)) for text, found in self.states.items()}

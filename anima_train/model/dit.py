@@ -7,7 +7,7 @@ branches on shapes, and dtypes are the caller's: the residual stream runs in the
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -185,10 +185,10 @@ class Block(nn.Module):
 RunBlock = Callable[..., Tensor]  # (block, and what its forward pass takes) -> tokens
 
 
-def run_block(block: Block, *inputs: Tensor | tuple[Tensor, ...]) -> Tensor:
+def run_block(block: Block, *inputs: Any) -> Tensor:
     """Run a block as it is: nothing compiled, everything kept for the backward pass."""
-    out: Tensor = block(*inputs)
-    return out
+    # Not `block(...)`: what gathers the weights of a divided block is around this, see `model.sharding`.
+    return Block.forward(block, *inputs)
 
 
 class PatchEmbed(nn.Module):
@@ -244,6 +244,7 @@ class MiniTrainDIT(nn.Module):
         self.block_swap: BlockSwap | None = None  # the blocks whose weights wait in the host's memory
         self.folds_zeros = True  # rows of zeros at the end of the text are counted; False: they are computed
         self.modulation_batches: tuple[LinearBatch, LinearBatch] | None = None
+        self.blocks_modulate = False  # True: each block makes its own modulations, see `model.sharding`
         self.rope_tables: dict[tuple[int, int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         self.x_embedder = PatchEmbed((shape.in_channels + 1) * PATCH**2, shape.width)
         self.t_embedder = nn.Sequential(nn.Identity(), TimestepMLP(shape.width))
@@ -305,7 +306,9 @@ class MiniTrainDIT(nn.Module):
         return fold_rows(self.llm_adapter(text.qwen, text.t5_ids, text.qwen_mask, text.t5_mask))
 
     def modulations(self, emb: Float[Tensor, "B D"], shared: Float[Tensor, "B 3*D"]) -> list[tuple[Tensor, ...]]:
-        """Return what modulates each block, as its forward pass takes it."""
+        """Return what modulates each block, as its forward pass takes it; or what it makes that from."""
+        if self.blocks_modulate:
+            return [(emb, shared)] * len(self.blocks)
         if self.modulation_batches is not None:
             first, second = self.modulation_batches
             return split_modulations(second(first(emb)) + shared)

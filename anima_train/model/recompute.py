@@ -52,7 +52,7 @@ def runner(recompute: Recompute) -> RunBlock:
     def run(block: Block, *inputs: Any) -> Tensor:
         if recompute == "nothing" or not torch.is_grad_enabled():  # without gradients nothing is kept anyway
             return run_block(block, *inputs)
-        out: Tensor = checkpoint(block, *inputs, use_reentrant=False, **contexts)
+        out: Tensor = checkpoint(run_block, block, *inputs, use_reentrant=False, **contexts)
         return out
 
     return run

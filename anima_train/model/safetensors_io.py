@@ -16,6 +16,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
+from anima_train.core.divided import whole
 from anima_train.core.errors import ModelFileError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
@@ -248,17 +249,37 @@ def fingerprint(file: TensorFile) -> str:
     return digest.hexdigest()
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    look: Callable[[str, Tensor], object] | None = None,
+) -> None:
     """Write a safetensors file, one tensor after the other; the same content gives the same bytes.
 
     Unlike the safetensors library's own function this holds one tensor at a time in memory, not all of them, and a
     full disk is an OSError. Not atomic by itself: `path` is a temporary one.
+
+    Args:
+        path: of the file.
+        tensors: by name. While one is written of which each process holds a part, the others `take_part`.
+        metadata: of the file.
+        look: called with each name and its tensor on the host before that is written; it may raise.
     """
     header, ordered = header_bytes(tensors, metadata)
     with open(path, "wb") as stream:
         stream.write(header)
-        for _, tensor in ordered:
-            stream.write(byte_view(tensor.detach().cpu().contiguous()))
+        for name, tensor in ordered:
+            found = whole(tensor).detach().cpu().contiguous()
+            if look is not None:
+                look(name, found)
+            stream.write(byte_view(found))
+
+
+def take_part(tensors: Mapping[str, Tensor]) -> None:
+    """Give the parts that this process holds of tensors that another one writes, one tensor after the other."""
+    for _, tensor in in_order(tensors):
+        whole(tensor)
 
 
 def file_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
@@ -269,8 +290,7 @@ def file_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> in
 
 def header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, list[tuple[str, Tensor]]]:
     """Return the first bytes of a file, and the tensors in the order in which they follow."""
-    # Wide types first, as the format's own writer does: every tensor is then aligned to its type.
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    ordered = in_order(tensors)
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     position = 0
     for name, tensor in ordered:
@@ -281,6 +301,14 @@ def header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text, ordered
+
+
+def in_order(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """Return tensors in the order in which a file has them.
+
+    Wide types come first, as in files of the format's own writer: every tensor is then aligned to its type.
+    """
+    return sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
 
 
 def first_five(names: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin, patch_environment
 
 from anima_train.core.device import choose_device
 
@@ -19,10 +20,14 @@ def make_accelerator(autocast: bool, trackers: list[str], folder: Path) -> Accel
         trackers: Accelerate's names of those that it opens.
         folder: of the run, where the trackers write.
     """
-    return Accelerator(
-        cpu=choose_device().type == "cpu",
-        mixed_precision="bf16" if autocast else "no",
-        log_with=trackers or None,
-        project_dir=str(folder),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
-    )
+    # What `distributed.environment` has read is not read again: accelerate would divide the model in its own way.
+    with patch_environment(ACCELERATE_USE_FSDP="false", ACCELERATE_USE_PARALLELISM_CONFIG="false"):
+        return Accelerator(
+            cpu=choose_device().type == "cpu",
+            mixed_precision="bf16" if autocast else "no",
+            dynamo_backend="no",  # the blocks are compiled, by `model.compiled`
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # it would divide the loss
+            log_with=trackers or None,
+            project_dir=str(folder),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
+        )

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -13,12 +14,15 @@ from accelerate import Accelerator
 from anima_train.checkpoint.resume import ResumePoint, find_resume_point
 from anima_train.config.config import Config
 from anima_train.config.ladder import Rung
+from anima_train.config.launch import launch_settings
 from anima_train.config.load import LoadedConfig
 from anima_train.config.resolved import plain
 from anima_train.core.determinism import PRICE
 from anima_train.core.device import DTYPES, describe_device
 from anima_train.distributed.collectives import broadcast_from_main, process_group
 from anima_train.distributed.consistency import check_same_config
+from anima_train.distributed.environment import read_environment
+from anima_train.distributed.launcher import world_size
 from anima_train.distributed.signals import SignalHandler
 from anima_train.run.accelerator import make_accelerator
 from anima_train.run.folder import RunFolder
@@ -44,6 +48,7 @@ class RunContext:
     warnings: WarningsHandler
     stack: contextlib.ExitStack
     memory: MemoryContext
+    divides: bool  # the transformer among the processes
     rung: Rung | None = None  # the settings that `memory` has chosen; None: not yet
 
     @cached_property
@@ -75,6 +80,8 @@ def run_context(loaded: LoadedConfig, resume: bool, resume_path: Path | None) ->
         ConfigError: processes differ, there is nothing to resume, or the folder is in use.
     """
     config = loaded.config
+    launch = read_environment(os.environ, launch_settings(config, world_size()))
+    loaded = replace(loaded, notes=(*loaded.notes, *launch.notes))
     accelerator = make_accelerator(
         config.model.uses_autocast, tracker_names(config.monitoring), Path(config.output_dir) / loaded.run_name
     )
@@ -85,7 +92,7 @@ def run_context(loaded: LoadedConfig, resume: bool, resume_path: Path | None) ->
         if config.deterministic:
             logger.info("%s", PRICE)
         stack.enter_context(process_group(accelerator))
-        loaded = check_same_config(loaded, accelerator)
+        loaded = check_same_config(loaded, accelerator, launch.shards)
         for note in loaded.notes:
             logger.info("note: %s", note)
         point = broadcast_from_main(
@@ -102,5 +109,6 @@ def run_context(loaded: LoadedConfig, resume: bool, resume_path: Path | None) ->
             stack.callback(folder.close)
         signals = stack.enter_context(SignalHandler(folder.path))
         yield RunContext(
-            loaded, accelerator, folder, point, signals, warnings, stack, MemoryContext("loading the model")
-        )
+            loaded, accelerator, folder, point, signals, warnings, stack, MemoryContext("loading the model"),
+            launch.shards,
+        )  # fmt: skip

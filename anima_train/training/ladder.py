@@ -215,7 +215,8 @@ def choose_settings(run: RunContext, spec: ModelSpec, shape: MicroBatchShape, en
         ConfigError: nothing fits into `max_memory_gib`, or the resumed run had others.
     """
     written, accelerator = run.loaded.config, run.accelerator
-    ladder = model_ladder(rungs(written, num_blocks(spec), accelerator.num_processes), run.resume_point.saved)
+    possible = rungs(written, num_blocks(spec), accelerator.num_processes, run.divides)
+    ladder = model_ladder(possible, run.resume_point.saved)
     budget = device_budget(run.device, written.max_memory_gib, written.deterministic)
     least = min(gather_object([budget.num_bytes]))  # of all processes: they take the same rung
     return choose_rung(ladder, spec, shape, encodes, replace(budget, num_bytes=least))

@@ -52,7 +52,7 @@ def restore(
 
     facts = broadcast_from_main(run.accelerator, checked)
     if saved is not None:
-        load_state(saved, state.transformer, state.optimizer, state.ema)
+        load_state(saved, state.transformer, state.optimizer, state.ema, state.shards)
         state.step = saved.manifest.step
     state.samples_seen = sum(times_seen(plan, schedule, state.step))
     if run.is_main:

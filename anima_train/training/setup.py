@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 from torch import nn
 from torch.optim import Optimizer
@@ -20,7 +21,7 @@ from anima_train.model.attention_choice import AttentionChoice, AttentionShape, 
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.loading import ModelSpec
 from anima_train.optim.ema import WeightAverage
-from anima_train.optim.groups import group_rows
+from anima_train.optim.groups import group_rows, optimizer_groups
 from anima_train.optim.lr_schedules import lr_factor
 from anima_train.optim.moved import MovedShare
 from anima_train.optim.release import GradientRelease
@@ -29,10 +30,14 @@ from anima_train.training.anomalies import SkippedUpdates, SpikeDetector
 from anima_train.training.build import block_runner, build_optimizer, load_trained, plan_run, swap_text
 from anima_train.training.context import RunContext
 from anima_train.training.costs import memory_suggestions
+from anima_train.training.divided import divide
 from anima_train.training.memory import MicroBatchShape, memory_errors
 from anima_train.training.memory_check import largest_shapes
 from anima_train.training.prepare import Prepared
 from anima_train.training.summary import groups_text, plan_text
+
+if TYPE_CHECKING:
+    from anima_train.model.sharding import Shards  # takes long to import
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +51,7 @@ class TrainState:
     optimizer: Optimizer
     ema: WeightAverage | None
     lr_factor: Callable[[int], float]  # on every group's base rate, of a step, 0 the first
+    shards: "Shards | None" = None  # what this process holds of a divided transformer
     step: int = 0  # optimizer steps that are done
     samples_seen: int = 0  # in them
     release: GradientRelease | None = None  # where the update is a part of the backward pass
@@ -165,18 +171,24 @@ def build_model(run: RunContext, spec: ModelSpec, num_steps: int) -> TrainState:
     transformer, groups = load_trained(
         spec, config.adapter, rates, config.seed, config.optimizer.weight_decay, run_block, config.blocks_to_swap
     )
-    optimizer, release = build_optimizer(config.optimizer, groups, config.seed, transformer.block_swap)
-    if transformer.block_swap is not None:
-        logger.info("%s", swap_text(transformer.block_swap, config.gradient_accumulation_steps, spec.device))
     for line in groups_text(group_rows(transformer, rates)):
         logger.info("%s", line)
     patient_barrier(run.accelerator)  # one process has encoded prompts, each has read the model
-    model = run.accelerator.prepare(transformer, device_placement=[False])  # it is there, its swapped blocks are not
-    ema = None if config.ema is None else WeightAverage(trained_parameters(transformer), config.ema)
+    shards = None
+    if run.divides:
+        shards = divide(run, transformer, spec.dtype if config.model.uses_autocast else None)
+        groups = optimizer_groups(shards.parameters.items(), rates, config.optimizer.weight_decay)
+    optimizer, release = build_optimizer(config.optimizer, groups, config.seed, transformer.block_swap)
+    if transformer.block_swap is not None:
+        logger.info("%s", swap_text(transformer.block_swap, config.gradient_accumulation_steps, spec.device))
+    # It is on its device, and its swapped blocks are not to be.
+    model = run.accelerator.prepare(transformer, device_placement=[False]) if shards is None else transformer
+    trained = trained_parameters(transformer) if shards is None else shards.parameters
+    ema = None if config.ema is None else WeightAverage(trained, config.ema)
 
     def factor(step: int) -> float:
         if config.force_constant_lr is not None:
             return 1.0
         return lr_factor(config.lr_scheduler, step, num_steps, config.warmup_steps)
 
-    return TrainState(transformer, model, optimizer, ema, factor, release=release)
+    return TrainState(transformer, model, optimizer, ema, factor, shards, release=release)

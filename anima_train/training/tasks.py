@@ -1,17 +1,19 @@
 """The work of a run between steps: evaluations, previews, saved weights and training states."""
 
+import contextlib
 import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from anima_train.checkpoint.async_writer import AsyncWriter, Groups
-from anima_train.checkpoint.training_state import StateManifest, save_state, state_tensors
+from anima_train.checkpoint.training_state import StateManifest, save_state, state_tensors, take_part_in
 from anima_train.checkpoint.weights import save_weights, weights_metadata, weights_to_save
 from anima_train.config.resolved import plain
 from anima_train.core.device import DTYPES
@@ -23,11 +25,13 @@ from anima_train.distributed.collectives import patient_barrier
 from anima_train.distributed.signals import Abandoned
 from anima_train.evaluation.evaluate import base_text, evaluate, read_base
 from anima_train.evaluation.previews import Previews
+from anima_train.model.safetensors_io import open_header, read_tensors
 from anima_train.run.intervals import next_event
 from anima_train.run.manifest import seen_facts
 from anima_train.training.anomalies import naming, step_names
 from anima_train.training.build import all_intervals
 from anima_train.training.context import RunContext
+from anima_train.training.divided import LLM_ADAPTER, TRANSFORMER, divided_passes, whole_pass
 from anima_train.training.late import LateSteps
 from anima_train.training.memory import MicroBatchShape
 from anima_train.training.metrics import MadeStep, StepLogger
@@ -59,7 +63,22 @@ class PeriodicTasks:
     def __post_init__(self) -> None:
         self.writer = self.context.stack.enter_context(AsyncWriter())  # closed with the run
         self.late = self.context.stack.enter_context(LateSteps(self.lag, self.log_step, self.check_skipped))
+        self.lockstep = None if self.state.shards is None else divided_passes(self.context, self.state)
         self.intervals = all_intervals(self.context.config, time.monotonic())
+
+    @property
+    def writes(self) -> bool:
+        """True on processes that take part in saving: the main one, and all if the model is divided among them."""
+        return self.context.is_main or self.state.shards is not None
+
+    def write(self, groups: Groups, job: Callable[[Groups], object]) -> None:
+        """Have the main process write tensors, behind the steps; of a divided model at once, all processes together."""
+        if self.state.shards is None:
+            self.writer.write(groups, job)
+        elif self.context.is_main:
+            job(groups)
+        else:
+            take_part_in(groups)
 
     def before_first_step(self) -> list[str]:
         """Return the names of what is to be done before the first step, or was left by a process that had to stop."""
@@ -84,15 +103,15 @@ class PeriodicTasks:
         if looks:
             self.late.tell_all()
         pending = self.run(looks)
-        writes = context.is_main and (due["save"] or due["training state"])
-        request = context.signals.requested(context.accelerator, writes)
+        writes = [context.is_main and due[name] for name in ("save", "training state")]  # the others' clocks differ
+        request = context.signals.requested(context.accelerator, *writes)
         is_last = state.step == self.schedule.num_steps
         if request.waits or is_last:
             self.late.tell_all()  # not before the request: all processes do it in the same step
-        if context.is_main:
-            if (due["save"] or request.saves) and not is_last:
+        if self.writes:
+            if request.weights and not is_last:
                 self.save_weights(state.step)
-            if due["training state"] or request.saves:
+            if request.state:
                 self.save_state(state.step, pending)
         if request.exit_code is not None and (pending or not is_last):
             self.wait_for_writes()
@@ -126,11 +145,12 @@ class PeriodicTasks:
             Abandoned: the run is to stop; nothing is logged.
         """
         context, config, state = self.context, self.context.config, self.state
+        idle = None if state.shards is None else partial(whole_pass, state.transformer, context.device)
         with state.averaged():
             results = [
                 evaluate(
                     state.model, eval_set, config.loss(), config.timesteps(), context.accelerator, config.num_workers,
-                    context.signals,
+                    context.signals, idle,
                 )
                 for eval_set in self.data.evals
             ]  # fmt: skip
@@ -153,23 +173,32 @@ class PeriodicTasks:
         Raises:
             Abandoned: the run is to stop.
         """
-        previews, state, signals = self.previews, self.state, self.context.signals
+        previews, state, lockstep = self.previews, self.state, self.lockstep
         if previews is None:
+            if lockstep is not None:
+                with state.averaged():
+                    lockstep.follow()
             return
         model = self.context.accelerator.unwrap_model(state.model, keep_fp32_wrapper=True)
 
+        def lead(kind: int, make: Callable[[], Tensor]) -> Tensor:
+            if lockstep is not None:
+                return lockstep.lead(kind, make)
+            self.context.signals.leave_if_requested()
+            return make()
+
         def forward(latents: Tensor, t: Tensor, context: Tensor) -> Tensor:
-            signals.leave_if_requested()
-            velocity: Tensor = model(latents, t, context)
-            return velocity
+            return lead(TRANSFORMER, lambda: model(latents, t, context))
 
         try:
-            with state.averaged():
-                paths = previews.draw(state.step, state.transformer, forward)
+            with state.averaged(), contextlib.nullcontext() if lockstep is None else lockstep.leading():
+                paths = previews.draw(state.step, state.transformer, forward, partial(lead, LLM_ADAPTER))
             pictures = previews.pictures(paths)
         except (Abandoned, Interrupted):
             raise
-        except Exception as error:  # noqa: BLE001  # whatever it is, the training goes on
+        except Exception as error:
+            if lockstep is not None and lockstep.is_broken:
+                raise  # the others are in a pass that this process has left
             logger.warning("no preview (%s)", error, extra={"step": state.step})
             return
         logger.info("step %d: %s in %s", state.step, count(len(paths), "preview"), previews.folder)
@@ -188,7 +217,7 @@ class PeriodicTasks:
 
         def write(groups: Groups) -> None:
             save_weights(path, groups["weights"], metadata)
-            if config.adapter.is_without_effect(groups["weights"]):
+            if config.adapter.is_without_effect(read_tensors(open_header(path))):
                 text = "%s changes nothing: every lora_B in it is zero; is the learning rate too low?"
                 logger.warning(text, path.name, extra={"step": done})
             if step is not None:
@@ -197,7 +226,7 @@ class PeriodicTasks:
         with self.state.averaged():
             dtype = None if config.save_dtype is None else DTYPES[config.save_dtype]
             tensors = weights_to_save(config.adapter, self.state.transformer, self.data.spec.files, dtype)
-            self.writer.write({"weights": tensors}, write)
+            self.write({"weights": tensors}, write)
         return path
 
     def save_state(self, step: int, pending: Sequence[str] = ()) -> None:
@@ -217,7 +246,7 @@ class PeriodicTasks:
             folder.sync()  # what was logged before the state
             save_state(folder.checkpoints, facts, groups, keep_last)
 
-        self.writer.write(state_tensors(state.transformer, state.optimizer, state.ema), write)
+        self.write(state_tensors(state.transformer, state.optimizer, state.ema, state.shards), write)
 
     def log_step(self, made: MadeStep) -> None:
         """Log a step's numbers; warn of an update that was skipped, with the images of the step."""
@@ -235,7 +264,7 @@ class PeriodicTasks:
         """
         skipped = self.state.skipped
         if skipped.is_over:
-            if self.context.is_main and self.state.release is None:
+            if self.writes and self.state.release is None:
                 self.save_state(made.number - skipped.in_a_row)  # nothing has changed since, see `UpdateGuard`
             self.wait_for_writes()
         skipped.check(is_saved=self.state.release is None)
@@ -243,8 +272,9 @@ class PeriodicTasks:
     def finish(self) -> Path:
         """Save the weights after the last step, and note that the run has come to its end; return their path."""
         folder = self.context.folder
-        if self.context.is_main:
+        if self.writes:
             self.save_weights(None)
+        if self.context.is_main:
             self.writer.wait()
             seen = seen_facts(self.plan, self.schedule, self.schedule.num_steps)
             write_text(folder.path / "seen.json", json.dumps(seen, indent=1))

@@ -3,12 +3,15 @@
 import contextlib
 import logging
 import math
+import os
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from anima_train.config.launch import launch_settings
 from anima_train.config.load import LoadedConfig
 from anima_train.config.model_files import build_model_spec
 from anima_train.core.determinism import deterministic_kernels
@@ -16,6 +19,8 @@ from anima_train.core.device import choose_device, describe_device
 from anima_train.core.random import derive
 from anima_train.core.transfers import HostCopy, is_asynchronous
 from anima_train.data.loader import Batch
+from anima_train.distributed.clipping import clip_gradients
+from anima_train.distributed.environment import read_environment
 from anima_train.distributed.launcher import rank, world_size
 from anima_train.objective.step import compute_loss
 from anima_train.optim.by_block import step_by_block
@@ -24,6 +29,7 @@ from anima_train.run.log import logged_to, terminal
 from anima_train.training.anomalies import UpdateGuard
 from anima_train.training.build import check_compiler, check_release
 from anima_train.training.context import RunContext, run_context
+from anima_train.training.divided import check_can_divide
 from anima_train.training.dry_run import describe_run
 from anima_train.training.ladder import build_fitting_model
 from anima_train.training.metrics import MadeStep, StepLogger, StepSums, rates_in_use
@@ -55,6 +61,8 @@ def run_training(
         with deterministic_kernels(loaded.config.deterministic), run_context(loaded, resume, resume_path) as run:
             return train(run)
     config, device = loaded.config, choose_device()
+    launch = read_environment(os.environ, launch_settings(config, world_size()))
+    loaded = replace(loaded, notes=(*loaded.notes, *launch.notes))
     if rank() == 0:
         with logged_to(terminal(is_main=True)):
             spec = build_model_spec(config, device)
@@ -78,6 +86,8 @@ def train(run: RunContext, lag: int | None = None) -> Path:
     """
     config = run.config
     check_compiler(config.compile, run.device)
+    if run.divides:
+        check_can_divide(config.optimizer, config.blocks_to_swap, config.model.quantization)
     # Data: everything into the cache, then the plan of every batch.
     data = prepare_data(run.loaded, run.accelerator, trains=True)
     plan, schedule = build_plan(run, data)
@@ -141,7 +151,8 @@ def train_step(
         sums.add(share, losses, on_device, mine.is_padding)
 
     if state.release is None:
-        grad_norm = accelerator.clip_grad_norm_(state.parameters, config.gradient_clipping or math.inf)
+        is_divided = state.shards is not None
+        grad_norm = clip_gradients(accelerator, state.parameters, config.gradient_clipping or math.inf, is_divided)
     else:
         grad_norm = state.release.end()
     totals = sums.take(accelerator)  # of all processes, as is the norm: all skip together
