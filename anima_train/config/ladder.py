@@ -97,9 +97,8 @@ def rungs(config: Config, num_blocks: int, num_processes: int = 1, divides: bool
 
 def steps(config: Config, num_blocks: int) -> Iterator[Values]:
     """Yield the settings of each rung, whether or not they are free."""
-    swaps: list[Values] = [
-        {POLICY: "offload", SWAP: num_blocks * quarter // SWAP_STEPS} for quarter in range(1, SWAP_STEPS + 1)
-    ]
+    numbers = (num_blocks * part // SWAP_STEPS for part in range(1, SWAP_STEPS + 1))
+    swaps: list[Values] = [{POLICY: "offload", SWAP: number} for number in numbers if number]
     policies: list[Values] = [{}, {POLICY: "selective"}, {POLICY: True}, {POLICY: "offload"}]
     trains_all = isinstance(config.adapter, Full)
     on_host: Values = {PLACE: "cpu"} if trains_all else {}

@@ -216,8 +216,25 @@ def hadamard(size: int, device: torch.device) -> Float[Tensor, "n n"]:
 
 def rotate(x: Float[Tensor, "N D"], rotation: Float[Tensor, "n n"]) -> Float[Tensor, "N D"]:
     """Rotate each group of n values of each row."""
-    size = rotation.shape[0]
-    return x if size == 1 else (x.unflatten(-1, (-1, size)) @ rotation).flatten(-2)
+    if rotation.shape[0] == 1:
+        return x
+    return rotated_rows(x, rotation) if torch.compiler.is_compiling() else rotate_rows(x, rotation)
+
+
+def rotated_rows(x: Tensor, rotation: Tensor) -> Tensor:
+    """Return the same; a compiler sees the operations."""
+    return (x.unflatten(-1, (-1, rotation.shape[0])) @ rotation).flatten(-2)
+
+
+@torch.library.custom_op("anima_train::rotate_rows", mutates_args=())
+def rotate_rows(x: Tensor, rotation: Tensor) -> Tensor:
+    """Return the same, as an operation of its own: selective checkpointing does not keep it as it keeps products."""
+    return rotated_rows(x, rotation)
+
+
+@rotate_rows.register_fake
+def _(x: Tensor, rotation: Tensor) -> Tensor:
+    return torch.empty_like(x)
 
 
 def quantize_linear(

@@ -103,7 +103,8 @@ class Choice:
     def reason(self) -> list[str]:
         """The settings that were chosen, and what it would be with those before them; nothing if there are none."""
         if not self.rung.settings:
-            return []
+            is_idle = len(self.rungs) == 1 and "memory" in self.rung.config.model_fields_set
+            return [f'memory = "{self.mode}" has no effect, as all that it could set is written'] if is_idle else []
         text, before = f'memory = "{self.mode}" sets {self.rung.price}', self.index - 1
         if before >= 0:
             text += f"; {self.rungs[before]} would take {format_bytes(self.costs[before])}"

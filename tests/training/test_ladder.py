@@ -1,7 +1,7 @@
 """The choice of settings that save memory: by the estimate, confirmed by a trial, the same when a run is resumed."""
 
-import json
 import logging
+import re
 import sys
 
 import pytest
@@ -158,17 +158,18 @@ def test_a_resumed_run_begins_with_the_rung_that_it_had(trainer, full_memory):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit a process's memory")
-def test_a_run_that_does_not_fit_as_it_is_fits_further_down(trainer, images_drawer, command, tmp_path):
-    """Memory really runs out, in this process, and it goes on."""
+def test_memory_that_really_runs_out_is_answered_rung_by_rung_in_one_process(trainer, images_drawer, command, tmp_path):
     folder = images_drawer(tmp_path / "images", [(256, 256)] * 2)
     dataset = {"resolutions": [256], "directory": [{"path": str(folder), "num_repeats": 32}]}
     trainer("cached", dataset=dataset, max_steps=1)
     config = trainer.config("big", dataset=dataset, micro_batch_size_per_gpu=64)
-    result = command([sys.executable, "-c", LIMITED, str(config), "700"])
-    assert result.returncode == 0, result.stderr
-    assert "memory ran out in the trial with the settings as they are written" in result.stderr + result.stdout
-    manifest = json.loads((trainer.folder / "runs" / "big" / "manifest.json").read_text())
-    assert manifest["memory"][POLICY] in ("selective", True)
+    result = command([sys.executable, "-c", LIMITED, str(config), "250"])
+    assert result.returncode == 6, result.stderr
+    said = result.stderr + result.stdout
+    rungs_tried = re.findall(r"memory ran out in the trial with (.+?); the next rung is tried", said)
+    policies = [f"{POLICY} = {policy}" for policy in ('"selective"', "true")]
+    assert rungs_tried == ["the settings as they are written", *policies]
+    assert f'a trial before the first step with {POLICY} = "offload", as memory has chosen, with 64 images' in said
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -197,3 +198,10 @@ def test_a_resumed_run_keeps_what_its_results_depend_on(trainer):
         trainer("run", resume=True, max_steps=2, **changes)
     again = trainer("run", resume=True, max_steps=2, memory="fast", **changes)  # which has this rung, too
     assert again.manifest["memory"] == low.manifest["memory"]
+
+
+def test_a_ladder_without_anything_to_set_is_told(trainer, caplog):
+    caplog.set_level(logging.INFO)
+    written = {POLICY: True, "blocks_to_swap": 0, "model": {"transformer_dtype": "float32"}, "max_steps": 1}
+    trainer(memory="low", **written)
+    assert 'memory = "low" has no effect, as all that it could set is written' in caplog.text
