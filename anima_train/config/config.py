@@ -6,6 +6,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from anima_train.adapters.full import Full
 from anima_train.adapters.lora import Lora
+from anima_train.config.combinations import average_fault, optimizer_fault
 from anima_train.config.sections import EvalDataset, Monitoring, Sampling
 from anima_train.config.values import BatchSizes, ComputeDtype, Dtype, Folder, WeightsDtype, plain_name  # fmt: skip
 from anima_train.core.settings import Settings, quoted
@@ -18,7 +19,7 @@ from anima_train.objective.timesteps import Timesteps
 from anima_train.optim.ema import Ema
 from anima_train.optim.groups import COMPONENTS, Component, LearningRates
 from anima_train.optim.lr_schedules import Constant, ScheduleSetting
-from anima_train.optim.optimizers import SCHEDULE_FREE, AnyOptimizer
+from anima_train.optim.optimizers import AnyOptimizer
 
 EVAL_INTERVALS = ("eval_every_n_epochs", "eval_every_n_steps", "eval_every_n_examples")
 STATE_INTERVALS = ("checkpoint_every_n_epochs", "checkpoint_every_n_steps", "checkpoint_every_n_minutes")
@@ -368,51 +369,20 @@ class Config(Settings):
             raise ValueError("lr is 0 for every component that could be trained; nothing would be")
         return value
 
-    @field_validator("ema")
-    @classmethod
-    def finds_weights(cls, value: Ema | None, earlier: ValidationInfo) -> Ema | None:
-        """Refuse an average of weights that are not all on the device."""
-        if value is not None and earlier.data.get("blocks_to_swap") and isinstance(earlier.data.get("adapter"), Full):
-            raise ValueError(
-                "follows weights on the device, where blocks_to_swap does not keep them; remove one of them"
-            )
-        return value
-
     @field_validator("optimizer")
     @classmethod
-    def can_release_gradients(cls, value: AnyOptimizer, earlier: ValidationInfo) -> AnyOptimizer:
-        """Refuse updates in the backward pass where they would need what is known only after it."""
-        if value.releases_gradients and earlier.data.get("gradient_clipping"):
-            raise ValueError(
-                f"gradient_release excludes gradient_clipping (it is {earlier.data['gradient_clipping']:g}): the norm "
-                "is known only after the last update; set gradient_clipping = 0, or remove gradient_release"
-            )
-        if value.releases_gradients and earlier.data.get("gradient_accumulation_steps", 1) > 1:
-            raise ValueError(
-                "gradient_release excludes gradient_accumulation_steps (it is "
-                f"{earlier.data['gradient_accumulation_steps']}): a gradient is gone before the next micro-batch; set "
-                "1 and a larger micro_batch_size_per_gpu, or remove gradient_release"
-            )
-        return value
-
-    @field_validator("optimizer")
-    @classmethod
-    def updates_by_block(cls, value: AnyOptimizer, earlier: ValidationInfo) -> AnyOptimizer:
-        """Refuse an optimizer that looks at all weights where they are not all there."""
-        trains_all, swaps = isinstance(earlier.data.get("adapter"), Full), bool(earlier.data.get("blocks_to_swap"))
-        if value.type in SCHEDULE_FREE and trains_all and swaps:
-            raise ValueError(
-                f"{value.type} excludes blocks_to_swap in a full fine-tune: it has to look at all weights at once, and "
-                'swapped blocks are updated one after the other; take "adamw_optimi", or remove blocks_to_swap'
-            )
+    def fits_optimizer(cls, value: AnyOptimizer, earlier: ValidationInfo) -> AnyOptimizer:
+        """Refuse an optimizer that cannot work with keys above it."""
+        if (fault := optimizer_fault(value, earlier.data)) is not None:
+            raise ValueError(fault)
         return value
 
     @field_validator("ema")
     @classmethod
-    def one_average(cls, value: Ema | None, earlier: ValidationInfo) -> Ema | None:
-        """Refuse a second average of the weights."""
-        if value is not None and getattr(earlier.data.get("optimizer"), "type", "") in SCHEDULE_FREE:
-            raise ValueError("excludes a schedule-free optimizer, which has an average of its own; remove [ema]")
+    def fits_average(cls, value: Ema | None, earlier: ValidationInfo) -> Ema | None:
+        """Refuse an average that cannot work with keys above it."""
+        if (fault := average_fault(value, earlier.data)) is not None:
+            raise ValueError(fault)
         return value
 
     # What the rooms below take, made from the flat keys ---------------------------------------------------------------

@@ -1,0 +1,50 @@
+"""Settings that exclude each other, and the reasons."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from anima_train.adapters.full import Full
+from anima_train.optim.ema import Ema
+from anima_train.optim.optimizers import SCHEDULE_FREE, AnyOptimizer
+
+
+def optimizer_fault(optimizer: AnyOptimizer, earlier: Mapping[str, Any]) -> str | None:
+    """Return what an optimizer cannot work with, and what to do; None if it can with all of it.
+
+    Args:
+        optimizer: the table.
+        earlier: the keys above it in the main file that are valid.
+    """
+    clipping, accumulation = earlier.get("gradient_clipping"), earlier.get("gradient_accumulation_steps", 1)
+    if optimizer.releases_gradients and clipping:
+        return (
+            f"gradient_release excludes gradient_clipping (it is {clipping:g}): the norm is known only after the last "
+            "update; set gradient_clipping = 0, or remove gradient_release"
+        )
+    if optimizer.releases_gradients and accumulation > 1:
+        return (
+            f"gradient_release excludes gradient_accumulation_steps (it is {accumulation}): a gradient is gone before "
+            "the next micro-batch; set 1 and a larger micro_batch_size_per_gpu, or remove gradient_release"
+        )
+    if optimizer.type in SCHEDULE_FREE and swaps_what_is_trained(earlier):
+        return (
+            f"{optimizer.type} excludes blocks_to_swap in a full fine-tune: it has to look at all weights at once, and "
+            'swapped blocks are updated one after the other; take "adamw_optimi", or remove blocks_to_swap'
+        )
+    return None
+
+
+def average_fault(average: Ema | None, earlier: Mapping[str, Any]) -> str | None:
+    """Return what an average of the weights cannot work with, and what to do; None if it can with all of it."""
+    if average is None:
+        return None
+    if swaps_what_is_trained(earlier):
+        return "follows weights on the device, where blocks_to_swap does not keep them; remove one of them"
+    if getattr(earlier.get("optimizer"), "type", "") in SCHEDULE_FREE:
+        return "excludes a schedule-free optimizer, which has an average of its own; remove [ema]"
+    return None
+
+
+def swaps_what_is_trained(earlier: Mapping[str, Any]) -> bool:
+    """Return True for a full fine-tune that swaps blocks."""
+    return bool(earlier.get("blocks_to_swap")) and isinstance(earlier.get("adapter"), Full)
