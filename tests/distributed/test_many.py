@@ -141,6 +141,8 @@ def test_any_number_of_processes_gives_the_numbers_of_one_and_resumes_from_any(t
     assert result.stderr.count("no preview (a broken preview)") + result.stdout.count("no preview (a broken") == 1
     more, _ = train_all(
         4,
+        ("lora4", lora, False),
+        ("full4", full, False),
         ("lora4d", {**lora, **divided}, False),
         ("full4d", {**full, **divided}, False),
         ("moved", {**full, **divided}, True),
@@ -148,7 +150,10 @@ def test_any_number_of_processes_gives_the_numbers_of_one_and_resumes_from_any(t
     trainer("moved", resume=True, gradient_accumulation_steps=4, **{**full, "max_steps": STEPS + 2})
     trainer("whole", gradient_accumulation_steps=4, **{**full, "max_steps": STEPS + 2})
 
-    for kind, names in (("full", ("full2", "full2d", "full4d", "again2d")), ("lora", ("lora2", "lora2d", "lora4d"))):
+    for kind, names in (
+        ("full", ("full2", "full4", "full2d", "full4d", "again2d")),
+        ("lora", ("lora2", "lora4", "lora2d", "lora4d")),
+    ):
         expected, tensors = numbers(trainer, f"{kind}1"), weights(trainer, f"{kind}1")
         for name in names:
             assert numbers(trainer, name) == pytest.approx(expected, rel=1e-5), name
