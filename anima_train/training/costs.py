@@ -36,7 +36,7 @@ KEPT_VALUES: dict[tuple[Literal["lora", "full"], bool], dict[Recompute, float]] 
 TEMPORARY_VALUES: dict[tuple[Literal["lora", "full"], bool], float] = {
     ("lora", False): 6.0, ("full", False): 9.0, ("lora", True): 16.0, ("full", True): 9.0,
 }  # fmt: skip
-TEMPORARY_INT8 = 20.0  # of a LoRA on weights in int8: sums of integers have 4 bytes
+TEMPORARY_INT8 = 17.0  # of a LoRA on weights in int8: sums of integers have 4 bytes
 # Bytes per element of the largest matrix while it is updated: an update in the backward pass adds to the peak of that.
 # Counted for Kahan AdamW on CUDA tensors without values: 0.31 GiB.
 UPDATE_BYTES = 20

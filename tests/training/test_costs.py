@@ -146,7 +146,7 @@ def test_the_estimate_of_weights_of_a_byte_is_the_peak_of_a_whole_step(step_peak
     adapter, optimizer = ADAPTERS["lora"], OPTIMIZERS["lora"]
     counted, model = step_peak(adapter, False, policy, optimizer, quantization=quantization)
     estimate = estimate_of(model, adapter, optimizer, policy, quantization)
-    assert estimate == pytest.approx(counted, abs=0.07 * 2**30)
+    assert estimate == pytest.approx(counted, abs=(0.12 if policy == "nothing" else 0.07) * 2**30)
 
 
 def estimate_of(model, adapter, optimizer, policy, transformer_dtype="bfloat16", **changes):
