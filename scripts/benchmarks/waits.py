@@ -201,11 +201,11 @@ def load(folder: Path, changes: Mapping[str, Any]) -> LoadedConfig:
     return load_config(path, [])
 
 
-def accelerator_on(device: torch.device, dtype: str) -> Accelerator:
+def accelerator_on(device: torch.device, autocast: bool) -> Accelerator:
     """Return a run's accelerator, on this device even where Accelerate finds no GPU."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()  # Accelerate keeps one configuration per process
-    accelerator = make_accelerator(dtype, [], Path())
+    accelerator = make_accelerator(autocast, [], Path())
     PartialState().device = accelerator.state.device = device
     return accelerator
 
@@ -213,8 +213,9 @@ def accelerator_on(device: torch.device, dtype: str) -> Accelerator:
 def context(loaded: LoadedConfig, folder: Path) -> RunContext:
     """Return the context of a run on the device."""
     return RunContext(
-        loaded, accelerator_on(CUDA, loaded.config.model.dtype), RunFolder(folder / "runs", "run"), ResumePoint("run"),
-        SignalHandler(folder), WarningsHandler(), contextlib.ExitStack(), MemoryContext("counting"),
+        loaded, accelerator_on(CUDA, loaded.config.model.uses_autocast), RunFolder(folder / "runs", "run"),
+        ResumePoint("run"), SignalHandler(folder), WarningsHandler(), contextlib.ExitStack(), MemoryContext("counting"),
+        divides=False,
     )  # fmt: skip
 
 

@@ -59,7 +59,7 @@ def test_conditions_do_not_depend_on_order_or_threads(encoder):
     assert all(torch.equal(found[caption], expected[caption]) for caption in CAPTIONS)
 
 
-@pytest.mark.parametrize("adapter_lr", [0, 1e-3])
+@pytest.mark.parametrize("adapter_lr", [pytest.param(0, marks=pytest.mark.slow), 1e-3])
 def test_losses_are_those_of_cached_captions(trainer, adapter_lr, error):
     model = {"llm_adapter_lr": adapter_lr}
     cached = torch.tensor(trainer("cached", model=model, uncond_fraction=0.3).losses)

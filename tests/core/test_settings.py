@@ -90,7 +90,7 @@ def problems(**data: Any):
         ({"number": {"int": 3}}, {"number": "found a table, expected an integer or a list"}),
         ({"number": [[1, None]]}, {"number[0][1]": "found null (NoneType), expected an integer"}),
         ({"colour": {"type": "blue", "width": ["1"]}}, {"colour.width[0]": 'found "1" (text), expected a number'}),
-        ({"colour": {"type": "blue", "blue": 1}}, {"colour.blue": "unknown key"}),
+        ({"colour": {"type": "blue", "blue": 1}}, {"colour.blue": 'unknown key; "blue" has width'}),
         ({"colour": {"type": "blue", "depth": 1}}, {"colour.depth": 'unknown key of type "blue"; only "red" has it'}),
         ({"colour": {"type": "bleu"}},
          {"colour.type": 'found "bleu" (text), expected one of "red", "blue"; did you mean "blue"?'}),

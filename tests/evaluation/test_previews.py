@@ -41,7 +41,7 @@ def test_training_is_bitwise_the_same_with_previews(trainer, adapter_lr):
     assert names == [f"s{step:06d}_{number:02d}.png" for step in (0, 2, 4) for number in (0, 1)]
 
 
-@pytest.mark.parametrize("adapter_lr", [0, 1e-2])
+@pytest.mark.parametrize("adapter_lr", [0, pytest.param(1e-2, marks=pytest.mark.slow)])
 def test_the_last_preview_is_what_the_saved_lora_draws(trainer, tmp_path, adapter_lr):
     keys = {"model": {"llm_adapter_lr": adapter_lr}, "optimizer": {"lr": 3e-2}}
     run = trainer(sampling=SAMPLING, **keys)

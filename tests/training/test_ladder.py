@@ -172,6 +172,7 @@ def test_memory_that_really_runs_out_is_answered_rung_by_rung_in_one_process(tra
     assert f'a trial before the first step with {POLICY} = "offload", as memory has chosen, with 64 images' in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_the_rung_of_least_memory_trains_as_the_first(trainer, kind):
     """Of "auto": swapped blocks, moments on the host and released gradients move no bit."""
@@ -190,6 +191,7 @@ def test_the_rung_of_least_memory_trains_as_the_first(trainer, kind):
     assert all(torch.equal(tensor, whole.weights[name]) for name, tensor in found.weights.items())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_what_its_results_depend_on(trainer):
     changes = {"run_name": "run", "checkpoint_every_n_steps": 1, "model": {"dtype": "bfloat16"}}
     low = trainer("run", max_steps=1, memory="low", **changes)

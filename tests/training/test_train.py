@@ -147,6 +147,7 @@ def test_two_processes_give_the_losses_of_one(trainer, error):
         assert error(two.weights[key], value) < 1e-3, key
 
 
+@pytest.mark.slow
 def test_padding_of_a_short_step_changes_nothing(trainer, error):
     # Three buckets and so three micro-batches an epoch: in every second step one process has padding alone.
     changes = {"epochs": 2, "max_steps": None, "micro_batch_size_per_gpu": 3}
