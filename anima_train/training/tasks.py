@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -165,7 +166,12 @@ class PeriodicTasks:
             folder.log(folder.evaluations_path, {"step": state.step, "examples": state.samples_seen, **values})
             logger.info("step %d: %s/loss %.5f", state.step, result.name, values[f"{result.name}/loss"])
             self.log.trackers.log(values, self.log.x(state.step, state.samples_seen))
-        self.scores = {state.step: sum(float(result.losses.mean()) for result in results) / len(results)}
+        score = sum(float(result.losses.mean()) for result in results) / len(results)
+        self.scores = {state.step: score} if math.isfinite(score) else {}  # such a step is not the best one
+        for result in results:
+            if not math.isfinite(float(result.losses.mean())):
+                text = "the loss of the evaluation set %s is not finite; a state of this step is not kept as the best"
+                logger.warning(text, result.name, extra={"step": state.step})
 
     def preview(self) -> None:
         """Draw the previews, if this process does; a failure is a warning.
@@ -218,8 +224,12 @@ class PeriodicTasks:
         def write(groups: Groups) -> None:
             save_weights(path, groups["weights"], metadata)
             if config.adapter.is_without_effect(read_tensors(open_header(path))):
-                text = "%s changes nothing: every lora_B in it is zero; is the learning rate too low?"
-                logger.warning(text, path.name, extra={"step": done})
+                has_masks = any(sample.has_mask for sample in self.plan.samples)
+                asked = (
+                    "do the masks leave anything to train (white is)?" if has_masks else "is the learning rate too low?"
+                )
+                text = "%s changes nothing: every lora_B in it is zero; %s"
+                logger.warning(text, path.name, asked, extra={"step": done})
             if step is not None:
                 logger.info("step %d: saved %s", step, path)
 

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import shutil
 import sys
 import tomllib
@@ -495,3 +496,27 @@ def test_text_encoder_of_another_size_is_refused(trainer, tiny, tmp_path):
     save_file(adapter, tmp_path / "adapter.safetensors")
     with pytest.raises(ModelFileError, match="gives states of width 64, and the LLM adapter reads 48"):
         trainer(model={"llm_adapter_path": str(tmp_path / "adapter.safetensors")})
+
+
+def test_an_evaluation_that_is_not_finite_is_told_and_its_state_is_not_the_best(trainer, images_drawer, caplog):
+    """One update this large, and the model gives nothing finite any more."""
+    held = images_drawer(trainer.folder / "held", [(96, 96)])
+    sets = [{"name": "held", "config": {"resolutions": [96], "directory": [{"path": str(held)}]}}]
+    each_step = {"eval_every_n_steps": 1, "checkpoint_every_n_steps": 1, "max_steps": 1}
+    run = trainer(eval_datasets=sets, optimizer={"lr": 1e25, "weight_decay": 0.0}, **each_step)
+    assert "the loss of the evaluation set held is not finite" in caplog.text
+    assert not math.isfinite(run.evaluations[-1]["held/loss"])
+    manifest = json.loads((run.path / "checkpoints" / "step-000001" / "state.json").read_text())
+    assert manifest["score"] is None
+    assert (run.path / "report.html").exists()
+
+
+def test_a_lora_that_masks_kept_from_learning_asks_about_them(trainer, images_drawer, caplog):
+    folder = images_drawer(trainer.folder / "seen", [(96, 96)])
+    masks = trainer.folder / "masks"
+    masks.mkdir()
+    Image.new("L", (96, 96), 0).save(masks / "image0.png")
+    dataset = {"directory": [{"path": str(folder), "mask_path": str(masks)}]}
+    trainer(dataset=dataset, max_steps=1)
+    assert "images whose mask is all black: nothing of them is trained (white is trained): 1" in caplog.text
+    assert "every lora_B in it is zero; do the masks leave anything to train (white is)?" in caplog.text
