@@ -106,6 +106,9 @@ def kind_text(annotation: Any) -> str:
             kinds.extend(map(json.dumps, get_args(member)))
         elif is_settings(member):
             kinds.append(json.dumps(type_name(member)) if type_name(member) else "table")
+        elif get_origin(member) is dict:
+            names, value = get_args(member)
+            kinds.append(f"table of {kind_text(value)} by {kind_text(names)}")
         else:
             kinds.append(KINDS[member])
     return " or ".join(filter(None, [", ".join(kinds[:-1]), kinds[-1]]))

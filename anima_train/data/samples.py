@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 from anima_train.core.random import derive, uniform
 from anima_train.data.buckets import Size
@@ -47,6 +48,7 @@ class Caption:
 
 
 EMPTY = Caption("")
+WAYS: tuple[Literal["nl", "tags_nl", "nl_tags", "tags"], ...] = ("nl", "tags_nl", "nl_tags", "tags")  # to use captions
 
 
 @functools.cache
@@ -89,30 +91,50 @@ class Sample:
     # first repeats on, and all of them together in each epoch. The n-th of these repeats uses caption n mod N. The
     # m-th of the others uses caption m mod T, in order (m div T) mod S. So there are at most T * S + N texts, however
     # often the picture is shown; but with shuffle_tags or tag_dropout and without cache_shuffle_num, every m has an
-    # order and tags of its own.
+    # order and tags of its own. With `caption_shares` repeats are parted among four ways one after the other by the
+    # same rule; those that use both take the tags and the sentences of their number.
 
     @property
-    def natural_share(self) -> float:
-        """The share of the repeats that use natural language."""
-        if not self.picture.natural:
-            return 0.0
-        only = self.options.caption_mode == "nl" or not any(self.picture.tags)
-        return 1.0 if only else self.options.nl_weight
+    def shares(self) -> dict[str, float]:
+        """The share of the repeats for each way to use captions; the last one takes what the others leave."""
+        options, picture = self.options, self.picture
+        if not picture.natural:
+            return {"tags": 1.0}
+        if options.caption_mode == "nl" or not any(picture.tags):
+            return {"nl": 1.0}
+        if options.caption_shares is None:
+            return {"nl": options.nl_weight, "tags": 1 - options.nl_weight}
+        shares = {way: options.caption_shares.get(way, 0.0) for way in WAYS}
+        total = sum(shares.values())
+        return {way: share / total for way, share in shares.items()}
+
+    def uses(self, *ways: str) -> bool:
+        """Return True if some repeat uses captions in one of these ways."""
+        return any(share > 0 for way, share in self.shares.items() if way in ways)
 
     def caption(self, seed: int, repeat: int) -> Caption:
         """Return the caption of a repeat, 0 the first."""
-        natural, share = self.picture.natural, self.natural_share
-        if share > 0:
-            phase = uniform(seed, "natural", self.name)
-            before = math.floor(repeat * share + phase)
-            if math.floor((repeat + 1) * share + phase) > before:
-                return Caption(self.with_prefix(natural[before % len(natural)]))
-            repeat -= before
-        texts = self.picture.tags
-        tags, order = texts[repeat % len(texts)], repeat // len(texts)
+        shares, left = {way: share for way, share in self.shares.items() if share > 0}, 1.0
+        for way, share in list(shares.items())[:-1]:
+            of_left = share / left
+            phase = uniform(seed, "natural" if way == "nl" else way, self.name)
+            before = math.floor(repeat * of_left + phase)
+            if math.floor((repeat + 1) * of_left + phase) > before:
+                return self.caption_in(seed, way, before)
+            repeat, left = repeat - before, left - share
+        return self.caption_in(seed, list(shares)[-1], repeat)
+
+    def caption_in(self, seed: int, way: str, number: int) -> Caption:
+        """Return the caption of the repeat of this number, 0 the first, among those that use captions in one way."""
+        natural, texts = self.picture.natural, self.picture.tags
+        if way == "nl":
+            return Caption(self.with_prefix(natural[number % len(natural)]))
+        sentences = natural[number % len(natural)] if way != "tags" else ""
+        tags, order = texts[number % len(texts)], number // len(texts)
         if self.options.draws_tags and tags:
-            return Caption(self.tags_caption(seed, tags, order), is_fixed=False)
-        return Caption(self.tags_caption(seed, tags, self.variants[order % len(self.variants)]))
+            return Caption(self.tags_caption(seed, tags, order, sentences, way == "nl_tags"), is_fixed=False)
+        variant = self.variants[order % len(self.variants)]
+        return Caption(self.tags_caption(seed, tags, variant, sentences, way == "nl_tags"))
 
     @property
     def variants(self) -> list[int | None]:
@@ -122,16 +144,22 @@ class Sample:
     def fixed_captions(self, seed: int) -> list[str]:
         """Return every caption this sample can be trained with, except those that are drawn anew for each repeat."""
         texts = []
-        if self.natural_share < 1:
+        if self.uses("tags"):
             tags = [text for text in self.picture.tags if not (text and self.options.draws_tags)]
             texts = [self.tags_caption(seed, text, order) for order in self.variants for text in tags]
-        return texts + self.natural_captions()
+        number = math.lcm(len(self.picture.tags) * len(self.variants), max(1, len(self.picture.natural)))
+        both = [
+            caption.text
+            for way in ("tags_nl", "nl_tags")
+            for caption in (self.caption_in(seed, way, each) for each in range(number if self.uses(way) else 0))
+            if caption.is_fixed
+        ]
+        return texts + both + self.natural_captions()
 
     def captions(self, seed: int) -> list[str]:
         """Return every caption it can be trained with; those that are drawn anew for each repeat as before drawing."""
-        is_drawn = self.options.draws_tags and self.natural_share < 1
-        tags = [self.tags_caption(seed, text, None) for text in self.picture.tags if text] if is_drawn else []
-        return tags + self.fixed_captions(seed)
+        is_drawn = self.options.draws_tags and self.uses("tags", "tags_nl", "nl_tags")
+        return (self.with_tags(empty=False) if is_drawn else []) + self.fixed_captions(seed)
 
     def evaluation_caption(self) -> Caption:
         """Return the caption for evaluation: its first one of tags, or else in natural language, as in the file."""
@@ -139,18 +167,44 @@ class Sample:
 
     def plain_captions(self) -> list[str]:
         """Return every caption as it is in the file, but `with_prefix`."""
-        tags = [self.tags_caption(0, text, None) for text in self.picture.tags] if self.natural_share < 1 else []
-        return tags + self.natural_captions()
+        return self.with_tags() + self.natural_captions()
+
+    def with_tags(self, empty: bool = True) -> list[str]:
+        """Return the captions that hold tags, as they are in the file, but `with_prefix`; none if none is used.
+
+        Args:
+            empty: True if captions without a tag are among them.
+        """
+        texts = [text for text in self.picture.tags if text or empty]
+        tags = [self.tags_caption(0, text, None) for text in texts] if self.uses("tags") else []
+        pairs = [(text, natural) for text in self.picture.tags for natural in self.picture.natural if text]
+        for way in ("tags_nl", "nl_tags"):
+            if self.uses(way):
+                tags.extend(self.tags_caption(0, text, None, natural, way == "nl_tags") for text, natural in pairs)
+        return tags
 
     def natural_captions(self) -> list[str]:
-        """Return the captions in natural language, if any is used."""
-        return [self.with_prefix(text) for text in self.picture.natural] if self.natural_share > 0 else []
+        """Return the captions in natural language, if any is used alone."""
+        return [self.with_prefix(text) for text in self.picture.natural] if self.uses("nl") else []
 
-    def tags_caption(self, seed: int, tags: str, variant: int | None) -> str:
-        """Return tags as they are trained, in a variant; None changes neither their order nor their number."""
-        return self.with_prefix(
-            tags, functools.partial(vary_tags, options=self.options, seed=seed, sample=self.name, variant=variant)
-        )
+    def tags_caption(
+        self, seed: int, tags: str, variant: int | None, sentences: str = "", sentences_first: bool = False
+    ) -> str:
+        """Return tags as they are trained, in a variant; None changes neither their order nor their number.
+
+        Args:
+            seed: of the run.
+            tags: as in the file.
+            variant: of their order and number.
+            sentences: in a line of their own beside them; "" for none.
+            sentences_first: True if that line comes first.
+        """
+        vary = functools.partial(vary_tags, options=self.options, seed=seed, sample=self.name, variant=variant)
+        if self.options.unescape_parentheses:
+            tags, sentences = unescaped(tags), unescaped(sentences)
+        if sentences_first:
+            return self.with_prefix(sentences, lambda text, num_fixed: joined(text, vary(tags)))
+        return self.with_prefix(tags, lambda text, num_fixed: joined(vary(text, num_fixed=num_fixed), sentences))
 
     def with_prefix(self, text: str, vary: Callable[..., str] | None = None) -> str:
         """Return a caption with trigger word and prefix.
@@ -198,6 +252,11 @@ class Sample:
     def masks_alpha(self) -> bool:
         """True if the picture's alpha is part of its mask."""
         return self.options.alpha_as_mask and self.picture.has_alpha
+
+
+def joined(*lines: str) -> str:
+    """Return lines as one text, without empty ones."""
+    return "\n".join(filter(None, lines))
 
 
 @dataclass(frozen=True, slots=True)

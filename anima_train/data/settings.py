@@ -4,7 +4,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationInfo, field_validator, model_serializer
 
@@ -111,10 +111,15 @@ class DirectoryOptions(Settings):
     seen. false: the whole file is one caption. A captions.json can give lists of captions anyway."""
     caption_mode: Literal["tags", "nl", "mixed"] = "tags"
     """The captions that are used: "tags" those in {stem}.txt or captions.json, "nl" those in natural language in
-    {stem}_nl.txt, "mixed" both, by nl_weight; an image that has only one of the two is trained with that one."""
+    {stem}_nl.txt, "mixed" both, by nl_weight or caption_shares; an image that has only one of the two is trained with
+    that one."""
     nl_weight: float = Field(default=0.5, ge=0, le=1)
     """With caption_mode = "mixed", the share of the times an image is seen with its natural-language caption, evenly
     spread."""
+    caption_shares: dict[Literal["tags", "nl", "tags_nl", "nl_tags"], Annotated[float, Field(ge=0)]] | None = None
+    """With caption_mode = "mixed", the shares of four ways to use the captions of an image that has both, such as
+    { tags = 2, nl = 1, tags_nl = 1, nl_tags = 1 }: one of the two, or both in one caption, each in lines of its own.
+    Replaces nl_weight."""
     skip_empty_caption: bool = False
     """Skip images whose caption is empty or missing."""
     missing_caption: Literal["empty", "error"] = "empty"
@@ -156,6 +161,8 @@ class DirectoryOptions(Settings):
         at = self.crop_position
         if not isinstance(at, str) and (len(at) != 2 or not all(0 <= part <= 1 for part in at)):
             yield f"crop_position: found {at}, expected a name, or [x, y] from 0 to 1"
+        if self.caption_shares is not None and not any(self.caption_shares.values()):
+            yield "caption_shares: found no share above 0, so that no caption would be used"
         if not all(tag.strip() for tag in self.protected_tags):
             yield "protected_tags: found an empty tag; remove it"
 
@@ -364,8 +371,9 @@ REPLACED: Sequence[tuple[str, Callable[[DirectoryOptions], bool], Sequence[str]]
     ("size_buckets", lambda options: options.size_buckets is not None, ("resolutions", *BUCKET_KEYS)),
     ("enable_ar_bucket", lambda options: not options.enable_ar_bucket, ("ar_buckets", *ASPECT_KEYS)),
     ("ar_buckets", lambda options: options.ar_buckets is not None, ASPECT_KEYS),
-    ("caption_mode", lambda options: options.caption_mode == "nl", (*TAG_KEYS, "replace_underscores", "nl_weight")),
-    ("caption_mode", lambda options: options.caption_mode == "tags", ("nl_weight",)),
+    ("caption_mode", lambda options: options.caption_mode == "nl", (*TAG_KEYS, "replace_underscores")),
+    ("caption_mode", lambda options: options.caption_mode != "mixed", ("nl_weight", "caption_shares")),
+    ("caption_shares", lambda options: options.caption_shares is not None, ("nl_weight",)),
     ("cache_shuffle_num", lambda options: options.cache_shuffle_num > 0, ("shuffle_tags",)),
     ("shuffle_tags", lambda options: not options.varies_tags, ("keep_first_n_tags",)),
     ("tag_dropout", lambda options: options.tag_dropout == 0, ("protected_tags",)),

@@ -231,3 +231,53 @@ def test_only_transparent_pictures_have_their_alpha_as_mask():
 
 def test_repeats_are_exact():
     assert sample(num_repeats=0.1).repeats == Fraction(1, 10)
+
+
+SHARES = {"tags": 4.0, "nl": 2.0, "tags_nl": 3.0, "nl_tags": 1.0}
+
+
+def way(text):
+    """What a caption of "a, b" and "One." is."""
+    return {"a": "tags", "O": "nl"}[text[0]] if "\n" not in text else {"a": "tags_nl", "O": "nl_tags"}[text[0]]
+
+
+def test_captions_of_both_kinds_are_used_in_their_shares_from_the_first_repeats_on():
+    options = {"caption_mode": "mixed", "caption_shares": SHARES}
+    mixed = [sample(("a, b",), natural=("One.",), name=f"{number}.png", **options) for number in range(50)]
+    for first, last in ((0, 10), (37, 47)):
+        seen = Counter(way(each.caption(0, repeat).text) for each in mixed for repeat in range(first, last))
+        assert all(abs(seen[name] - 50 * share) < 25 for name, share in SHARES.items())
+    total = Counter(way(mixed[0].caption(0, repeat).text) for repeat in range(1000))
+    assert all(abs(total[name] - 100 * share) <= 2 for name, share in SHARES.items())
+
+
+def test_every_caption_of_both_kinds_is_encoded_before_training():
+    options = {"caption_mode": "mixed", "caption_shares": SHARES, "cache_shuffle_num": 3, "trigger_word": "mia"}
+    mixed = sample(("a, b, c, d", "e, f"), natural=("One.", "Two.", "Three."), **options)
+    captions = [mixed.caption(0, repeat) for repeat in range(500)]
+    assert all(caption.is_fixed for caption in captions)
+    assert {caption.text for caption in captions} == set(mixed.fixed_captions(0))
+    both = {text for text in mixed.fixed_captions(0) if "\n" in text}
+    assert all(text.startswith("mia, ") for text in mixed.fixed_captions(0))
+    assert len(both) == 12  # each way pairs the six orders of tags with the three sentences in turn
+
+
+def test_tags_beside_sentences_are_drawn_anew_and_the_sentences_stay():
+    options = {"caption_mode": "mixed", "caption_shares": {"tags_nl": 1.0}, "shuffle_tags": True, "tag_dropout": 0.3}
+    captions = [sample(("a, b, c, d, e",), natural=("One, two.",), **options).caption(0, k) for k in range(30)]
+    assert not any(caption.is_fixed for caption in captions)
+    assert all(caption.text.endswith("\nOne, two.") for caption in captions)
+    assert len({caption.text for caption in captions}) > 20
+
+
+def test_with_captions_of_one_kind_shares_change_nothing():
+    options = {"caption_mode": "mixed", "caption_shares": SHARES}
+    assert {sample(("a, b",), **options).caption(0, repeat).text for repeat in range(20)} == {"a, b"}
+    only = sample(("",), natural=("One.",), **options)
+    assert {only.caption(0, repeat).text for repeat in range(20)} == {"One."}
+
+
+def test_shares_that_are_all_zero_are_refused():
+    assert list(DirectoryOptions(caption_shares={"tags": 0.0}).problems()) == [
+        "caption_shares: found no share above 0, so that no caption would be used"
+    ]
