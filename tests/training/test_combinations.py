@@ -51,3 +51,12 @@ def test_settings_that_save_memory_train_save_and_resume_together(trainer, monke
     assert parted.losses == whole.losses
     assert parted.weights.keys() == whole.weights.keys()
     assert all(torch.equal(parted.weights[key], tensor) for key, tensor in whole.weights.items())
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_weights_of_a_byte_as_one_does(trainer):
+    """Each has its own copy of the quantised weights, and they are the same."""
+    changes = {"max_steps": 3, **INT8}
+    one = trainer("one", gradient_accumulation_steps=2, **changes)
+    two = trainer.processes(2, "two", **changes)
+    assert two.losses == pytest.approx(one.losses, rel=1e-4)
