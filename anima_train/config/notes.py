@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 
 from anima_train.adapters.full import Full
+from anima_train.adapters.lora import Lora
 from anima_train.config.config import EVAL_INTERVALS, STATE_INTERVALS, Config
 from anima_train.data.settings import DatasetSettings
 from anima_train.model.block_swap import MAX_BUFFERS
+from anima_train.optim.groups import COMPONENTS
 from anima_train.optim.optimizers import SCHEDULE_FREE
 
 
@@ -17,6 +19,9 @@ def without_effect(config: Config) -> Iterator[tuple[str, str]]:
                 yield key, "there are no eval_datasets"
     if "keep_last" in config.model_fields_set and not any(getattr(config, key) for key in STATE_INTERVALS):
         yield "keep_last", "no training state is saved without checkpoint_every_n_..."
+    own_rates = [getattr(config.model, f"{component}_lr", None) for component in COMPONENTS[:-1]]
+    if isinstance(config.adapter, Lora) and None not in own_rates:
+        yield "optimizer.lr", "every component has a learning rate of its own in [model]"
     if 0 < config.blocks_to_swap <= MAX_BUFFERS:
         yield "blocks_to_swap", f"the weights of {MAX_BUFFERS} swapped blocks are always on the device"
     if config.normalize_masked_loss and not any(map(has_masks, datasets_of(config))):

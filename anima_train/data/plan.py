@@ -69,9 +69,13 @@ class Step:
 
 def batch_size_for(sizes: BatchSizes, resolution: int) -> int:
     """Return the micro-batch size at a resolution: the number itself, or that of the nearest resolution listed."""
-    if isinstance(sizes, int):
-        return sizes
-    return min(sizes, key=lambda entry: (abs(math.log(entry[0] / resolution)), entry[0]))[1]
+    return sizes if isinstance(sizes, int) else batch_entry_for(sizes, resolution)[1]
+
+
+def batch_entry_for(sizes: Sequence[Sequence[int]], resolution: int) -> tuple[int, int]:
+    """Return the (resolution, number) among these whose resolution is nearest."""
+    nearest = min(sizes, key=lambda entry: (abs(math.log(entry[0] / resolution)), entry[0]))
+    return nearest[0], nearest[1]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from anima_train.config.ladder import rungs
 from anima_train.config.load import LoadedConfig
+from anima_train.config.plan_notes import plan_notes
 from anima_train.core.format import format_bytes
 from anima_train.data.scan import Scan
 from anima_train.model.loading import ModelSpec
@@ -38,6 +39,7 @@ def describe_run(loaded: LoadedConfig, spec: ModelSpec, scans: Mapping[str, Scan
     choice = choose_here(rungs(config, num_blocks(spec), num_processes), spec, plan, schedule)
     lines.extend((*choice.lines, *choice.card_lines))
     lines.extend(plan_text(plan, schedule, config.epochs, config.ema))
+    lines.extend(f"note: {note}" for note in plan_notes(config, plan, schedule))
     transformer = trainable_transformer(spec, config.adapter, config.learning_rates(), config.seed)
     lines.extend(groups_text(group_rows(transformer, config.learning_rates())))
     folder = Path(config.output_dir) / loaded.run_name
