@@ -220,7 +220,7 @@ def test_however_a_process_ends_the_others_end_as_well_and_without_a_traceback(p
 def test_a_patient_barrier_outlives_the_timeout_of_the_process_group(program):
     result = program("wait", "1")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines() == ["[True, False]"] * 2
+    assert result.stdout.replace("\n", "") == "[True, False]" * 2  # of both, at the same moment
 
 
 @pytest.mark.slow
