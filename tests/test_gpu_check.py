@@ -21,6 +21,7 @@ def script():
     del sys.modules["gpu_check"]
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_is_told_with_its_reason(script):
     found = script.measured(script.Part("no such part", 60), smoke=True, seconds=60)
     assert found["rows"] == []

@@ -259,6 +259,7 @@ def sheet_corners(size, width, height, gap=3):
     return [(left, top) for top in tops for left in lefts]
 
 
+@pytest.mark.slow
 def test_a_folder_of_checkpoints_is_an_axis_in_the_order_of_its_steps(sample, loras, tmp_path):
     weights = tmp_path / "run" / "weights"
     weights.mkdir(parents=True)

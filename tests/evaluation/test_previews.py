@@ -30,7 +30,8 @@ def pixels(path):
         return np.asarray(image).astype(int)
 
 
-@pytest.mark.parametrize("adapter_lr", [pytest.param(0, marks=pytest.mark.slow), 1e-3])
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter_lr", [0, 1e-3])
 def test_training_is_bitwise_the_same_with_previews(trainer, adapter_lr):
     keys = {"adapter": {"dropout": 0.3}, "model": {"llm_adapter_lr": adapter_lr}, "uncond_fraction": 0.2}
     plain = trainer("plain", **keys)

@@ -105,6 +105,7 @@ KINDS = [
     pytest.param(*each, marks=[] if each == ("lora", False) else pytest.mark.slow, id="-".join(map(str, each)))
     for each in KEPT_VALUES
 ]
+MOSTLY_SELECTIVE = [each if each == "selective" else pytest.param(each, marks=pytest.mark.slow) for each in POLICIES]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -119,7 +120,7 @@ def test_the_table_is_what_a_block_keeps(kept_bytes, kind, autocast, policy):
     assert KEPT_VALUES[kind, autocast][policy] == pytest.approx(counted, rel=0.02, abs=0.06)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", MOSTLY_SELECTIVE)
 @pytest.mark.parametrize(("kind", "autocast"), KINDS)
 def test_the_estimate_is_the_peak_of_a_whole_step(step_peak, kind, autocast, policy):
     """Forward and backward of all 16 linears, temporary memory included, beside what the optimizer keeps."""
@@ -129,6 +130,7 @@ def test_the_estimate_is_the_peak_of_a_whole_step(step_peak, kind, autocast, pol
     assert estimate == pytest.approx(counted, rel=0.04 if autocast else 0, abs=0.07 * 2**30)
 
 
+@pytest.mark.slow
 def test_the_estimate_of_swapped_blocks_is_the_peak_of_a_whole_step(step_peak):
     adapter, optimizer = ADAPTERS["lora"], OPTIMIZERS["lora"]
     peaks = [step_peak(adapter, False, "blocks", optimizer, depth=4, blocks_to_swap=number) for number in (0, 4)]
@@ -138,9 +140,7 @@ def test_the_estimate_of_swapped_blocks_is_the_peak_of_a_whole_step(step_peak):
     assert counted - counted_swapped == pytest.approx(found[0] - found[1], rel=0.05)
 
 
-@pytest.mark.parametrize(
-    "policy", [policy if policy == "selective" else pytest.param(policy, marks=pytest.mark.slow) for policy in POLICIES]
-)
+@pytest.mark.parametrize("policy", MOSTLY_SELECTIVE)
 @pytest.mark.parametrize("quantization", ["int8", pytest.param("float8", marks=pytest.mark.slow)])
 def test_the_estimate_of_weights_of_a_byte_is_the_peak_of_a_whole_step(step_peak, quantization, policy):
     adapter, optimizer = ADAPTERS["lora"], OPTIMIZERS["lora"]

@@ -89,7 +89,8 @@ def everything(pictures):
     }
 
 
-@pytest.mark.parametrize("lag", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("lag", [1, 3])
 def test_a_run_that_is_told_late_leaves_the_same(trainer, pictures, late, monkeypatch, lag):
     """With two updates that are skipped, one of them just before a state is saved."""
     runs = []

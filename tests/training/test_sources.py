@@ -77,7 +77,7 @@ def a_tar(plain):
 
 @pytest.mark.parametrize(
     "source",
-    [a_parquet, a_tar, *(pytest.param(each, marks=pytest.mark.slow) for each in (a_saved_table, an_image_folder))],
+    [a_parquet, *(pytest.param(each, marks=pytest.mark.slow) for each in (a_tar, a_saved_table, an_image_folder))],
 )
 def test_training_is_the_same_as_on_the_folder(trainer, tmp_path, plain, source):
     """Every source has a cache of its own, so that it is the one that is read."""

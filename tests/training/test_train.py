@@ -134,6 +134,7 @@ def test_one_step_over_a_set_is_the_same_in_one_batch_or_accumulated(trainer, im
             assert error(other.weights[key], value) < 1e-3, key
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(trainer, error):
     changes = {"adapter": {"dropout": 0.2}, "uncond_fraction": 0.3, "epochs": 2, "max_steps": None}
     one = trainer("one", gradient_accumulation_steps=2, micro_batch_size_per_gpu=2, **changes)
@@ -473,6 +474,7 @@ def test_command_line_prints_errors_without_a_traceback(trainer, command):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_optional_libraries_are_not_imported_unless_used(command):
     """Not bitsandbytes: where it is installed, diffusers imports it."""
     code = (

@@ -29,10 +29,7 @@ KINDS = {
     "full, Kahan": FULL | KAHAN,
 }
 AVERAGED = {"ema": {"decay": 0.99}, "gradient_clipping": 1.0}
-QUICK = [
-    ("LoRA, fused", 1, {}), ("LoRA, fused", 3, AVERAGED), ("LoRA in bfloat16, Kahan", 1, AVERAGED),
-    ("full, fused", 1, AVERAGED), ("full, Kahan", 3, AVERAGED),
-]  # fmt: skip
+QUICK = [("LoRA, fused", 1, {}), ("full, Kahan", 3, AVERAGED)]
 SLOW = [case for case in itertools.product(KINDS, (1, 3), ({}, AVERAGED)) if case not in QUICK]
 CASES = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 CASES.append(("full, released, moments on the host", 1, {}))
