@@ -424,6 +424,7 @@ def test_each_rank_makes_every_nth_entry(fill_together, tmp_path):
     assert num_entries(tmp_path / "cache") == [11, 11]
 
 
+@pytest.mark.slow
 def test_ranks_on_machines_with_caches_of_their_own_make_there_what_is_missing(fill_together, tmp_path):
     folders = [tmp_path / "first", tmp_path / "second", tmp_path / "second"]
     ranks = [RankInfo(0, 3, 0, 1), RankInfo(1, 3, 0, 2), RankInfo(2, 3, 1, 2)]

@@ -118,6 +118,7 @@ def test_a_long_drawn_caption_is_warned_of(trainer, images_drawer, tmp_path, cap
 # What else a dataset may ask for, through the whole run
 
 
+@pytest.mark.slow
 def test_flips_have_latents_of_their_own_and_are_trained(trainer, images_drawer, tmp_path, capsys):
     images = images_drawer(tmp_path / "images", [(96, 96)] * 2)
     plain = trainer("plain", dataset={"directory": [{"path": str(images)}]})

@@ -119,6 +119,7 @@ def test_every_setting_changes_the_picture(sample, tmp_path):
     assert len({pixels(path) for path in sample("--prompts", "p.toml")}) == len(changes)
 
 
+@pytest.mark.slow
 def test_loras_change_the_picture_by_their_strength(sample, loras):
     style, words = loras
 

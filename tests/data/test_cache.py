@@ -284,6 +284,7 @@ def test_a_folder_that_cannot_be_made_is_a_space_error(tmp_path: Path):
 # Several processes
 
 
+@pytest.mark.slow
 def test_two_processes_that_write_the_same_entries_leave_valid_ones(cache: Cache):
     environment = {**os.environ, "PYTHONPATH": str(Path(anima_train.__file__).parents[1])}
     command = [sys.executable, "-c", WRITER, str(cache.folder)]

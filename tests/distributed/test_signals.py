@@ -88,14 +88,8 @@ def num_lines(path):
     return path.read_text().count("\n") if path.exists() else 0
 
 
-@pytest.mark.parametrize(
-    ("name", "code"),
-    [
-        ("SIGINT", 130),
-        pytest.param("SIGTERM", 143, marks=pytest.mark.slow),
-        pytest.param("SIGUSR1", 143, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 143)])
 def test_a_signal_saves_after_the_step_and_resume_is_bitwise(trainer, name, code):
     keys = {"max_steps": STEPS, "adapter": {"dropout": 0.2}}
     whole = trainer("whole", **keys)

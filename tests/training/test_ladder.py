@@ -147,6 +147,7 @@ def test_where_the_trial_runs_out_the_next_rung_is_taken(trainer, full_memory, c
     assert found.losses == whole.losses
 
 
+@pytest.mark.slow
 def test_a_resumed_run_begins_with_the_rung_that_it_had(trainer, full_memory):
     full_memory(False, "selective")
     changes = {"checkpoint_every_n_steps": 1, "run_name": "run"}
