@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from anima_train.adapters.full import Full
 from anima_train.adapters.lora import Lora
 from anima_train.config.config import EVAL_INTERVALS, STATE_INTERVALS, Config
-from anima_train.data.settings import DatasetSettings
 from anima_train.model.block_swap import MAX_BUFFERS
 from anima_train.optim.groups import COMPONENTS
 from anima_train.optim.optimizers import SCHEDULE_FREE
@@ -24,8 +23,6 @@ def without_effect(config: Config) -> Iterator[tuple[str, str]]:
         yield "optimizer.lr", "every component has a learning rate of its own in [model]"
     if 0 < config.blocks_to_swap <= MAX_BUFFERS:
         yield "blocks_to_swap", f"the weights of {MAX_BUFFERS} swapped blocks are always on the device"
-    if config.normalize_masked_loss and not any(map(has_masks, datasets_of(config))):
-        yield "normalize_masked_loss", "no dataset has masks (mask_path, mask_column or alpha_as_mask)"
     monitoring = config.monitoring
     if not monitoring.enable_wandb:
         for key in ("wandb_api_key", "wandb_tracker_name", "wandb_run_name"):
@@ -65,18 +62,3 @@ def optimizer_advice(config: Config) -> Iterator[tuple[str, str]]:
             )
     if getattr(optimizer, "rounding", "kahan") == "stochastic" and dtype == "float32":
         yield "optimizer.rounding", "it has no effect on float32 weights"
-
-
-def datasets_of(config: Config) -> Iterator[DatasetSettings]:
-    """Yield the training set and the evaluation sets, as tables."""
-    for dataset in (config.dataset, *(entry.config for entry in config.eval_datasets)):
-        if not isinstance(dataset, str):
-            yield dataset
-
-
-def has_masks(dataset: DatasetSettings) -> bool:
-    """Return True if any of its images may have a mask."""
-    return any(
-        directory.mask_path or directory.mask_column or dataset.options(index).alpha_as_mask
-        for index, directory in enumerate(dataset.directory)
-    )

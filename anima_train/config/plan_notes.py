@@ -2,7 +2,8 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 
 from anima_train.config.config import Config
 from anima_train.core.format import count
@@ -16,9 +17,16 @@ from anima_train.optim.lr_schedules import CosineWithRestarts, WarmupStableDecay
 INTERVAL = re.compile(r".*every_n_(steps|epochs|examples)")
 
 
-def plan_notes(config: Config, plan: Plan, schedule: EpochSchedule) -> list[str]:
-    """Return "key: has no effect, as ...", a line for each key that changes nothing in this run."""
-    parts = (without_effect_in_time(config, plan, schedule), without_effect_on_samples(config, plan))
+def plan_notes(config: Config, plan: Plan, schedule: EpochSchedule, evaluated: Iterable[Sample]) -> list[str]:
+    """Return "key: has no effect, as ...", a line for each key that changes nothing in this run.
+
+    Args:
+        config: of the run.
+        plan: of its batches.
+        schedule: of its epochs.
+        evaluated: the samples of all evaluation sets.
+    """
+    parts = (without_effect_in_time(config, plan, schedule), without_effect_on_samples(config, plan, evaluated))
     found = dict.fromkeys(f"{key}: has no effect, as {why}" for part in parts for key, why in part)
     return list(found)
 
@@ -49,8 +57,10 @@ def without_effect_in_time(config: Config, plan: Plan, schedule: EpochSchedule) 
         yield "lr_scheduler.decay_fraction", "the decay is shorter than a step"
 
 
-def without_effect_on_samples(config: Config, plan: Plan) -> Iterator[tuple[str, str]]:
-    """Yield (key, why it has no effect) for what no image of the training set has."""
+def without_effect_on_samples(
+    config: Config, plan: Plan, evaluated: Iterable[Sample]
+) -> Iterator[tuple[str, str]]:  # fmt: skip
+    """Yield (key, why it has no effect) for what no image of the training set has, or for the loss none at all."""
     samples = plan.samples
     sizes = {sample.size for sample in samples}
     if config.model.multiscale_loss_weight is not None and all(
@@ -60,7 +70,7 @@ def without_effect_on_samples(config: Config, plan: Plan) -> Iterator[tuple[str,
             "model.multiscale_loss_weight",
             f"all images have fewer pixels than {MULTISCALE_SIDE:.0f} x {MULTISCALE_SIDE:.0f}",
         )
-    if config.normalize_masked_loss and not any(sample.has_mask for sample in samples):
+    if config.normalize_masked_loss and not any(sample.has_mask for sample in chain(samples, evaluated)):
         yield "normalize_masked_loss", "no image has a mask"
     if not isinstance(plan.batch_sizes, int):
         used = {batch_entry_for(plan.batch_sizes, sample.resolution) for sample in samples}

@@ -94,7 +94,8 @@ def build_plan(run: RunContext, data: Prepared) -> tuple[Plan, EpochSchedule]:
     check_same_plan(data.train, plan, schedule.num_steps, run.accelerator)
     for line in plan_text(plan, schedule, run.config.epochs, run.config.ema):
         logger.info("%s", line)
-    for note in plan_notes(run.config, plan, schedule):
+    evaluated = [sample for each in data.evals for sample in each.data.samples]
+    for note in plan_notes(run.config, plan, schedule, evaluated):
         logger.info("note: %s", note)
     return plan, schedule
 

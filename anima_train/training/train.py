@@ -68,7 +68,7 @@ def run_training(
             spec = build_model_spec(config, device)
             logger.info("%s", describe_device(device, spec.dtype))
             scans = scan_all((loaded.train, *loaded.evals), config.seed, write=True)
-            for line in describe_run(loaded, spec, scans, world_size()):
+            for line in describe_run(loaded, spec, scans, world_size(), launch.shards):
                 logger.info("%s", line)
     return None
 

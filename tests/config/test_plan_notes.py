@@ -19,7 +19,8 @@ def notes_of(trainer):
         loaded = load_config(trainer.config(**changes), [])
         scans = scan_all((loaded.train, *loaded.evals), loaded.config.seed, write=False)
         plan, schedule = plan_run(loaded.config, scans["train"].samples, 1)
-        return plan_notes(loaded.config, plan, schedule)
+        evaluated = [sample for name, scan in scans.items() if name != "train" for sample in scan.samples]
+        return plan_notes(loaded.config, plan, schedule, evaluated)
 
     return run
 
@@ -80,6 +81,12 @@ def test_a_mask_less_normalisation_is_noted_where_the_folder_of_masks_is_empty(n
     directory = {"path": str(pictures), "mask_path": str(tmp_path / "masks")}
     (note,) = notes_of(dataset={"directory": [directory]}, normalize_masked_loss=True)
     assert note == "normalize_masked_loss: has no effect, as no image has a mask"
+
+
+def test_masks_beside_their_images_are_masks_for_it_too(notes_of, tmp_path):
+    for name in ("a.png", "a_mask.png"):
+        Image.new("RGB", (96, 96), "white").save(tmp_path / name)
+    assert notes_of(dataset={"directory": [{"path": str(tmp_path)}]}, normalize_masked_loss=True) == []
 
 
 def test_notes_are_told_at_the_start_of_a_run(trainer, caplog):

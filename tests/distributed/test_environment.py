@@ -11,8 +11,10 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
 from anima_train.config.launch import LaunchSettings
+from anima_train.config.load import load_config
 from anima_train.core.errors import ConfigError
 from anima_train.distributed.environment import read_environment
+from anima_train.training.train import run_training
 
 BF16 = LaunchSettings("bfloat16", None, "nothing", 1, 1.0, False, 2)
 SEVERAL = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -241,3 +243,20 @@ def test_accelerate_launch_with_a_configuration_file_that_asks_for_fsdp2_divides
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("sharding: the model is divided among 2 processes (FSDP2)") == 1
     assert (trainer.folder / "runs" / "run" / "weights" / "run.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"blocks_to_swap": 2}, "sharding: excludes blocks_to_swap"),
+        ({"model": {"transformer_dtype": "int8"}}, 'sharding: excludes model.transformer_dtype = "int8"'),
+        ({"optimizer": {"type": "lion"}}, 'sharding: optimizer.type "lion" needs whole weights'),
+        ({"optimizer": {"type": "adamw_optimi", "rounding": "stochastic"}}, "sharding: excludes optimizer.rounding"),
+    ],
+)
+def test_a_dry_run_refuses_what_cannot_be_divided(trainer, monkeypatch, changes, message):
+    started = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for variable, value in started.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        run_training(load_config(trainer.config(sharding="fsdp2", **changes), []), dry_run=True)
