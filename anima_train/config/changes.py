@@ -34,8 +34,8 @@ MAY_CHANGE = frozenset(
         # Times the number of processes it has to stay the same, see `training.resume.check_same_content`.
         "gradient_accumulation_steps",
         # Memory and speed: the same is computed, up to rounding.
-        *("activation_checkpointing", "blocks_to_swap", "memory", "max_memory_gib", "compile", "caching_batch_size"),
-        *("eval_micro_batch_size_per_gpu", "offline"),
+        *("activation_checkpointing", "checkpointed_blocks", "blocks_to_swap", "memory", "max_memory_gib", "compile"),
+        *("eval_micro_batch_size_per_gpu", "offline", "caching_batch_size"),
         *("optimizer.gradient_release", "optimizer.moments_device"),
         *("num_workers", "model.cache_text_embeddings", "model.text_encoder_device", "attention", "deterministic"),
         "sharding",

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from anima_train.adapters.full import Full
+from anima_train.core.settings import describe_value
 from anima_train.optim.ema import Ema
 from anima_train.optim.optimizers import SCHEDULE_FREE, AnyOptimizer
 
@@ -32,6 +33,17 @@ def optimizer_fault(optimizer: AnyOptimizer, earlier: Mapping[str, Any]) -> str 
             'swapped blocks are updated one after the other; take "adamw_optimi", or remove blocks_to_swap'
         )
     return None
+
+
+def checkpointed_blocks_fault(number: int, earlier: Mapping[str, Any]) -> str | None:
+    """Return the reason why some blocks cannot be checkpointed, and what to do; None if they can."""
+    policy = earlier.get("activation_checkpointing", "selective")  # missing: it has a fault of its own
+    if not number or policy == "selective":
+        return None
+    if policy is False:
+        return 'needs activation_checkpointing = "selective", which is for the other blocks; set it, or remove this key'
+    written = f"activation_checkpointing = {describe_value(policy)}"
+    return f'with {written} all blocks are; write "selective" there, for the others, or remove this key'
 
 
 def average_fault(average: Ema | None, earlier: Mapping[str, Any]) -> str | None:

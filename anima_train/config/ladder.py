@@ -14,11 +14,13 @@ from anima_train.core.settings import Settings, describe_value
 Values = dict[str, Any]  # by key path
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
-POLICY, SWAP, WEIGHTS = "activation_checkpointing", "blocks_to_swap", "model.transformer_dtype"
+POLICY, SOME, SWAP = "activation_checkpointing", "checkpointed_blocks", "blocks_to_swap"
+WEIGHTS = "model.transformer_dtype"
 RELEASE, MOMENTS, PLACE = "optimizer.gradient_release", "optimizer.moments_dtype", "optimizer.moments_device"
-LADDER_KEYS = (POLICY, SWAP, WEIGHTS, RELEASE, MOMENTS, PLACE)
+LADDER_KEYS = (POLICY, SOME, SWAP, WEIGHTS, RELEASE, MOMENTS, PLACE)
 CHANGE_RESULTS = (WEIGHTS, MOMENTS)  # the others leave every gradient as it is
 SWAP_STEPS = 4  # a quarter of the blocks each
+POLICY_STEPS = 7  # between "selective" and true
 
 PRICES: dict[str, dict[Any, str]] = {  # by key and value
     POLICY: {
@@ -30,7 +32,7 @@ PRICES: dict[str, dict[Any, str]] = {  # by key and value
     MOMENTS: {"8bit": "results change a little"},
     PLACE: {"cpu": "the optimizer's state is copied in each step"},
 }
-SWAP_PRICE = "their weights are copied in each pass"
+BLOCK_PRICES = {SOME: "about 40 % more work in these", SWAP: "their weights are copied in each pass"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Rung:
             return str(self)
         parts = []
         for key, value in self.settings.items():
-            price = SWAP_PRICE if key == SWAP else PRICES.get(key, {}).get(value)
+            price = BLOCK_PRICES.get(key) or PRICES.get(key, {}).get(value)
             parts.append(f"{key} = {toml(value)}" + (f" ({price})" if price else ""))
         return ", ".join(parts)
 
@@ -79,7 +81,7 @@ def rungs(config: Config, num_blocks: int, num_processes: int = 1, divides: bool
         divides: True if they divide the transformer among them: then activations are what can be saved.
     """
     excluded = {SWAP, RELEASE} if num_processes > 1 and isinstance(config.adapter, Full) else set()
-    excluded |= set(LADDER_KEYS) - {POLICY} if divides else set()
+    excluded |= set(LADDER_KEYS) - {POLICY, SOME} if divides else set()
     found: dict[str, Rung] = {}
     for values in (*steps(config, num_blocks), {}):  # the last one for a ladder whose keys are all written
         settings = {key: value for key, value in values.items() if is_free(config, key) and key not in excluded}
@@ -97,19 +99,22 @@ def rungs(config: Config, num_blocks: int, num_processes: int = 1, divides: bool
 
 def steps(config: Config, num_blocks: int) -> Iterator[Values]:
     """Yield the settings of each rung, whether or not they are free."""
-    numbers = (num_blocks * part // SWAP_STEPS for part in range(1, SWAP_STEPS + 1))
-    swaps: list[Values] = [{POLICY: "offload", SWAP: number} for number in numbers if number]
-    policies: list[Values] = [{}, {POLICY: "selective"}, {POLICY: True}, {POLICY: "offload"}]
+    swapped = (num_blocks * part // SWAP_STEPS for part in range(1, SWAP_STEPS + 1))
+    swaps: list[Values] = [{POLICY: "offload", SWAP: number} for number in swapped if number]
+    checkpointed = (num_blocks * part // POLICY_STEPS for part in range(1, POLICY_STEPS))
+    between: list[Values] = [{POLICY: "selective", SOME: number} for number in checkpointed if number]
+    least: list[Values] = [{POLICY: True}, {POLICY: "offload"}]
+    policies: list[Values] = [{}, {POLICY: "selective"}, *between, *least]
     trains_all = isinstance(config.adapter, Full)
     on_host: Values = {PLACE: "cpu"} if trains_all else {}
     smaller: Values = {MOMENTS: "8bit"} if trains_all else {WEIGHTS: "int8"}
     if config.memory == "low":
-        ladder = [each | smaller for each in policies[2:]]
+        ladder = [each | smaller for each in least]
     elif config.memory == "fast":
         ladder = [both for each in policies for both in (each, each | smaller)]
     else:
         ladder, smaller = policies, {}
-    last = [each | smaller | on_host for each in (*policies[2:], *swaps)]
+    last = [each | smaller | on_host for each in (*least, *swaps)]
     for values in (*ladder, *last):
         yield values
         if trains_all:  # takes no time, where it is not refused

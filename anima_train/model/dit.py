@@ -143,8 +143,9 @@ def modulation(width: int, inner: int, chunks: int) -> nn.Sequential:
 class Block(nn.Module):
     """Self-attention, cross-attention, MLP; each shifted, scaled and gated by the timestep."""
 
-    def __init__(self, shape: TransformerShape) -> None:
+    def __init__(self, shape: TransformerShape, index: int) -> None:
         super().__init__()
+        self.index = index  # of the block in its transformer
         width = shape.width
         self.self_attn = Attention(width, width, shape.head_dim)
         self.cross_attn = Attention(width, shape.context_width, shape.head_dim)
@@ -249,7 +250,7 @@ class MiniTrainDIT(nn.Module):
         self.x_embedder = PatchEmbed((shape.in_channels + 1) * PATCH**2, shape.width)
         self.t_embedder = nn.Sequential(nn.Identity(), TimestepMLP(shape.width))
         self.t_embedding_norm = RMSNorm(shape.width)
-        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.num_blocks))
+        self.blocks = nn.ModuleList(Block(shape, index) for index in range(shape.num_blocks))
         self.final_layer = FinalLayer(shape)
         if llm_adapter is not None:
             self.llm_adapter = llm_adapter

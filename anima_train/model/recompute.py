@@ -58,6 +58,18 @@ def runner(recompute: Recompute) -> RunBlock:
     return run
 
 
+def mixed(first: RunBlock, others: RunBlock, num_first: int) -> RunBlock:
+    """Return a way to run a block: one for the first blocks, another for those after them.
+
+    The first blocks' backward pass is the last: what it computes again comes when all else that was kept is gone.
+    """
+
+    def run(block: Block, *inputs: Any) -> Tensor:
+        return (first if block.index < num_first else others)(block, *inputs)
+
+    return run
+
+
 def offloading(run: RunBlock) -> RunBlock:
     """Return a way to run a block that keeps its tokens in the host's memory until the backward pass."""
 

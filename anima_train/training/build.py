@@ -22,7 +22,7 @@ from anima_train.model.block_swap import BlockSwap, copied_blocks
 from anima_train.model.dit import MiniTrainDIT, RunBlock, TransformerShape
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
 from anima_train.model.loading import ModelSpec, load_transformer
-from anima_train.model.recompute import Recompute, offloading, runner
+from anima_train.model.recompute import Recompute, mixed, offloading, runner
 from anima_train.optim.groups import LearningRates, optimizer_groups
 from anima_train.optim.optimizers import AnyOptimizer
 from anima_train.optim.release import GradientRelease
@@ -61,18 +61,20 @@ def check_compiler(compiles: bool | None, device: torch.device) -> None:
         raise ConfigError(f"compile: {missing}; install it, or set compile = false")
 
 
-def check_swap(blocks_to_swap: int, adapter: AnyAdapter, spec: ModelSpec, num_processes: int) -> None:
-    """Refuse to swap blocks that are not there, or that several processes would train.
+def check_blocks(
+    blocks_to_swap: int, checkpointed_blocks: int, adapter: AnyAdapter, spec: ModelSpec, num_processes: int
+) -> None:
+    """Refuse numbers of blocks that are not there, and to swap those that several processes would train.
 
     Raises:
         ConfigError: there are fewer blocks, or the whole model is trained by several processes.
     """
     num_blocks = TransformerShape.of(spec.files.transformer_header.entries).num_blocks
-    if blocks_to_swap > num_blocks:
-        raise ConfigError(
-            f"blocks_to_swap: found {blocks_to_swap}, and the transformer has {num_blocks} blocks; "
-            f"write {num_blocks} or less"
-        )
+    for key, number in (("blocks_to_swap", blocks_to_swap), ("checkpointed_blocks", checkpointed_blocks)):
+        if number > num_blocks:
+            raise ConfigError(
+                f"{key}: found {number}, and the transformer has {num_blocks} blocks; write {num_blocks} or less"
+            )
     if blocks_to_swap and isinstance(adapter, Full) and num_processes > 1:
         raise ConfigError(
             f"blocks_to_swap: found {blocks_to_swap} in a full fine-tune by {num_processes} processes, whose weights "
@@ -116,18 +118,24 @@ def check_release(releases: bool, num_processes: int) -> None:
         )
 
 
-def block_runner(recompute: Recompute, compiles: bool | None, device: torch.device) -> RunBlock:
+def block_runner(
+    recompute: Recompute, compiles: bool | None, device: torch.device, checkpointed_blocks: int = 0
+) -> RunBlock:
     """Return the way to run the blocks in training.
 
     Args:
         recompute: the activations that are not kept.
         compiles: None: on CUDA, where a compiler is there; else a warning says what is missing.
         device: of the transformer.
+        checkpointed_blocks: number of the first blocks that keep their input alone.
 
     Raises:
         ConfigError: `compile` is true, and there is no compiler.
     """
     check_compiler(compiles, device)
+    if checkpointed_blocks:
+        first, others = (block_runner(each, compiles, device) for each in ("blocks", recompute))
+        return mixed(first, others, checkpointed_blocks)
     run = runner(recompute)
     if compiles or (compiles is None and device.type == "cuda"):
         run = compiled(run, device)

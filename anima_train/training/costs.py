@@ -97,7 +97,9 @@ def memory_cost(config: Config, model: ModelStats, size: Size, batch_size: int) 
     trains_all, uses_autocast = isinstance(config.adapter, Full), config.model.uses_autocast
     kind: tuple[Literal["lora", "full"], bool] = "full" if trains_all else "lora", uses_autocast
     values = KEPT_VALUES[kind]
-    num_values = values[config.recompute] * (shape.num_blocks - 1) + values["nothing"]  # of the block that is at work
+    whole = min(config.checkpointed_blocks, shape.num_blocks - 1)  # keep their input alone
+    num_values = values[config.recompute] * (shape.num_blocks - 1 - whole) + values["blocks"] * whole
+    num_values += values["nothing"]  # of the block that is at work
     num_values += TEMPORARY_INT8 if config.model.quantization == "int8" else TEMPORARY_VALUES[kind]
     per_value = batch_size * size.num_tokens * shape.width * DTYPES[config.model.dtype].itemsize
     weight_bytes = DTYPES[weights_dtype].itemsize
@@ -171,6 +173,9 @@ def memory_suggestions(
         'activation_checkpointing = "selective" (half of the activations, at most 8 % more work)': (
             keeps_less["selective"]
         ),
+        'checkpointed_blocks = 8 or more, with "selective" (far fewer in these, for about 40 % more work there)': (
+            keeps_less["blocks"] and not config.checkpointed_blocks
+        ),
         "activation_checkpointing = true (far fewer, about 40 % more work)": keeps_less["blocks"],
         'activation_checkpointing = "offload" (fewer again, and copies to the host and back)': keeps_less["offload"],
         # With an effect, from here on.
@@ -178,6 +183,9 @@ def memory_suggestions(
             trains_all and has_float32_weights
         ),
         'optimizer.moments_dtype = "bfloat16" (some updates get too large)': trains_all and has_float32_moments,
+        'model.transformer_dtype = "int8" (results change a little)': not (
+            trains_all or has_float32_weights or config.model.quantization or config.model.dtype == "float32"
+        ),
         "model.llm_adapter_lr = 0 (it is not trained)": trains_llm_adapter,
         f"a resolution below {resolution}": True,
         'adapter.type = "lora" (instead of the whole model)': trains_all,

@@ -11,8 +11,8 @@ from anima_train.data.scan import Scan
 from anima_train.model.loading import ModelSpec
 from anima_train.optim.groups import group_rows
 from anima_train.training.build import (
+    check_blocks,
     check_compiler,
-    check_swap,
     disk_plan,
     file_sizes,
     plan_run,
@@ -41,7 +41,7 @@ def describe_run(
     """
     config = loaded.config
     check_compiler(config.compile, spec.device)
-    check_swap(config.blocks_to_swap, config.adapter, spec, num_processes)
+    check_blocks(config.blocks_to_swap, config.checkpointed_blocks, config.adapter, spec, num_processes)
     if divides:
         check_can_divide(config.optimizer, config.blocks_to_swap, config.model.quantization)
     lines = [f"note: {note}" for note in loaded.notes]

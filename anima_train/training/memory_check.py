@@ -161,7 +161,7 @@ def measure(
             encoder = CaptionEncoder(spec, load_tokenizers(spec.files.tokenizer, spec.files.t5_tokenizer))
         transformer, groups = load_trained(
             spec, config.adapter, config.learning_rates(), config.seed, config.optimizer.weight_decay,
-            block_runner(config.recompute, config.compile, device), config.blocks_to_swap,
+            block_runner(config.recompute, config.compile, device, config.checkpointed_blocks), config.blocks_to_swap,
         )  # fmt: skip
         transformer.folds_zeros = folds_zeros
         model = accelerator.prepare(transformer, device_placement=[False])

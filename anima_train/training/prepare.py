@@ -27,7 +27,7 @@ from anima_train.distributed.consistency import check_same_data
 from anima_train.evaluation.evaluate import EvalSet
 from anima_train.model.loading import ModelSpec
 from anima_train.model.text import count_tokens, load_tokenizers
-from anima_train.training.build import check_swap, file_sizes
+from anima_train.training.build import check_blocks, file_sizes
 from anima_train.training.costs import cache_suggestions
 from anima_train.training.memory import MemoryContext, memory_errors
 from anima_train.training.summary import data_text
@@ -63,7 +63,9 @@ def prepare_data(
     with main_process_first(accelerator):  # one process downloads and reads the images, the others find it done
         spec = build_model_spec(config, accelerator.device)
         if trains:
-            check_swap(config.blocks_to_swap, config.adapter, spec, accelerator.num_processes)
+            check_blocks(
+                config.blocks_to_swap, config.checkpointed_blocks, config.adapter, spec, accelerator.num_processes
+            )
         scans = scan_all(datasets, config.seed, write=is_main)
         if is_main:
             for cache in caches:

@@ -171,7 +171,7 @@ def build_model(run: RunContext, spec: ModelSpec, num_steps: int) -> TrainState:
     """
     config = run.config
     rates = config.learning_rates()
-    run_block = block_runner(config.recompute, config.compile, spec.device)
+    run_block = block_runner(config.recompute, config.compile, spec.device, config.checkpointed_blocks)
     transformer, groups = load_trained(
         spec, config.adapter, rates, config.seed, config.optimizer.weight_decay, run_block, config.blocks_to_swap
     )

@@ -253,7 +253,7 @@ def waits_of_steps(case: Case, folder: Path) -> list[list[str]]:
     spec = build_model_spec(config, torch.device("cpu"))
     transformer, _ = load_trained(
         spec, config.adapter, config.learning_rates(), config.seed, config.optimizer.weight_decay,
-        block_runner(config.recompute, config.compile, CUDA),
+        block_runner(config.recompute, config.compile, CUDA, config.checkpointed_blocks),
     )  # fmt: skip
     run = context(loaded, folder)
     found = []

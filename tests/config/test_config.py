@@ -37,6 +37,16 @@ FROZEN = {f"model.{name}_lr": 0.0 for name in ("self_attn", "cross_attn", "mlp",
             'model.transformer_dtype: found "bfloat16", which needs dtype = "bfloat16"; remove it',
         ),
         (
+            {"checkpointed_blocks": 3},
+            'checkpointed_blocks: needs activation_checkpointing = "selective", which is for the other blocks; set it, '
+            "or remove this key",
+        ),
+        (
+            {"checkpointed_blocks": 3, "activation_checkpointing": True},
+            'checkpointed_blocks: with activation_checkpointing = true all blocks are; write "selective" there, for '
+            "the others, or remove this key",
+        ),
+        (
             {"model.transformer_dtype": "nf4"},
             'model.transformer_dtype: found "nf4", which saves 0.85 GiB more than "int8", and is slower; use "int8"',
         ),

@@ -10,7 +10,7 @@ from anima_train.config.ladder import CHANGE_RESULTS, LADDER_KEYS, rungs
 from anima_train.config.load import load_config
 from anima_train.config.resolved import config_toml
 
-POLICY = "activation_checkpointing"
+POLICY, SOME = "activation_checkpointing", "checkpointed_blocks"
 
 
 @pytest.fixture
@@ -25,7 +25,8 @@ def ladder(project):
 
 def test_auto_saves_activations_first_and_never_changes_results(ladder):
     found = ladder()
-    assert found[:4] == [{}, {POLICY: "selective"}, {POLICY: True}, {POLICY: "offload"}]
+    between = [{POLICY: "selective", SOME: number} for number in (4, 8, 12, 16, 20, 24)]
+    assert found[:10] == [{}, {POLICY: "selective"}, *between, {POLICY: True}, {POLICY: "offload"}]
     assert not any(key in CHANGE_RESULTS for settings in found for key in settings)
     assert found == ladder({"memory": "auto"})
 
@@ -37,6 +38,15 @@ def test_what_is_written_stays(ladder, project, memory, policy):
     assert all(POLICY not in settings for settings in ladder(changes))
     config = project.load(changes).config
     assert {rung.config.activation_checkpointing for rung in rungs(config, 28)} == {policy}
+
+
+def test_blocks_between_selective_and_all_are_checkpointed_only_where_the_others_are_selective(ladder, project):
+    assert [settings.get(SOME) for settings in ladder({POLICY: "selective"})][:7] == [None, 4, 8, 12, 16, 20, 24]
+    for policy in (False, True, "offload"):
+        assert all(SOME not in settings for settings in ladder({POLICY: policy}))
+    written = {POLICY: "selective", SOME: 3}
+    assert all(SOME not in settings for settings in ladder(written))
+    assert {rung.config.checkpointed_blocks for rung in rungs(project.load(written).config, 28)} == {3}
 
 
 def test_no_batch_size_is_ever_chosen():

@@ -1,6 +1,7 @@
 """What blocks keep for the backward pass: each policy gives the same bits, and keeps less than the one before it."""
 
 import collections
+import itertools
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from anima_train.adapters.lora import Lora
 from anima_train.core.text_batch import fold_rows
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.quantized import quantize_blocks
-from anima_train.model.recompute import kept_on_host, offloading, runner
+from anima_train.model.recompute import kept_on_host, mixed, offloading, runner
 from anima_train.optim.groups import COMPONENTS, LearningRates
 
 SHAPE = TransformerShape(3, 48, 24, 16, 20, 8)
@@ -43,8 +44,14 @@ def loss(model):
     return model(x, t, text).square().mean()
 
 
+def run_of(policy):
+    if isinstance(policy, int):  # of the first blocks' input alone
+        return mixed(runner("blocks"), runner("selective"), policy)
+    return offloading(runner(policy)) if policy == "offload" else runner(policy)
+
+
 def gradients(model, policy):
-    model.run_block = offloading(runner(policy)) if policy == "offload" else runner(policy)
+    model.run_block = run_of(policy)
     model.zero_grad()
     loss(model).backward()
     return [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]
@@ -56,7 +63,7 @@ def test_no_policy_moves_a_bit_of_a_gradient(adapter, dtype):
     model = model_of(adapter, dtype)
     kept = gradients(model, "nothing")
     assert len(kept) > 60
-    for policy in POLICIES:
+    for policy in (*POLICIES, 2):
         for found, expected in zip(gradients(model, policy), kept, strict=True):
             assert torch.equal(found, expected), policy
 
@@ -66,7 +73,7 @@ def test_no_policy_moves_a_bit_of_a_gradient_on_quantised_weights(quantization):
     model = model_of(Lora(rank=2), torch.bfloat16, quantization)
     kept = gradients(model, "nothing")
     assert len(kept) > 60
-    for policy in POLICIES:
+    for policy in (*POLICIES, 2):
         for found, expected in zip(gradients(model, policy), kept, strict=True):
             assert torch.equal(found, expected), policy
 
@@ -128,6 +135,26 @@ def test_selective_runs_no_product_and_no_attention_again(dropout):
     assert number("selective") == [*products, 2 * gelu]
     again = number("blocks")
     assert all(more > before for more, before in zip(again, products, strict=False))
+
+
+def test_of_some_checkpointed_blocks_the_first_alone_compute_products_again():
+    def products(policy):
+        model.run_block = run_of(policy)
+        with Counter() as counter:
+            loss(model).backward()
+        return counter.numbers["mm"] + counter.numbers["addmm_"]
+
+    model = model_of(Lora(rank=2))
+    found = [products(number) for number in range(SHAPE.num_blocks + 1)]
+    assert (found[0], found[-1]) == (products("selective"), products("blocks"))
+    assert len({after - before for before, after in itertools.pairwise(found)}) == 1
+
+    last = len(model.blocks) - 1
+    ran = {name: [] for name in ("first", "others")}
+    first, others = (lambda block, *inputs, name=name: ran[name].append(block.index) for name in ran)
+    for block in model.blocks:
+        mixed(first, others, last)(block)
+    assert ran == {"first": list(range(last)), "others": [last]}
 
 
 def test_the_device_does_not_hold_what_waits_on_the_host():

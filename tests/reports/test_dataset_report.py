@@ -568,23 +568,27 @@ def test_savings_name_only_what_would_help_that_of_least_cost_first(checked):
     batch, less = "micro_batch_size_per_gpu", "a resolution"
     checkpointing = [f"activation_checkpointing = {policy}" for policy in ('"selective"', "true", '"offload"')]
     lora = ['adapter={type="lora", rank=4}', bfloat16]
-    assert keys(*lora) == [batch, *checkpointing, less]
-    for number, policy in enumerate(checkpointing, start=1):
-        assert keys(*lora, policy, batch_size=1) == [*checkpointing[number:], less]
-    assert keys(*lora, 'activation_checkpointing = "unsloth"', batch_size=1) == [less]
-    assert keys(*lora, is_evaluation=True) == ["eval_micro_batch_size_per_gpu", less]
+    selective, *more = checkpointing
+    more, last = ["checkpointed_blocks", *more], ["model.transformer_dtype", less]
+    assert keys(*lora) == [batch, selective, *more, *last]
+    assert keys(*lora, selective, batch_size=1) == [*more, *last]
+    assert keys(*lora, selective, "checkpointed_blocks = 1", batch_size=1) == [*more[1:], *last]
+    assert keys(*lora, checkpointing[1], batch_size=1) == [*more[2:], *last]
+    assert keys(*lora, checkpointing[2], 'model.transformer_dtype="int8"', batch_size=1) == [less]
+    assert keys(*lora, 'activation_checkpointing = "unsloth"', batch_size=1) == last
+    assert keys(*lora, is_evaluation=True) == ["eval_micro_batch_size_per_gpu", *last]
     assert keys(*lora, 'model.transformer_dtype="float32"', batch_size=1, has_text_encoder=True) == [
-        "no model.transformer_dtype", "model.text_encoder_device", *checkpointing, less,
+        "no model.transformer_dtype", "model.text_encoder_device", selective, *more, less,
     ]  # fmt: skip
     assert keys(lora[0], 'model.dtype="float32"', batch_size=1)[0] == "model.dtype"
 
     whole = ['adapter={type="full"}', bfloat16, "model.llm_adapter_lr=1e-5"]
     kahan = 'optimizer={type="adamw_optimi", lr=1e-5}'
-    everything = [batch, *checkpointing, "optimizer.moments_dtype", "model.llm_adapter_lr", less, "adapter.type"]
+    everything = [batch, selective, *more, "optimizer.moments_dtype", "model.llm_adapter_lr", less, "adapter.type"]
     assert keys(*whole, kahan) == everything
     assert keys(*whole) == [key for key in everything if "moments" not in key]
     kept = keys(*whole, 'model.transformer_dtype="float32"', batch_size=1)
-    assert kept[3] == "no model.transformer_dtype, and optimizer.type"
+    assert kept[4] == "no model.transformer_dtype, and optimizer.type"
 
 
 # Trigger words

@@ -14,7 +14,7 @@ from anima_train.core.errors import ConfigError
 from anima_train.data.buckets import Size
 from anima_train.model import block_swap
 from anima_train.model.dit import TransformerShape
-from anima_train.training.build import check_swap
+from anima_train.training.build import check_blocks
 from anima_train.training.costs import ModelStats, memory_cost
 
 FULL = {"adapter": None, "optimizer": {"type": "adamw", "lr": 1e-3}}
@@ -89,15 +89,17 @@ def test_two_processes_that_swap_train_as_two_that_do_not(trainer):
 
 def test_more_blocks_than_there_are_or_a_model_trained_by_several_processes_are_refused(trainer):
     spec = build_model_spec(load_config(trainer.config(), []).config, torch.device("cpu"))
-    check_swap(2, Lora(), spec, 4)
-    check_swap(2, Full(), spec, 1)
-    check_swap(0, Full(), spec, 4)
+    check_blocks(2, 0, Lora(), spec, 4)
+    check_blocks(2, 0, Full(), spec, 1)
+    check_blocks(0, 2, Full(), spec, 4)
     with pytest.raises(
         ConfigError, match=r"blocks_to_swap: found 3, and the transformer has 2 blocks; write 2 or less"
     ):
-        check_swap(3, Lora(), spec, 1)
+        check_blocks(3, 0, Lora(), spec, 1)
+    with pytest.raises(ConfigError, match=r"checkpointed_blocks: found 3, and the transformer has 2 blocks"):
+        check_blocks(0, 3, Lora(), spec, 1)
     with pytest.raises(ConfigError, match=r"blocks_to_swap: found 1 in a full fine-tune by 2 processes"):
-        check_swap(1, Full(), spec, 2)
+        check_blocks(1, 0, Full(), spec, 2)
 
 
 def test_the_estimate_of_the_weights_is_less_by_what_is_saved(trainer):

@@ -22,6 +22,10 @@ COMBINATIONS = {
     "int8, checkpointing": (INT8 | CHECKPOINTING, {}),
     "int8, checkpointing, swap": (INT8 | CHECKPOINTING | SWAP, {}),
     "int8, selective, swap begun at the resume": (INT8 | {"activation_checkpointing": "selective"}, SWAP),
+    "selective, a checkpointed block, swap": (
+        {"activation_checkpointing": "selective", "checkpointed_blocks": 1} | SWAP,
+        {"checkpointed_blocks": 2},
+    ),
     "float8, offload, swap": (
         {"model": {"transformer_dtype": "float8", "dtype": "bfloat16"}, "activation_checkpointing": "offload"} | SWAP,
         {},

@@ -42,14 +42,14 @@ def scripts():
 def prepared(scripts):
     """Makes a model in training on CUDA tensors without values: (adapter, autocast, policy, blocks) -> side."""
 
-    def prepare(adapter, autocast, policy, depth, blocks_to_swap=0, quantization=None):
+    def prepare(adapter, autocast, policy, depth, blocks_to_swap=0, quantization=None, checkpointed_blocks=0):
         inputs = scripts["models"].random_inputs((SIDE, SIDE), 1, CUDA, BFLOAT16)
         with CUDA:
             model = MiniTrainDIT(scripts["models"].shape_of(WIDTH, depth))
         model.to(torch.float32 if autocast else BFLOAT16)
         if quantization is not None:
             quantize_blocks(model, quantization)
-        run = block_runner(policy, False, CUDA)
+        run = block_runner(policy, False, CUDA, checkpointed_blocks)
         if blocks_to_swap:
             swap = model.block_swap = BlockSwap(model, blocks_to_swap, CUDA)
             run = swap.around(run)
@@ -128,6 +128,16 @@ def test_the_estimate_is_the_peak_of_a_whole_step(step_peak, kind, autocast, pol
     counted, model = step_peak(adapter, autocast, policy, optimizer)
     estimate = estimate_of(model, adapter, optimizer, policy, transformer_dtype="float32" if autocast else "bfloat16")
     assert estimate == pytest.approx(counted, rel=0.04 if autocast else 0, abs=0.07 * 2**30)
+
+
+@pytest.mark.parametrize(
+    "number", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
+)
+def test_the_estimate_of_some_checkpointed_blocks_is_the_peak_of_a_whole_step(step_peak, number):
+    adapter, optimizer = ADAPTERS["lora"], OPTIMIZERS["lora"]
+    counted, model = step_peak(adapter, False, "selective", optimizer, depth=3, checkpointed_blocks=number)
+    estimate = estimate_of(model, adapter, optimizer, "selective", checkpointed_blocks=number)
+    assert estimate == pytest.approx(counted, abs=0.07 * 2**30)
 
 
 @pytest.mark.slow
