@@ -1,5 +1,6 @@
 """LoRA (Hu et al. 2021, arXiv:2106.09685) on the linears of `Block` and `TransformerBlock`."""
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator
 from typing import Literal
@@ -53,6 +54,19 @@ class Lora(Settings):
             lora_a = (draw * 2 - 1).mul_(bound).to(device, DTYPES[self.dtype])
             lora_b = torch.zeros(base.out_features, self.rank, dtype=DTYPES[self.dtype], device=device)
             transformer.set_submodule(name, LoraLinear(base, lora_a, lora_b, self.scale, self.dropout))
+
+    @contextlib.contextmanager
+    def as_base(self, transformer: nn.Module) -> Iterator[None]:
+        """Make the transformer the base model while this is open: B is zero, in the same memory, and then as before."""
+        ups = [layer.lora_B.detach() for _, layer in lora_layers(transformer)]
+        kept = [up.clone() for up in ups]
+        for up in ups:
+            up.zero_()
+        try:
+            yield
+        finally:
+            for up, values in zip(ups, kept, strict=True):
+                up.copy_(values)
 
     def tensors(self, transformer: MiniTrainDIT) -> dict[str, Tensor]:
         """Return A and B under their file keys, alpha / rank folded into B so that the scale is 1 everywhere."""

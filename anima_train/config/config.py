@@ -231,7 +231,7 @@ class Config(Settings):
     uncond_fraction: float = Field(default=0.0, ge=0, le=1)
     """Share of the samples trained with the empty caption, drawn anew each time; never in evaluation."""
     eval_datasets: list[EvalDataset] = Field(default=[])
-    """Datasets to measure the loss on, at t's quantiles 0.1 to 0.9 with fixed noise."""
+    """Datasets to measure the loss on, at fixed noise levels with fixed noise, beside the base model's."""
     eval_every_n_epochs: int | None = Field(default=None, ge=1)
     """Evaluate after every n epochs."""
     eval_every_n_steps: int | None = Field(default=None, ge=1)
@@ -352,6 +352,15 @@ class Config(Settings):
 
     @field_validator("adapter")
     @classmethod
+    def has_its_base(cls, value: AnyAdapter, earlier: ValidationInfo) -> AnyAdapter:
+        """Refuse to measure drift where the base model is no longer in memory."""
+        drifts = [entry.name for entry in earlier.data.get("eval_datasets", ()) if entry.drift]
+        if isinstance(value, Full) and drifts:
+            raise ValueError(f"a full fine-tune has no base model beside it; remove drift of eval_datasets {drifts[0]}")
+        return value
+
+    @field_validator("adapter")
+    @classmethod
     def leaves_quantized_weights(cls, value: AnyAdapter, earlier: ValidationInfo) -> AnyAdapter:
         """Refuse to train weights of a byte a value."""
         model = earlier.data.get("model")
@@ -433,6 +442,11 @@ class Config(Settings):
     def saves_states(self) -> bool:
         """True if training states are saved without being asked for."""
         return any(getattr(self, key) is not None for key in STATE_INTERVALS)
+
+    def measures_drift(self, entry: EvalDataset) -> bool:
+        """Return True if the drift on an evaluation set is measured."""
+        can, asks = isinstance(self.adapter, Lora), entry.role in ("train", "retention")
+        return can and (asks if entry.drift is None else entry.drift)
 
     def eval_batch_sizes(self) -> int | list[list[int]]:
         """Return the micro-batch sizes for evaluation."""

@@ -4,7 +4,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from anima_train.config.config import Config, ModelSettings
 from anima_train.config.notes import optimizer_advice, without_effect
 from anima_train.config.paths import find_path, path_fault
 from anima_train.config.read import Table, apply_override, read_toml
-from anima_train.config.sections import Sampling
+from anima_train.config.sections import Role, Sampling
 from anima_train.core.errors import ConfigError
 from anima_train.core.settings import Settings, quoted, validation_problems
 from anima_train.data.cache import CACHE_FOLDER, Cache
@@ -46,6 +46,7 @@ class Dataset:
     masks: tuple[Path | None, ...]
     caches: tuple[Cache, ...]
     offline: bool  # nothing may be looked up on the Hub
+    role: Role = "validation"  # of an evaluation set
 
 
 @dataclass(frozen=True)
@@ -276,7 +277,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     if loader.problems or config is None or train is None:
         raise ConfigError(loader.problems)
 
-    found = tuple(dataset for dataset in evals if dataset is not None)
+    found = tuple(
+        replace(dataset, role=entry.role)
+        for entry, dataset in zip(config.eval_datasets, evals, strict=True)
+        if dataset is not None
+    )
     sets = zip(config.eval_datasets, found, strict=True)
     config = config.model_copy(
         update={

@@ -61,7 +61,7 @@ def without_effect_on_samples(
     config: Config, plan: Plan, evaluated: Iterable[Sample]
 ) -> Iterator[tuple[str, str]]:  # fmt: skip
     """Yield (key, why it has no effect) for what no image of the training set has, or for the loss none at all."""
-    samples = plan.samples
+    samples, evaluated = plan.samples, list(evaluated)
     sizes = {sample.size for sample in samples}
     if config.model.multiscale_loss_weight is not None and all(
         (size.width * size.height) ** 0.5 < MULTISCALE_SIDE for size in sizes
@@ -80,7 +80,10 @@ def without_effect_on_samples(
     directories: dict[int, list[Sample]] = defaultdict(list)
     for sample in samples:
         directories[sample.directory].append(sample)
+    kinds = {sample.options.kind for sample in evaluated}
     for index, own in sorted(directories.items()):
+        if own[0].options.kind not in kinds | {""}:
+            yield f"directory[{index}].kind", "only evaluation sets are told apart by it"
         for key, why in without_effect_on_directory(own):
             yield f"directory[{index}].{key}", why
 

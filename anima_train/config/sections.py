@@ -1,13 +1,16 @@
 """The tables of the main file for evaluation sets, trackers and previews."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
 from anima_train.config.values import printable_name
 from anima_train.core.settings import Settings
 from anima_train.data.settings import DatasetSettings
+from anima_train.objective.timesteps import TENTHS, Points
 from anima_train.sampling.generate import PictureSettings, Request
+
+Role = Literal["train", "validation", "retention"]
 
 
 class EvalDataset(Settings):
@@ -16,7 +19,44 @@ class EvalDataset(Settings):
     name: Annotated[str, Field(min_length=1), AfterValidator(printable_name)]
     """The name of its curves."""
     config: str | DatasetSettings
-    """A dataset TOML, or an inline table with the same keys."""
+    """A dataset TOML, or an inline table with the same keys. `kind` in its directories tells what their images have in
+    common, and the numbers are logged for each kind, too."""
+    role: Role = "validation"
+    """The purpose: "validation" measures what is learned, on images of the same subject that are not trained;
+    "retention" what is forgotten, on images that have nothing to do with it; "train" what is memorized, on some of the
+    training images. Logged together as evaluation/learning, forgetting and memorization. The best training state is
+    chosen by the validation sets."""
+    quantiles: list[Annotated[float, Field(gt=0, lt=1)]] = Field(default=list(TENTHS), min_length=1)
+    """The noise levels, as quantiles of the distribution of t that is trained, before its shift."""
+    sigmas: list[Annotated[float, Field(gt=0, le=1)]] = Field(default=[])
+    """The noise levels themselves, t in (0, 1]; replaces quantiles, and does not depend on what is trained."""
+    repeats: int = Field(default=1, ge=1)
+    """Noises at each level, fixed ones for each image: more of them make the numbers of few images more certain."""
+
+    drift: bool | None = None
+    """Measure how far the predicted velocity is from the base model's, on the same noise, with a second pass of the
+    LoRA's own base: almost all of what is forgotten, from far fewer images than the loss needs. Not in a full
+    fine-tune. Absent: for "train" and "retention" of a LoRA."""
+
+    @field_validator("sigmas")
+    @classmethod
+    def one_kind_of_levels(cls, value: list[float], earlier: ValidationInfo) -> list[float]:
+        """Refuse both kinds of levels."""
+        if value and earlier.data.get("quantiles", list(TENTHS)) != list(TENTHS):
+            raise ValueError("replaces quantiles, which would have no effect; keep one")
+        return value
+
+    @field_validator("quantiles", "sigmas")
+    @classmethod
+    def differ_as_logged(cls, value: list[float]) -> list[float]:
+        """Refuse levels that have the same name in the metrics."""
+        if len({f"{level:.2f}" for level in value}) < len(value):
+            raise ValueError("has levels that are equal in two decimals; remove them")
+        return value
+
+    def points(self) -> Points:
+        """Return the noise levels and their noises."""
+        return Points(tuple(self.quantiles), tuple(self.sigmas), self.repeats)
 
 
 class Monitoring(Settings):

@@ -48,6 +48,9 @@ class DirectoryOptions(Settings):
     role: Literal["train", "regularization"] = "train"
     """The purpose of the images. "regularization": images of what the model should not forget. They get no
     trigger_word, and their loss is logged apart, as loss/regularization; weight sets their share."""
+    kind: Annotated[str, Field(max_length=40, pattern=r"^[\w .-]*$")] = ""
+    """The kind of the images in an evaluation set ("artist", "text", the name of a character, ...), whose numbers are
+    logged for each kind. Images of one kind may all change alike: the standard error over kinds counts each once."""
     subsample_ratio: float = Field(default=1.0, gt=0, le=1)
     """Use only this share of the images, the same ones in every epoch."""
     no_upscale: bool = False

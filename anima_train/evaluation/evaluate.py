@@ -1,32 +1,36 @@
-"""The evaluation: the loss of a held-out set at fixed quantiles of t with fixed noise.
+"""The evaluation: the loss of a set at fixed noise levels with fixed noise.
 
 Two evaluations of the same weights are equal, and two checkpoints are compared on the same noise.
 """
 
+import contextlib
 import itertools
 import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from anima_train.config.sections import Role
 from anima_train.core.random import stream
 from anima_train.data.loader import Batch, CachedData, read_ahead
 from anima_train.data.plan import BatchSizes, batch_size_for
 from anima_train.distributed.signals import Abandoned, SignalHandler
+from anima_train.evaluation.results import Drift, Evaluation
+from anima_train.objective.flow import velocity_target
 from anima_train.objective.losses import Loss
-from anima_train.objective.step import compute_loss
-from anima_train.objective.timesteps import Timesteps
+from anima_train.objective.step import predict
+from anima_train.objective.timesteps import Points, Timesteps
 from anima_train.run.manifest import dataset_digest
 
-QUANTILES = tuple(round(0.1 * tenth, 1) for tenth in range(1, 10))  # of the distribution of t before its shift
 NOISE_SEED = 0  # not the run's: runs with different seeds are measured on the same noise
 
 
@@ -37,6 +41,19 @@ class EvalSet:
     name: str
     data: CachedData
     batch_sizes: BatchSizes
+    role: Role
+    points: Points
+    measures_drift: bool = False
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """The pictures and the noise: two evaluations with the same ones can be compared."""
+        return {"dataset_sha256": dataset_digest(self.data.samples), **asdict(self.points)}
+
+    def evaluation(self, losses: Tensor, drift: Drift | None = None) -> Evaluation:
+        """Return the losses of this set, (samples, noise levels), as an evaluation."""
+        kinds = tuple(sample.options.kind for sample in self.data.samples)
+        return Evaluation(self.name, self.role, self.points.names, kinds, losses, drift)
 
     def batches(self) -> list[tuple[int, ...]]:
         """Return batches of sample indices, bucket by bucket; every sample once."""
@@ -51,30 +68,6 @@ class EvalSet:
         ]
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """The losses of one set: a row per sample, a column per quantile."""
-
-    name: str
-    losses: Tensor
-
-    def metrics(self, base: "Evaluation | None") -> dict[str, float]:
-        """Return the numbers to log: the mean, the mean at each quantile, and the difference from the base model.
-
-        The difference is paired (same samples, same noise); its standard error is over samples.
-        """
-        values = {f"{self.name}/loss": float(self.losses.mean())}
-        for quantile, loss in zip(QUANTILES, self.losses.mean(dim=0), strict=True):
-            values[f"{self.name}/loss_quantile_{quantile:.2f}"] = float(loss)
-        if base is not None:
-            differences = (self.losses - base.losses).mean(dim=1)
-            values[f"{self.name}/difference_from_base"] = float(differences.mean())
-            if len(differences) > 1:
-                error = float(differences.std()) / math.sqrt(len(differences))
-                values[f"{self.name}/difference_from_base_stderr"] = error
-        return values
-
-
 @torch.no_grad()
 def evaluate(
     transformer: nn.Module,
@@ -85,6 +78,7 @@ def evaluate(
     num_workers: int,
     stopping: SignalHandler,
     idle_pass: Callable[[], object] | None = None,
+    as_base: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> Evaluation:
     """Measure the losses of one set, of which each process takes its share of the batches.
 
@@ -101,57 +95,83 @@ def evaluate(
         stopping: the signals.
         idle_pass: what a process does in a round that has no batch for it: all have to take part in the passes of a
             divided model; None: nothing.
+        as_base: makes the transformer the base model while its context is open; called where drift is measured.
 
     Raises:
         Abandoned: on all processes, as one of them is to stop.
     """
     was_training = transformer.training
     transformer.eval()
-    samples = eval_set.data.samples
+    points = eval_set.points
     batches = eval_set.batches()
     mine = batches[accelerator.process_index :: accelerator.num_processes]
-    make = partial(make_batch, eval_set.data, timesteps)
-    found: list[tuple[int, int, float]] = []
-    made = read_ahead(itertools.product(mine, range(len(QUANTILES))), make, num_threads=num_workers)
-    num_rounds = math.ceil(len(batches) / accelerator.num_processes) * len(QUANTILES)
+    make = partial(make_batch, eval_set.data, points, timesteps)
+    found: list[tuple[int, int, list[float]]] = []
+    num_passes = 2 if eval_set.measures_drift else 1
+    made = read_ahead(itertools.product(mine, range(len(points))), make, num_threads=num_workers)
+    num_rounds = math.ceil(len(batches) / accelerator.num_processes) * len(points)
     try:
         for _ in range(num_rounds):  # as many on every process, as all are asked in each
             if stopping.is_requested(accelerator):
                 raise Abandoned
             point = next(made, None)
             if point is None and idle_pass is not None:
-                idle_pass()
+                for _ in range(num_passes):
+                    idle_pass()
             if point is not None:
                 indices, column, batch = point
-                values = compute_loss(transformer, batch.to(accelerator.device), loss)
-                found.extend((index, column, float(value)) for index, value in zip(indices, values.cpu(), strict=True))
+                values = measure(transformer, batch.to(accelerator.device), loss, as_base if num_passes == 2 else None)
+                rows = values.T.tolist()
+                found.extend((index, column, row) for index, row in zip(indices, rows, strict=True))
     finally:
         made.close()
         transformer.train(was_training)
-    losses = torch.full((len(samples), len(QUANTILES)), torch.nan, dtype=torch.float64)
-    everyone: Sequence[tuple[int, int, float]] = gather_object(found)
-    for index, column, value in everyone:
-        losses[index, column] = value
-    return Evaluation(eval_set.name, losses)
+    num_values = 4 if eval_set.measures_drift else 1
+    table = torch.full((num_values, len(eval_set.data.samples), len(points)), torch.nan, dtype=torch.float64)
+    everyone: Sequence[tuple[int, int, list[float]]] = gather_object(found)
+    for index, column, row in everyone:
+        table[:, index, column] = torch.tensor(row, dtype=torch.float64)
+    losses, *drift = table.unflatten(2, (-1, points.repeats)).mean(dim=3)
+    return eval_set.evaluation(losses, Drift(*drift) if drift else None)
+
+
+def measure(
+    transformer: nn.Module,
+    batch: Batch,
+    loss: Loss,
+    as_base: Callable[[], contextlib.AbstractContextManager[None]] | None,
+) -> Float[Tensor, "V B"]:
+    """Return the loss of each sample of a batch; with `as_base` the parts of `Drift` below it, float32."""
+    velocity, target = predict(transformer, batch), velocity_target(batch.latents, batch.noise)
+    losses = loss(velocity, target, batch.mask)
+    if as_base is None:
+        return losses[None]
+    with as_base():
+        base = predict(transformer, batch)
+    moved = velocity - base
+    parts = (moved.square(), 2 * moved * (base - target), base.square())
+    return torch.stack([losses, *(part.flatten(1).mean(dim=1) for part in parts)])
 
 
 def make_batch(
-    data: CachedData, timesteps: Timesteps, point: tuple[tuple[int, ...], int]
+    data: CachedData, points: Points, timesteps: Timesteps, point: tuple[tuple[int, ...], int]
 ) -> tuple[tuple[int, ...], int, Batch]:
-    """Return indices of samples and the column of a quantile, as they came, with the batch at it."""
+    """Return indices of samples and the number of a point, as they came, with the batch at it."""
     indices, column = point
     chosen = [data.samples[index] for index in indices]
     views = [sample.views()[0] for sample in chosen]
-    t = [timesteps.at(QUANTILES[column], sample.size.num_tokens) for sample in chosen]
+    level, repeat = divmod(column, points.repeats)
+    t = [points.t(level, timesteps, sample.size.num_tokens) for sample in chosen]
     captions = [sample.evaluation_caption() for sample in chosen]
-    noise = [stream(NOISE_SEED, "evaluation", sample.id, column) for sample in chosen]
+    address = (level, repeat) if repeat else (level,)  # the first noise does not depend on how many there are
+    noise = [stream(NOISE_SEED, "evaluation", sample.id, *address) for sample in chosen]
     return indices, column, data.batch(views, captions, t, noise)
 
 
 def base_text(results: Iterable[Evaluation], evals: Iterable[EvalSet]) -> str:
     """Return the base model's evaluations as JSON."""
     found = {
-        result.name: {"dataset_sha256": dataset_digest(eval_set.data.samples), "losses": result.losses.tolist()}
+        result.name: {**eval_set.identity, "losses": result.losses.tolist()}
         for result, eval_set in zip(results, evals, strict=True)
     }
     return json.dumps(found)
@@ -163,7 +183,7 @@ def read_base(path: Path, evals: Iterable[EvalSet]) -> dict[str, Evaluation]:
         return {}
     found = json.loads(path.read_text(encoding="utf-8"))
     return {
-        eval_set.name: Evaluation(eval_set.name, torch.tensor(entry["losses"], dtype=torch.float64))
+        eval_set.name: eval_set.evaluation(torch.tensor(entry["losses"], dtype=torch.float64))
         for eval_set in evals
-        if (entry := found.get(eval_set.name)) and entry["dataset_sha256"] == dataset_digest(eval_set.data.samples)
+        if (entry := found.get(eval_set.name)) and json.loads(json.dumps(eval_set.identity)).items() <= entry.items()
     }

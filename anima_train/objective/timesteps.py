@@ -16,6 +16,9 @@ FLUX_TOKENS = (256, 4096)  # image tokens at which flux_shift's mu is ...
 FLUX_MU = (0.5, 1.15)  # ... this; linear in between and beyond
 
 
+TENTHS = tuple(round(0.1 * tenth, 1) for tenth in range(1, 10))
+
+
 @dataclass(frozen=True)
 class Timesteps:
     """The distribution of t that a run trains on."""
@@ -42,6 +45,30 @@ class Timesteps:
         if self.flux_shift:
             return shifted(t, math.exp(flux_mu(num_tokens)))
         return t
+
+
+@dataclass(frozen=True)
+class Points:
+    """The noise levels of an evaluation, each with several noises: level by level, noise by noise."""
+
+    quantiles: tuple[float, ...] = TENTHS  # of the distribution of t before its shift
+    sigmas: tuple[float, ...] = ()  # t itself; replaces the quantiles
+    repeats: int = 1  # noises at each level
+
+    def __len__(self) -> int:
+        """The number of points."""
+        return len(self.sigmas or self.quantiles) * self.repeats
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The levels as they are logged."""
+        if self.sigmas:
+            return tuple(f"sigma_{sigma:.2f}" for sigma in self.sigmas)
+        return tuple(f"quantile_{quantile:.2f}" for quantile in self.quantiles)
+
+    def t(self, level: int, timesteps: Timesteps, num_tokens: int) -> float:
+        """Return t of a level, 0 the first, for an image of this many tokens."""
+        return self.sigmas[level] if self.sigmas else timesteps.at(self.quantiles[level], num_tokens)
 
 
 def sigmoid(x: float) -> float:

@@ -16,6 +16,7 @@ from anima_train.caching.text_encoding import CaptionEncoder, OnlineTextEncoder,
 from anima_train.checkpoint.disk_space import first_requirements
 from anima_train.config.load import Dataset, LoadedConfig
 from anima_train.config.model_files import build_model_spec
+from anima_train.config.sections import Role
 from anima_train.core.errors import DataError
 from anima_train.core.format import count, listed
 from anima_train.data.cache import SCHEMA, Cache
@@ -103,7 +104,17 @@ def prepare_data(
         samples, bad = usable(dataset.name, scans[dataset.name], dataset.settings.max_bad_fraction, vae_id)
         warnings.extend(bad)
         data[dataset.name] = CachedData(samples, vae_id, text_id, config.seed, config.model.cache_text_embeddings)
-    evals = [EvalSet(dataset.name, data[dataset.name], config.eval_batch_sizes()) for dataset in loaded.evals]
+    evals = [
+        EvalSet(
+            entry.name,
+            data[entry.name],
+            config.eval_batch_sizes(),
+            entry.role,
+            entry.points(),
+            config.measures_drift(entry),
+        )
+        for entry in config.eval_datasets
+    ]
     return Prepared(spec, data["train"], evals, warnings)
 
 
@@ -193,7 +204,9 @@ def scan_all(datasets: Sequence[Dataset], seed: int, write: bool) -> dict[str, S
             found = scan(each.settings, each.folders, each.masks, each.caches, seed, write, each.offline)
             found.check(each.settings.max_bad_fraction)
             if scans:
-                found = replace(found, warnings=[*found.warnings, *overlap(scans["train"].samples, found.samples)])
+                found = replace(
+                    found, warnings=[*found.warnings, *overlap(each.role, scans["train"].samples, found.samples)]
+                )
             scans[each.name] = found
         except DataError as error:
             problems.extend(f"dataset {each.name}: {problem}" for problem in error.problems)
@@ -202,14 +215,25 @@ def scan_all(datasets: Sequence[Dataset], seed: int, write: bool) -> dict[str, S
     return scans
 
 
-def overlap(train: Iterable[Sample], evaluation: Iterable[Sample]) -> list[str]:
-    """Return a warning if images are in the training set and in an evaluation set, whatever the files are called."""
+def overlap(role: Role, train: Iterable[Sample], evaluation: Iterable[Sample]) -> list[str]:
+    """Return a warning if images of an evaluation set are in the training set, or are not, against the set's role.
+
+    Images are compared by content, whatever the files are called.
+
+    Raises:
+        DataError: images that are to show what is forgotten are trained.
+    """
     trained = {sample.picture.sha256 for sample in train}
-    both = list(dict.fromkeys(sample.picture.path for sample in evaluation if sample.picture.sha256 in trained))
-    if not both:
+    paths: dict[bool, dict[object, None]] = {True: {}, False: {}}
+    for sample in evaluation:
+        paths[sample.picture.sha256 in trained][sample.picture.path] = None
+    wrong = list(paths[role != "train"])
+    if not wrong:
         return []
-    are = "is" if len(both) == 1 else "are"
-    return [
-        f"{count(len(both), 'image')} {are} in the training set too, such as {both[0]}; the loss on them shows memory, "
-        "not quality"
-    ]
+    text = f"{count(len(wrong), 'image')} {'is' if len(wrong) == 1 else 'are'} "
+    if role == "train":
+        return [f'{text}not in the training set, such as {wrong[0]}: role = "train" is for images that are']
+    text += f"in the training set too, such as {wrong[0]}"
+    if role == "retention":
+        raise DataError(f'{text}; role = "retention" is for images that have nothing to do with it: remove them there')
+    return [f"{text}; the loss on them shows memory, not quality"]

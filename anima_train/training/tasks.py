@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from anima_train.adapters.lora import Lora
 from anima_train.checkpoint.async_writer import AsyncWriter, Groups
 from anima_train.checkpoint.training_state import StateManifest, save_state, state_tensors, take_part_in
 from anima_train.checkpoint.weights import save_weights, weights_metadata, weights_to_save
@@ -26,6 +27,7 @@ from anima_train.distributed.collectives import patient_barrier
 from anima_train.distributed.signals import Abandoned
 from anima_train.evaluation.evaluate import base_text, evaluate, read_base
 from anima_train.evaluation.previews import Previews
+from anima_train.evaluation.results import described, score, summary
 from anima_train.model.safetensors_io import open_header, read_tensors
 from anima_train.run.intervals import next_event
 from anima_train.run.manifest import seen_facts
@@ -147,11 +149,13 @@ class PeriodicTasks:
         """
         context, config, state = self.context, self.context.config, self.state
         idle = None if state.shards is None else partial(whole_pass, state.transformer, context.device)
+        adapter = config.adapter
+        as_base = partial(adapter.as_base, state.transformer) if isinstance(adapter, Lora) else contextlib.nullcontext
         with state.averaged():
             results = [
                 evaluate(
                     state.model, eval_set, config.loss(), config.timesteps(), context.accelerator, config.num_workers,
-                    context.signals, idle,
+                    context.signals, idle, as_base,
                 )
                 for eval_set in self.data.evals
             ]  # fmt: skip
@@ -162,16 +166,22 @@ class PeriodicTasks:
             write_text(folder.base_path, base_text(results, self.data.evals))
         base = read_base(folder.base_path, self.data.evals)
         for result in results:
-            values = result.metrics(base.get(result.name))
-            folder.log(folder.evaluations_path, {"step": state.step, "examples": state.samples_seen, **values})
-            logger.info("step %d: %s/loss %.5f", state.step, result.name, values[f"{result.name}/loss"])
-            self.log.trackers.log(values, self.log.x(state.step, state.samples_seen))
-        score = sum(float(result.losses.mean()) for result in results) / len(results)
-        self.scores = {state.step: score} if math.isfinite(score) else {}  # such a step is not the best one
+            self.log_evaluation(result.metrics(base.get(result.name)))
+            logger.info("step %d: %s", state.step, described(result, base.get(result.name)))
+        self.log_evaluation(summary(results, base))
+        found = score(results)
+        self.scores = {state.step: found} if math.isfinite(found) else {}  # such a step is not the best one
         for result in results:
-            if not math.isfinite(float(result.losses.mean())):
+            if not math.isfinite(result.loss):
                 text = "the loss of the evaluation set %s is not finite; a state of this step is not kept as the best"
                 logger.warning(text, result.name, extra={"step": state.step})
+
+    def log_evaluation(self, values: Mapping[str, float]) -> None:
+        """Log numbers of an evaluation, in the run's folder and to the trackers."""
+        if values:
+            step, examples, folder = self.state.step, self.state.samples_seen, self.context.folder
+            folder.log(folder.evaluations_path, {"step": step, "examples": examples, **values})
+            self.log.trackers.log(values, self.log.x(step, examples))
 
     def preview(self) -> None:
         """Draw the previews, if this process does; a failure is a warning.

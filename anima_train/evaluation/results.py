@@ -1,0 +1,169 @@
+"""The results of an evaluation: losses beside those of the base model, and how sure their difference is."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from anima_train.config.sections import Role
+
+CHANCE = 3.0  # standard errors; a difference of no more may be chance
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean of paired differences, and its standard errors."""
+
+    mean: float
+    error: float | None  # over samples; None: there is only one
+    kind_error: float | None  # over kinds, whose samples may be alike; None: there are fewer than two
+
+    @property
+    def standard_errors(self) -> float | None:
+        """The number of standard errors, the larger one, that the mean is away from zero; None if it is not known."""
+        error = max((each for each in (self.error, self.kind_error) if each is not None), default=None)
+        if error is None:
+            return None
+        return self.mean / error if error else math.copysign(math.inf, self.mean) if self.mean else 0.0
+
+    @property
+    def is_beyond_chance(self) -> bool:
+        """True if it is hardly zero for all samples, and all kinds, like these."""
+        return self.standard_errors is not None and abs(self.standard_errors) > CHANCE
+
+    def metrics(self, name: str) -> dict[str, float]:
+        """Return the numbers to log under a name."""
+        values = {name: self.mean, f"{name}_stderr": self.error, f"{name}_stderr_kinds": self.kind_error}
+        values[f"{name}_in_stderr"] = self.standard_errors
+        return {key: value for key, value in values.items() if value is not None}
+
+
+def paired_difference(values: Float[Tensor, " S"], kinds: Sequence[str]) -> Difference:
+    """Return the mean of differences, one for each sample, with its standard errors.
+
+    Samples of one kind (an artist, a character) may all differ alike. The error over kinds takes each kind as one
+    observation, however many samples it has: the cluster-robust error of a mean, with K / (K - 1) for K kinds.
+
+    Args:
+        values: differences.
+        kinds: of the samples; "" is of no kind: such a sample is one by itself.
+    """
+    number, mean = len(values), values.mean()
+    error = float(values.std()) / math.sqrt(number) if number > 1 else None
+    sums: dict[tuple[str, int], float] = defaultdict(float)
+    for index, (value, kind) in enumerate(zip(values, kinds, strict=True)):
+        sums[kind, 0 if kind else index] += float(value - mean)
+    num_kinds = len(sums)
+    kind_error = None
+    if any(kinds) and num_kinds > 1:
+        kind_error = math.sqrt(sum(each**2 for each in sums.values()) * num_kinds / (num_kinds - 1)) / number
+    return Difference(float(mean), error, kind_error)
+
+
+@dataclass(frozen=True)
+class Drift:
+    """The distance of the velocity v from the base model's, v0, on the same noise: means over latents, (S, L) each.
+
+    The mean squared error is above the base's by `squared + cross`. Where the base predicts the mean of what fits its
+    input, as on pictures like those it was made from, `cross` is near zero, and what is forgotten is `squared` alone.
+    """
+
+    squared: Float[Tensor, "S L"]  # |v - v0|^2
+    cross: Float[Tensor, "S L"]  # 2 (v - v0) (v0 - target)
+    base: Float[Tensor, "S L"]  # |v0|^2
+
+    def metrics(self, name: str, kinds: Sequence[str]) -> dict[str, float]:
+        """Return the numbers to log under a name."""
+        values = paired_difference(self.squared.mean(dim=1), kinds).metrics(name)
+        values[f"{name}_relative"] = float(self.squared.mean() / self.base.mean())
+        values[f"{name}_cross_term"] = float(self.cross.mean())
+        return values
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The losses of one set: a row per sample, a column per noise level, each the mean over its noises."""
+
+    name: str
+    role: Role
+    levels: tuple[str, ...]  # names of the noise levels
+    kinds: tuple[str, ...]  # of the samples; "": of none
+    losses: Float[Tensor, "S L"]
+    drift: Drift | None = None  # where it is measured
+
+    @property
+    def loss(self) -> float:
+        """The mean of all."""
+        return float(self.losses.mean())
+
+    def difference(self, base: "Evaluation") -> Difference:
+        """Return how much the loss is above the base model's, on the same samples and noise."""
+        return paired_difference((self.losses - base.losses).mean(dim=1), self.kinds)
+
+    def metrics(self, base: "Evaluation | None") -> dict[str, float]:
+        """Return the numbers to log: the mean, at each noise level, and of each kind, beside the base model's."""
+        values = {f"{self.name}/loss": self.loss}
+        for level, loss in zip(self.levels, self.losses.mean(dim=0), strict=True):
+            values[f"{self.name}/loss_{level}"] = float(loss)
+        if self.drift is not None:
+            values |= self.drift.metrics(f"{self.name}/drift", self.kinds)
+        if base is not None:
+            values |= self.difference(base).metrics(f"{self.name}/difference_from_base")
+            for level, change in zip(self.levels, (self.losses - base.losses).mean(dim=0), strict=True):
+                values[f"{self.name}/difference_from_base_{level}"] = float(change)
+            for kind, part in self.by_kind():
+                base_part = base.losses[[each == kind for each in self.kinds]]
+                change = paired_difference((part - base_part).mean(dim=1), [""] * len(part))
+                values |= change.metrics(f"{self.name}/difference_from_base_of_{kind}")
+        return values
+
+    def by_kind(self) -> Iterator[tuple[str, Float[Tensor, "s L"]]]:
+        """Yield each kind of sample with its losses."""
+        for kind in sorted(set(self.kinds) - {""}):
+            yield kind, self.losses[[each == kind for each in self.kinds]]
+
+
+def summary(results: Sequence[Evaluation], base: Mapping[str, Evaluation]) -> dict[str, float]:
+    """Return what sets of several roles say together: the means over the sets of a role. Nothing where all have one.
+
+    "learning": by how much the loss on validation pictures fell below the base model's; "forgetting": by how much that
+    on retention pictures rose; "memorization": by how much more it fell on training pictures than on validation ones.
+    """
+    found: dict[Role, list[float]] = defaultdict(list)
+    for result in results:
+        if result.name in base:
+            found[result.role].append(result.difference(base[result.name]).mean)
+    change = {role: sum(values) / len(values) for role, values in found.items()} if len(found) > 1 else {}
+    values = {}
+    if "validation" in change:
+        values["evaluation/learning"] = -change["validation"]
+        if "train" in change:
+            values["evaluation/memorization"] = change["validation"] - change["train"]
+    if "retention" in change:
+        values["evaluation/forgetting"] = change["retention"]
+    return values
+
+
+def score(results: Sequence[Evaluation]) -> float:
+    """Return the number that the best training state has the lowest of: the mean loss of what was not trained on.
+
+    That of the validation sets; without any, of all sets.
+    """
+    chosen = [result for result in results if result.role == "validation"] or results
+    return sum(result.loss for result in chosen) / len(chosen)
+
+
+def described(result: Evaluation, base: Evaluation | None) -> str:
+    """Return an evaluation in words."""
+    text = f"{result.name}/loss {result.loss:.5f}"
+    if base is None or result.losses.equal(base.losses):
+        return text
+    change = result.difference(base)
+    error = max((each for each in (change.error, change.kind_error) if each is not None), default=None)
+    text += f", {change.mean:+.5f}" + ("" if error is None else f" +- {error:.5f}") + " from the base"
+    if error is not None and not change.is_beyond_chance:
+        text += " (may be chance)"
+    return text
