@@ -13,6 +13,8 @@ from anima_train.reports.series import Series
 WIDTH, HEIGHT = 640, 180
 NUM_COLOURS = 8  # in charts.css
 NUM_TICKS = 5
+MAX_POWERS = 8  # of ten, on a logarithmic axis
+MAX_DIGITS = 17  # what a float holds
 LOG_RATIO = 50  # of the highest value and the median: with more, a linear axis shows nothing but the highest
 
 
@@ -57,11 +59,20 @@ class Axis:
         powers = [10.0**n for n in range(math.floor(math.log10(self.low)), 40)] if self.is_log else []
         found = [power for power in powers if self.low <= power <= self.high]
         if len(found) > 1:
-            return found
+            return found[:: math.ceil(len(found) / MAX_POWERS)]
         rough = (self.high - self.low) / NUM_TICKS
         power = 10.0 ** math.floor(math.log10(rough))
         step = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= rough)
         return [n * step for n in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
+
+    def labels(self) -> list[tuple[float, str]]:
+        """Return (value, text) of each tick, with the digits by which they differ."""
+        ticks = [tick or 0.0 for tick in self.ticks()]  # -0 is 0
+        for digits in range(4, MAX_DIGITS + 1):
+            texts = [f"{tick:.{digits}g}" for tick in ticks]
+            if len(set(texts)) == len(ticks):
+                break
+        return list(zip(ticks, texts, strict=True))
 
 
 def value_axis(values: Iterable[float], from_zero: bool) -> Axis:

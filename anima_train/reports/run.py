@@ -6,11 +6,14 @@ Files may be missing, half written or made by hand: what cannot be used is skipp
 import json
 import math
 import re
+import tomllib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
+
+from PIL import Image
 
 from anima_train.core.errors import ConfigError
 from anima_train.core.format import count
@@ -19,6 +22,7 @@ from anima_train.data.image_headers import BadImage
 from anima_train.data.images import decode
 from anima_train.objective.timesteps import T_BINS
 from anima_train.reports.html import small_jpeg
+from anima_train.reports.key_settings import key_settings, named_text, table_of, value_text
 from anima_train.reports.places import shared_config, shared_text
 from anima_train.reports.series import Series, evenly_to_last, number
 
@@ -69,6 +73,8 @@ class Preview:
     step: int
     name: str  # the same at every step for the same prompt and seed
     jpeg: str  # base64
+    prompt: str = ""  # "" where the file tells none
+    settings: str = ""  # the others it was drawn with
 
 
 @dataclass
@@ -103,6 +109,7 @@ class RunReport:
     seen: Sequence[tuple[str, int]]  # (sample, times seen), the least first
     previews: Sequence[Preview]  # by name, then step
     num_previews: int  # in the folder
+    settings: Sequence[tuple[str, str]]  # those that matter most: (what, value)
     config: str  # the resolved config as TOML, without paths
     manifest: Mapping[str, Any]
     warnings: Sequence[str]
@@ -124,7 +131,8 @@ def collect_run(run: Path) -> RunReport:
         notes.append(f"{metrics.num_steps:,} of {planned:,} steps are done: the run is not at its end")
     seen = read_object(run / "seen.json", notes)
     previews, num_previews = read_previews(run / "samples", notes)
-    config, paths = shared_config(read_text(run / "config.toml", notes))
+    written = read_text(run / "config.toml", notes)
+    config, paths = shared_config(written)
     warnings = read_warnings(run / "warnings.jsonl", notes)
     # The page may be shown to others, so it names no folder of this machine.
     places = [str(Path.home() / "x"), str(run.resolve()), *paths]
@@ -136,6 +144,7 @@ def collect_run(run: Path) -> RunReport:
         sorted(counts(seen.get("samples")).items(), key=lambda item: (item[1], item[0])),
         previews,
         num_previews,
+        settings_of(written, manifest),
         config,
         manifest,
         [shared_text(warning, places) for warning in warnings],
@@ -304,6 +313,23 @@ def read_warnings(path: Path, notes: list[str]) -> list[str]:
     return list(dict.fromkeys(f"step {step:,}: {text}" if step else text for step, text in lines))
 
 
+def settings_of(text: str, manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the settings that matter most, after the model's name and the number of parameters that are trained."""
+    try:
+        rows = key_settings(tomllib.loads(text))
+    except ValueError:
+        rows = []
+    model_file = table_of(table_of(manifest, "model_files"), "transformer")
+    groups = manifest.get("groups")
+    found = [table for table in groups if isinstance(table, dict)] if isinstance(groups, list) else []
+    parameters = {str(table.get("component")): int_of(table.get("parameters")) for table in found}
+    trained = {component: number for component, number in parameters.items() if number}
+    model = [("model", str(model_file["name"]))] if "name" in model_file else []
+    numbers = [("parameters", f"{sum(trained.values()):,} in {', '.join(trained)}")] if trained else []
+    saving = named_text(table_of(manifest, "memory"), without=())
+    return [*model, *rows[:1], *numbers, *rows[1:], *([("chosen by memory", saving)] if saving else [])]
+
+
 def read_previews(folder: Path, notes: list[str]) -> tuple[list[Preview], int]:
     """Return pictures in a folder, of evenly chosen steps, the last included; and the number of all pictures."""
     by_step: dict[int, list[tuple[str, Path]]] = defaultdict(list)
@@ -316,8 +342,24 @@ def read_previews(folder: Path, notes: list[str]) -> tuple[list[Preview], int]:
     for step in chosen:
         for name, path in by_step[step][:MAX_PREVIEWS]:
             try:
-                previews.append(Preview(step, name, small_jpeg(decode(path), PREVIEW_SIDE)))
+                previews.append(Preview(step, name, small_jpeg(decode(path), PREVIEW_SIDE), *drawn_from(path)))
             except BadImage as error:
                 notes.append(f"samples/{path.name} cannot be shown: {error}")
     previews.sort(key=lambda preview: (preview.name, preview.step))
     return previews, sum(map(len, by_step.values()))
+
+
+def drawn_from(path: Path) -> tuple[str, str]:
+    """Return the prompt of a picture and its other settings as its file tells them; "" where it does not."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            found = parsed(str(image.info.get("anima_train")).encode())
+    except (OSError, ValueError, SyntaxError):  # Pillow's, of files that are damaged
+        found = None
+    if found is None:
+        return "", ""
+    facts = [f"{found.get('width')}x{found.get('height')}"]
+    facts += [f"{key} {value_text(found[key])}" for key in ("seed", "steps", "cfg", "shift") if key in found]
+    facts += [kind for key in ("sampler", "schedule") if (kind := named_text(table_of(found, key)))]
+    negative = found.get("negative_prompt")
+    return str(found.get("prompt", "")), ", ".join(facts) + (f"; negative prompt: {negative}" if negative else "")

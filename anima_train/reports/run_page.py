@@ -1,7 +1,7 @@
 """The report of a run as one HTML file, made from `run.html`."""
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from markupsafe import Markup
 from anima_train.core.files import write_text
 from anima_train.reports.charts import Line, chart, line_of
 from anima_train.reports.html import TEMPLATES
-from anima_train.reports.run import Evaluated, RunReport, collect_run
+from anima_train.reports.run import Evaluated, Preview, RunReport, collect_run
 from anima_train.reports.series import MAX_POINTS, Series, evenly_to_last
 
 MAX_RANGES = 20  # of a histogram
@@ -52,7 +52,16 @@ def render_run(report: RunReport) -> str:
         histogram=histogram,
         loss_chart=loss_chart,
         lowest_loss=lowest_loss,
+        preview_rows=preview_rows(report.previews),
     )
+
+
+def preview_rows(previews: Sequence[Preview]) -> list[list[Preview]]:
+    """Return the pictures that were drawn from the same settings, in rows."""
+    rows: dict[tuple[str, str, str], list[Preview]] = defaultdict(list)
+    for preview in previews:
+        rows[preview.name, preview.prompt, preview.settings].append(preview)
+    return list(rows.values())
 
 
 # Curves

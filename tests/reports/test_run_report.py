@@ -7,12 +7,12 @@ import math
 import random
 import re
 import shutil
-import subprocess
 from html.parser import HTMLParser
 
 import pytest
 from jinja2 import ChoiceLoader, DictLoader
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from typer.testing import CliRunner
 
 from anima_train.cli.main import COMMANDS, application
@@ -21,10 +21,12 @@ from anima_train.core.errors import ConfigError
 from anima_train.reports.charts import HEIGHT, WIDTH, Axis, Line, chart, line_of, value_axis
 from anima_train.reports.html import TEMPLATES
 from anima_train.reports.run import MAX_PREVIEWS, MIN_WINDOW, PREVIEW_SIDE, collect_run
-from anima_train.reports.run_page import histogram, render_run, write_run_report
+from anima_train.reports.run_page import histogram, preview_rows, render_run, write_run_report
 from anima_train.reports.series import MAX_POINTS, Series, number
+from anima_train.sampling.generate import Request
+from anima_train.sampling.pictures import UsedWeights, png_info
 
-VOID = {"meta", "img"}
+VOID = {"meta", "img", "br"}
 HOSTILE = "<script>alert(1)</script>\x1b[31m\u202e\"'&"
 
 
@@ -206,6 +208,19 @@ def test_ticks_are_round():
     assert Axis(0.13, 0.72, 100).ticks() == pytest.approx([0.2, 0.4, 0.6])
     assert Axis(1, 3000, 100).ticks() == [1000, 2000, 3000]
     assert Axis(0.03, 500, 100, is_log=True).ticks() == pytest.approx([0.1, 1, 10, 100])
+
+
+def test_labels_differ_where_their_values_differ():
+    assert [label for _, label in Axis(1.99805, 1.99811, 100).labels()] == [
+        "1.99806", "1.99808", "1.9981"
+    ]  # fmt: skip
+    assert [label for _, label in Axis(-1, 1, 100).labels()] == ["-1", "-0.5", "0", "0.5", "1"]
+
+
+def test_powers_on_an_axis_are_few():
+    ticks = Axis(1e-30, 1e30, 100, is_log=True).ticks()
+    assert 4 <= len(ticks) <= 8
+    assert ticks == pytest.approx([1e-30 * (ticks[1] / ticks[0]) ** place for place in range(len(ticks))])
 
 
 def test_a_lone_spike_makes_the_axis_logarithmic():
@@ -406,6 +421,59 @@ def test_many_previews_are_thinned_to_the_last(run):
     assert (steps[0], steps[-1]) == (0, 1000 + MAX_PREVIEWS - 1)
 
 
+def drawn(path, prompt, **settings):
+    """A preview as a run writes it."""
+    path.parent.mkdir(exist_ok=True)
+    request = Request(prompt=prompt, width=64, height=32, steps=7, **settings)
+    Image.new("RGB", (64, 32)).save(path, pnginfo=png_info(request, UsedWeights("model")))
+
+
+def test_previews_come_with_the_prompt_and_settings_that_they_were_drawn_with(run):
+    shutil.rmtree(run / "samples")
+    for step in (3, 6):
+        drawn(run / "samples" / f"s{step:06d}_00.png", "a cat,\non a mat", seed=11, negative_prompt="a dog")
+    drawn(run / "samples" / "s000009_00.png", "a cow", cfg=1)  # changed before a resume
+    drawn(run / "samples" / "s000006_01.png", "a hen", cfg=1)
+    picture(run / "samples" / "s000006_02.png")  # tells nothing
+    rows = [[preview.step for preview in row] for row in preview_rows(collect_run(run).previews)]
+    assert rows == [[3, 6], [9], [6], [6]]
+    previews = page_of(run).text.partition("A row for each prompt")[2].partition(" Loss ")[0]
+    for words in (
+        "a cat, on a mat 64x32, seed 11, steps 7, cfg 4, shift 3, er_sde, simple; negative prompt: a dog step 3 step 6",
+        "a cow 64x32, seed 0, steps 7, cfg 1, shift 3, er_sde, simple step 9",
+        "a hen 64x32", "02 step 6",
+    ):  # fmt: skip
+        assert words in previews, words
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, '{"prompt": {"a": [1]}, "cfg": "x", "sampler": 3}'])
+def test_a_preview_that_tells_nonsense_is_shown(run, text):
+    info = PngInfo()
+    info.add_text("anima_train", text)
+    Image.new("RGB", (8, 8)).save(run / "samples" / "s000009_girl.png", pnginfo=info)
+    assert len(page_of(run).all("img")) == 4
+
+
+def test_warnings_settings_and_previews_come_before_the_curves(run):
+    (run / "config.toml").write_text(
+        'warmup_steps = 5\n[adapter]\ntype = "lora"\nrank = 24\n[optimizer]\ntype = "lion"\nlr = 3e-4\n'
+    )
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["groups"] = [{"component": name, "parameters": number} for name, number in (("mlp", 1200), ("mod", 0))]
+    manifest["model_files"]["transformer"] = {"name": "anima.safetensors"}
+    manifest["memory"] = {"activation_checkpointing": True, "blocks_to_swap": 7}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    text = page_of(run).text
+    order = [
+        "Warnings of the run: 2", "Overview steps 8",
+        "Settings model anima.safetensors trained LoRA, rank 24, alpha 24 parameters 1,200 in mlp learning rate 0.0003",
+        "optimizer lion", "chosen by memory activation_checkpointing true, blocks_to_swap 7",
+        "Previews", "step 4", "Loss", "Manifest",
+    ]  # fmt: skip
+    places = [text.index(words) for words in order]
+    assert places == sorted(places)
+
+
 # The page is harmless
 
 
@@ -475,8 +543,6 @@ def test_a_folder_that_is_no_run_is_refused_with_the_nearest_that_is(run, tmp_pa
 
 # In a browser
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-in_browser = pytest.mark.skipif(BROWSER is None, reason="needs chromium, chromium-browser or google-chrome")
 MOVE_AND_SLIDE = """
 for (const svg of document.querySelectorAll("svg.chart")) {
   const box = svg.getBoundingClientRect();
@@ -488,19 +554,6 @@ range.dispatchEvent(new Event("input"));
 """
 
 
-def opened(html, folder):
-    """The page as the browser has it after its scripts ran, and what they and the browser complained of."""
-    file = folder / "opened.html"
-    file.write_text(html)
-    switches = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync --virtual-time-budget=3000 --dump-dom --enable-logging=stderr --v=0"
-    )
-    command = [BROWSER, *switches.split(), f"--user-data-dir={folder / 'profile'}", file.as_uri()]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    return result.stdout, [line for line in result.stderr.splitlines() if "CONSOLE" in line]
-
-
 def document(body, script):
     """A page with this body and this script as its own."""
     source = (
@@ -509,23 +562,20 @@ def document(body, script):
     return TEMPLATES.from_string(source).render(title="x")
 
 
-@in_browser
-def test_a_script_that_throws_would_be_seen(tmp_path):
-    dom, complaints = opened(document("", "document.title = 'ran'; throw new Error('on purpose')"), tmp_path)
+def test_a_script_that_throws_would_be_seen(opened):
+    dom, complaints = opened(document("", "document.title = 'ran'; throw new Error('on purpose')"))
     assert "<title>ran</title>" in dom
     assert len(complaints) == 1
     assert "on purpose" in complaints[0]
 
 
-@in_browser
-def test_no_script_but_ours_runs(tmp_path):
-    dom, complaints = opened(document("<script>document.title = 'ran'</script>", "'ours'"), tmp_path)
+def test_no_script_but_ours_runs(opened):
+    dom, complaints = opened(document("<script>document.title = 'ran'</script>", "'ours'"))
     assert "<title>x</title>" in dom
     assert "Content Security Policy" in complaints[0]
 
 
-@in_browser
-def test_cursor_and_slider_work_without_complaint(run, tmp_path, monkeypatch):
+def test_cursor_and_slider_work_without_complaint(run, opened, monkeypatch):
     script = TEMPLATES.loader.get_source(TEMPLATES, "run.js")[0] + MOVE_AND_SLIDE
     monkeypatch.setattr(TEMPLATES, "loader", ChoiceLoader([DictLoader({"run.js": script}), TEMPLATES.loader]))
     norms = [0.1, 0.2, 0.2, 0.4, 0.4, 0.4, 40.0]
@@ -534,7 +584,7 @@ def test_cursor_and_slider_work_without_complaint(run, tmp_path, monkeypatch):
     for norm in norms[:4]:
         average.add(norm)
     html = render_run(collect_run(run))
-    dom, complaints = opened(html, tmp_path)
+    dom, complaints = opened(html)
     assert complaints == []
     shown = re.findall(r'<p class="note readout">(.*?)</p>', dom)
     assert len(shown) == html.count("<svg")
@@ -548,8 +598,39 @@ def test_cursor_and_slider_work_without_complaint(run, tmp_path, monkeypatch):
     assert ["hidden" in figure for figure in figures] == [True, False, True]
 
 
-@in_browser
-def test_a_hostile_run_does_nothing_in_a_browser(hostile, tmp_path):
-    dom, complaints = opened(render_run(collect_run(hostile)), tmp_path)
+def test_a_hostile_run_does_nothing_in_a_browser(hostile, opened):
+    dom, complaints = opened(render_run(collect_run(hostile)))
     assert complaints == []
     assert dom.count("<script") == 1
+
+
+LONG = "x" * 300
+
+
+def test_a_run_with_the_longest_names_fits_a_telephone_and_a_desktop(run, laid_out):
+    long_run = run.parent / LONG[:200]
+    run.rename(long_run)
+    words = f"{LONG} مرحبا بالعالم 😀"
+    jsonl(long_run / "warnings.jsonl", [{"step": 3, "text": f"{words} {number}"} for number in range(30)])
+    values = {f"loss/{LONG}": 0.1, f"lr/{LONG}": 1e-7, "grad_norm": 1e-5, "memory_bytes": 7 << 30, "loss": 1.999}
+    jsonl(long_run / "metrics.jsonl", [metric(step, **{**values, "loss": 1.999 + step * 1e-5}) for step in range(1, 9)])
+    jsonl(long_run / "evaluations.jsonl", [{"step": step, f"{LONG}/loss": 1e-3 * step} for step in (1, 1_000_000)])
+    seen = {"samples": {f"0/{words}{number}@96": number for number in range(30)}, "buckets": {words: 7}}
+    (long_run / "seen.json").write_text(json.dumps(seen))
+    (long_run / "config.toml").write_text(f'seed = 1\n[optimizer]\ntype = "{words}"\n')
+    (long_run / "manifest.json").write_text(json.dumps({LONG: words, "a": {words: {words: words}}}))
+    for step in (0, 1_000_000):
+        drawn(long_run / "samples" / f"s{step:06d}_00.png", words * 3, negative_prompt=words)
+        picture(long_run / "samples" / f"s{step:06d}_{LONG[:200]}.png", (900, 300))
+    for width, found in laid_out(render_run(collect_run(long_run))).items():
+        assert found["scroll"] == found["width"] == int(width), width
+        assert found["cut"] == [], width
+        assert found["smallest"] > 9, width  # pixels
+
+
+def test_what_does_not_fit_would_be_seen(laid_out):
+    graph = str(chart("y", [Line("y", [(1, 2.0)])]))
+    wide = document(f"<p style='width: 700px'>wide</p><div class='graph'>{graph}</div>", "0")
+    assert laid_out(wide, [420])["420"] | {"smallest": 0} == {
+        "width": 420, "scroll": 716, "cut": ["wide"], "smallest": 0,
+    }  # fmt: skip
