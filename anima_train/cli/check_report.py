@@ -13,11 +13,13 @@ from anima_train.config.config import Config
 from anima_train.config.ladder import rungs
 from anima_train.config.load import LoadedConfig
 from anima_train.config.model_files import build_model_spec
+from anima_train.config.plan_notes import plan_notes
+from anima_train.config.resolved import plain
 from anima_train.core.determinism import deterministic_kernels
-from anima_train.core.device import choose_device, describe_device
+from anima_train.core.device import choose_device, describe_device, memory_bytes
 from anima_train.core.errors import ConfigError
 from anima_train.core.files import write_text
-from anima_train.core.format import printable
+from anima_train.core.format import format_bytes, printable
 from anima_train.data.loader import TextIdentity
 from anima_train.data.plan import times_seen
 from anima_train.data.scan import Scan
@@ -27,10 +29,19 @@ from anima_train.model.text import load_tokenizers
 from anima_train.optim.groups import group_rows
 from anima_train.reports.captions import tokenized
 from anima_train.reports.check import summary
-from anima_train.reports.dataset import MAX_THUMBNAILS, Bucket, DatasetReport, captions_of, collect_sets, lr_curve
+from anima_train.reports.dataset import (
+    MAX_THUMBNAILS,
+    Bucket,
+    DatasetReport,
+    RunLength,
+    captions_of,
+    collect_sets,
+    lr_curve,
+)  # fmt: skip
 from anima_train.reports.dataset_page import render
+from anima_train.reports.key_settings import key_settings
 from anima_train.reports.places import places_of, shared_text
-from anima_train.training.build import plan_run, trainable_transformer
+from anima_train.training.build import disk_plan, file_sizes, plan_run, trainable_transformer
 from anima_train.training.costs import (
     Measured,
     ModelStats,
@@ -40,7 +51,7 @@ from anima_train.training.costs import (
     model_stats,
 )  # fmt: skip
 from anima_train.training.dry_run import describe_run
-from anima_train.training.ladder import choose_here, num_blocks
+from anima_train.training.ladder import Choice, choose_here, num_blocks
 from anima_train.training.memory_check import extremes, measure
 from anima_train.training.prepare import scan_all
 from anima_train.training.setup import counts_zeros
@@ -75,9 +86,7 @@ def report_check(loaded: LoadedConfig, title: str, measure_steps: int | None, pa
             with choice.in_use(device):
                 zeros = counts_zeros(config.attention, spec)
                 measured = measure(config, spec, buckets, measure_steps, is_online, zeros)
-    found = make_report(
-        title, loaded, spec, scans, 0 if page is None else MAX_THUMBNAILS, measured, memory.lasting_lines
-    )
+    found = make_report(title, loaded, spec, scans, 0 if page is None else MAX_THUMBNAILS, measured, memory)
     show(summary(found))
     if page is not None:
         write_page(page, found)
@@ -85,11 +94,11 @@ def report_check(loaded: LoadedConfig, title: str, measure_steps: int | None, pa
 
 def make_report(
     title: str, loaded: LoadedConfig, spec: ModelSpec, scans: Mapping[str, Scan], max_thumbnails: int,
-    measured: Sequence[Measured] = (), memory: Sequence[str] = (),
+    measured: Sequence[Measured] = (), memory: Choice | None = None,
 ) -> DatasetReport:  # fmt: skip
     """Return the report for the page, with at most `max_thumbnails` pictures.
 
-    Measured costs replace the estimates of their buckets; `memory` says what they are compared with.
+    Measured costs replace the estimates of their buckets; `memory` has the settings that were chosen.
 
     Raises:
         ModelFileError: a tokenizer cannot be loaded.
@@ -107,23 +116,28 @@ def make_report(
     is_online = encodes_online(config.model.cache_text_embeddings, plan.samples)
     has_text_encoder = is_online and config.model.text_encoder_device == "training"
     stats = model_stats(config.adapter, spec, transformer, has_text_encoder)
+    evaluated = [sample for name, scan in scans.items() if name != "train" for sample in scan.samples]
     entries = needed_entries(
-        plan.samples, [sample for name, scan in scans.items() if name != "train" for sample in scan.samples], "",
-        ANY_MODEL, config.seed, config.uncond_fraction > 0, config.model.cache_text_embeddings,
+        plan.samples, evaluated, "", ANY_MODEL, config.seed, config.uncond_fraction > 0,
+        config.model.cache_text_embeddings,
     )  # fmt: skip
     seen = times_seen(plan, schedule, num_steps)
     num_tokens = sum(times * sample.size.num_tokens for times, sample in zip(seen, plan.samples, strict=True))
+    files = disk_plan(config, Path(config.output_dir), file_sizes(config, spec), plan, schedule)
     return DatasetReport(
         title,
-        notes=list(map(shared, loaded.notes)),
+        warnings=list(map(shared, filter(None, [files.warning(config.keep_last)]))),
+        notes=list(map(shared, [*loaded.notes, *plan_notes(config, plan, schedule, evaluated)])),
+        settings=[("model", spec.files.transformer.name), *key_settings(plain(config))],
         sets=[replace(train, buckets=with_costs(train.buckets, config, stats, measured)), *evals],
         exposures=sorted(Counter(seen).items()),
-        steps_per_epoch=plan.steps_in(0),
-        num_steps=num_steps,
+        length=RunLength.of(plan, schedule, config.epochs),
         curve=lr_curve(config.lr_scheduler, config.warmup_steps, num_steps),
         groups=group_rows(transformer, config.learning_rates()),
         cache=cache_costs(entries, known.lengths, TextFormat.of(spec)),
+        files=f"{files.described()}: {format_bytes(files.num_bytes)} in all",
         memory=memory,
+        device_bytes=memory_bytes(spec.device),
         run_seconds=estimated_seconds(measured, plan.micro_batches_per_step, num_steps, num_tokens),
     )
 

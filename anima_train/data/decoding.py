@@ -13,7 +13,7 @@ from PIL import Image
 from anima_train.core.errors import DataError
 from anima_train.data.image_headers import BadImage, Unreadable
 from anima_train.data.images import cover_and_crop, decode_alpha, decode_mask, load_picture, mask_to_latent
-from anima_train.data.samples import View
+from anima_train.data.samples import Sample, View
 from anima_train.data.sources.archive import ArchiveMember, content_of
 
 MIN_THREADS = 2
@@ -53,21 +53,30 @@ def mask(view: View) -> np.ndarray:
         BadImage: as `pixels`, of the mask file or of the image.
         DataError: there is not enough memory.
     """
-    picture = view.sample.picture
-    size = (picture.width, picture.height)
     with name_image_if_memory_runs_out(view):
-        weights = Image.new("L", size, "white")
-        if picture.mask is not None:
-            try:
-                weights = decode_mask(verified_content(picture.mask, picture.mask_sha256), size)
-            except BadImage as error:
-                name = f" {picture.mask.name}" if isinstance(picture.mask, Path) else ""
-                raise type(error)(f"its mask{name}: {error}") from error
-        if view.sample.masks_alpha:
-            alpha = decode_alpha(verified_content(picture.source, picture.sha256))
-            alpha = alpha.resize(size, Image.Resampling.BILINEAR)
-            weights = Image.composite(weights, Image.new("L", size), alpha)  # the product, rounded to nearest
-        return mask_to_latent(weights, view.crop)
+        return mask_to_latent(mask_image(view.sample), view.crop)
+
+
+def mask_image(sample: Sample) -> Image.Image:
+    """Return the mask of all of a sample's picture, in its size: 8-bit grey (mode L), white = train.
+
+    Raises:
+        BadImage: as `pixels`, of the mask file or of the image.
+    """
+    picture = sample.picture
+    size = (picture.width, picture.height)
+    weights = Image.new("L", size, "white")
+    if picture.mask is not None:
+        try:
+            weights = decode_mask(verified_content(picture.mask, picture.mask_sha256), size)
+        except BadImage as error:
+            name = f" {picture.mask.name}" if isinstance(picture.mask, Path) else ""
+            raise type(error)(f"its mask{name}: {error}") from error
+    if sample.masks_alpha:
+        alpha = decode_alpha(verified_content(picture.source, picture.sha256))
+        alpha = alpha.resize(size, Image.Resampling.BILINEAR)
+        weights = Image.composite(weights, Image.new("L", size), alpha)  # the product, rounded to nearest
+    return weights
 
 
 def verified_content(source: Path | ArchiveMember, sha256: str) -> bytes:

@@ -1,17 +1,21 @@
 """The report of a dataset before the run, collected into plain values; `dataset_page` draws it."""
 
 import concurrent.futures
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from PIL import Image
+
 from anima_train.caching.sizes import CacheCost
 from anima_train.core.format import format_duration
 from anima_train.data.buckets import Size
+from anima_train.data.decoding import mask_image
 from anima_train.data.image_headers import BadImage
-from anima_train.data.images import cover_box, decode
-from anima_train.data.plan import BatchSizes, Plan, batch_size_for, short_by
+from anima_train.data.images import cover_box, decode, mask_to_latent
+from anima_train.data.plan import BatchSizes, EpochSchedule, Plan, batch_size_for, short_by
 from anima_train.data.samples import Sample
 from anima_train.data.scan import Scan
 from anima_train.data.sources.archive import content_of
@@ -25,12 +29,14 @@ from anima_train.reports.captions import (
     caption_stats,
     missing_words,
 )  # fmt: skip
-from anima_train.reports.html import small_jpeg
+from anima_train.reports.html import shrunk, small_jpeg
 from anima_train.reports.series import evenly, evenly_to_last
 from anima_train.training.costs import Measured, MemoryCost
+from anima_train.training.ladder import Choice
 
 MAX_THUMBNAILS = 160
 THUMBNAIL_SIDE = 160  # pixels, the longer one
+MASKED = "#5a3cc8"  # violet, over what is not trained
 CURVE_POINTS = 200
 MAX_GIVEN = 3  # captions that are shown as the model is given them
 NUM_THREADS = 4  # each holds a whole decoded image, of up to 400 MB
@@ -50,7 +56,8 @@ class Thumbnail:
     height: int
     box: tuple[float, float, float, float]  # left, top, right, bottom in pixels of the image
     scale: float  # from the image to the bucket; above 1 it is enlarged
-    jpeg: str  # base64
+    jpeg: str  # base64; what its mask hides is tinted
+    mask_leaves: float | None = None  # share of the box that is trained; None without a mask
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,7 @@ class SetReport:
     skipped: Sequence[str]
     warnings: Sequence[str]
     duplicates: Sequence[Sequence[str]]  # files with the same bytes
+    num_masked: int  # images with a mask, or alpha that counts as one
     buckets: Sequence[Bucket]
     captions: CaptionStats
     kinds: Mapping[str, Sequence[str]]  # files by what their captions are made of: tags, sentences, both
@@ -87,19 +95,53 @@ class SetReport:
 
 
 @dataclass(frozen=True)
+class RunLength:
+    """The way from images to steps."""
+
+    num_images: int
+    num_samples: int  # an image counts once for each of its resolutions
+    num_shown: int  # in the first epoch, with repeats and weights
+    num_micro_batches: int  # of the first epoch; each of one size
+    micro_batches_per_step: int
+    steps_in_epoch: int  # the first
+    epochs: int | None  # None: max_steps ends the run
+    num_steps: int
+
+    @classmethod
+    def of(cls, plan: Plan, schedule: EpochSchedule, epochs: int | None) -> "RunLength":
+        """Return the length of a run; `epochs` is the setting."""
+        shown = plan.refs_by_bucket(0)
+        batches = (math.ceil(len(refs) / batch_size_for(plan.batch_sizes, key[0])) for key, refs in shown.items())
+        is_cut = schedule.num_steps < schedule.epoch_starts[-1]
+        return cls(
+            len({sample.picture.path for sample in plan.samples}),
+            len(plan.samples),
+            sum(map(len, shown.values())),
+            sum(batches),
+            plan.micro_batches_per_step,
+            plan.steps_in(0),
+            None if is_cut else epochs,
+            schedule.num_steps,
+        )
+
+
+@dataclass(frozen=True)
 class DatasetReport:
     """The whole report."""
 
     title: str
+    warnings: Sequence[str]  # beside those of the sets
     notes: Sequence[str]
+    settings: Sequence[tuple[str, str]]  # those that matter most: (what, value)
     sets: Sequence[SetReport]  # the training set first
     exposures: Sequence[tuple[int, int]]  # (times seen in the run, samples)
-    steps_per_epoch: int  # of the first
-    num_steps: int
+    length: RunLength
     curve: Sequence[tuple[int, float]]  # (step, factor on the learning rates)
     groups: Sequence[GroupRow]
     cache: Sequence[CacheCost]
-    memory: Sequence[str]  # the estimate of the largest bucket, what it is compared with, and what was chosen for it
+    files: str  # that the run writes
+    memory: Choice | None  # the estimate of the largest micro-batch, and the settings that were chosen for it
+    device_bytes: int  # all memory of the device
     run_seconds: float | None  # None where nothing was measured, or memory ran out
 
     @property
@@ -158,6 +200,7 @@ def collect_sets(
                 skipped=list(map(shared, scan.skipped)),
                 warnings=list(map(shared, scan.warnings)),
                 duplicates=[list(map(shared, group)) for group in duplicates(samples)],
+                num_masked=len({sample.picture.path for sample in samples if sample.has_mask}),
                 buckets=collect_buckets(samples, batch_sizes, shown, pictures),
                 captions=caption_stats(captions[name].values(), known),
                 kinds={kind: list(map(shared, files)) for kind, files in caption_kinds(samples).items()},
@@ -232,20 +275,31 @@ def thumbnail(sample: Sample, seed: int | None) -> Thumbnail:
     """Return the picture of a sample, small, with its caption as it is written and as the model may be given it.
 
     Raises:
-        BadImage: its pixels are damaged.
+        BadImage: its pixels are damaged, or those of its mask.
     """
     image = decode(content_of(sample.picture.source))
+    size, crop, small, mask_leaves = image.size, sample.views()[0].crop, shrunk(image, THUMBNAIL_SIDE), None
+    if sample.has_mask:
+        weights = mask_image(sample)
+        small, mask_leaves = tinted(small, weights), float(mask_to_latent(weights, crop).mean())
     texts = [*filter(None, sample.picture.tags), *sample.picture.natural, ""]
     written = texts[0]
     captions = [sample.evaluation_caption()] if seed is None else [sample.caption(seed, k) for k in range(MAX_GIVEN)]
     given = dict.fromkeys(caption.text for caption in captions)
-    box = cover_box(image.size, sample.views()[0].crop)
+    box = cover_box(size, crop)
     return Thumbnail(
         sample.picture.path.name,
         written,
         [text for text in given if text != written],
-        *image.size,
+        *size,
         box,
         sample.size.width / (box[2] - box[0]),
-        small_jpeg(image, THUMBNAIL_SIDE),
+        small_jpeg(small, THUMBNAIL_SIDE),
+        mask_leaves,
     )
+
+
+def tinted(image: Image.Image, weights: Image.Image) -> Image.Image:
+    """Return the image with what a mask hides in grey and `MASKED`."""
+    covered = Image.blend(image.convert("L").convert("RGB"), Image.new("RGB", image.size, MASKED), 0.6)
+    return Image.composite(image, covered, weights.resize(image.size, Image.Resampling.BOX))

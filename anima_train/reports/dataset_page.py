@@ -1,10 +1,11 @@
 """The report of a dataset as one HTML file without scripts, made from `check.html`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from anima_train.core.format import count
 from anima_train.model.text import MAX_TOKENS
 from anima_train.reports.charts import Line, chart
-from anima_train.reports.dataset import Bucket, DatasetReport
+from anima_train.reports.dataset import Bucket, DatasetReport, RunLength
 from anima_train.reports.html import TEMPLATES
 from anima_train.training.summary import lr_text
 
@@ -17,6 +18,8 @@ def render(report: DatasetReport) -> str:
     return TEMPLATES.get_template("check.html").render(
         title=report.title,
         report=report,
+        warnings=list(findings(report)),
+        length_rows=length_rows(report.length),
         lr_chart=chart("learning rate in percent", [lr], from_zero=True),
         exposures=[(f"{times:,} times", number) for times, number in report.exposures],
         bucket_rows=bucket_rows,
@@ -24,6 +27,47 @@ def render(report: DatasetReport) -> str:
         lr_text=lr_text,
         max_tokens=MAX_TOKENS,
     )
+
+
+def findings(report: DatasetReport) -> Iterator[str]:
+    """Yield what to look at first: the warnings, and a line for each list of the page that is one."""
+    yield from report.warnings
+    if report.memory is not None and not report.memory.fits:
+        yield f"memory may run out: {report.memory.lasting_lines[0]}"
+    for dataset in report.sets:
+        found = [
+            *dataset.warnings,
+            *numbered(len(dataset.bad), "image cannot be used", "images cannot be used"),
+            *numbered(len(dataset.damaged), "image is damaged", "images are damaged"),
+            *numbered(len(dataset.skipped), "image is skipped", "images are skipped"),
+            *numbered(len(dataset.captions.truncated), "caption is cut off", "captions are cut off"),
+            *(f"{count(len(each.images), 'image')} without {each.described}" for each in dataset.missing),
+        ]
+        for text in found:
+            yield f"dataset {dataset.name}: {text}" if len(report.sets) > 1 else text
+
+
+def numbered(number: int, one: str, several: str) -> list[str]:
+    """Return a line that points to a list further down the page; none where that is empty."""
+    return [f"{count(number, one, several)}; the list is below"] if number else []
+
+
+def length_rows(length: RunLength) -> list[tuple[str, str]]:
+    """Return (what, number) for the way from images to steps."""
+    rows = {
+        "images": f"{length.num_images:,}",
+        "samples": f"{length.num_samples:,}, an image at each of its resolutions",
+        "shown in the first epoch": f"{length.num_shown:,}, with repeats and weights",
+        "micro-batches": f"{length.num_micro_batches:,}, each of images of one size",
+        "steps in the first epoch": f"{length.steps_in_epoch:,}",
+    }
+    if length.micro_batches_per_step > 1:
+        rows["steps in the first epoch"] += f", each of {length.micro_batches_per_step:,} micro-batches"
+    epochs = length.epochs
+    ending = "max_steps" if epochs is None else count(epochs, "epoch")
+    if epochs is None and length.steps_in_epoch:
+        ending += f", about {length.num_steps / length.steps_in_epoch:.3g} epochs"
+    return [*rows.items(), ("steps in all", f"{length.num_steps:,} ({ending})")]
 
 
 def bucket_rows(buckets: Sequence[Bucket]) -> list[tuple[str, int]]:

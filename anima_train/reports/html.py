@@ -30,13 +30,17 @@ def sha256_base64(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
 
 
-def small_jpeg(image: Image.Image, side: int) -> str:
-    """Return the image as a JPEG in base64, its longer side at most `side` pixels."""
+def shrunk(image: Image.Image, side: int) -> Image.Image:
+    """Return the image with its longer side at most `side` pixels."""
     width, height = image.size
     factor = min(1.0, side / max(width, height))
-    small = image.resize((max(1, round(width * factor)), max(1, round(height * factor))), Image.Resampling.BOX)
+    return image.resize((max(1, round(width * factor)), max(1, round(height * factor))), Image.Resampling.BOX)
+
+
+def small_jpeg(image: Image.Image, side: int) -> str:
+    """Return the image as a JPEG in base64, its longer side at most `side` pixels."""
     file = io.BytesIO()
-    small.save(file, "JPEG", quality=70)
+    shrunk(image, side).save(file, "JPEG", quality=70)
     return base64.b64encode(file.getvalue()).decode("ascii")
 
 

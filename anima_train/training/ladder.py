@@ -65,9 +65,14 @@ class Choice:
         return self.rungs[self.index]
 
     @property
+    def num_bytes(self) -> int:
+        """The estimate, in bytes."""
+        return self.costs[self.index]
+
+    @property
     def fits(self) -> bool:
         """True if the estimate is within the budget."""
-        return self.costs[self.index] <= self.budget.usable
+        return self.num_bytes <= self.budget.usable
 
     def chosen_for(self, budget: Budget) -> "Choice":
         """Return what would be chosen for another budget: the first that fits, else that of least memory."""
@@ -97,7 +102,7 @@ class Choice:
     @property
     def cost(self) -> str:
         """The memory that is needed."""
-        return f"about {format_bytes(self.costs[self.index])} (an estimate) for {self.shape}"
+        return f"about {format_bytes(self.num_bytes)} (an estimate) for {self.shape}"
 
     @property
     def reason(self) -> list[str]:
@@ -111,12 +116,16 @@ class Choice:
         return [text]
 
     @property
+    def on_cards(self) -> list[tuple[int, "Choice"]]:
+        """The choices for common cards, each with the card's GiB."""
+        return [(card, self.chosen_for(Budget(round(card * GIB - TAKEN), "", ""))) for card in CARDS]
+
+    @property
     def card_lines(self) -> list[str]:
         """The choices for common cards."""
         found = [f'memory = "{self.mode}" on other cards, by estimate:']
-        for card in CARDS:
-            of_card = self.chosen_for(Budget(round(card * GIB - TAKEN), "", ""))
-            cost = format_bytes(of_card.costs[of_card.index])
+        for card, of_card in self.on_cards:
+            cost = format_bytes(of_card.num_bytes)
             found.append(
                 f"  {card} GiB: {of_card.rung} ({cost})" if of_card.fits else f"  {card} GiB: too small ({cost})"
             )

@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 from anima_train.cli.check_report import make_report
 from anima_train.cli.main import COMMANDS, application
+from anima_train.config.ladder import Rung
 from anima_train.config.load import load_config
 from anima_train.config.model_files import build_model_spec
 from anima_train.data.buckets import Size, aspect_ratios, nearest, size_of
@@ -39,7 +40,7 @@ from anima_train.reports.captions import one_edit, tokenized, typos
 from anima_train.reports.charts import HEIGHT, WIDTH
 from anima_train.reports.check import summary
 from anima_train.reports.dataset import thumbnail
-from anima_train.reports.dataset_page import histogram, render
+from anima_train.reports.dataset_page import findings, histogram, length_rows, render
 from anima_train.training.build import plan_run
 from anima_train.training.costs import (
     Measured,
@@ -49,6 +50,8 @@ from anima_train.training.costs import (
     memory_cost,
     memory_suggestions,
 )
+from anima_train.training.ladder import Budget, Choice
+from anima_train.training.memory import MicroBatchShape
 from anima_train.training.prepare import scan_all
 
 VOID = {"meta", "br"}
@@ -132,7 +135,7 @@ def write_config(folder, tiny, data, **changes):
         "optimizer": {"type": "adamw", "lr": 1e-3},
     }
     path = folder / "run.toml"
-    path.write_text(tomli_w.dumps(config | changes))
+    path.write_text(tomli_w.dumps({key: value for key, value in (config | changes).items() if value is not None}))
     return path
 
 
@@ -221,11 +224,11 @@ def test_truncated_captions_and_unreadable_characters_are_counted(checked, page)
     paths = tiny_paths(checked / "tiny")
     tokenizers = load_tokenizers(paths.tokenizer, paths.t5_tokenizer)
     lengths = [len(each(CAPTIONS["e"])["input_ids"]) for each in (tokenizers.qwen, tokenizers.t5)]
-    assert f"loses {max(lengths) - MAX_TOKENS:,} tokens: smiling girl, end</s>" in page.text
+    assert f"loses {max(lengths) - MAX_TOKENS:,} tokens: smiling girl, end</s>" in " ".join(page.text.split())
     for letter in "青空":
         assert f"{letter} (U+{ord(letter):04X})" in page.text
     assert "special token: 1" in page.text
-    assert "</s> in: smiling girl, end</s>" in page.text
+    assert "</s> in: smiling girl, end</s>" in " ".join(page.text.split())
 
 
 def test_tags_are_counted_and_the_mistyped_one_is_found(page):
@@ -473,10 +476,154 @@ def test_a_caption_is_shown_as_written_and_as_the_model_is_given_it(tmp_path):
     assert thumbnail(replace(sample, options=DirectoryOptions()), seed=0).given == []
 
 
+def mask_of(path, width, height, right):
+    """A mask that leaves this share of the image, at its left."""
+    mask = Image.new("L", (width, height))
+    mask.paste(255, (0, 0, round(width * right), height))
+    mask.save(path)
+
+
+def test_a_mask_is_drawn_over_its_picture_and_what_it_leaves_is_told(checked, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    Image.new("RGB", (160, 160), "yellow").save(folder / "half.png")
+    mask_of(folder / "half-masklabel.png", 160, 160, 0.25)
+    Image.new("RGB", (320, 160), "yellow").save(folder / "wide.png")  # its right and left quarter are cut off
+    mask_of(folder / "wide-masklabel.png", 320, 160, 0.5)
+    Image.new("RGB", (160, 170), "yellow").save(folder / "whole.png")
+    alpha = Image.new("RGBA", (160, 165), "yellow")
+    alpha.putalpha(0)
+    alpha.save(folder / "clear.png")
+    dataset = {
+        "resolutions": [160], "num_ar_buckets": 1, "min_ar": 1, "max_ar": 1, "min_kept": 0.1,
+        "directory": [{"path": str(folder), "alpha_as_mask": True}],
+    }  # fmt: skip
+    path = write_config(tmp_path, checked / "tiny", {}, dataset=dataset)
+    found = report_of(path, [], max_thumbnails=9)
+    pictures = {each.name: each for bucket in found.sets[0].buckets for each in bucket.thumbnails}
+    shares = {"half.png": 0.25, "wide.png": 0.5, "whole.png": None, "clear.png": 0.0}
+    assert {name: each.mask_leaves for name, each in pictures.items()} == {
+        name: share if share is None else pytest.approx(share, abs=0.01) for name, share in shares.items()
+    }
+    for name, x, is_trained in [
+        ("half.png", 0.1, True), ("half.png", 0.4, False), ("wide.png", 0.45, True), ("wide.png", 0.6, False),
+        ("whole.png", 0.9, True), ("clear.png", 0.5, False),
+    ]:  # fmt: skip
+        image = Image.open(io.BytesIO(base64.b64decode(pictures[name].jpeg)))
+        red, green, blue = image.getpixel((round(x * image.width), image.height // 2))
+        assert (red > 200 and green > 200) == is_trained, name
+        assert (blue > 150) == (not is_trained or name == "clear.png"), name
+    text = " ".join(Page(render(found)).text.split())
+    assert "4 of 4 images are used, 3 of them with a mask." in text
+    assert "half.png 160 x 160, 100%, its mask leaves 25% to train" in text
+    assert "clear.png 160 x 165, 100%, its mask leaves 0% to train" in text
+    assert text.count("its mask leaves") == 3
+
+
+def test_captions_are_whole_on_the_page(checked, tmp_path):
+    long = ", ".join(f"tag{number}" for number in range(300)) + "\nA sentence <b>in</b> a second line."
+    data = {"path": captioned(tmp_path / "data", [long]), "shuffle_tags": True}
+    found = report_of(write_config(tmp_path, checked / "tiny", data), [], max_thumbnails=9)
+    html = render(found)
+    assert len(found.sets[0].buckets) == 2
+    first, *_ = found.sets[0].buckets[0].thumbnails
+    for text in (long, *first.given):
+        lines = [line.replace("<", "&lt;").replace(">", "&gt;") for line in text.split("\n")]
+        assert f"<span>{'<br>'.join(lines)}" in " ".join(html.split()).replace("<br> ", "<br>")
+    assert len(first.given) == 3
+    assert html.count('<details class="clamped">') >= 8
+
+
+def test_warnings_come_first_and_point_to_their_lists(checked, page):
+    text = " ".join(page.text.split())
+    start = text.index("Warnings: ")
+    assert "Settings" not in text[text.rindex("Check of run.toml") : start]
+    warnings = text[start : text.index("Settings")]
+    for words in (
+        "in the dataset more than once",
+        "1 image cannot be used; the list is below", "1 image is skipped; the list is below",
+        "1 caption is cut off; the list is below", "2 images without smiling girl, which begins most captions",
+    ):  # fmt: skip
+        assert words in warnings, words
+
+
+def test_a_set_without_faults_has_no_warnings(checked, tmp_path):
+    data = {"path": captioned(tmp_path / "data", ["1girl, hat", "1girl, sea"])}
+    found = report_of(write_config(tmp_path, checked / "tiny", data), [])
+    assert list(findings(found)) == []
+    assert "No warnings." in render(found)
+    assert "<section" not in render(found)
+
+
+def test_a_setting_without_effect_is_noted_on_the_page(checked, tmp_path):
+    data = {"path": captioned(tmp_path / "data", ["1girl, hat"])}
+    found = report_of(write_config(tmp_path, checked / "tiny", data, save_every_n_steps=500), [])
+    assert any(note.startswith("save_every_n_steps: has no effect") for note in found.notes)
+
+
+@pytest.mark.parametrize(("epochs", "max_steps"), [(3, None), (3, 4), (None, 4), (1, 900)])
+def test_steps_follow_from_the_images_as_the_plan_has_them(checked, tmp_path, epochs, max_steps):
+    """Five images at two resolutions, shown three times each, two at once, two micro-batches to a step."""
+    data = {"path": captioned(tmp_path / "data", [None] * 5), "num_repeats": 3}
+    path = write_config(
+        tmp_path, checked / "tiny", data, epochs=epochs, max_steps=max_steps, gradient_accumulation_steps=2
+    )
+    rows = dict(length_rows(report_of(path, []).length))
+    steps = 8 * epochs if epochs else max_steps  # 2 resolutions x 8 micro-batches of 15 images, in pairs
+    assert rows["images"] == "5"
+    assert rows["samples"].startswith("10,")
+    assert rows["shown in the first epoch"].startswith("30,")
+    assert rows["micro-batches"].startswith("16,")
+    assert rows["steps in the first epoch"] == "8, each of 2 micro-batches"
+    is_cut = (max_steps is not None and max_steps < steps) or epochs is None
+    ending = "max_steps, about 0.5 epochs" if is_cut else f"{epochs} epoch{'s' if epochs > 1 else ''}"
+    assert rows["steps in all"] == f"{min(steps, max_steps or steps)} ({ending})"
+
+
+def test_memory_is_shown_against_the_device_with_what_was_chosen(checked):
+    settings = ["activation_checkpointing = true"]
+    loaded = load_config(checked / "run.toml", [])
+    config = load_config(checked / "run.toml", settings).config
+    shape = MicroBatchShape(192, Size(192, 192), 2)
+    ladder = [Rung(loaded.config, {}), Rung(config, {"activation_checkpointing": True})]
+    choice = Choice("auto", shape, ladder, [90 * 2**30, 6 * 2**30], Budget(2**34, "x", "a card with 16.0 GiB"), 1)
+    found = replace(report_of(checked / "run.toml", []), memory=choice, device_bytes=2**34)
+    page = Page(render(found))
+    text = " ".join(page.text.split())
+    assert "Memory about 6.0 GiB (an estimate) for 2 images of 192x192 at once, on a card with 16.0 GiB" in text
+    assert 'memory = "auto" sets activation_checkpointing = true (about 40 % more work)' in text
+    assert "38 % of the device." in text
+    assert "6 GiB 6.0 GiB too small 8 GiB 6.0 GiB activation_checkpointing = true" in text
+    assert {"style": "width:37.5%"}.items() <= page.all("div", **{"class": "bar"})[0].items()
+    tight = replace(found, memory=replace(choice, index=0), device_bytes=2**34)
+    assert any(line.startswith("memory may run out: about 90.0 GiB") for line in findings(tight))
+    assert "562 % of the device." in " ".join(Page(render(tight)).text.split())
+
+
+def test_a_set_with_the_longest_names_fits_a_telephone_and_a_desktop(checked, tmp_path, laid_out):
+    folder = tmp_path / "data" / ("f" * 250)
+    names = ["n" * 240, "<script>x<", "\u202eمرحبا بالعالم", "😀" * 50, "a b " * 50, "broken"]
+    captioned(folder, [])
+    for number, name in enumerate(names):
+        Image.new("RGB", (128, 90 + 40 * number), (40 * number, 9, 9)).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"{'W' * 300}, {'مرحبا ' * 60}, {LONG * number}")
+    mask_of(folder / f"{names[1]}-masklabel.png", 128, 130, 0.5)
+    (folder / "broken.png").write_bytes(b"none")
+    config = {"path": str(folder), "shuffle_tags": True, "trigger_word": "w" * 90}
+    held = {"directory": [{"path": str(folder)}], "max_bad_fraction": 0.5}
+    path = write_config(tmp_path, checked / "tiny", config, eval_datasets=[{"name": "h" * 90, "config": held}])
+    found = report_of(path, [], max_thumbnails=40)
+    assert sum(len(bucket.thumbnails) for each in found.sets for bucket in each.buckets) == 15
+    for width, page in laid_out(render(found)).items():
+        assert page["scroll"] == page["width"] == int(width), width
+        assert page["cut"] == [], width
+        assert page["smallest"] > 9, width  # pixels
+
+
 # Measured costs
 
 
-def report_of(path, measured):
+def report_of(path, measured, max_thumbnails=0):
     """The report of a config in which these buckets were measured."""
     loaded = load_config(path, [])
     return make_report(
@@ -484,7 +631,7 @@ def report_of(path, measured):
         loaded,
         build_model_spec(loaded.config, torch.device("cpu")),
         scan_all((loaded.train, *loaded.evals), loaded.config.seed, write=False),
-        0,
+        max_thumbnails,
         measured,
     )
 
