@@ -270,10 +270,22 @@ def run_command(command, timeout=300):
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
+@pytest.fixture(scope="session")
+def trainer_in(tiny, pictures):
+    """Makes of a folder what trains the tiny model in it, on the pictures."""
+    return lambda folder: Trainer(folder, tiny, pictures)
+
+
 @pytest.fixture
-def trainer(tmp_path, tiny, pictures):
+def trainer(tmp_path, trainer_in):
     """Trains the tiny model on the pictures; keys can be changed."""
-    return Trainer(tmp_path, tiny, pictures)
+    return trainer_in(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def plain_run(tmp_path_factory, trainer_in):
+    """A run as the trainer's configuration stands, for tests that only read it; "plain" is its name."""
+    return trainer_in(tmp_path_factory.mktemp("plain_run"))("plain")
 
 
 @pytest.fixture(scope="session")

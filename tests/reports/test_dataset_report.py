@@ -600,6 +600,21 @@ def test_memory_is_shown_against_the_device_with_what_was_chosen(checked):
     assert "562 % of the device." in " ".join(Page(render(tight)).text.split())
 
 
+def test_a_page_names_the_folder_of_the_data_and_what_is_in_it(checked, tmp_path):
+    """As docs/security.md says; nothing of the folders above it."""
+    folder = tmp_path / "zxabove" / "zxown"
+    captioned(folder / "zxinside", ["1girl, hat"] * 4 + ["hat"])
+    (folder / "zxinside" / "zxbroken.png").write_bytes(b"none")
+    masks = tmp_path / "zxabove" / "zxmasks"
+    masks.mkdir()
+    mask_of(masks / "1.png", 128, 128, 0.5)
+    data = {"path": str(folder), "recursive": True, "mask_path": str(masks)}
+    html = render(report_of(write_config(tmp_path, checked / "tiny", data), [], max_thumbnails=9))
+    assert not re.search(f"zxabove|{re.escape(str(tmp_path))}|{re.escape(tmp_path.name)}", html)
+    assert "zxown/zxinside/zxbroken.png: not an image" in html
+    assert "zxown/zxinside/4.png" in html  # without the first tag of the others
+
+
 def test_a_set_with_the_longest_names_fits_a_telephone_and_a_desktop(checked, tmp_path, laid_out):
     folder = tmp_path / "data" / ("f" * 250)
     names = ["n" * 240, "<script>x<", "\u202eمرحبا بالعالم", "😀" * 50, "a b " * 50, "broken"]

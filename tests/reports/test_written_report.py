@@ -20,6 +20,56 @@ def directories(images_drawer, tmp_path):
     return [{"path": str(learn), "num_repeats": 2}, {"path": str(keep), "role": "regularization"}]
 
 
+@pytest.fixture
+def left(trainer_in, images_drawer, tmp_path):
+    """A run with images in folders, an evaluation set and a preview."""
+    folder = tmp_path / "zxabove"
+    folder.mkdir()
+    images_drawer(folder / "zxdata" / "zxinside", [(96, 96), (128, 80)])
+    images_drawer(folder / "zxheld", [(96, 96)])
+    (folder / "zxdata" / "zxinside" / "image1.txt").unlink()
+    (folder / "zxdata" / "zxinside" / "zxbroken.png").write_bytes(b"no image")
+    held = {"resolutions": [96], "directory": [{"path": str(folder / "zxheld")}]}
+    directory = {"path": str(folder / "zxdata"), "recursive": True}
+    return trainer_in(folder)(
+        "zxrun", dataset={"directory": [directory], "max_bad_fraction": 0.9}, max_steps=2,
+        eval_datasets=[{"name": "zxset", "config": held}], eval_every_n_steps=2, eval_before_first_step=False,
+        sampling={
+            "every_n_steps": 2, "before_first_step": False, "width": 32, "height": 32, "steps": 1,
+            "prompts": ["zxprompt"],
+        },
+    )  # fmt: skip
+
+
+PRIVATE = {"config.toml", "warnings.jsonl"}  # stay on the machine, and have whole paths
+NAMES = {
+    "zxabove": (),
+    "zxdata": ("report.html",),
+    "zxheld": ("report.html",),
+    "zxinside": ("report.html", "seen.json"),
+    "zxbroken": ("report.html",),
+    "image0": ("report.html", "seen.json"),
+    "zxset": ("report.html", "evaluations.jsonl"),
+    "zxprompt": ("report.html", "s000002_00.png"),
+    "zxrun": ("report.html", "manifest.json", "zxrun.safetensors", "s000002_00.png"),
+}
+
+
+def test_names_in_what_a_run_leaves(left):
+    """As docs/security.md says."""
+    files = [path for path in left.path.rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {
+        "metrics.jsonl",
+        "manifest.json",
+        "zxrun.safetensors",
+        *PRIVATE,
+        "s000002_00.png",
+    }
+    contents = {path.name: path.read_bytes() for path in files if path.name not in PRIVATE}
+    for name, holders in NAMES.items():
+        assert {file for file, content in contents.items() if name.encode() in content} == set(holders), name
+
+
 def warnings_of(run):
     path = run.path / "warnings.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -52,7 +102,7 @@ def test_a_run_leaves_a_page_of_what_it_logged(trainer, directories, pictures):
     assert seconds == sorted(set(seconds))
 
 
-@pytest.mark.parametrize("max_steps", [2, 5, 11])
+@pytest.mark.parametrize("max_steps", [*(pytest.param(number, marks=pytest.mark.slow) for number in (2, 5)), 11])
 def test_seen_is_what_the_steps_showed(trainer, directories, max_steps):
     changes = {"dataset": {"directory": directories}, "max_steps": max_steps, "gradient_accumulation_steps": 2}
     run = trainer(**changes)
