@@ -128,7 +128,7 @@ def test_flips_have_latents_of_their_own_and_are_trained(trainer, images_drawer,
     assert flipped.losses != plain.losses
 
 
-def test_losses_are_logged_by_role_and_mean_to_the_whole(trainer, images_drawer, tmp_path):
+def test_losses_are_logged_by_role_and_mean_to_the_whole(trainer, plain_run, images_drawer, tmp_path):
     mine = images_drawer(tmp_path / "mine", [(96, 96)] * 4)
     others = images_drawer(tmp_path / "others", [(96, 96)] * 2)
     directories = [
@@ -146,7 +146,7 @@ def test_losses_are_logged_by_role_and_mean_to_the_whole(trainer, images_drawer,
         else:
             assert line["loss"] == pytest.approx(next(role for role in roles if role is not None), rel=1e-6)
     assert shares
-    assert all("loss/train" not in line for line in trainer("plain").metrics)
+    assert all("loss/train" not in line for line in plain_run.metrics)
 
 
 def test_alpha_hides_what_is_transparent(trainer, tmp_path):
