@@ -222,6 +222,53 @@ def test_a_file_that_the_table_names_is_found_beside_it(tmp_path: Path) -> None:
     assert found.bad == [f"{tmp_path}/x.parquet/gone.png: not readable (No such file or directory)"]
 
 
+def referring(folder: Path, *paths: str) -> Path:
+    """A table whose rows name files and hold none."""
+    images = [{"bytes": None, "path": path} for path in paths]
+    column = pa.array(images, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    pq.write_table(pa.table({"image": column, "mask": column}), folder / "x.parquet")
+    return folder / "x.parquet"
+
+
+def test_rows_read_no_file_that_is_not_below_the_dataset(tmp_path: Path, opened: list[str]) -> None:
+    image_folder(tmp_path / "secret", ["a.png", "b.png", "c.png"])
+    with zipfile.ZipFile(tmp_path / "secret" / "d.zip", "w") as archive:
+        archive.write(tmp_path / "secret" / "a.png", "e.png")
+    place = tmp_path / "data"
+    image_folder(place, ["sub/in.png"])
+    os.symlink(tmp_path / "secret" / "b.png", place / "link.png")  # whoever has the folder put it there
+    outside = [
+        f"{tmp_path}/secret/a.png", "../secret/a.png", "sub/../../secret/c.png", "/data/../etc/x.png",
+        f"zip://e.png::{tmp_path}/secret/d.zip", "zip://e.png::../secret/d.zip", f"{place}/../secret/a.png",
+        f"{tmp_path}/data-2/a.png",
+    ]  # fmt: skip
+    inside = ["sub/in.png", f"{place}/sub/../sub/in.png", "link.png"]
+    path = referring(place, *outside, *inside)
+    opened.clear()
+    found = look(path, caption_column="", mask_column="mask")
+    assert not {"a.png", "c.png", "d.zip"} & set(opened)
+    assert [content_of(sample.picture.source) for sample in found.samples] == [
+        encoded("sub/in.png"), encoded("sub/in.png"), encoded("b.png"),
+    ]  # fmt: skip
+    assert len(found.bad) == len(outside) == found.num_images - len(inside)
+    assert found.bad[1] == (
+        f"{path}/00000001: its row names '../secret/a.png', which is not below the dataset, and never read"
+    )
+
+
+def test_masks_that_rows_name_elsewhere_are_not_read_either(tmp_path: Path) -> None:
+    image_folder(tmp_path, ["m.png"])
+    (tmp_path / "data").mkdir()
+    mask = pa.array(
+        [{"bytes": None, "path": f"{tmp_path}/m.png"}], pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    )
+    pq.write_table(pa.table({"image": [ROWS[0]], "mask": mask}), tmp_path / "data" / "x.parquet")
+    found = look(tmp_path / "data" / "x.parquet", caption_column="", mask_column="mask")
+    assert found.samples == []
+    assert "its mask mask/" in found.bad[0]
+    assert "which is not below the dataset" in found.bad[0]
+
+
 # Names
 
 

@@ -121,14 +121,16 @@ class ReferencedImage:
             raise Unreadable(f"{self.path.name} is not readable ({error})") from error
 
 
+@dataclass(frozen=True, slots=True)
 class MissingImage:
-    """The absence of an image in a dataset's row."""
+    """The absence of an image that can be read in a dataset's row."""
 
-    stamp = (0, 0, 0)
+    reason: str = "no image in this row"
+    stamp: tuple[int, int, int] = (0, 0, 0)
 
     def read(self) -> bytes:
         """Raise BadImage."""
-        raise BadImage("no image in this row")
+        raise BadImage(self.reason)
 
 
 def content_of(file: Path | ArchiveMember) -> bytes:

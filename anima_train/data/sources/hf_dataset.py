@@ -74,7 +74,8 @@ def hf_dataset_files(directory: Directory, place: Path, offline: bool) -> Files:
 def column_images(table: "Dataset", name: str, place: Path) -> tuple[list[str], list[ArchiveMember | None]]:
     """Return the paths of the files that the rows were made from ("": not known), and the images, none of them read.
 
-    A path without a folder of its own lies beside the dataset.
+    A path without a folder of its own lies beside the dataset. What lies elsewhere is never read: it would be named by
+    whoever made the table, not by who trains on it. Links below the dataset are followed, as in folders.
     """
     column = table.select_columns([name]).with_format("arrow")  # as Arrow, so that nothing is decoded
     parts = column[:].flatten()  # into bytes and path, if it is not bytes alone
@@ -85,16 +86,35 @@ def column_images(table: "Dataset", name: str, place: Path) -> tuple[list[str], 
     files = [file_stamp(Path(file["filename"]))[:2] for file in table.cache_files]
     digest = hashlib.sha256(repr((table._fingerprint, name, files)).encode()).digest()
     content = int.from_bytes(digest[:7], "big"), int.from_bytes(digest[7:14], "big")
-    folder = place if place.is_dir() else place.parent
+    folders = own_folders(place)
     images: list[ArchiveMember | None] = []
     for row, (missing, path) in enumerate(zip(is_missing, paths, strict=True)):
+        match = ZIP_URL.fullmatch(path)
         if not missing:
             images.append(RowImage(column, row, (row, *content)))
-        elif match := ZIP_URL.fullmatch(path):
-            images.append(ReferencedImage(Path(match["archive"]), match["member"]))
+        elif not path:
+            images.append(None)
+        elif (file := path_below(match["archive"] if match else path, folders)) is None:
+            images.append(MissingImage(f"its row names {path!a}, which is not below the dataset, and never read"))
         else:
-            images.append(ReferencedImage(folder / path, None) if path else None)
+            images.append(ReferencedImage(file, match["member"] if match else None))
     return paths, images
+
+
+def own_folders(place: Path) -> list[Path]:
+    """Return the folders below which the files of a dataset lie; of one on the Hub, those that it is downloaded to."""
+    if place.exists():
+        return [(place if place.is_dir() else place.parent).resolve()]
+    from datasets import config
+
+    downloads = (constants.HF_HUB_CACHE, config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH)
+    return [Path(folder).absolute() for folder in downloads]
+
+
+def path_below(path: str, folders: Sequence[Path]) -> Path | None:
+    """Return the file that a row names, relative to the first of these folders if it is; None if it is below none."""
+    file = Path(os.path.normpath(folders[0] / path))
+    return file if any(file.is_relative_to(folder) for folder in folders) else None
 
 
 def row_names(paths: Sequence[str], place: Path) -> list[str]:
