@@ -1,5 +1,6 @@
 """The work of `anima check`: what a run would do, as lines and as a page."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from anima_train.config.plan_notes import plan_notes
 from anima_train.config.resolved import plain
 from anima_train.core.determinism import deterministic_kernels
 from anima_train.core.device import choose_device, describe_device, memory_bytes
-from anima_train.core.errors import ConfigError
+from anima_train.core.errors import ConfigError, UserError
 from anima_train.core.files import write_text
 from anima_train.core.format import format_bytes, printable
 from anima_train.data.loader import TextIdentity
@@ -38,7 +39,7 @@ from anima_train.reports.dataset import (
     collect_sets,
     lr_curve,
 )  # fmt: skip
-from anima_train.reports.dataset_page import render
+from anima_train.reports.dataset_page import render, render_refusal
 from anima_train.reports.key_settings import key_settings
 from anima_train.reports.places import places_of, shared_text
 from anima_train.training.build import disk_plan, file_sizes, plan_run, trainable_transformer
@@ -53,8 +54,9 @@ from anima_train.training.costs import (
 from anima_train.training.dry_run import describe_run
 from anima_train.training.ladder import Choice, choose_here, num_blocks
 from anima_train.training.memory_check import extremes, measure
-from anima_train.training.prepare import scan_all
+from anima_train.training.prepare import RefusedData, scan_all
 from anima_train.training.setup import counts_zeros
+from anima_train.training.summary import data_messages
 
 ANY_MODEL = TextIdentity("", "", "", "", "")  # the number and sizes of cache entries are those of every model
 
@@ -64,8 +66,23 @@ def report_check(loaded: LoadedConfig, title: str, measure_steps: int | None, pa
 
     Raises:
         ConfigError: the page cannot be written.
-        UserError: what is wrong with the model files or the images.
+        UserError: what is wrong with the model files or the images; the page has all of it.
     """
+    try:
+        check_all(loaded, title, measure_steps, page)
+    except UserError as error:
+        if page is not None:
+            scans = error.scans if isinstance(error, RefusedData) else {}
+            found = [message for name, scan in scans.items() for message in data_messages(name, scan)]
+            shared = partial(shared_text, places=places(loaded))
+            with contextlib.suppress(ConfigError):  # the error itself says more than that
+                write_page(page, "reason", render_refusal(title, map(shared, error.problems), map(shared, found)))
+                error.where = f"on {page}"
+        raise
+
+
+def check_all(loaded: LoadedConfig, title: str, measure_steps: int | None, page: Path | None) -> None:
+    """Do what `report_check` does, where nothing is wrong."""
     config, device = loaded.config, choose_device()
     spec = build_model_spec(config, device)
     scans = scan_all((loaded.train, *loaded.evals), config.seed, write=True)
@@ -89,7 +106,7 @@ def report_check(loaded: LoadedConfig, title: str, measure_steps: int | None, pa
     found = make_report(title, loaded, spec, scans, 0 if page is None else MAX_THUMBNAILS, measured, memory)
     show(summary(found))
     if page is not None:
-        write_page(page, found)
+        write_page(page, "pictures", render(found))
 
 
 def make_report(
@@ -108,7 +125,7 @@ def make_report(
     num_steps = schedule.num_steps
     transformer = trainable_transformer(spec, config.adapter, config.learning_rates(), config.seed)
     # The page may be shown to others, so it names no folder of this machine.
-    shared = partial(shared_text, places=[str(Path.home() / "x"), *places_of(config.model_dump())])
+    shared = partial(shared_text, places=places(loaded))
     captions = captions_of(scans, config.seed)
     texts = (text for of_set in captions.values() for of_picture in of_set.values() for text in of_picture)
     known = tokenized(load_tokenizers(spec.files.tokenizer, spec.files.t5_tokenizer), ["", *texts])
@@ -158,17 +175,22 @@ def with_costs(
     return found
 
 
-def write_page(page: Path, found: DatasetReport) -> None:
+def places(loaded: LoadedConfig) -> list[str]:
+    """Return the paths that the page leaves out."""
+    return [str(Path.home() / "x"), *places_of(loaded.config.model_dump())]
+
+
+def write_page(page: Path, shows: str, text: str) -> None:
     """Write the page of a check, and print where it is.
 
     Raises:
         ConfigError: it cannot be written.
     """
     try:
-        write_text(page, render(found))
+        write_text(page, text)
     except OSError as error:  # a file where its folder should be, or a name that is none
         raise ConfigError(f"{page} cannot be written ({error.strerror}); choose another place with --html") from error
-    print(f"page with pictures: {page}")
+    print(f"page with {shows}: {page}")
 
 
 def show(lines: Iterable[str]) -> None:

@@ -2,16 +2,19 @@
 
 from collections.abc import Iterable, Sequence
 
+from anima_train.core.format import CHECK_PAGE, message_lines
+
 
 class UserError(Exception):
     """A problem that the user can solve; printed without a traceback, and the process ends with `exit_code`."""
 
     exit_code = 1
     label = "error"  # what the message begins with
+    where = CHECK_PAGE  # the place where those of the problems that are a `Listing` are whole
 
     def __init__(self, problems: str | Iterable[str]) -> None:
         self.problems: Sequence[str] = [problems] if isinstance(problems, str) else list(problems)
-        super().__init__("\n".join(self.problems))
+        super().__init__("\n".join(line for problem in self.problems for line in message_lines(problem)))
 
 
 class Interrupted(UserError):

@@ -1,8 +1,10 @@
 """Numbers, lists and names in the form that people read."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Self
 
 MAX_LISTED = 20  # files named in one message
+CHECK_PAGE = "on the page of `anima check`"  # which holds all of a list
 
 
 def count(number: int, noun: str, plural: str | None = None) -> str:
@@ -19,10 +21,51 @@ def format_bytes(num_bytes: float) -> str:
     return f"{num_bytes:.1f} GiB"
 
 
-def listed(lines: Sequence[str], most: int = MAX_LISTED) -> list[str]:
-    """Return the first `most` lines, fit to be printed, and one with the number of the others."""
-    more = len(lines) - most
-    return [printable(line) for line in lines[:most]] + ([f"... and {more:,} more"] if more > 0 else [])
+def listed(lines: Sequence[str], most: int = MAX_LISTED, where: str = "") -> list[str]:
+    """Return the first `most` lines, fit to be printed, and one with the number of the others, and where they are."""
+    more = f"... and {len(lines) - most:,} more {where}".rstrip()
+    return [printable(line) for line in lines[:most]] + ([more] if len(lines) > most else [])
+
+
+class Listing(str):
+    """A message about files, or other entries, of which it shows the first ones and holds all.
+
+    Whoever prints it shows its `lines`; somewhere else it is written whole: in a run's lists.txt, or on a page.
+    """
+
+    entries: Sequence[str]
+    num_shown: int  # entries in lines of their own; 0 where the text itself names the first
+
+    def __new__(cls, text: str, entries: Iterable[str] = (), num_shown: int = MAX_LISTED) -> Self:
+        """Return the message with its entries; a text alone has none."""
+        made = super().__new__(cls, text)
+        made.entries, made.num_shown = tuple(entries), num_shown
+        return made
+
+    @classmethod
+    def naming_first(cls, text: str, entries: Sequence[str]) -> Self:
+        """Return a message in one line that has the number of its entries and names the first."""
+        return cls(f"{text}: {len(entries):,}, such as {entries[0]}", entries, num_shown=0)
+
+    def prefixed(self, prefix: str) -> Self:
+        """Return the same with a longer text."""
+        return type(self)(prefix + self, self.entries, self.num_shown)
+
+    def lines(self, where: str = CHECK_PAGE) -> list[str]:
+        """Return the text, and the first entries in lines of their own; `where` says the place of all of them."""
+        if self.num_shown > 0:
+            return [str(self), *(f"  {line}" for line in listed(self.entries, self.num_shown, where))]
+        return [f"{self}; all {where}" if len(self.entries) > 1 else str(self)]
+
+
+def prefixed(prefix: str, message: str) -> str:
+    """Return a message with a prefix; a `Listing` stays one."""
+    return message.prefixed(prefix) if isinstance(message, Listing) else prefix + message
+
+
+def message_lines(message: str, where: str = CHECK_PAGE) -> list[str]:
+    """Return the lines of a message, as `Listing.lines` does."""
+    return message.lines(where) if isinstance(message, Listing) else [message]
 
 
 def printable(text: str) -> str:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 
-from anima_train.core.format import count
+from anima_train.core.format import Listing, count
 from anima_train.data.scan_images import ScannedImage
 from anima_train.data.settings import DirectoryOptions
 from anima_train.data.sources.folder import CAPTIONS_JSON, Files, stem_of, suffix_of
@@ -26,11 +26,12 @@ def lost_captions(files: Files, images: Sequence[ScannedImage], options: Directo
         return None
     for found, remedy in candidates(files, lacking, options):
         if found:
-            return (
+            text = (
                 f"{files.folder}: {len(lacking):,} of {count(len(images), 'image')} would be trained without a "
                 f"caption, while {count(len(found), 'file')}, such as {found[0]}, may hold them: {remedy}. If they are "
                 'to have none: missing_caption = "empty"'
             )
+            return Listing(text, found, num_shown=0)
     return None
 
 

@@ -9,7 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from anima_train.core.errors import DataError, SpaceError
-from anima_train.core.format import count, listed, printable
+from anima_train.core.format import Listing, count, printable
 from anima_train.core.random import shuffled
 from anima_train.data.buckets import SIDE_MULTIPLE, kept_fraction
 from anima_train.data.cache import Cache
@@ -20,7 +20,7 @@ from anima_train.data.samples import Picture, Sample, exact
 from anima_train.data.scan_images import scan_images
 from anima_train.data.scan_warnings import caption_kind, folder_warnings
 from anima_train.data.settings import DatasetSettings, DirectoryOptions
-from anima_train.data.sources.folder import Files, suffix_of
+from anima_train.data.sources.folder import Files, is_image, suffix_of
 from anima_train.data.sources.hf_dataset import hf_dataset_files
 
 
@@ -32,23 +32,23 @@ class Scan:
     num_images: int  # found, skipped ones included
     bad: list[str] = field(default_factory=list)  # skipped as damaged or unreadable: "path: reason"
     skipped: list[str] = field(default_factory=list)  # skipped by a setting: "path: reason"
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)  # those about files are each a `Listing`
 
     def check(self, max_bad_fraction: float) -> None:
         """Stop where nothing is left, or more than the allowed share is bad.
 
         Raises:
-            DataError: with every file skipped, up to `MAX_LISTED`.
+            DataError: with every file skipped.
         """
         if not self.samples:
-            raise DataError(["no image is left to train on", *listed(self.bad + self.skipped + self.warnings)])
+            raise DataError([Listing("no image is left to train on", self.bad + self.skipped), *self.warnings])
         if len(self.bad) > max_bad_fraction * self.num_images:
             share = len(self.bad) / self.num_images
             title = (
                 f"{count(len(self.bad), 'image')} of {self.num_images:,} cannot be used ({share:.1%}, more than "
                 f"max_bad_fraction = {max_bad_fraction:g}); repair or remove them, or raise max_bad_fraction:"
             )
-            raise DataError([title, *listed(self.bad)])
+            raise DataError(Listing(title, self.bad))
 
 
 def scan(
@@ -126,9 +126,9 @@ def duplicates(pictures: Iterable[Picture]) -> Iterator[str]:
         if original != picture.path:
             repeated[picture.path] = original
     if repeated:
-        path, original = next(iter(repeated.items()))
+        equal = [f"{path}, which equals {original}" for path, original in repeated.items()]
         noun = count(len(repeated), "image is", "images are")
-        yield f"{noun} in the dataset more than once, such as {path}, which equals {original}"
+        yield Listing(f"{noun} in the dataset more than once, such as {equal[0]}", equal, num_shown=0)
 
 
 def scan_files(index: int, files: Files, options: DirectoryOptions, cache: Cache, seed: int, write: bool) -> Scan:
@@ -140,7 +140,7 @@ def scan_files(index: int, files: Files, options: DirectoryOptions, cache: Cache
     image_index = ImageIndex(cache, "images", files.identity)
     mask_index = ImageIndex(cache, "masks", files.mask_identity)
     images, bad = scan_images(files, options, image_index, mask_index)
-    warnings = []
+    warnings: list[str] = []
     try:
         if write:
             image_index.save()
@@ -152,7 +152,7 @@ def scan_files(index: int, files: Files, options: DirectoryOptions, cache: Cache
     if uncaptioned and options.missing_caption == "error":
         noun = count(len(uncaptioned), "image has", "images have")
         title = f'{files.folder}: {noun} no {caption_kind(files, options)} caption, and missing_caption is "error":'
-        raise DataError([title, *listed([str(image.picture.path) for image in uncaptioned])])
+        raise DataError(Listing(title, [str(image.picture.path) for image in uncaptioned]))
     if (advice := lost_captions(files, images, options)) is not None:
         raise DataError(advice)
     skipped = []
@@ -166,6 +166,8 @@ def scan_files(index: int, files: Files, options: DirectoryOptions, cache: Cache
     for name in files.unread_images:
         advice = UNREAD_SUFFIXES[suffix_of(name)[1:]]
         skipped.append(f"{files.folder / name}: {suffix_of(name)[1:].upper()} is not read; {advice}")
+    lost = [name for name in files.lost_members if is_image(name)]
+    skipped.extend(f"{files.folder / name}: {files.lost_members[name]}" for name in lost)
     kept = shuffled(usable, lambda image: image.file, seed, "subsample", index)
     kept = kept[: max(1, round(len(kept) * options.subsample_ratio))]
     options_of = functools.cache(options.of_folder)  # one object for each folder
@@ -177,7 +179,7 @@ def scan_files(index: int, files: Files, options: DirectoryOptions, cache: Cache
         except SkippedImage as reason:
             skipped.append(f"{image.picture.path}: {reason}")
     warnings.extend(folder_warnings(files, images, options))
-    return Scan(samples, len(files.images) + len(files.unread_images), bad, skipped, warnings)
+    return Scan(samples, len(files.images) + len(files.unread_images) + len(lost), bad, skipped, warnings)
 
 
 class SkippedImage(Exception):

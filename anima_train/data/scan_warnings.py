@@ -5,12 +5,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
+from anima_train.core.format import Listing
 from anima_train.data.caption_parts import caption_parts
 from anima_train.data.captions import unescaped
 from anima_train.data.image_headers import EXTENSIONS
 from anima_train.data.scan_images import ScannedImage
 from anima_train.data.settings import KOHYA_FOLDER, DirectoryOptions
-from anima_train.data.sources.folder import Files, by_stem, stem_of
+from anima_train.data.sources.folder import Files, by_stem, is_image, stem_of
 
 Findings = Iterator[tuple[str, list[str]]]  # what was found, and the files it was found in
 
@@ -27,7 +28,7 @@ SPECIAL_TOKEN = re.compile(r"</s>|<pad>|<unk>|<extra_id_\d+>|<\|\w+\|>")
 
 
 def folder_warnings(files: Files, images: Sequence[ScannedImage], options: DirectoryOptions) -> Iterator[str]:
-    """Yield the warnings about a directory, one line for each kind, with the number of files and the first one."""
+    """Yield the warnings about a directory, one for each kind, with the number of files, the first one and all."""
     if not files.images:
         endings = ", ".join(sorted(EXTENSIONS))
         yield f"{files.folder}: holds no {'row' if files.is_table else f'image ({endings})'}"
@@ -41,7 +42,7 @@ def folder_warnings(files: Files, images: Sequence[ScannedImage], options: Direc
     )
     for text, names in findings:
         if names:
-            yield f"{files.folder}: {text}: {len(names):,}, such as {names[0]}"
+            yield Listing.naming_first(f"{files.folder}: {text}", names)
 
 
 def caption_kind(files: Files, options: DirectoryOptions) -> str:
@@ -68,6 +69,8 @@ def unused_entries(files: Files, options: DirectoryOptions) -> Findings:
         )
     yield "subfolders that are searched under another name, not searched again", files.repeated_folders
     yield "files that are neither images nor captions, not used", files.unused_files
+    lost = [f"{name} ({reason})" for name, reason in files.lost_members.items() if not is_image(name)]
+    yield "entries of archives that are not read", lost
 
 
 def missing_captions(files: Files, images: Sequence[ScannedImage], options: DirectoryOptions) -> Findings:

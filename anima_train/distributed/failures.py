@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable
 
 from anima_train.core.errors import Interrupted, UserError
-from anima_train.core.format import printable_lines
+from anima_train.core.format import message_lines, printable_lines
 from anima_train.distributed.launcher import rank, world_size
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
@@ -104,7 +104,8 @@ def print_error(error: Exception) -> None:
         print(f"error{name}: {type(error).__name__}: {printable_lines(str(error))}", file=sys.stderr)
     elif rank() == 0 or not is_stop:
         for problem in error.problems:
-            print(f"{error.label}{name}: {printable_lines(problem)}", file=sys.stderr)
+            first, *entries = message_lines(problem, error.where)
+            print(f"{error.label}{name}: {printable_lines(first)}", *entries, sep="\n", file=sys.stderr)
 
 
 def leave(exit_code: int) -> None:

@@ -1,8 +1,8 @@
 """The report of a dataset as one HTML file without scripts, made from `check.html`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from anima_train.core.format import count
+from anima_train.core.format import count, prefixed
 from anima_train.model.text import MAX_TOKENS
 from anima_train.reports.charts import Line, chart
 from anima_train.reports.dataset import Bucket, DatasetReport, RunLength
@@ -44,7 +44,7 @@ def findings(report: DatasetReport) -> Iterator[str]:
             *(f"{count(len(each.images), 'image')} without {each.described}" for each in dataset.missing),
         ]
         for text in found:
-            yield f"dataset {dataset.name}: {text}" if len(report.sets) > 1 else text
+            yield prefixed(f"dataset {dataset.name}: ", text) if len(report.sets) > 1 else text
 
 
 def numbered(number: int, one: str, several: str) -> list[str]:
@@ -68,6 +68,11 @@ def length_rows(length: RunLength) -> list[tuple[str, str]]:
     if epochs is None and length.steps_in_epoch:
         ending += f", about {length.num_steps / length.steps_in_epoch:.3g} epochs"
     return [*rows.items(), ("steps in all", f"{length.num_steps:,} ({ending})")]
+
+
+def render_refusal(title: str, problems: Iterable[str], found: Iterable[str]) -> str:
+    """Return the page of a run that would not start: the reasons, and what else was found, with all of their files."""
+    return TEMPLATES.get_template("refusal.html").render(title=title, problems=list(problems), found=list(found))
 
 
 def bucket_rows(buckets: Sequence[Bucket]) -> list[tuple[str, int]]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import tomli_w
 
+from anima_train.core.format import Listing
+
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Folders, from the root to the last separator before a name; not in addresses, as hf://owner/name.
 FOLDERS = re.compile(r"(?<![\w.:/\\])(~[\w.-]*|[A-Za-z]:)?([/\\][^/\\\s\"'<>|]+)+[/\\](?=[^/\\\s])")
@@ -57,7 +59,14 @@ def places_of(value: Any, key: str = "") -> Iterator[str]:
 
 
 def shared_text(text: str, places: Iterable[str]) -> str:
-    """Return a message without the folders of these places, which may hold spaces, and any that begin at the root."""
+    """Return a message without the folders of these places, which may hold spaces, and any that begin at the root.
+
+    A `Listing` stays one, its entries too without them.
+    """
+    if isinstance(text, Listing):
+        places = list(places)
+        entries = [shared_text(entry, places) for entry in text.entries]
+        return Listing(shared_text(str(text), places), entries, text.num_shown)
     longest_first = sorted({place.rstrip("/\\") for place in places if is_in_folder(place)}, key=len, reverse=True)
     for place in longest_first:
         text = text.replace(place, last_part(place))

@@ -16,7 +16,7 @@ from typing import Any, TypeGuard
 from PIL import Image
 
 from anima_train.core.errors import ConfigError
-from anima_train.core.format import count
+from anima_train.core.format import Listing, count
 from anima_train.core.settings import nearest
 from anima_train.data.image_headers import BadImage
 from anima_train.data.images import decode
@@ -309,8 +309,12 @@ def read_evaluations(path: Path, notes: list[str]) -> dict[str, list[Evaluated]]
 
 def read_warnings(path: Path, notes: list[str]) -> list[str]:
     """Return the run's warnings, each once: every start of a run finds those of its data again."""
-    lines = ((step, str(values.get("text"))) for step, values in read_lines(path, notes))
-    return list(dict.fromkeys(f"step {step:,}: {text}" if step else text for step, text in lines))
+    found = []
+    for step, values in read_lines(path, notes):
+        entries = values.get("entries")
+        text = Listing(str(values.get("text")), map(str, entries if isinstance(entries, list) else ()), num_shown=0)
+        found.append(text.prefixed(f"step {step:,}: ") if step else text)
+    return list(dict.fromkeys(found))
 
 
 def settings_of(text: str, manifest: Mapping[str, Any]) -> list[tuple[str, str]]:

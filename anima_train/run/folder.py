@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 
 from anima_train.core.errors import ConfigError, SpaceError
 from anima_train.core.files import UNWRITABLE, disk_errors, sync, write_text
+from anima_train.core.format import Listing, printable
 
 
 class RunFolder:
@@ -25,8 +26,14 @@ class RunFolder:
         self.metrics_path = self.path / "metrics.jsonl"
         self.evaluations_path = self.path / "evaluations.jsonl"
         self.warnings_path = self.path / "warnings.jsonl"
+        self.lists_path = self.path / "lists.txt"  # of this start: what messages name the first entries of
         self.records = (self.metrics_path, self.evaluations_path, self.warnings_path)
         self.lock = FileLock(self.path / ".lock")
+
+    @property
+    def where_lists_are(self) -> str:
+        """The place where lists are whole, as `Listing.lines` says it."""
+        return f"in {self.lists_path}"
 
     def weights_path(self, step: int | None) -> Path:
         """Return the file of the weights after a step, or (None) at the end of the run."""
@@ -75,6 +82,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock.acquire(timeout=0)
+            self.lists_path.unlink(missing_ok=True)
         except Timeout:
             raise ConfigError(f"{self.path}: another process is training in this folder") from None
         except OSError as error:
@@ -119,9 +127,17 @@ class RunFolder:
         write_text(self.manifest_path, json.dumps(self.manifest() | {"finished": True}, indent=1))
 
     def warn(self, step: int, warning: str) -> None:
-        """Keep a warning that was printed; step 0 is before the first."""
+        """Keep a warning that was printed, and all entries of a `Listing`; step 0 is before the first."""
+        entries = {"entries": warning.entries} if isinstance(warning, Listing) else {}
         with contextlib.suppress(SpaceError):  # it was printed; where there is room for nothing, the metrics tell
-            self.log(self.warnings_path, {"step": step, "text": warning})
+            self.log(self.warnings_path, {"step": step, "text": warning, **entries})
+
+    def add_list(self, message: Listing) -> None:
+        """Append a message with all of its entries to lists.txt."""
+        lines = [str(message), *(f"  {entry}" for entry in message.entries)]
+        text = "".join(f"{printable(line)}\n" for line in lines)
+        with contextlib.suppress(SpaceError):  # the first ones were printed
+            self.append(self.lists_path, f"{text}\n")
 
     def log(self, path: Path, values: Mapping[str, Any]) -> None:
         """Append one JSON object as a line.
@@ -129,9 +145,12 @@ class RunFolder:
         Raises:
             SpaceError: the disk is full; a line that is cut off is forgotten when the run is resumed.
         """
-        line = json.dumps(values) + "\n"
-        with disk_errors(path, len(line)), open(path, "a", encoding="utf-8") as file:
-            file.write(line)
+        self.append(path, json.dumps(values) + "\n")
+
+    def append(self, path: Path, text: str) -> None:
+        """Append to a file; raises as `log` does."""
+        with disk_errors(path, len(text)), open(path, "a", encoding="utf-8") as file:
+            file.write(text)
 
 
 def step_of(line: str) -> int:

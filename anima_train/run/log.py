@@ -8,10 +8,16 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from anima_train.core.format import printable_lines
+from anima_train.core.errors import UserError
+from anima_train.core.format import CHECK_PAGE, Listing, message_lines, printable_lines
 from anima_train.run.folder import RunFolder
 
 PACKAGE = logging.getLogger("anima_train")
+
+
+def message_of(record: logging.LogRecord) -> str:
+    """Return a record's message, a `Listing` as that."""
+    return record.msg if isinstance(record.msg, Listing) else record.getMessage()
 
 
 class TerminalHandler(logging.Handler):
@@ -25,11 +31,13 @@ class TerminalHandler(logging.Handler):
     def __init__(self, level: int, stream: TextIO | None = None) -> None:
         super().__init__(level)
         self.stream = stream
+        self.where = CHECK_PAGE  # the place where lists are whole
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record."""
         step = getattr(record, "step", 0)
-        text = f"step {step:,}: {record.getMessage()}" if step else record.getMessage()
+        message = "\n".join(message_lines(message_of(record), self.where))
+        text = f"step {step:,}: {message}" if step else message
         if record.levelno >= logging.WARNING:
             text = f"{record.levelname.lower()}: {text}"
         tqdm.write(printable_lines(text), file=self.stream or sys.stdout)
@@ -48,7 +56,7 @@ class WarningsHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keep a record."""
-        self.keep(getattr(record, "step", 0), record.getMessage())
+        self.keep(getattr(record, "step", 0), message_of(record))
 
     def keep(self, step: int, text: str) -> None:
         """Keep a warning; step 0 is before the first."""
@@ -62,6 +70,33 @@ class WarningsHandler(logging.Handler):
         for step, text in self.waiting:
             folder.warn(step, text)
         self.folder = folder
+
+
+class ListsHandler(logging.Handler):
+    """Keeps whole in a run's lists.txt each `Listing` that is logged."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        super().__init__(logging.INFO)
+        self.folder = folder
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a record, if it is a list."""
+        if isinstance(record.msg, Listing):
+            self.folder.add_list(record.msg)
+
+
+@contextlib.contextmanager
+def lists_kept(folder: RunFolder) -> Iterator[None]:
+    """Keep whole in a run's lists.txt each `Listing` that is logged, or is a part of the error that ends the run."""
+    with logged_to(ListsHandler(folder)):
+        try:
+            yield
+        except UserError as error:
+            for problem in error.problems:
+                if isinstance(problem, Listing):
+                    folder.add_list(problem)
+            error.where = folder.where_lists_are
+            raise
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from anima_train.core.errors import NumericError
-from anima_train.core.format import count, listed
+from anima_train.core.format import Listing, count, listed
 from anima_train.data.plan import Step
 from anima_train.data.samples import Sample
 from anima_train.run.folder import step_of
@@ -95,9 +95,9 @@ def step_names(step: Step, samples: Sequence[Sample]) -> list[str]:
     return list(dict.fromkeys(samples[draw.sample].id for draw in draws))
 
 
-def naming(warning: str, names: Sequence[str]) -> str:
-    """Return the warning with the names of the images it is about; of many, the first."""
-    return f"{warning}; images: {', '.join(listed(names, MAX_NAMED))}"
+def naming(warning: str, names: Sequence[str]) -> Listing:
+    """Return the warning with the names of the images it is about; its text names the first of many."""
+    return Listing(f"{warning}; images: {', '.join(listed(names, MAX_NAMED))}", names, num_shown=0)
 
 
 @dataclass

@@ -26,7 +26,7 @@ from anima_train.distributed.launcher import world_size
 from anima_train.distributed.signals import SignalHandler
 from anima_train.run.accelerator import make_accelerator
 from anima_train.run.folder import RunFolder
-from anima_train.run.log import WarningsHandler, logged_to, terminal
+from anima_train.run.log import WarningsHandler, lists_kept, logged_to, terminal
 from anima_train.run.trackers import tracker_names
 from anima_train.training.memory import MemoryContext
 
@@ -86,7 +86,8 @@ def run_context(loaded: LoadedConfig, resume: bool, resume_path: Path | None) ->
         config.model.uses_autocast, tracker_names(config.monitoring), Path(config.output_dir) / loaded.run_name
     )
     warnings = WarningsHandler()
-    handlers = logged_to(terminal(accelerator.is_main_process), *([warnings] if accelerator.is_main_process else []))
+    speaker = terminal(accelerator.is_main_process)
+    handlers = logged_to(speaker, *([warnings] if accelerator.is_main_process else []))
     with handlers, contextlib.ExitStack() as stack:
         logger.info("%s", describe_device(accelerator.device, DTYPES[config.model.dtype]))
         if config.deterministic:
@@ -107,6 +108,8 @@ def run_context(loaded: LoadedConfig, resume: bool, resume_path: Path | None) ->
         if accelerator.is_main_process:
             folder.open()
             stack.callback(folder.close)
+            stack.enter_context(lists_kept(folder))
+            speaker.where = folder.where_lists_are
         signals = stack.enter_context(SignalHandler(folder.path))
         yield RunContext(
             loaded, accelerator, folder, point, signals, warnings, stack, MemoryContext("loading the model"),

@@ -6,7 +6,7 @@ from pathlib import Path
 from anima_train.config.ladder import rungs
 from anima_train.config.load import LoadedConfig
 from anima_train.config.plan_notes import plan_notes
-from anima_train.core.format import format_bytes
+from anima_train.core.format import format_bytes, message_lines
 from anima_train.data.scan import Scan
 from anima_train.model.loading import ModelSpec
 from anima_train.optim.groups import group_rows
@@ -20,7 +20,7 @@ from anima_train.training.build import (
 )  # fmt: skip
 from anima_train.training.divided import check_can_divide
 from anima_train.training.ladder import choose_here, num_blocks
-from anima_train.training.summary import data_text, groups_text, plan_text
+from anima_train.training.summary import data_messages, groups_text, plan_text
 
 
 def describe_run(
@@ -46,7 +46,7 @@ def describe_run(
         check_can_divide(config.optimizer, config.blocks_to_swap, config.model.quantization)
     lines = [f"note: {note}" for note in loaded.notes]
     for name, found in scans.items():
-        lines.extend(data_text(name, found))
+        lines.extend(line for message in data_messages(name, found) for line in message_lines(message))
     plan, schedule = plan_run(config, scans["train"].samples, num_processes)
     choice = choose_here(rungs(config, num_blocks(spec), num_processes, divides), spec, plan, schedule)
     lines.extend((*choice.lines, *choice.card_lines))

@@ -18,7 +18,7 @@ from anima_train.config.load import Dataset, LoadedConfig
 from anima_train.config.model_files import build_model_spec
 from anima_train.config.sections import Role
 from anima_train.core.errors import DataError
-from anima_train.core.format import count, listed
+from anima_train.core.format import Listing, count, prefixed
 from anima_train.data.cache import SCHEMA, Cache
 from anima_train.data.loader import CachedData
 from anima_train.data.samples import Sample
@@ -31,7 +31,7 @@ from anima_train.model.text import count_tokens, load_tokenizers
 from anima_train.training.build import check_blocks, file_sizes
 from anima_train.training.costs import cache_suggestions
 from anima_train.training.memory import MemoryContext, memory_errors
-from anima_train.training.summary import data_text
+from anima_train.training.summary import data_messages
 
 logger = logging.getLogger(__name__)
 
@@ -122,10 +122,10 @@ def tell_scans(scans: Mapping[str, Scan]) -> list[str]:
     """Tell what was found in every dataset, and return the warnings for the run's records."""
     warnings: list[str] = []
     for name, found in scans.items():
-        for line in data_text(name, found):
-            logger.info("%s", line)
-        bad = [f"cannot be used: {line}" for line in listed(found.bad)]
-        warnings.extend(f"dataset {name}: {line}" for line in (*bad, *found.warnings))
+        for message in data_messages(name, found):
+            logger.info(message)
+        told = [*(f"cannot be used: {line}" for line in found.bad), *found.warnings]
+        warnings.extend(prefixed(f"dataset {name}: ", message) for message in told)
     return warnings
 
 
@@ -181,37 +181,44 @@ def usable(name: str, found: Scan, max_bad_fraction: float, vae_id: str) -> tupl
         DataError: too many could not, or none is left.
     """
     kept, bad = without_rejected(found.samples, vae_id)
-    warnings = [f"dataset {name}: cannot be used: {line}" for line in listed(bad)]
-    for warning in warnings:
-        logger.info("%s", warning)
+    if bad:
+        logger.info(Listing(f"dataset {name}: cannot be used: {len(bad):,}", bad))
     try:
         Scan(kept, found.num_images, found.bad + bad, found.skipped).check(max_bad_fraction)
     except DataError as error:
-        raise DataError([f"dataset {name}: {problem}" for problem in error.problems]) from None
-    return kept, warnings
+        raise DataError([prefixed(f"dataset {name}: ", problem) for problem in error.problems]) from None
+    return kept, [f"dataset {name}: cannot be used: {line}" for line in bad]
+
+
+class RefusedData(DataError):
+    """Datasets that cannot be used, with what was found in them."""
+
+    def __init__(self, problems: Iterable[str], scans: Mapping[str, Scan]) -> None:
+        super().__init__(problems)
+        self.scans = scans
 
 
 def scan_all(datasets: Sequence[Dataset], seed: int, write: bool) -> dict[str, Scan]:
     """Look at every image of the training set, which is the first, and the evaluation sets.
 
     Raises:
-        DataError: a set is empty, or too many of its images are bad; for all sets at once.
+        RefusedData: a set is empty, or too many of its images are bad; for all sets at once.
     """
     scans: dict[str, Scan] = {}
     problems: list[str] = []
     for each in datasets:
         try:
             found = scan(each.settings, each.folders, each.masks, each.caches, seed, write, each.offline)
-            found.check(each.settings.max_bad_fraction)
-            if scans:
+            if "train" in scans:
                 found = replace(
                     found, warnings=[*found.warnings, *overlap(each.role, scans["train"].samples, found.samples)]
                 )
             scans[each.name] = found
+            found.check(each.settings.max_bad_fraction)
         except DataError as error:
-            problems.extend(f"dataset {each.name}: {problem}" for problem in error.problems)
+            problems.extend(prefixed(f"dataset {each.name}: ", problem) for problem in error.problems)
     if problems:
-        raise DataError(problems)
+        raise RefusedData(problems, scans)
     return scans
 
 
@@ -230,10 +237,12 @@ def overlap(role: Role, train: Iterable[Sample], evaluation: Iterable[Sample]) -
     wrong = list(paths[role != "train"])
     if not wrong:
         return []
-    text = f"{count(len(wrong), 'image')} {'is' if len(wrong) == 1 else 'are'} "
+    text, files = f"{count(len(wrong), 'image')} {'is' if len(wrong) == 1 else 'are'} ", list(map(str, wrong))
     if role == "train":
-        return [f'{text}not in the training set, such as {wrong[0]}: role = "train" is for images that are']
+        text += f'not in the training set, such as {wrong[0]}: role = "train" is for images that are'
+        return [Listing(text, files, num_shown=0)]
     text += f"in the training set too, such as {wrong[0]}"
     if role == "retention":
-        raise DataError(f'{text}; role = "retention" is for images that have nothing to do with it: remove them there')
-    return [f"{text}; the loss on them shows memory, not quality"]
+        text += '; role = "retention" is for images that have nothing to do with it: remove them there'
+        raise DataError(Listing(text, files, num_shown=0))
+    return [Listing(f"{text}; the loss on them shows memory, not quality", files, num_shown=0)]

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from anima_train.core.format import count, listed
+from anima_train.core.format import Listing, count, prefixed
 from anima_train.data.plan import EpochSchedule, Plan, batch_size_for, short_by
 from anima_train.data.scan import Scan
 from anima_train.optim.ema import Ema
@@ -25,17 +25,14 @@ def groups_text(rows: Sequence[GroupRow]) -> list[str]:
     return lines
 
 
-def data_text(name: str, found: Scan) -> list[str]:
-    """Return lines about what a scan found."""
+def data_messages(name: str, found: Scan) -> list[str]:
+    """Return what a scan found."""
     pictures = {sample.picture.path for sample in found.samples}
-    lines = [f"dataset {name}: {count(len(pictures), 'image')} of {found.num_images:,} found"]
-    for title, items in (
-        ("cannot be used", found.bad),
-        ("skipped by a setting", found.skipped),
-        ("warning", found.warnings),
-    ):
-        lines.extend(f"  {title}: {line}" for line in listed(items))
-    return lines
+    messages = [f"dataset {name}: {count(len(pictures), 'image')} of {found.num_images:,} found"]
+    for title, files in (("cannot be used", found.bad), ("skipped by a setting", found.skipped)):
+        if files:
+            messages.append(Listing(f"dataset {name}: {title}: {len(files):,}", files))
+    return [*messages, *(prefixed(f"warning: dataset {name}: ", warning) for warning in found.warnings)]
 
 
 def plan_text(plan: Plan, timetable: EpochSchedule, epochs: int | None, ema: Ema | None) -> list[str]:

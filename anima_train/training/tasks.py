@@ -273,7 +273,7 @@ class PeriodicTasks:
         result = made.result()
         if problem := self.state.skipped.after(result.losses.loss, result.grad_norm):
             warning = naming(problem, step_names(made.planned.planned, self.plan.samples))
-            logger.warning("%s", warning, extra={"step": made.number})
+            logger.warning(warning, extra={"step": made.number})
         self.log.step(made, result, next_event(self.intervals, made.number, self.schedule))
 
     def check_skipped(self, made: MadeStep) -> None:

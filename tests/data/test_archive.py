@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from anima_train.core.errors import DataError
+from anima_train.core.format import Listing
 from anima_train.data.cache import Cache
 from anima_train.data.image_headers import MAX_BYTES, Unreadable
 from anima_train.data.scan import Scan, scan
@@ -122,7 +123,8 @@ def test_hidden_files_and_folders_are_left_out(tmp_path: Path) -> None:
     names = ["a.png", "._a.png", ".hidden.png", "__MACOSX/._a.png", ".cache/b.png", "./.cache/c.png", "x/.git/d.png"]
     found = look(pack(tmp_path / "x.tar", {name: png(name) for name in [*names, "../e.png", "/f.png", "x/./g.png"]}))
     assert ids(found) == ["a.png", "f.png", "x/g.png"]
-    assert found.num_images == 3
+    assert found.num_images == 4
+    assert found.skipped == [f"{tmp_path}/x.tar/../e.png: its name leads out of the archive"]
 
 
 def test_two_archives_with_the_same_names_in_them_are_told_apart(tmp_path: Path) -> None:
@@ -201,12 +203,56 @@ def test_hard_links_are_files_and_symbolic_ones_are_not(tmp_path: Path) -> None:
     found = look(tmp_path / "x.tar")
     assert ids(found) == ["a.png", "b.png"]
     assert [content_of(sample.picture.source) for sample in found.samples] == [png("a")] * 2
+    assert found.skipped == [f"{tmp_path}/x.tar/c.png: a symbolic link"]
+    assert found.num_images == 3
+
+
+def test_entries_that_are_not_read_are_counted_and_named(tmp_path: Path) -> None:
+    """Links, devices, names that lead out, names given again; hidden ones and folders are no loss."""
+    kinds = {
+        "link.txt": tarfile.SYMTYPE, "early.webp": tarfile.LNKTYPE, "pipe.png": tarfile.FIFOTYPE,
+        "tty.png": tarfile.CHRTYPE, "disk.jpg": tarfile.BLKTYPE, ".link.png": tarfile.SYMTYPE,
+        "sub.png": tarfile.DIRTYPE,
+    }  # fmt: skip
+    (tmp_path / "images").mkdir()
+    with tarfile.open(tmp_path / "images" / "x.tar", "w:") as tar:
+        for name, kind in kinds.items():
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.linkname = kind, "/etc/hostname"
+            tar.addfile(entry)
+        for name, content in (
+            ("a.png", png("old")), ("a.txt", b"old"), ("./a.png", png("new")), ("a.txt", b"new"),
+            ("sub/../../../b.png", png("b")), ("sub/../c.txt", b"c"), ("..d.png", png("d")),
+        ):  # fmt: skip
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    found = look(tmp_path / "images", tars=True)
+    assert ids(found) == ["x.tar/a.png"]
+    assert content_of(found.samples[0].picture.source) == png("new")
+    assert found.samples[0].picture.tags == ("new",)
+    start = f"{tmp_path}/images/x.tar/"
+    assert [line.removeprefix(start) for line in found.skipped] == [
+        "early.webp: a link to no file before it",
+        "pipe.png: a FIFO",
+        "tty.png: a device",
+        "disk.jpg: a device",
+        "a.png: more than once; the last one is read",
+        "sub/../../../b.png: its name leads out of the archive",
+    ]
+    assert found.num_images == 7
+    (warning,) = found.warnings
+    assert isinstance(warning, Listing)
+    assert warning.entries == (
+        "x.tar/link.txt (a symbolic link)", "x.tar/a.txt (more than once; the last one is read)",
+        "x.tar/sub/../c.txt (its name leads out of the archive)",
+    )  # fmt: skip
 
 
 def test_names_that_are_not_utf_8_are_read(tmp_path: Path) -> None:
     name = os.fsdecode(b"\xff.png")
     archive = pack(tmp_path / "x.tar", {name: png("a")}, format=tarfile.GNU_FORMAT, errors="surrogateescape")
-    assert list(tar_members(archive)) == [name]
+    assert list(tar_members(archive)[0]) == [name]
     (sample,) = look(archive).samples
     assert content_of(sample.picture.source) == png("a")
     sample.id.encode()  # it can be written anywhere

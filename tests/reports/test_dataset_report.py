@@ -27,6 +27,7 @@ from anima_train.cli.main import COMMANDS, application
 from anima_train.config.ladder import Rung
 from anima_train.config.load import load_config
 from anima_train.config.model_files import build_model_spec
+from anima_train.core.errors import DataError
 from anima_train.data.buckets import Size, aspect_ratios, nearest, size_of
 from anima_train.data.cache import Cache
 from anima_train.data.images import Crop, cover_box
@@ -383,6 +384,26 @@ def test_damage_that_only_shows_in_the_pixels_is_listed(checked, tmp_path):
     page = Page((tmp_path / "out" / "check_run.html").read_text())
     assert re.search(r"damaged while .*: 1\b", page.text)
     assert re.search(r"bad\.jpg: trunc", page.text)
+
+
+def test_a_refused_dataset_gets_a_page_with_the_reason_and_every_file(checked, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number in range(3):
+        Image.new("RGB", (200, 200), (number, 0, 0)).save(folder / f"good{number}.png")
+    for number in range(30):
+        (folder / f"shot {number}.png").write_bytes(b"")
+    Image.new("RGB", (9, 9)).save(folder / "speck.png")
+    path = write_config(tmp_path, checked / "tiny", {"path": str(folder)})
+    with pytest.raises(DataError) as caught:
+        anima("check", path)
+    page = Page((tmp_path / "out" / "check_run.html").read_text(encoding="utf-8"))
+    assert page.text.index("30 images of 34 cannot be used") < page.text.index("shot 0.png: zero bytes")
+    assert all(f"data/shot {number}.png: zero bytes" in page.text for number in range(30))
+    assert "speck.png: 9x9 is smaller" in page.text
+    assert "good2.png" in page.text  # among those without a caption
+    assert str(tmp_path) not in page.text
+    assert caught.value.where == f"on {tmp_path / 'out' / 'check_run.html'}"
 
 
 def test_lengths_equal_those_of_tokenize(checked):

@@ -12,6 +12,7 @@ import pytest
 from jinja2 import UndefinedError
 from markupsafe import Markup
 
+from anima_train.core.format import Listing
 from anima_train.reports.html import TEMPLATES
 
 REPO = Path(__file__).parents[2]
@@ -75,16 +76,23 @@ def test_templates_never_turn_escaping_off():
     assert [file.name for file in files if wrong.search(file.read_text(encoding="utf-8"))] == []
 
 
-def test_names_in_lists_and_tables_are_escaped_and_long_lists_cut():
+def test_names_in_lists_and_tables_are_escaped_and_long_lists_are_whole():
     macros = TEMPLATES.get_template("macros.html").module
     shown = macros.bulleted("<b>", ["<i>\x1b\u202e"] * (macros.MAX_LINES + 5))
     assert "<b>" not in shown
     assert r"&lt;i&gt;\x1b\u202e" in shown
-    assert shown.count("<li>") == macros.MAX_LINES
-    assert "and 5 more" in shown
+    assert shown.count("<li>") == macros.MAX_LINES + 5
+    assert shown.partition("<summary>... and 5 more</summary>")[2].count("<li>") == 5
     assert "<td>&lt;&amp;</td>" in macros.table(["x"], [["<&"]])
     assert '<td class="n">1,234</td>' in macros.table(["x"], [[1234]])
     assert macros.bulleted("x", []).strip() == ""
+
+
+def test_the_entries_of_a_message_that_names_the_first_can_be_unfolded():
+    files = [f"<{number}>.png" for number in range(30)]
+    shown = TEMPLATES.get_template("macros.html").module.bulleted("x", [Listing.naming_first("lost", files), "plain"])
+    assert "<li>lost: 30, such as &lt;0&gt;.png<details><summary>all 30</summary>" in "".join(shown.splitlines())
+    assert all(f"<li>&lt;{number}&gt;.png</li>" in shown for number in range(30))
 
 
 def test_bars_are_as_long_as_their_numbers():

@@ -332,13 +332,14 @@ def test_damaged_image_is_skipped_and_too_many_stop(trainer, images_drawer, tmp_
     (folder / "image2.png").write_bytes(whole[: len(whole) * 2 // 3])
     with pytest.raises(DataError, match="1 image of 4 cannot be used"):
         trainer("strict", dataset={"directory": [{"path": str(folder)}]})
+    assert "image2.png: truncated" in (trainer.folder / "runs" / "strict" / "lists.txt").read_text()
     run = trainer(
         "lenient", epochs=1, max_steps=None,
         dataset={"directory": [{"path": str(folder)}], "max_bad_fraction": 0.5},
     )  # fmt: skip
     assert run.metrics[-1]["examples"] == 3
     assert "image2.png" in capsys.readouterr().out
-    for name in ("warnings.jsonl", "report.html"):  # what is left to be looked at in the end
+    for name in ("warnings.jsonl", "report.html", "lists.txt"):  # what is left to be looked at in the end
         assert "image2.png: truncated" in (run.path / name).read_text()
 
 

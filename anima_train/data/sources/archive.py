@@ -14,6 +14,15 @@ if TYPE_CHECKING:  # slow to import, and needed by those alone who have such a d
     from datasets import Dataset
 
 
+NO_FILES = {
+    tarfile.SYMTYPE: "a symbolic link",
+    tarfile.LNKTYPE: "a link to no file before it",
+    tarfile.CHRTYPE: "a device",
+    tarfile.BLKTYPE: "a device",
+    tarfile.FIFOTYPE: "a FIFO",
+}  # kinds of entries in a tar archive, as messages name them
+
+
 class ArchiveMember(Protocol):
     """An image, caption or mask that is no file of its own: it can be read, and shows when it has changed."""
 
@@ -142,28 +151,40 @@ def content_of(file: Path | ArchiveMember) -> bytes:
     return read_file(file) if isinstance(file, Path) else file.read()
 
 
-def tar_members(archive: Path) -> dict[str, TarMember]:
-    """Return the files in an archive by name; nothing is unpacked. Hidden ones are left out, as are symbolic links.
+def tar_members(archive: Path) -> tuple[dict[str, TarMember], dict[str, str]]:
+    """Return the files in an archive by name, and the reason for each name that is none; nothing is unpacked.
+
+    Hidden ones are left out, as in folders. A name that is given again replaces the first, as for tar itself.
 
     Raises:
         DataError: it cannot be read, is damaged, or compressed.
     """
-    members: dict[str, TarMember] = {}  # a name that is given again replaces the first, as for tar itself
+    members: dict[str, TarMember] = {}
+    lost: dict[str, str] = {}
     try:
         status = archive.stat()
         with tarfile.open(archive, "r:") as tar:
             by_entry_name: dict[str, TarMember] = {}
             for entry in tar:
+                parts = [part for part in entry.name.split("/") if part not in ("", ".")]
+                name, is_out = "/".join(parts), ".." in parts
+                is_hidden = any(part.startswith(".") and part != ".." for part in parts)
                 if entry.isreg() and not entry.issparse():
                     position = (entry.offset_data, entry.size, status.st_mtime_ns, status.st_ctime_ns)
                     by_entry_name[entry.name] = TarMember(archive, *position)
                 elif entry.islnk() and entry.linkname in by_entry_name:  # another name of a file that came before
                     by_entry_name[entry.name] = by_entry_name[entry.linkname]
+                elif not (entry.isdir() or is_hidden):
+                    lost[name] = "a sparse file" if entry.issparse() else NO_FILES.get(entry.type, "no regular file")
+                    continue
                 else:
                     continue
-                parts = [part for part in entry.name.split("/") if part not in ("", ".")]
-                if not any(part.startswith(".") for part in parts):
-                    members["/".join(parts)] = by_entry_name[entry.name]
+                if is_out:
+                    lost[name] = "its name leads out of the archive"
+                elif not is_hidden:
+                    if name in members:
+                        lost[name] = "more than once; the last one is read"
+                    members[name] = by_entry_name[entry.name]
             end = tar.offset
         # tarfile takes a damaged header for the end of the archive, and so would lose what follows it.
         with open(archive, "rb") as file:
@@ -176,4 +197,4 @@ def tar_members(archive: Path) -> dict[str, TarMember]:
         ) from error
     except OSError as error:
         raise DataError(f"{archive}: cannot be read ({error.strerror})") from error
-    return members
+    return members, lost

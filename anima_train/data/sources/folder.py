@@ -39,6 +39,7 @@ class Files:
     subfolders: list[str] = field(default_factory=list)  # not searched; without the mask folder
     repeated_folders: list[str] = field(default_factory=list)  # searched under another name, and so not again
     unused_files: list[str] = field(default_factory=list)  # neither image nor caption
+    lost_members: dict[str, str] = field(default_factory=dict)  # of archives: links and the like, with the reason
     identity: bytes  # the same for the same images in every run
     mask_identity: bytes
     is_table: bool = False  # rows of a dataset, not files
@@ -66,7 +67,7 @@ class Files:
         used = {*images, *beside.values(), *texts, *unread, *tables}
         rest = [name for name in found.names if not (name in used or os.path.basename(name).startswith("."))]
         subfolders = [name for name in rest if os.path.isdir(folder / name)]
-        masks = Listing() if mask_folder is None else list_folder(mask_folder, options, [cache.folder])
+        masks = FoundNames() if mask_folder is None else list_folder(mask_folder, options, [cache.folder])
         return cls(
             folder=folder,
             mask_folder=mask_folder,
@@ -81,6 +82,7 @@ class Files:
             repeated_folders=found.repeated_folders,
             masks_beside=beside,
             unread_images=unread,
+            lost_members=found.lost_members,
             unused_files=sorted(set(rest) - set(subfolders), key=os.fsencode),
             identity=os.fsencode(folder.resolve()),
             mask_identity=os.fsencode((mask_folder or folder).resolve()),
@@ -97,16 +99,17 @@ class Files:
 
 
 @dataclass
-class Listing:
+class FoundNames:
     """The names in a folder and in those of its sub-folders and archives that are searched."""
 
     names: list[str] = field(default_factory=list)  # files, and sub-folders and archives that are not searched
     members: dict[str, ArchiveMember] = field(default_factory=dict)  # those of the files that are in archives
+    lost_members: dict[str, str] = field(default_factory=dict)  # of archives, with the reason why they are not read
     repeated_folders: list[str] = field(default_factory=list)  # folders that are searched under another name
 
 
-def list_folder(folder: Path, options: DirectoryOptions, excluded: Sequence[Path]) -> Listing:
-    """Return the listing of a folder, ordered by the bytes of the names.
+def list_folder(folder: Path, options: DirectoryOptions, excluded: Sequence[Path]) -> FoundNames:
+    """Return the names in a folder, ordered by the bytes of the names.
 
     Each folder is searched once, under the name that is found first, so that loops of links end. Hidden ones never are.
 
@@ -118,12 +121,14 @@ def list_folder(folder: Path, options: DirectoryOptions, excluded: Sequence[Path
     Raises:
         DataError: a folder or archive cannot be read; for all archives at once.
     """
-    found = Listing()
+    found = FoundNames()
     problems: list[str] = []
 
     def search(archive: Path, inside: str) -> None:
         try:
-            found.members.update((inside + name, member) for name, member in tar_members(archive).items())
+            members, lost = tar_members(archive)
+            found.members.update((inside + name, member) for name, member in members.items())
+            found.lost_members.update((inside + name, reason) for name, reason in lost.items())
         except DataError as error:
             problems.extend(error.problems)
 
