@@ -62,9 +62,9 @@ def image_batch_size(given: int | None, device: torch.device, base_channels: int
     return BatchSize(given, lambda num_pixels: images_at_once(num_pixels, base_channels, value_bytes, free))
 
 
-def caption_batch_size(given: int | None, device: torch.device) -> BatchSize:
-    """Return the number of captions that the text encoder, which is on the device, takes at once."""
-    number = captions_at_once(free_device_bytes(device)) if device.type == "cuda" else 1
+def caption_batch_size(given: int | None, device: torch.device, max_tokens: int = 512) -> BatchSize:
+    """Return the number of captions, of at most so many tokens, that the text encoder on the device takes at once."""
+    number = captions_at_once(free_device_bytes(device) * 512 / max_tokens) if device.type == "cuda" else 1
     return BatchSize(given, lambda _: number)
 
 

@@ -1,13 +1,14 @@
 """The cache entries that a dataset needs, and those of them that are missing."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from anima_train.core.files import sha256_file
+from anima_train.core.text_batch import MAX_TOKENS
 from anima_train.data.cache import Cache
 from anima_train.data.loader import Entry, Source, TextIdentity
 from anima_train.data.samples import Sample, View
@@ -24,6 +25,7 @@ class CacheEntries:
     latents: list[Entry[View]]
     masks: list[Entry[View]]
     texts: list[Entry[str]]
+    owners: Mapping[str, Sequence[Sample]] = field(default_factory=dict)  # the samples that a caption is of
 
     @property
     def entries(self) -> list[Entry[View] | Entry[str]]:
@@ -43,7 +45,8 @@ class CacheEntries:
 
     def share(self, index: int, number: int) -> "CacheEntries":
         """Return every `number`-th entry of each kind, from `index` on."""
-        return CacheEntries(self.latents[index::number], self.masks[index::number], self.texts[index::number])
+        parts = (self.latents[index::number], self.masks[index::number], self.texts[index::number])
+        return CacheEntries(*parts, self.owners)
 
 
 def vae_identity(files: ModelFiles) -> str:
@@ -52,8 +55,9 @@ def vae_identity(files: ModelFiles) -> str:
 
 
 def text_identity(
-    files: ModelFiles, apply_llm_adapter: bool, dtype: torch.dtype, quantization: TextQuantization | None = None
-) -> TextIdentity:
+    files: ModelFiles, apply_llm_adapter: bool, dtype: torch.dtype, quantization: TextQuantization | None = None,
+    max_tokens: int = MAX_TOKENS,
+) -> TextIdentity:  # fmt: skip
     """Return the hashes of what conditions depend on beside the caption.
 
     Args:
@@ -61,6 +65,7 @@ def text_identity(
         apply_llm_adapter: True if the LLM adapter's output is cached, False if what it reads.
         dtype: of the cached values.
         quantization: of the text encoder.
+        max_tokens: of a caption that are read.
     """
     return TextIdentity(
         encoder=text_encoder_identity(files.llm) + ("" if quantization is None else f" in {quantization}"),
@@ -68,6 +73,7 @@ def text_identity(
         t5_tokenizer=tokenizer_identity(files.t5_tokenizer),
         adapter=fingerprint(files.llm_adapter_header) if apply_llm_adapter else "",
         dtype=str(dtype).removeprefix("torch."),
+        max_tokens=max_tokens,
     )
 
 
@@ -89,6 +95,7 @@ def needed_entries(
     latents: dict[tuple[Path, str], Entry[View]] = {}
     masks: dict[tuple[Path, str], Entry[View]] = {}
     texts: dict[tuple[Path, str], Entry[str]] = {}
+    owners: dict[str, list[Sample]] = defaultdict(list)
 
     def need(sample: Sample, views: Iterable[View], captions: Iterable[str]) -> None:
         cache = sample.cache
@@ -101,12 +108,13 @@ def needed_entries(
         for caption in captions if cache_texts else ():
             key = text_id.key(caption)
             texts.setdefault((cache.folder, key), Entry(cache, "text", key, caption))
+            owners[caption].append(sample)
 
     for sample in train:
         need(sample, sample.views(), [*sample.fixed_captions(seed), *([""] if empty_caption else [])])
     for sample in evals:
         need(sample, sample.views()[:1], [sample.evaluation_caption().text])
-    return CacheEntries(list(latents.values()), list(masks.values()), list(texts.values()))
+    return CacheEntries(list(latents.values()), list(masks.values()), list(texts.values()), owners)
 
 
 def missing_entries(needed: CacheEntries) -> CacheEntries:
@@ -118,6 +126,7 @@ def missing_entries(needed: CacheEntries) -> CacheEntries:
         sorted(not_done(needed.latents), key=lambda entry: entry.source.sample.size),
         not_done(needed.masks),
         sorted(not_done(needed.texts), key=lambda entry: len(entry.source)),
+        needed.owners,
     )
 
 

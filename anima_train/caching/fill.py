@@ -26,7 +26,7 @@ from anima_train.caching.batches import (
 )
 from anima_train.caching.entries import CacheEntries, missing_entries
 from anima_train.caching.sizes import TextFormat, cache_needs, view_bytes
-from anima_train.caching.text_encoding import CaptionEncoder, warn_of_truncated
+from anima_train.caching.text_encoding import CaptionEncoder, truncated
 from anima_train.caching.writer import EntryWriter, Made, Rejected
 from anima_train.core.device import release_memory
 from anima_train.core.errors import SpaceError
@@ -87,8 +87,10 @@ def fill_cache(
     missing = missing_entries(needed)
     tokenizers = load_tokenizers(model.files.tokenizer, model.files.t5_tokenizer) if missing.texts else None
     if ranks.is_main:
-        lengths = {} if tokenizers is None else count_tokens(tokenizers, (entry.source for entry in missing.texts))
-        warn_of_truncated(lengths)
+        texts = (entry.source for entry in missing.texts)
+        lengths = {} if tokenizers is None else count_tokens(tokenizers, texts, model.max_tokens)
+        for message in truncated(lengths, missing.owners):
+            logger.warning(message)
         require_space([*cache_needs(missing, lengths, TextFormat.of(model)), *first_files], CACHE_REMEDY)
     made: Counter[str] = Counter()
     with contextlib.ExitStack() as locks, name_missing_latents(missing.latents):
@@ -217,7 +219,7 @@ def encode_texts(
     """Encode these captions and have their conditions written."""
     device = model.text_device
     encoder = CaptionEncoder(model, tokenizers)
-    at_once = caption_batch_size(batch_size, device)
+    at_once = caption_batch_size(batch_size, device, model.max_tokens)
     logger.info(ENCODING, "captions", at_once.number())
 
     def encode(batch: Sequence[Entry[str]]) -> list[dict[str, Tensor]]:

@@ -13,7 +13,7 @@ from anima_train.data.loader import Entry
 from anima_train.data.samples import View
 from anima_train.model.llm_adapter import LLMAdapterShape
 from anima_train.model.loading import ModelSpec
-from anima_train.model.text import MAX_TOKENS, TokenCounts
+from anima_train.model.text import TokenCounts
 
 ENTRY_HEADER = 256  # bytes of an entry beside its tensors, at most
 NUM_OTHER_FILES = 2  # in a cache beside its entries: the lock, and that of its schema
@@ -36,10 +36,10 @@ class TextFormat:
 
     def num_bytes(self, length: TokenCounts) -> int:
         """Return the bytes of the tensors of a caption of this length."""
-        rows = min(length.t5, MAX_TOKENS)
+        rows = min(length.t5, length.max_tokens)
         if self.apply_llm_adapter:
             return rows * self.context_width * self.value_bytes
-        return min(length.qwen, MAX_TOKENS) * self.source_width * self.value_bytes + rows * torch.int64.itemsize
+        return min(length.qwen, length.max_tokens) * self.source_width * self.value_bytes + rows * torch.int64.itemsize
 
 
 @dataclass(frozen=True)

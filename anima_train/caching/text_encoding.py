@@ -4,16 +4,19 @@ import contextlib
 import functools
 import logging
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from anima_train.core.errors import ModelFileError
+from anima_train.core.format import Listing, count
 from anima_train.core.text_batch import pad_states
 from anima_train.data.samples import Sample
 from anima_train.model.loading import ModelSpec, load_llm_adapter
-from anima_train.model.text import MAX_TOKENS, TokenCounts, Tokenizers, load_text_encoder, tokenize
+from anima_train.model.text import TokenCounts, Tokenizers, load_text_encoder, tokenize
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +39,7 @@ class CaptionEncoder:
         self.tokenizers = tokenizers
         self.device = model.text_device
         self.dtype = model.dtype
+        self.max_tokens = model.max_tokens
         self.text_encoder = load_text_encoder(model.files.llm, tokenizers, self.device, model.text_quantization)
         self.llm_adapter = (
             None if model.trains_llm_adapter else load_llm_adapter(model.files, torch.float32, self.device).eval()
@@ -48,7 +52,9 @@ class CaptionEncoder:
         Raises:
             ModelFileError: a caption is encoded to NaN.
         """
-        encoded = self.text_encoder.encode([tokenize(self.tokenizers, caption) for caption in captions])
+        encoded = self.text_encoder.encode(
+            [tokenize(self.tokenizers, caption, self.max_tokens) for caption in captions]
+        )
         if self.llm_adapter is None:
             tensors = [{"qwen": text.qwen.to(self.dtype), "t5_ids": text.t5_ids} for text in encoded]
         else:
@@ -91,12 +97,22 @@ class OnlineTextEncoder:
             return self.encoder.encode([caption])[0]
 
 
-def warn_of_truncated(lengths: Mapping[str, TokenCounts]) -> None:
-    """Warn of captions that are longer than the model reads."""
-    lost = {caption: length.lost for caption, length in lengths.items() if length.lost}
-    if lost:
-        first = next(iter(lost))
-        logger.warning(
-            f"{len(lost):,} of {len(lengths):,} captions are longer than {MAX_TOKENS} tokens and lose their end "
-            f"(up to {max(lost.values()):,} tokens), such as {first[:60]!r}"
+def truncated(lengths: Mapping[str, TokenCounts], owners: Mapping[str, Sequence[Sample]]) -> Iterator[Listing]:
+    """Yield, for each folder, a message about its images with captions of which the model reads only a part.
+
+    Args:
+        lengths: of the captions.
+        owners: the samples that each of them is of.
+    """
+    found: dict[Path, dict[str, int]] = defaultdict(dict)  # tokens that the image's longest caption loses
+    for caption, length in lengths.items():
+        for sample in owners.get(caption, ()) if length.lost else ():
+            files = found[sample.folder]
+            files[sample.file] = max(length.lost, files.get(sample.file, 0))
+    for folder, files in found.items():
+        most = next(length.max_tokens for length in lengths.values())
+        yield Listing.naming_first(
+            f"{folder}: images with a caption that is longer than model.max_caption_tokens = {most} and loses its end "
+            f"(up to {max(files.values()):,} tokens)",
+            [f"{file} ({count(lost, 'token')})" for file, lost in sorted(files.items())],
         )

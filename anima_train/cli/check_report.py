@@ -1,7 +1,7 @@
 """The work of `anima check`: what a run would do, as lines and as a page."""
 
 import contextlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from anima_train.caching.entries import needed_entries
 from anima_train.caching.sizes import TextFormat, cache_costs
-from anima_train.caching.text_encoding import encodes_online
+from anima_train.caching.text_encoding import encodes_online, truncated
 from anima_train.config.config import Config
 from anima_train.config.ladder import rungs
 from anima_train.config.load import LoadedConfig
@@ -23,16 +23,18 @@ from anima_train.core.files import write_text
 from anima_train.core.format import format_bytes, printable
 from anima_train.data.loader import TextIdentity
 from anima_train.data.plan import times_seen
+from anima_train.data.samples import Sample
 from anima_train.data.scan import Scan
 from anima_train.model.attention_choice import AttentionShape, choose_attention
 from anima_train.model.loading import ModelSpec
-from anima_train.model.text import load_tokenizers
+from anima_train.model.text import TokenCounts, load_tokenizers
 from anima_train.optim.groups import group_rows
 from anima_train.reports.captions import tokenized
 from anima_train.reports.check import summary
 from anima_train.reports.dataset import (
     MAX_THUMBNAILS,
     Bucket,
+    Captions,
     DatasetReport,
     RunLength,
     captions_of,
@@ -128,7 +130,8 @@ def make_report(
     shared = partial(shared_text, places=places(loaded))
     captions = captions_of(scans, config.seed)
     texts = (text for of_set in captions.values() for of_picture in of_set.values() for text in of_picture)
-    known = tokenized(load_tokenizers(spec.files.tokenizer, spec.files.t5_tokenizer), ["", *texts])
+    known = tokenized(load_tokenizers(spec.files.tokenizer, spec.files.t5_tokenizer), ["", *texts], spec.max_tokens)
+    scans = with_truncated(scans, captions, known.lengths)
     train, *evals = collect_sets(scans, plan, config.eval_batch_sizes(), captions, known, max_thumbnails, shared)
     is_online = encodes_online(config.model.cache_text_embeddings, plan.samples)
     has_text_encoder = is_online and config.model.text_encoder_device == "training"
@@ -155,8 +158,23 @@ def make_report(
         files=f"{files.described()}: {format_bytes(files.num_bytes)} in all",
         memory=memory,
         device_bytes=memory_bytes(spec.device),
+        max_tokens=spec.max_tokens,
         run_seconds=estimated_seconds(measured, plan.micro_batches_per_step, num_steps, num_tokens),
     )
+
+
+def with_truncated(
+    scans: Mapping[str, Scan], captions: Mapping[str, Captions], lengths: Mapping[str, TokenCounts]
+) -> dict[str, Scan]:
+    """Return the scans with warnings about captions that lose their end."""
+    found = {}
+    for name, scan in scans.items():
+        owners: dict[str, list[Sample]] = defaultdict(list)
+        for sample in scan.samples:
+            for caption in captions[name][sample.picture.path]:
+                owners[caption].append(sample)
+        found[name] = replace(scan, warnings=[*scan.warnings, *truncated(lengths, owners)])
+    return found
 
 
 def with_costs(

@@ -60,6 +60,7 @@ MAY_NOT_CHANGE = {
     "model.multiscale_loss_weight": LOSS,
     "model.type": "decides what is trained",
     **dict.fromkeys(("model.text_encoder_nf4", "model.text_encoder_fp8"), "decides how captions are encoded"),
+    "model.max_caption_tokens": "decides how much of each caption is trained",
     "adapter.*": "decides what is trained, and how it counts",
     **dict.fromkeys(("model.dtype", "model.transformer_dtype"), DTYPE),
     **dict.fromkeys(("optimizer.type", "optimizer.betas", "optimizer.moments_dtype", "optimizer.rounding"), MOMENTS),

@@ -8,8 +8,17 @@ from anima_train.adapters.full import Full
 from anima_train.adapters.lora import Lora
 from anima_train.config.combinations import average_fault, checkpointed_blocks_fault, optimizer_fault
 from anima_train.config.sections import EvalDataset, Monitoring, Sampling
-from anima_train.config.values import BatchSizes, ComputeDtype, Dtype, Folder, WeightsDtype, plain_name  # fmt: skip
+from anima_train.config.values import (  # fmt: skip
+    BatchSizes,
+    CaptionTokens,
+    ComputeDtype,
+    Dtype,
+    Folder,
+    WeightsDtype,
+    plain_name,
+)
 from anima_train.core.settings import Settings, quoted
+from anima_train.core.text_batch import MAX_TOKENS
 from anima_train.data.settings import DatasetSettings
 from anima_train.model.quantized import Quantization
 from anima_train.model.recompute import Recompute
@@ -69,6 +78,12 @@ class ModelSettings(Settings):
     it is in memory. Captions are encoded with an error, and cached under keys of their own."""
     text_encoder_fp8: bool = False
     """The same in 8 bits: 0.8 GB, and a smaller error."""
+    max_caption_tokens: CaptionTokens = MAX_TOKENS
+    """Tokens of a caption that are read, by Qwen3 and by T5 each; what is behind them is cut off. 512, as the reference
+    trainer has it, to 32768, as Qwen3 reads. Shorter captions are padded to 512 rows whatever it is, as in ComfyUI,
+    which cuts nothing off; so prompts of previews and of anima sample are never cut. Above 512 captions take memory and
+    time by their length, and micro-batches of this length are tried before the first step. A change encodes all
+    captions anew."""
     timestep_sample_method: Literal["logit_normal", "uniform"] = "logit_normal"
     """The distribution of t (0 clean, 1 noise) before the shift."""
     sigmoid_scale: float = Field(default=1.0, gt=0)

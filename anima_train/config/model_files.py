@@ -8,10 +8,10 @@ import torch
 from anima_train.config.config import Config
 from anima_train.config.load import ModelPart
 from anima_train.core.device import DTYPES
-from anima_train.core.errors import ModelFileError, UserError
+from anima_train.core.errors import ConfigError, ModelFileError, UserError
 from anima_train.model import hub
 from anima_train.model.loading import ModelFiles, ModelSpec
-from anima_train.model.text import find_tokenizer_folder
+from anima_train.model.text import find_tokenizer_folder, num_positions
 from anima_train.model.text_quantized import check_library
 from anima_train.model.tiny import tiny_paths, write_tiny
 
@@ -65,13 +65,18 @@ def build_model_spec(config: Config | ModelPart, device: torch.device) -> ModelS
     """Find the model's files, check their headers, and say how the configuration uses them.
 
     Raises:
-        ConfigError: the library that quantises the text encoder is missing.
+        ConfigError: the library that quantises the text encoder is missing, or captions may be longer than it reads.
         ModelFileError: every file that is missing or wrong, at once.
     """
     check_library(config.model.text_quantization)
     files = find_model_files(config)
     files.check_headers()
     model = config.model
+    if model.max_caption_tokens > (most := num_positions(files.llm)):
+        raise ConfigError(
+            f"model.max_caption_tokens: found {model.max_caption_tokens:,}, but the text encoder in {files.llm} reads "
+            f"{most:,} tokens; set {most:,} or less"
+        )
     trains = isinstance(config, Config) and config.learning_rates().by_component["llm_adapter"] != 0
     return ModelSpec(
         files,
@@ -82,4 +87,5 @@ def build_model_spec(config: Config | ModelPart, device: torch.device) -> ModelS
         text_device=device if model.text_encoder_device == "training" else torch.device("cpu"),
         quantization=model.quantization,
         text_quantization=model.text_quantization,
+        max_tokens=model.max_caption_tokens,
     )

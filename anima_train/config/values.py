@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from anima_train.core.settings import describe_value, quoted
+from anima_train.core.text_batch import MAX_TOKENS, QWEN_POSITIONS
 
 
 def refuse_float16(value: Any) -> Any:
@@ -43,6 +44,16 @@ def batch_sizes(value: int | list[list[int]]) -> int | list[list[int]]:
     return value
 
 
+def caption_tokens(value: int) -> int:
+    """Refuse less than captions are padded to, and more than Qwen3 reads."""
+    if not MAX_TOKENS <= value <= QWEN_POSITIONS:
+        raise ValueError(
+            f"found {value}, expected {MAX_TOKENS} to {QWEN_POSITIONS}: captions are padded to {MAX_TOKENS} anyway, so "
+            "that less would only cut them off, and Qwen3 reads no more"
+        )
+    return value
+
+
 def one_byte_name(value: Any) -> Any:
     """Return "float8" under the name that torch has for it; refuse other small types with the reason."""
     if value == "nf4":
@@ -58,4 +69,5 @@ WeightsDtype = Annotated[
 ]
 ComputeDtype = Annotated[Dtype, BeforeValidator(refuse_float16)]
 Folder = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+CaptionTokens = Annotated[int, AfterValidator(caption_tokens)]
 BatchSizes = Annotated[int | list[list[int]], AfterValidator(batch_sizes)]

@@ -1,5 +1,6 @@
 """The conditions that the text side hands to the image side: as they are cached, and as batches."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from anima_train.core.tensor_fields import TensorFields
 
 CONTEXT_ROWS = 512  # cross-attention sees at least this many rows; those past the caption are zeros, and count
+MAX_TOKENS = 512  # of a caption that are read, of Qwen3's and T5's each; the reference trainer's limit
+QWEN_POSITIONS = 32_768  # tokens that Qwen3-0.6B reads; T5's ids and the LLM adapter have no limit of their own
 ROW_MULTIPLE = 16  # of a folded context's rows: never one alone, which a compiler takes for another kind
 T5_PAD = 0  # the id of <pad>
 
@@ -32,6 +35,7 @@ class TextStates(TensorFields):
     qwen_mask: Bool[Tensor, "B S"]
     t5_ids: Int[Tensor, "B L"]
     t5_mask: Bool[Tensor, "B L"]
+    bias: Float[Tensor, "B 1 1 L"] | None = None  # of the LLM adapter's rows, see `row_bias`
 
 
 @dataclass(frozen=True)
@@ -40,14 +44,31 @@ class TextContext(TensorFields):
 
     rows: Float[Tensor, "B L C"]
     num_zeros: int  # rows of zeros after these
+    bias: Float[Tensor, "B 1 1 L"] | None = None  # on the logits of the rows, see `row_bias`
 
 
-def fold_rows(context: Float[Tensor, "B L C"]) -> TextContext:
-    """Return the rows, rounded up to a multiple of `ROW_MULTIPLE`, and how many zeros follow up to `CONTEXT_ROWS`."""
+def row_bias(lengths: Sequence[int]) -> Float[Tensor, "B 1 1 L"] | None:
+    """Return what hides from each caption the rows that are there for a longer one alone; None if there are none.
+
+    A caption has as many rows as it has tokens, but at least `CONTEXT_ROWS`, whatever else is in its batch: 0 at those
+    rows, minus infinity behind them.
+    """
+    own = [max(CONTEXT_ROWS, length) for length in lengths]
+    if min(own) == max(own):
+        return None
+    is_own = length_mask(own, torch.empty(len(own), max(own)))
+    return torch.zeros(is_own.shape).masked_fill(~is_own, -math.inf)[:, None, None]
+
+
+def fold_rows(context: Float[Tensor, "B L C"], bias: Float[Tensor, "B 1 1 L"] | None = None) -> TextContext:
+    """Return the rows, rounded up to a multiple of `ROW_MULTIPLE`, and how many zeros follow up to `CONTEXT_ROWS`.
+
+    Where captions are longer than that, nothing is rounded, and no zeros follow; `bias` is of their rows.
+    """
     length = context.shape[1]
     total = max(CONTEXT_ROWS, length)
     rounded = min(-(-length // ROW_MULTIPLE) * ROW_MULTIPLE, total)
-    return TextContext(F.pad(context, (0, 0, 0, rounded - length)), total - rounded)
+    return TextContext(F.pad(context, (0, 0, 0, rounded - length)), total - rounded, bias)
 
 
 def pad_rows(context: Float[Tensor, "B L C"]) -> Float[Tensor, "B rows C"]:
@@ -69,6 +90,7 @@ def pad_states(texts: Sequence[EncodedText]) -> TextStates:
         qwen_mask=length_mask([len(text.qwen) for text in texts], qwen),
         t5_ids=t5_ids,
         t5_mask=length_mask([len(text.t5_ids) for text in texts], t5_ids),
+        bias=row_bias([len(text.t5_ids) for text in texts]),
     )
 
 

@@ -14,7 +14,15 @@ from anima_train.core.errors import DataError
 from anima_train.core.random import stream, uniform
 from anima_train.core.shapes import LATENT_PIXELS
 from anima_train.core.tensor_fields import TensorFields
-from anima_train.core.text_batch import EncodedText, TextContext, TextStates, fold_rows, pad_states
+from anima_train.core.text_batch import (
+    MAX_TOKENS,
+    EncodedText,
+    TextContext,
+    TextStates,
+    fold_rows,
+    pad_states,
+    row_bias,
+)
 from anima_train.data.cache import Cache, DamagedEntry, Kind, entry_key
 from anima_train.data.plan import MicroBatch, SampleRef
 from anima_train.data.samples import EMPTY, Caption, Sample, View
@@ -55,10 +63,12 @@ class TextIdentity:
     t5_tokenizer: str
     adapter: str  # hash of the frozen adapter's weights; "" where it trains, and Qwen states are cached
     dtype: str
+    max_tokens: int = MAX_TOKENS  # of a caption that are read
 
     def key(self, caption: str) -> str:
-        """Return the cache key of a caption."""
-        return entry_key("text", caption=caption, **asdict(self))
+        """Return the cache key of a caption; the default is left out, so that older entries stay valid."""
+        parts = {name: value for name, value in asdict(self).items() if (name, value) != ("max_tokens", MAX_TOKENS)}
+        return entry_key("text", caption=caption, **parts)
 
 
 Encode = Callable[[str], Mapping[str, Tensor]]
@@ -137,7 +147,8 @@ class CachedData:
         """Return the captions' conditions, padded to a batch."""
         entries = [self.text_entry(cache, caption) for cache, caption in captions]
         if self.text_identity.adapter:
-            return fold_rows(pad_sequence([entry["context"] for entry in entries], batch_first=True))
+            contexts = [entry["context"] for entry in entries]
+            return fold_rows(pad_sequence(contexts, batch_first=True), row_bias([len(each) for each in contexts]))
         return pad_states([EncodedText(entry["qwen"], entry["t5_ids"]) for entry in entries])
 
     def text_entry(self, cache: Cache, caption: Caption) -> Mapping[str, Tensor]:

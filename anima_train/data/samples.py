@@ -76,6 +76,16 @@ class Sample:
         return self.id.rpartition("@")[0]
 
     @property
+    def file(self) -> str:
+        """The picture's path in its directory, for messages."""
+        return self.name.partition("/")[2]
+
+    @property
+    def folder(self) -> Path:
+        """The directory, or the archive or dataset that is one."""
+        return self.picture.path.parents[self.file.count("/")]
+
+    @property
     def repeats(self) -> Fraction:
         """The number of times it is seen per epoch."""
         return exact(self.options.num_repeats) * self.repeat_factor

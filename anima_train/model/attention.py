@@ -22,17 +22,22 @@ aten = torch.ops.aten
 Heads = Float[Tensor, "B heads N d"]
 
 
-def attend_with_zeros(q: Heads, k: Heads, v: Heads, log_zeros: Float[Tensor, ""] | None) -> Heads:
+def attend_with_zeros(
+    q: Heads, k: Heads, v: Heads, log_zeros: Float[Tensor, ""] | Float[Tensor, "B 1 1 N"] | None
+) -> Heads:
     """Return the attention of q to k and v and further rows of zeros.
 
     Args:
         q: queries.
         k: keys of the rows that are not zero.
         v: their values.
-        log_zeros: the logarithm of the number of zero rows, float32; minus infinity, or None, for none.
+        log_zeros: the logarithm of the number of zero rows, float32; minus infinity, or None, for none. Or, where none
+            follow, a bias on the logits of the rows themselves, of which some are there for a longer caption.
     """
     if log_zeros is None:
         return F.scaled_dot_product_attention(q, k, v)
+    if log_zeros.dim() > 0:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=log_zeros.to(q.dtype))
     if has_flash(q.device, q.dtype, q.shape[-1]):
         return FoldedAttention.apply(q, k, v, log_zeros)
     assert q.dtype.itemsize > 2, "a logit in half precision is not exact enough: see can_fold"

@@ -293,18 +293,21 @@ class MiniTrainDIT(nn.Module):
     def text_rows(self, context: Tensor | TextContext, like: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the rows that cross-attention computes, in the dtype of `like`, and the logarithm of those it counts.
 
-        None: all are computed. Else there is always a logarithm, so that all batches share a graph.
+        None: all are computed. Else there is always a logarithm, so that all batches share a graph; but in those where
+        captions of more than 512 tokens are beside shorter ones, a bias that hides rows from these.
         """
         if isinstance(context, Tensor):
             return context.to(like.dtype), None
         rows, num_zeros = context.rows, context.num_zeros
+        if context.bias is not None:
+            return rows.to(like.dtype), context.bias
         if not (self.folds_zeros and can_fold(like.device, like.dtype, self.shape.head_dim)):
             return F.pad(rows, (0, 0, 0, num_zeros)).to(like.dtype), None
         return rows.to(like.dtype), log_of(num_zeros, like.device)
 
     def context(self, text: TextStates) -> TextContext:
         """Run the LLM adapter inside this model; count the rows that cross-attention expects after its output."""
-        return fold_rows(self.llm_adapter(text.qwen, text.t5_ids, text.qwen_mask, text.t5_mask))
+        return fold_rows(self.llm_adapter(text.qwen, text.t5_ids, text.qwen_mask, text.t5_mask), text.bias)
 
     def modulations(self, emb: Float[Tensor, "B D"], shared: Float[Tensor, "B 3*D"]) -> list[tuple[Tensor, ...]]:
         """Return what modulates each block, as its forward pass takes it; or what it makes that from."""

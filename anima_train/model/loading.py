@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from anima_train.core.errors import ModelFileError
+from anima_train.core.text_batch import MAX_TOKENS
 from anima_train.model.block_swap import swapped_blocks, swaps
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX, is_buffer, key_prefix, validate_kind
@@ -116,6 +117,7 @@ class ModelSpec:
     text_device: torch.device  # of the text encoder and a frozen LLM adapter
     quantization: Quantization | None = None  # of the blocks' linears
     text_quantization: TextQuantization | None = None  # of the text encoder
+    max_tokens: int = MAX_TOKENS  # of a caption that are read
 
 
 def load_llm_adapter(files: ModelFiles, dtype: torch.dtype, device: torch.device) -> LLMAdapter:

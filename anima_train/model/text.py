@@ -16,13 +16,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qw
 
 from anima_train.core.errors import ModelFileError
 from anima_train.core.files import sha256_file
-from anima_train.core.text_batch import EncodedText, length_mask
+from anima_train.core.text_batch import MAX_TOKENS, QWEN_POSITIONS, EncodedText, length_mask
 from anima_train.model.file_kinds import is_buffer, validate_kind
 from anima_train.model.hub import PICKLES
 from anima_train.model.safetensors_io import Entry, TensorFile, count_blocks, match_keys, open_header, read_tensors
 from anima_train.model.text_quantized import TextQuantization, TextQuantizer
 
-MAX_TOKENS = 512  # of either stream; the reference trainer's limit
 T5_END = 1  # </s>
 # `verbose` would have transformers log that a caption is long.
 AS_TRAINED = {"add_special_tokens": False, "truncation": False, "padding": False, "verbose": False}
@@ -144,10 +143,10 @@ class Tokens:
     t5_ids: list[int]  # ends with </s>
 
 
-def tokenize(tokenizers: Tokenizers, caption: str) -> Tokens:
-    """Return both streams of a raw caption, each cut at `MAX_TOKENS`; nothing is added but T5's `</s>`."""
+def tokenize(tokenizers: Tokenizers, caption: str, max_tokens: int = MAX_TOKENS) -> Tokens:
+    """Return both streams of a raw caption, each cut at `max_tokens`; nothing is added but T5's `</s>`."""
     qwen_ids, t5_ids = token_ids(tokenizers.qwen, caption), token_ids(tokenizers.t5, caption)
-    return Tokens(qwen_ids[:MAX_TOKENS], [*t5_ids[: MAX_TOKENS - 1], T5_END])
+    return Tokens(qwen_ids[:max_tokens], [*t5_ids[: max_tokens - 1], T5_END])
 
 
 def token_ids(tokenizer: PreTrainedTokenizerFast, caption: str) -> list[int]:
@@ -158,27 +157,31 @@ def token_ids(tokenizer: PreTrainedTokenizerFast, caption: str) -> list[int]:
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """The numbers of a caption's tokens, those past `MAX_TOKENS` included."""
+    """The numbers of a caption's tokens, those that are cut off included."""
 
     qwen: int
     t5: int  # with the final </s>
     has_unknown: bool = False  # T5 reads a part of the caption as <unk>
+    max_tokens: int = MAX_TOKENS  # that are read of either
 
     @property
     def lost(self) -> int:
         """The tokens cut off, of the stream that loses more."""
-        return max(0, self.qwen - MAX_TOKENS, self.t5 - MAX_TOKENS)
+        return max(0, self.qwen - self.max_tokens, self.t5 - self.max_tokens)
 
 
-def count_tokens(tokenizers: Tokenizers, captions: Iterable[str]) -> dict[str, TokenCounts]:
-    """Count the tokens of every caption once, those of many captions at a time."""
+def count_tokens(
+    tokenizers: Tokenizers, captions: Iterable[str], max_tokens: int = MAX_TOKENS
+) -> dict[str, TokenCounts]:
+    """Count the tokens of every caption once, those of many captions at a time; `max_tokens` of each are read."""
     counts = {}
     different = list(dict.fromkeys(captions))
     for start in range(0, len(different), CHUNK):
         chunk = different[start : start + CHUNK]
         qwen, t5 = (each(chunk, **AS_TRAINED)["input_ids"] for each in (tokenizers.qwen, tokenizers.t5))
         for caption, qwen_ids, t5_ids in zip(chunk, qwen, t5, strict=True):
-            counts[caption] = TokenCounts(len(qwen_ids), len(t5_ids) + 1, tokenizers.t5.unk_token_id in t5_ids)
+            has_unknown = tokenizers.t5.unk_token_id in t5_ids
+            counts[caption] = TokenCounts(len(qwen_ids), len(t5_ids) + 1, has_unknown, max_tokens)
     return counts
 
 
@@ -333,6 +336,11 @@ def infer_config(file: TensorFile) -> Qwen3Config:
         rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
         tie_word_embeddings=True,
     )
+
+
+def num_positions(path: Path) -> int:
+    """Return the number of tokens that a text encoder reads of one text."""
+    return read_config(path / "config.json").max_position_embeddings if path.is_dir() else QWEN_POSITIONS
 
 
 def text_encoder_identity(path: Path) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
+from anima_train.core.text_batch import MAX_TOKENS
 from anima_train.data.caption_parts import kind_of
 from anima_train.data.samples import Sample
 from anima_train.data.scan_warnings import SPECIAL_TOKEN
@@ -25,9 +26,9 @@ class Tokenized:
     unknown: Mapping[str, str]  # caption -> the characters that T5 reads as <unk>
 
 
-def tokenized(tokenizers: Tokenizers, captions: Iterable[str]) -> Tokenized:
-    """Tokenize every caption once, and again those that T5 cannot read."""
-    lengths = count_tokens(tokenizers, captions)
+def tokenized(tokenizers: Tokenizers, captions: Iterable[str], max_tokens: int = MAX_TOKENS) -> Tokenized:
+    """Tokenize every caption once, and again those that T5 cannot read; `max_tokens` of each are trained."""
+    lengths = count_tokens(tokenizers, captions, max_tokens)
     unknown = {caption: unread(tokenizers, caption) for caption, counts in lengths.items() if counts.has_unknown}
     return Tokenized(lengths, unknown)
 

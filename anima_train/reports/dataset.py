@@ -11,6 +11,7 @@ from PIL import Image
 
 from anima_train.caching.sizes import CacheCost
 from anima_train.core.format import format_duration
+from anima_train.core.text_batch import MAX_TOKENS
 from anima_train.data.buckets import Size
 from anima_train.data.decoding import mask_image
 from anima_train.data.image_headers import BadImage
@@ -143,6 +144,7 @@ class DatasetReport:
     memory: Choice | None  # the estimate of the largest micro-batch, and the settings that were chosen for it
     device_bytes: int  # all memory of the device
     run_seconds: float | None  # None where nothing was measured, or memory ran out
+    max_tokens: int = MAX_TOKENS  # of a caption that are read
 
     @property
     def run_time(self) -> str:

@@ -1,9 +1,10 @@
 """The report of a dataset as one HTML file without scripts, made from `check.html`."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 from anima_train.core.format import count, prefixed
-from anima_train.model.text import MAX_TOKENS
+from anima_train.core.text_batch import MAX_TOKENS
 from anima_train.reports.charts import Line, chart
 from anima_train.reports.dataset import Bucket, DatasetReport, RunLength
 from anima_train.reports.html import TEMPLATES
@@ -23,9 +24,9 @@ def render(report: DatasetReport) -> str:
         lr_chart=chart("learning rate in percent", [lr], from_zero=True),
         exposures=[(f"{times:,} times", number) for times, number in report.exposures],
         bucket_rows=bucket_rows,
-        histogram=histogram,
+        histogram=partial(histogram, max_tokens=report.max_tokens),
         lr_text=lr_text,
-        max_tokens=MAX_TOKENS,
+        max_tokens=report.max_tokens,
     )
 
 
@@ -80,13 +81,13 @@ def bucket_rows(buckets: Sequence[Bucket]) -> list[tuple[str, int]]:
     return [(f"{bucket.size} ({bucket.resolution} px)", bucket.num_images) for bucket in buckets]
 
 
-def histogram(lengths: Sequence[int]) -> list[tuple[str, int]]:
+def histogram(lengths: Sequence[int], max_tokens: int = MAX_TOKENS) -> list[tuple[str, int]]:
     """Return (range, number) for ranges of `BIN` tokens up to the last that is needed, and for lengths cut off."""
-    needed = [length for length in lengths if length <= MAX_TOKENS]
+    needed = [length for length in lengths if length <= max_tokens]
     tops = range(BIN, max(needed, default=0) + BIN, BIN)
     rows = []
     for top in tops:
         number = sum(top - BIN < max(length, 1) <= top for length in needed)
         rows.append((f"{0 if top == BIN else top - BIN + 1} to {top}", number))
     over = len(lengths) - len(needed)
-    return [*rows, (f"over {MAX_TOKENS}", over)] if over else rows
+    return [*rows, (f"over {max_tokens}", over)] if over else rows

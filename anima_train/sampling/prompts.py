@@ -7,10 +7,10 @@ reference trainer does, sampling reads what people have written for ComfyUI.
 |--------------|---------------------------------|-----------------------------------------------------------|
 | parentheses  | letters like any others         | `(x)` and `(x:1.2)` are weights, `\\(` and `\\)` are letters |
 | tokenized    | whole                           | each weighted piece by itself                             |
-| more than 512 tokens | cut off                 | kept, and the context has more rows                       |
+| many tokens  | cut at `max_caption_tokens`     | kept, and the context has more rows                       |
 | empty        | no row of Qwen3's states        | the state of one padding token                            |
 
-A prompt without parentheses, of 1 to 512 tokens, gives what is cached for the same caption.
+A prompt without parentheses, of 1 to `max_caption_tokens` tokens, gives what is cached for the same caption.
 """
 
 import math

@@ -17,14 +17,14 @@ from anima_train.config.config import Config
 from anima_train.core.device import is_out_of_memory
 from anima_train.core.random import stream
 from anima_train.core.shapes import LATENT_CHANNELS, LATENT_PIXELS
-from anima_train.core.text_batch import CONTEXT_ROWS, EncodedText, TextContext, TextStates, pad_states
+from anima_train.core.text_batch import EncodedText, TextContext, TextStates, pad_states
 from anima_train.data.buckets import Size
 from anima_train.data.loader import Batch
 from anima_train.data.plan import Plan, batch_size_for
 from anima_train.evaluation.evaluate import EvalSet
 from anima_train.model.llm_adapter import LLMAdapterShape
 from anima_train.model.loading import ModelSpec
-from anima_train.model.text import MAX_TOKENS, load_tokenizers
+from anima_train.model.text import load_tokenizers
 from anima_train.objective.losses import Loss
 from anima_train.objective.step import compute_loss
 from anima_train.optim.by_block import step_by_block
@@ -120,10 +120,10 @@ def random_text(batch_size: int, spec: ModelSpec, generator: torch.Generator) ->
     """Return what a frozen LLM adapter gives, or what a trained one reads."""
     shape = LLMAdapterShape.of(spec.files.llm_adapter_header.entries)
     if not spec.trains_llm_adapter:
-        rows = torch.randn(batch_size, CONTEXT_ROWS, shape.target_width, generator=generator)
+        rows = torch.randn(batch_size, spec.max_tokens, shape.target_width, generator=generator)
         return TextContext(rows.to(spec.dtype), 0)
-    qwen = torch.randn(MAX_TOKENS, shape.source_width, generator=generator).to(spec.dtype)
-    t5_ids = torch.randint(shape.vocab_size, (MAX_TOKENS,), generator=generator)
+    qwen = torch.randn(spec.max_tokens, shape.source_width, generator=generator).to(spec.dtype)
+    t5_ids = torch.randint(shape.vocab_size, (spec.max_tokens,), generator=generator)
     return pad_states([EncodedText(qwen, t5_ids)] * batch_size)
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +13,7 @@ from accelerate.utils import gather_object
 
 from anima_train.caching.entries import CacheEntries, needed_entries, text_identity, vae_identity, without_rejected
 from anima_train.caching.fill import RankInfo, fill_cache, verify_cache
-from anima_train.caching.text_encoding import CaptionEncoder, OnlineTextEncoder, encodes_online, warn_of_truncated
+from anima_train.caching.text_encoding import CaptionEncoder, OnlineTextEncoder, encodes_online, truncated
 from anima_train.checkpoint.disk_space import first_requirements
 from anima_train.config.load import Dataset, LoadedConfig
 from anima_train.config.model_files import build_model_spec
@@ -77,7 +78,9 @@ def prepare_data(
     note_newer_entries(caches)
 
     vae_id = vae_identity(spec.files)
-    text_id = text_identity(spec.files, not spec.trains_llm_adapter, spec.dtype, spec.text_quantization)
+    text_id = text_identity(
+        spec.files, not spec.trains_llm_adapter, spec.dtype, spec.text_quantization, spec.max_tokens
+    )
     needed = needed_entries(
         scans["train"].samples,
         [sample for name, found in scans.items() if name != "train" for sample in found.samples],
@@ -167,8 +170,12 @@ def with_online_text_encoder(data: Prepared, caches_texts: bool, seed: int) -> P
     encoder = CaptionEncoder(spec, load_tokenizers(spec.files.tokenizer, spec.files.t5_tokenizer))
     logger.info("captions are encoded during training, on %s", encoder.device)
     online = [each for each in samples if each.options.draws_tags or not caches_texts]
-    captions = sorted({caption for sample in online for caption in sample.captions(seed)})
-    warn_of_truncated(count_tokens(encoder.tokenizers, captions))
+    owners: dict[str, list[Sample]] = defaultdict(list)
+    for sample in online:
+        for caption in sample.captions(seed):
+            owners[caption].append(sample)
+    for message in truncated(count_tokens(encoder.tokenizers, sorted(owners), spec.max_tokens), owners):
+        logger.warning(message)
     encode = OnlineTextEncoder(encoder)
     evals = [replace(eval_set, data=replace(eval_set.data, encode=encode)) for eval_set in data.evals]
     return replace(data, train=replace(data.train, encode=encode), evals=evals)

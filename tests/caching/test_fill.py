@@ -240,13 +240,18 @@ def test_one_image_whose_latents_are_not_finite_is_skipped_and_never_stored(trai
     assert all(bool(each.isfinite().all()) for each in written)
 
 
-def test_captions_that_are_too_long_are_counted_in_one_warning(fill, images, caplog):
+def test_captions_that_are_too_long_are_warned_of_by_the_names_of_their_images(fill, images, caplog):
     for number in (2, 5):
         (images / f"image{number}.txt").write_text(f"image {number}, " + "cat, " * 600)
     made, _ = fill()
     assert made == (12, 12)
-    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert line.startswith("2 of 12 captions are longer than 512 tokens and lose their end (up to ")
+    (message,) = [record.msg for record in caplog.records if record.levelname == "WARNING"]
+    assert message.startswith(
+        f"{images}: images with a caption that is longer than model.max_caption_tokens = 512 and loses its end (up to "
+    )
+    assert [re.sub(r"\([\d,]+ tokens\)", "(tokens)", entry) for entry in message.entries] == [
+        "image2.png (tokens)", "image5.png (tokens)",
+    ]  # fmt: skip
 
 
 def test_a_truncated_entry_is_rebuilt_at_the_next_start(fill, images):

@@ -112,7 +112,29 @@ def test_a_long_drawn_caption_is_warned_of(trainer, images_drawer, tmp_path, cap
     images = images_drawer(tmp_path / "images", [(96, 96)])
     (images / "image0.txt").write_text(", ".join(f"tag {number}" for number in range(600)))
     trainer(max_steps=1, dataset={"directory": [{"path": str(images)}], "shuffle_tags": True})
-    assert "1 of 1 captions are longer than 512 tokens" in caplog.text
+    assert "longer than model.max_caption_tokens = 512 and loses its end (up to " in caplog.text
+    assert "such as image0.png (" in caplog.text
+    assert "tag 1," not in caplog.text
+
+
+@pytest.mark.parametrize("llm_adapter_lr", [0, 1e-4])
+def test_longer_captions_are_trained_where_they_are_asked_for(trainer, images_drawer, tmp_path, caplog, llm_adapter_lr):
+    """A long caption beside a short one, in one batch; the first 512 tokens are those of the short limit."""
+    images = images_drawer(tmp_path / "images", [(96, 96)] * 2)
+    (images / "image0.txt").write_text(", ".join(f"tag {number}" for number in range(100)))
+    changes = {
+        "max_steps": 1, "micro_batch_size_per_gpu": 2, "dataset": {"directory": [{"path": str(images)}]},
+        "eval_datasets": [{"name": "held", "config": {"resolutions": [96], "directory": [{"path": str(images)}]}}],
+        "sampling": {"prompts": ["1girl"], "width": 64, "height": 64, "steps": 1},
+    }  # fmt: skip
+    runs = {}
+    for limit in (512, 1024):
+        caplog.clear()
+        model = {"llm_adapter_lr": llm_adapter_lr, "max_caption_tokens": limit}
+        runs[limit] = trainer(f"run{limit}", model=model, **changes)
+        assert ("loses its end" in caplog.text) == (limit == 512)
+    assert runs[512].losses != runs[1024].losses
+    assert runs[512].evaluations[0]["held/loss"] != runs[1024].evaluations[0]["held/loss"]
 
 
 # What else a dataset may ask for, through the whole run

@@ -66,6 +66,16 @@ FROZEN = {f"model.{name}_lr": 0.0 for name in ("self_attn", "cross_attn", "mlp",
             "coarse for updates; remove that, or train a LoRA",
         ),
         (
+            {"model.max_caption_tokens": 225},
+            "model.max_caption_tokens: found 225, expected 512 to 32768: captions are padded to 512 anyway, so that "
+            "less would only cut them off, and Qwen3 reads no more",
+        ),
+        (
+            {"model.max_caption_tokens": 32769},
+            "model.max_caption_tokens: found 32769, expected 512 to 32768: captions are padded to 512 anyway, so "
+            "that less would only cut them off, and Qwen3 reads no more",
+        ),
+        (
             {"model.text_encoder_nf4": True, "model.text_encoder_fp8": True},
             "model.text_encoder_fp8: excludes text_encoder_nf4; keep one",
         ),

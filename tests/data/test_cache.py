@@ -101,6 +101,9 @@ def test_a_text_depends_on_caption_encoder_tokenizers_adapter_and_dtype():
     keys |= {TextIdentity(**whole).key(caption) for caption in ("a cat", "a dog", "", "a cat ")}
     assert len(keys) == 9
     assert TextIdentity(**whole).key("a cat") == TextIdentity(**whole).key("a cat")
+    lengths = [TextIdentity(**whole, max_tokens=number).key("a cat") for number in (512, 513, 1024)]
+    assert lengths[0] == TextIdentity(**whole).key("a cat") == entry_key("text", caption="a cat", **whole)
+    assert len({*lengths}) == 3
 
 
 def test_values_never_run_together():

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
-from anima_train.core.text_batch import fold_rows, pad_rows
+from anima_train.core.text_batch import fold_rows, pad_rows, row_bias
 from anima_train.model import attention
 from anima_train.model.attention import attend_with_zeros, can_fold, folds_exactly
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
@@ -74,6 +75,38 @@ def test_a_transformer_that_may_not_count_computes_the_rows(error, dtype, bound)
     computed = model(x, t, fold_rows(text))
     assert error(counted, computed) < bound
     assert torch.equal(computed, model(x, t, pad_rows(text)))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("counts", [True, False])
+def test_a_caption_has_its_own_rows_beside_a_longer_one(error, dtype, bound, counts):
+    """A caption of 20 tokens has 512 rows, alone and in a batch with one of 701."""
+    model = MiniTrainDIT(TransformerShape(1, 48, 24, 16, 20, 8))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.2).to(dtype)
+    model.folds_zeros = counts
+    x, t = torch.randn(3, 16, 1, 4, 6), torch.rand(3, 1)
+    lengths = (701, 20, 530)
+    texts = [torch.randn(length, 20, generator=generator) for length in lengths]
+    context = fold_rows(pad_sequence(texts, batch_first=True), row_bias(lengths))
+    together = model(x, t, context)
+    alone = torch.cat([model(x[[place]], t[[place]], pad_rows(text[None])) for place, text in enumerate(texts)])
+    shared = model(x, t, fold_rows(context.rows))  # 701 rows for all
+    assert error(together, alone) < bound
+    if dtype == torch.float32:
+        assert error(shared[1:], alone[1:]) > 100 * bound
+
+
+def test_rows_are_hidden_only_where_a_batch_has_captions_of_both_kinds():
+    assert row_bias([3, 512, 40]) is None
+    assert row_bias([600, 600]) is None
+    assert row_bias([600]) is None
+    found = row_bias([514, 1, 513])
+    assert found is not None
+    assert found.shape == (3, 1, 1, 514)
+    assert found.isinf().sum(-1).flatten().tolist() == [0, 2, 1]
+    assert found[1, 0, 0, 511:].tolist() == [0, -math.inf, -math.inf]
 
 
 def test_the_question_at_a_gpus_start_finds_a_wrong_log_sum_exp(monkeypatch):

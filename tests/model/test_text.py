@@ -21,6 +21,7 @@ from anima_train.model.text import (
     find_tokenizer_folder,
     load_text_encoder,
     load_tokenizers,
+    num_positions,
     text_encoder_identity,
     tokenize,
     tokenizer_identity,
@@ -169,6 +170,16 @@ def test_real_tokenizers_cut_at_512(real):
     counts = count_tokens(real, ["cat, " * 300])["cat, " * 300]
     assert (len(tokens.qwen_ids), counts.qwen) == (512, 601)
     assert (len(tokens.t5_ids), counts.t5, tokens.t5_ids[-1]) == (512, 601, 1)
+
+
+@pytest.mark.parametrize("limit", [513, 600, 601, 4096])
+def test_real_tokenizers_read_as_far_as_they_are_told(real, limit):
+    caption = "cat, " * 300
+    tokens = tokenize(real, caption, limit)
+    counts = count_tokens(real, [caption], limit)[caption]
+    assert len(tokens.qwen_ids) == len(tokens.t5_ids) == min(601, limit)
+    assert tokens.t5_ids[-1] == 1
+    assert counts.lost == max(0, 601 - limit)
 
 
 # Tokenizer folders
@@ -403,6 +414,13 @@ def test_text_encoder_identity_is_that_of_weights_and_config(qwen_folder, qwen_f
         file.seek(-1, 2)
         file.write(b"\x11")
     assert text_encoder_identity(copy) != text_encoder_identity(qwen_file)
+
+
+def test_a_text_encoder_says_how_much_it_reads(qwen_folder, qwen_file):
+    assert (
+        num_positions(qwen_folder) == json.loads((qwen_folder / "config.json").read_text())["max_position_embeddings"]
+    )
+    assert num_positions(qwen_file) == 32_768
 
 
 # Batches
