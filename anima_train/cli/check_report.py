@@ -78,7 +78,7 @@ def report_check(loaded: LoadedConfig, title: str, measure_steps: int | None, pa
             found = [message for name, scan in scans.items() for message in data_messages(name, scan)]
             shared = partial(shared_text, places=places(loaded))
             with contextlib.suppress(ConfigError):  # the error itself says more than that
-                write_page(page, "reason", render_refusal(title, map(shared, error.problems), map(shared, found)))
+                write_page(page, "the reason", render_refusal(title, map(shared, error.problems), map(shared, found)))
                 error.where = f"on {page}"
         raise
 

@@ -10,9 +10,15 @@ SENTENCE_WORDS = frozenset(
     ("a", "an", "the", "is", "are", "was", "were", "has", "have", "her", "his", "its", "their", "she", "he", "it",
      "they", "this", "that", "there", "which", "who", "while")
 )  # fmt: skip
+ARTICLES = frozenset(("a", "an", "the"))
 WORD = re.compile("[a-z]+")
 END = re.compile(r"([.!?…]+[\"'”’»)\]]*(?=[\s,;]|$)|[。！？]+[」』”）]*)")  # of a sentence
 JOINER = re.compile(r"\s*[,;]?\s*")  # between a sentence and what follows it
+# Words before a full stop that ends no sentence: always, or where a small letter follows.
+TITLE = re.compile(r"\b(?:dr|mr|mrs|ms|st|prof)$", re.IGNORECASE)
+SHORTENED = re.compile(r"\b(?:[a-z](?:\.[a-z])+|etc|vs|approx|incl)$", re.IGNORECASE)
+QUOTES = "\"'“”‘’"
+OPEN_QUOTE = re.compile(r'(?:^|[\s:(])"')
 NUM_WORDS = 4  # a clause of so many words, on average, is long: tags seldom have more than three
 MAX_TAG_WORDS = 6
 MAX_ABBREVIATION = 2  # words of a piece like "Mr." that belongs to the sentence behind it
@@ -80,7 +86,7 @@ def pieces_of(line: str) -> Iterator[Part]:
     """Yield a line cut behind each mark that may end a sentence; what each piece is, is open."""
     start = 0
     for end in END.finditer(line):
-        if end.start() < start:
+        if end.start() < start or is_shortened(line, end):
             continue
         joiner = JOINER.match(line, end.end())
         assert joiner is not None
@@ -88,6 +94,14 @@ def pieces_of(line: str) -> Iterator[Part]:
         start = joiner.end()
     if line[start:]:
         yield Part(line[start:], False)
+
+
+def is_shortened(line: str, end: re.Match[str]) -> bool:
+    """Return True if a mark is the full stop of a shortened word, as in `Dr. Smith` or `e.g. a hat`."""
+    before, behind = line[: end.start()], line[end.end() :].lstrip()
+    if end[1] != ".":
+        return False
+    return TITLE.search(before) is not None or (SHORTENED.search(before) is not None and behind[:1].islower())
 
 
 def with_tags_in_front(piece: Part, delimiter: str, after_prose: bool) -> Iterator[Part]:
@@ -107,31 +121,37 @@ def is_prose(text: str, after_prose: bool) -> bool:
     """Return True if a piece reads as prose: it ends as a sentence does, or its clauses are long, and has its words."""
     clauses = [clause.split() for clause in re.split("[,;]", text)]
     longest, mean = max(map(len, clauses)), sum(map(len, clauses)) / len(clauses)
-    has_words = any(len(clause) > 2 and has_sentence_word(clause) for clause in clauses)
+    found = [sentence_words(clause) for clause in clauses]
+    in_long = [words for words, clause in zip(found, clauses, strict=True) if len(clause) > 2]
     ending = END.search(text.rstrip(), max(0, len(text.rstrip()) - 8))
     if ending is None or ending.end() != len(text.rstrip()):
-        return has_words and mean >= NUM_WORDS
-    begins_large = text.lstrip()[:1].isupper()
+        # As in "a girl in red, her hair wet" or "She is here, smiling"; "sitting on a chair", a tag, has one such word.
+        begins = len(clauses[0]) > 2 and bool(sentence_words(clauses[0][:1])) and sum(map(len, in_long)) > 1
+        return any(in_long) and (mean >= NUM_WORDS or begins or any(len(set(words)) > 1 for words in in_long))
+    short = [set(words) for words, clause in zip(found, clauses, strict=True) if len(clause) == 2]
+    has_words = any(in_long) or any(words - ARTICLES for words in short)
+    begins_large = text.lstrip(f" {QUOTES}")[:1].isupper()
     is_full_width = ending[1][0] in "。！？"
     return after_prose or has_words or is_full_width or (begins_large and longest >= NUM_WORDS) or mean >= 2 * NUM_WORDS
 
 
-def has_sentence_word(words: list[str]) -> bool:
-    """Return True if a clause has a word that sentences have, and tags do not."""
-    return any(
-        word.lower().strip("\"'“‘(") in SENTENCE_WORDS and not (place == 0 and word == "the")
-        for place, word in enumerate(words)
-    )
+def sentence_words(clause: list[str]) -> list[str]:
+    """Return the words of a clause, in small letters, that sentences have, and tags do not."""
+    plain = [word.lower().strip(f"{QUOTES}(") for word in clause]
+    is_name = clause[:1] == ["the"]
+    return [word for word in plain[1 if is_name else 0 :] if word in SENTENCE_WORDS]
 
 
 def is_tag(clause: str) -> bool:
     """Return True if a clause can only be a tag: short, in small letters, without a word that sentences have."""
     words = clause.split()
-    return len(words) <= MAX_TAG_WORDS and not clause.lstrip()[:1].isupper() and not has_sentence_word(words)
+    return len(words) <= MAX_TAG_WORDS and not clause.lstrip()[:1].isupper() and not sentence_words(words)
 
 
 def is_abbreviation(part: Part) -> bool:
-    """Return True for a piece such as "Mr.", whose mark ends no sentence."""
+    """Return True for a piece such as "No.", whose mark ends no sentence, or for what somebody says in one."""
+    if part.text[:1] in QUOTES and part.text[-1:] in QUOTES and part.joiner == " ":
+        return True
     is_short = len(part.text.split()) <= MAX_ABBREVIATION and "," not in part.text
     return not part.is_prose and is_short and part.text[:1].isupper() and part.joiner == " "
 
@@ -161,7 +181,20 @@ def map_tags(caption: str, delimiter: str, change: Callable[[list[str]], list[st
 
 
 def tags_in(text: str, delimiter: str) -> list[str]:
-    """Return the tags of a run of tags, without empty ones and without a delimiter at the end."""
+    """Return the tags of a run of tags, without empty ones and without a delimiter at the end.
+
+    What stands in quotation marks is one tag, with its commas.
+    """
     mark = delimiter.strip()
-    tags = text.rstrip().removesuffix(mark).split(delimiter) if mark else text.split(delimiter)
+    tags: list[str] = []
+    is_open = False
+    for piece in text.rstrip().removesuffix(mark).split(delimiter) if mark else text.split(delimiter):
+        if is_open:
+            tags[-1] += delimiter + piece
+            is_open = '"' not in piece
+        else:
+            tags.append(piece)
+            is_open = OPEN_QUOTE.search(piece) is not None and piece.count('"') == 1
+    if is_open:  # it is never closed: a mark like any other
+        return [tag for tag in text.split(delimiter) if tag.strip(mark + " \n\t" if mark else None)]
     return [tag for tag in tags if tag.strip(mark + " \n\t" if mark else None)]

@@ -1,6 +1,7 @@
 """Captions: read from files, and varied from repeat to repeat."""
 
 import json
+import math
 import re
 import stat
 from pathlib import Path
@@ -12,6 +13,7 @@ from anima_train.data.image_headers import Unreadable
 from anima_train.data.settings import DirectoryOptions
 from anima_train.data.sources.archive import ArchiveMember
 
+MAX_CAPTION_BYTES = 2**20  # no caption is that long: it is another text
 CAPTIONS_JSON_FORM = 'expected {"file name": "caption" or ["several", "captions"]}'
 # Tags whose underscores are no spaces: emoticons, as ^_^, o_o or (o)_(o), and the model's own score tags.
 KEEPS_UNDERSCORES = re.compile(r"\S_\S|[^\w\s]\S{0,2}_\S{0,2}[^\w\s]|score_\d(_up)?")
@@ -25,12 +27,12 @@ def read_caption(file: Path | ArchiveMember) -> str:
     """Return a caption file's text, `cleaned`: UTF-8 with or without BOM.
 
     Raises:
-        BadCaption: not UTF-8, with the offset of the first bad byte in the file; or not readable.
+        BadCaption: not UTF-8, with the offset of the first bad byte in the file; not readable, or too large.
     """
-    return cleaned(read_utf8(file))
+    return cleaned(read_utf8(file, MAX_CAPTION_BYTES))
 
 
-def read_utf8(file: Path | ArchiveMember) -> str:
+def read_utf8(file: Path | ArchiveMember, max_bytes: float = math.inf) -> str:
     """Return a file's text without BOM.
 
     Raises:
@@ -39,6 +41,9 @@ def read_utf8(file: Path | ArchiveMember) -> str:
     try:
         if isinstance(file, Path) and not stat.S_ISREG(file.stat().st_mode):  # a FIFO would block
             raise BadCaption("not a file")
+        num_bytes = file.stat().st_size if isinstance(file, Path) else file.stamp[0]
+        if num_bytes > max_bytes:
+            raise BadCaption(f"{num_bytes:,} bytes is more than the limit of {max_bytes:,}")
         data = file.read_bytes() if isinstance(file, Path) else file.read()
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:

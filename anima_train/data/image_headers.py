@@ -25,7 +25,7 @@ MAX_PIXELS = 128 * 2**20  # a header that claims more is treated as a decompress
 MAX_BYTES = 2**30  # WebP and AVIF are read whole even for their header; no picture of MAX_PIXELS is larger than this
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
-OTHER_SUFFIXES = {".jpg": "JPEG", ".jfif": "JPEG", ".apng": "PNG", ".tif": "TIFF"}
+OTHER_SUFFIXES = {".jpg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".apng": "PNG", ".tif": "TIFF"}
 FORMAT_OF_SUFFIX = {f".{name.lower()}": name for name in FORMATS} | OTHER_SUFFIXES
 EXTENSIONS = frozenset(FORMAT_OF_SUFFIX)  # lower-case suffixes that count as images when a folder is scanned
 
@@ -33,10 +33,44 @@ EXTENSIONS = frozenset(FORMAT_OF_SUFFIX)  # lower-case suffixes that count as im
 CONVERT, EXTRACT = "convert it to PNG, JPEG or WebP", "extract its frames as PNG or JPEG"
 UNREAD_SUFFIXES = (
     dict.fromkeys(
-        ("heic", "heif", "jxl", "jp2", "psd", "xcf", "kra", "clip", "svg", "tga", "ico", "dds", "exr"), CONVERT
+        (
+            *(
+                "heic",
+                "heif",
+                "heics",
+                "hif",
+                "avifs",
+                "jxl",
+                "jxr",
+                "jp2",
+                "j2k",
+                "jpf",
+                "jpx",
+                "ppm",
+                "pgm",
+                "pbm",
+                "pnm",
+            ),
+            *("qoi", "tga", "ico", "dds", "pcx", "exr", "hdr", "svg", "svgz", "eps", "ai", "wmf", "emf"),
+            *("psd", "psb", "xcf", "kra", "clip", "sai", "sai2", "mdp", "afphoto", "procreate"),
+        ),
+        CONVERT,
     )
-    | dict.fromkeys(("cr2", "cr3", "nef", "arw", "dng", "raf", "orf"), "develop it to PNG, JPEG or WebP")
-    | dict.fromkeys(("mp4", "webm", "mov", "avi", "mkv", "m4v", "gifv"), EXTRACT)
+    | dict.fromkeys(("jpg_large", "jpg_orig", "png_large", "png_orig"), "rename it to .jpg or .png")
+    | dict.fromkeys(
+        (
+            *("cr2", "cr3", "crw", "nef", "nrw", "arw", "dng", "raf", "orf", "rw2", "pef", "srw", "x3f", "3fr", "iiq"),
+            *("dcr", "kdc", "rwl"),
+        ),
+        "develop it to PNG, JPEG or WebP",
+    )
+    | dict.fromkeys(
+        (
+            *("mp4", "webm", "mov", "avi", "mkv", "m4v", "gifv", "wmv", "flv", "mpg", "mpeg", "3gp", "ogv", "m2ts"),
+            "vob",
+        ),
+        EXTRACT,
+    )
 )
 
 # What Pillow and its codecs raise on damaged data. Not MemoryError: that is the machine's fault, not the file's.

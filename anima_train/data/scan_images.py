@@ -84,7 +84,7 @@ def mask_name(files: Files, stem: str) -> str | None:
     """Return the name of an image's mask, in the mask folder or, without one, beside the image."""
     if files.mask_folder is not None:
         return files.mask_files[stem][0] if stem in files.mask_files else None
-    return files.masks_beside.get(stem)
+    return files.masks_beside[stem][0] if stem in files.masks_beside else None
 
 
 def captions_in(files: Files, names: Sequence[str] | None, options: DirectoryOptions) -> tuple[str, ...]:

@@ -1,9 +1,11 @@
 """The warnings about a directory: files that are not used, images without a caption, captions with odd text."""
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from pathlib import Path
 
 from anima_train.core.format import Listing
 from anima_train.data.caption_parts import caption_parts
@@ -19,7 +21,7 @@ CAPTION_FILES = {"tags": ".txt", "nl": "_nl.txt", "mixed": ".txt or _nl.txt"}  #
 CAPTION_COLUMNS = {"tags": "caption_column", "nl": "natural_column", "mixed": "caption_column or natural_column"}
 
 SEPARATOR = "|||"  # of tags that stay and tags that move, in captions written for kohya's scripts
-BARE_COMMA = re.compile(r",(?=[^\s\d,])")  # between two tags, without a blank
+BARE_COMMA = re.compile(r",(?=[^\s\d,])|[，、]")  # between two tags, without a blank, or of full width
 
 LITTLE = 0.01  # of an image: a mask that leaves less is told
 
@@ -54,7 +56,13 @@ def unused_entries(files: Files, options: DirectoryOptions) -> Findings:
     """Yield the folders that are not searched or count as others, and the files that are of no known kind."""
     numbered = [name for name in files.subfolders if KOHYA_FOLDER.fullmatch(name)]
     yield "subfolders named as kohya's scripts count repeats, not searched; kohya_folders = true reads them", numbered
-    others = [name for name in files.subfolders if name not in numbered]
+    parents = [name for name in files.subfolders if any(map(KOHYA_FOLDER.fullmatch, folders_in(files.folder / name)))]
+    yield (
+        "subfolders that hold folders named as kohya's scripts count repeats, not searched; a [[directory]] for each, "
+        "with its path and kohya_folders = true, reads them",
+        parents,
+    )
+    others = [name for name in files.subfolders if name not in (*numbered, *parents)]
     yield "subfolders, which are not searched", others
     if not options.kohya_folders:
         searched = {name.partition("/")[0] for name in files.images if "/" in name}
@@ -71,6 +79,14 @@ def unused_entries(files: Files, options: DirectoryOptions) -> Findings:
     yield "files that are neither images nor captions, not used", files.unused_files
     lost = [f"{name} ({reason})" for name, reason in files.lost_members.items() if not is_image(name)]
     yield "entries of archives that are not read", lost
+
+
+def folders_in(folder: Path) -> list[str]:
+    """Return the names of a folder's sub-folders; none if it cannot be read."""
+    try:
+        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    except OSError:
+        return []
 
 
 def missing_captions(files: Files, images: Sequence[ScannedImage], options: DirectoryOptions) -> Findings:
@@ -107,7 +123,11 @@ def odd_texts(images: Sequence[ScannedImage], options: DirectoryOptions) -> Find
         yield f"captions, none of which holds cache_shuffle_delimiter {delimiter!r}, so that each is one tag", tagged
     elif delimiter == ", ":
         bare = [image.file for image in images if any(map(holds_bare_comma, image.picture.tags))]
-        yield 'captions with a comma that has no blank behind it: "a,b" is one tag, and the model knows "a, b"', bare
+        yield (
+            'captions with a comma that has no blank behind it, or is of full width: "a,b" is one tag, and the model '
+            'knows "a, b"',
+            bare,
+        )
     if not options.keep_tokens_separator:
         parted = [image.file for image in images if any(SEPARATOR in text for text in image.picture.tags)]
         yield (
@@ -148,7 +168,13 @@ def mask_findings(files: Files, images: Sequence[ScannedImage]) -> Findings:
     """Yield the masks that are not used, and the images without one."""
     unused = [name for names in files.mask_files.values() for name in names[1:]]
     yield "masks not used, because another differs in the ending only", unused
-    beside = list(files.masks_beside.values())
+    beside = sorted(names[0] for names in files.masks_beside.values())
+    others = [name for names in files.masks_beside.values() for name in names[1:]]
+    yield "masks beside their images (-masklabel, _mask), not used, because the image has another", others
+    yield (
+        "images named as masks of others (-masklabel, _mask), trained as images, because they have captions",
+        files.captioned_masks,
+    )
     if files.mask_folder is None:
         yield "masks beside their images (-masklabel, _mask), used", beside
     else:

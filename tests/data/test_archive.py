@@ -121,6 +121,7 @@ def test_what_the_tar_command_writes_is_read(tmp_path: Path) -> None:
 
 def test_hidden_files_and_folders_are_left_out(tmp_path: Path) -> None:
     names = ["a.png", "._a.png", ".hidden.png", "__MACOSX/._a.png", ".cache/b.png", "./.cache/c.png", "x/.git/d.png"]
+    names += ["__MACOSX/h.png", "x/@eaDir/i.png", "Thumbs.db"]
     found = look(pack(tmp_path / "x.tar", {name: png(name) for name in [*names, "../e.png", "/f.png", "x/./g.png"]}))
     assert ids(found) == ["a.png", "f.png", "x/g.png"]
     assert found.num_images == 4

@@ -15,7 +15,7 @@ def test_the_table_of_parts_is_what_the_code_does():
     for named, text, kind in ROW.findall(PAGE.read_text(encoding="utf-8")):
         caption = named or caption
         captions.setdefault(caption, []).append((text, kind))
-    assert len(captions) == 5
+    assert len(captions) == 6
     for caption, expected in captions.items():
         found = [(part.text, "prose" if part.is_prose else "tags") for part in caption_parts(caption, ", ")]
         assert found == expected

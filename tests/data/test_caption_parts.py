@@ -2,7 +2,7 @@
 
 import pytest
 
-from anima_train.data.caption_parts import caption_parts, map_tags
+from anima_train.data.caption_parts import caption_parts, map_tags, tags_in
 from anima_train.data.captions import vary_tags
 from anima_train.data.settings import DirectoryOptions
 
@@ -133,3 +133,43 @@ def test_underscores_of_sentences_stay():
     options = DirectoryOptions(replace_underscores=True)
     text = "A file called my_file.txt lies on the table, unread."
     assert vary_tags(f"long_hair, ^_^\n{text}", options, 0, "x", None) == f"long hair, ^_^\n{text}"
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("dr. Jones and prof. Lee met at 9 a.m. on a bridge, and waved. 2boys, bridge", [
+            ("dr. Jones and prof. Lee met at 9 a.m. on a bridge, and waved.", True), ("2boys, bridge", False),
+        ]),
+        ("1boy, solo, weapon, i.e. a sword, cats, etc. everywhere", [
+            ("1boy, solo, weapon, i.e. a sword, cats, etc. everywhere", False),
+        ]),
+        ("a boy with short hair, green eyes, and a scarf, sitting in a tree", [
+            ("a boy with short hair, green eyes, and a scarf, sitting in a tree", True),
+        ]),
+        ("He is looking back, waving, one hand up", [("He is looking back, waving, one hand up", True)]),
+        ("'Wait, please!' he said, and ran. 1boy", [("'Wait, please!' he said, and ran.", True), ("1boy", False)]),
+        ("sitting on a chair, holding a cup, standing on a roof, solo", [
+            ("sitting on a chair, holding a cup, standing on a roof, solo", False),
+        ]),
+        ("A Silent Voice, nishimiya shouko, 1girl", [("A Silent Voice, nishimiya shouko, 1girl", False)]),
+        ("a dog!, cat?, yuru camp!", [("a dog!, cat?, yuru camp!", False)]),
+        ("crowd of 2,500,000 people at http://x.org/a, b", [("crowd of 2,500,000 people at http://x.org/a, b", False)]),
+        ("夕焼けの海、船。1boy, 海", [("夕焼けの海、船。", True), ("1boy, 海", False)]),
+    ],
+)  # fmt: skip
+def test_shortened_words_quotations_and_clauses_are_told_apart(caption: str, expected: list[tuple[str, bool]]):
+    assert [(part.text, part.is_prose) for part in caption_parts(caption, ", ")] == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('sign, "stop, now", text: "a, b, c", hat', ["sign", '"stop, now"', 'text: "a, b, c"', "hat"]),
+        ("5'11\" tall, 1boy, 6'2\" tall", ["5'11\" tall", "1boy", "6'2\" tall"]),
+        ('"open, hat, cat', ['"open', "hat", "cat"]),
+        ('"one", "two", x', ['"one"', '"two"', "x"]),
+    ],
+)
+def test_what_stands_in_quotation_marks_is_one_tag(text: str, expected: list[str]):
+    assert tags_in(text, ", ") == expected

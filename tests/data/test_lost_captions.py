@@ -63,6 +63,38 @@ def test_another_table_names_captions_json(folder: Path):
         look(folder)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "remedy"),
+    [
+        ("{}_tags.txt", "p0_tags.txt, may hold them: rename them, p0_tags.txt to p0.txt"),
+        ("{}.WEBP.txt", "p0.WEBP.txt, may hold them: rename them, p0.WEBP.txt to p0.txt"),
+        ("{}-caption.txt", "p0-caption.txt, may hold them: rename them, p0-caption.txt to p0.txt"),
+        ("texts/{}.txt", "texts/p0.txt, may hold them: move them beside their images"),
+    ],
+)
+@pytest.mark.parametrize("recursive", [False, True])
+def test_texts_with_other_names_or_elsewhere_stop_the_run(folder: Path, pattern: str, remedy: str, recursive: bool):
+    (folder / "texts").mkdir()
+    write(folder, pattern)
+    with pytest.raises(DataError, match=f"while 3 files, such as {remedy}"):
+        look(folder, recursive=recursive)
+
+
+def test_texts_in_other_letters_and_lists_of_captions_stop_the_run_and_a_readme_does_not(folder: Path):
+    (folder / "README.txt").write_text("from a camera")
+    assert len(look(folder).samples) == 3
+    (folder / "captions.txt").write_text("p0.webp a cat")
+    with pytest.raises(
+        DataError, match=r"1 file, such as captions\.txt, may hold them: write them into one captions\.json"
+    ):
+        look(folder)
+    write(folder, "{}.txt")
+    for number in range(3):
+        (folder / f"p{number}.txt").rename(folder / f"P{number}.txt")
+    with pytest.raises(DataError, match=r"3 files, such as P0\.txt, may hold them: rename them, P0\.txt to p0\.txt"):
+        look(folder)
+
+
 def test_a_captions_json_with_other_names_is_told(folder: Path):
     (folder / "captions.json").write_text(json.dumps({f"p{number}": "a cat" for number in range(3)}))
     with pytest.raises(DataError, match=r"captions\.json has other names than the images"):

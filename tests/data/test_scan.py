@@ -13,7 +13,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from anima_train.core.errors import DataError
-from anima_train.core.format import MAX_LISTED, listed, printable
+from anima_train.core.format import MAX_LISTED, Listing, listed, printable
 from anima_train.data.buckets import Size
 from anima_train.data.cache import CACHE_FOLDER, Cache
 from anima_train.data.plan import Plan
@@ -355,6 +355,16 @@ def test_folders_of_kohyas_scripts_name_the_key_that_reads_them(folder: Path):
     assert not any("kohya's" in warning for warning in look(folder, kohya_folders=True).warnings)
 
 
+def test_folders_of_kohyas_scripts_are_seen_one_folder_deeper(folder: Path):
+    for name in ("img/7_mia/a.png", "reg/1_girl/b.png", "log/c.png"):
+        image(folder / name)
+    found = look(folder)
+    warning = the_warning(found, "kohya_folders = true, reads them")
+    assert isinstance(warning, Listing)
+    assert warning.entries == ("img", "reg")
+    assert "not searched: 1, such as log" in the_warning(found, "which are not")
+
+
 def test_a_path_that_is_such_a_folder_itself_names_the_number_and_the_name(folder: Path):
     image(folder / "10_mia girl" / "b.png")
     warning = the_warning(look(folder / "10_mia girl"), "kohya's")
@@ -373,24 +383,39 @@ def test_files_that_are_not_used_are_counted(folder: Path):
 
 def test_hidden_files_and_leavings_of_other_systems_are_left_out(folder: Path):
     image(folder / "a.png")
-    for name in ("._a.png", "._a.txt", ".DS_Store", "Thumbs.db", "desktop.ini", ".hidden.webp"):
+    for name in (
+        "._a.png",
+        "._a.txt",
+        ".DS_Store",
+        "Thumbs.db",
+        "desktop.ini",
+        ".hidden.webp",
+        "ehthumbs.db",
+        "Icon\r",
+    ):
         (folder / name).write_bytes(b"\0\5\x16\7")
-    assert (names(look(folder)), look(folder).warnings, look(folder).num_images) == (["a.png"], [], 1)
+    for name in ("__MACOSX", "@eaDir", "$RECYCLE.BIN", ".git", "lost+found"):
+        image(folder / name / "b.png")
+    for recursive in (False, True):
+        found = look(folder, recursive=recursive)
+        assert (names(found), found.warnings, found.num_images) == (["a.png"], [], 1)
 
 
 def test_pictures_of_formats_that_are_not_read_are_skipped_by_name(folder: Path):
     image(folder / "a.png")
-    for name in ("IMG_1.HEIC", "b.jxl", "clip.mp4", "raw.CR2"):
+    for name in ("IMG_1.HEIC", "b.jxl", "clip.mp4", "pbm.PPM", "raw.CR2", "tw.jpg_large"):
         (folder / name).write_bytes(b"x")
         (folder / name).with_suffix(".txt").write_text("a tag")
     found = look(folder)
     found.check(0.0)  # they are not damaged
-    assert (names(found), found.num_images, found.warnings) == (["a.png"], 5, [])
+    assert (names(found), found.num_images, found.warnings) == (["a.png"], 7, [])
     assert [line.removeprefix(f"{folder}/") for line in found.skipped] == [
         "IMG_1.HEIC: HEIC is not read; convert it to PNG, JPEG or WebP",
         "b.jxl: JXL is not read; convert it to PNG, JPEG or WebP",
         "clip.mp4: MP4 is not read; extract its frames as PNG or JPEG",
+        "pbm.PPM: PPM is not read; convert it to PNG, JPEG or WebP",
         "raw.CR2: CR2 is not read; develop it to PNG, JPEG or WebP",
+        "tw.jpg_large: JPG_LARGE is not read; rename it to .jpg or .png",
     ]
 
 
@@ -403,7 +428,31 @@ def test_masks_beside_their_images_are_masks_and_told(folder: Path):
     masks = {sample.picture.path.name: sample.picture.mask and sample.picture.mask.name for sample in found.samples}
     expected = {"a.png": "a_mask.png", "b.png": "b-masklabel.png"}
     assert masks == {**dict.fromkeys(("c.png", "c_mask.png", "d_mask.png")), **expected}
-    assert "used: 2, such as a_mask.png" in the_warning(found, "beside their images")
+    assert "used: 2, such as a_mask.png" in the_warning(found, "used: ")
+    assert "trained as images, because they have captions: 1, such as c_mask.png" in the_warning(
+        found, "named as masks"
+    )
+
+
+def test_masks_beside_images_may_be_named_in_capitals_and_one_of_several_is_used(folder: Path):
+    for name in ("a.PNG", "b.png", "c.jpg"):
+        image(folder / name)
+    for name in ("a_MASK.PNG", "b-MaskLabel.png", "c_mask.png", "c-masklabel.png", "c_mask.webp"):
+        image(folder / name, caption=None)
+    found = look(folder)
+    masks = {sample.picture.path.name: sample.picture.mask and sample.picture.mask.name for sample in found.samples}
+    assert masks == {"a.PNG": "a_MASK.PNG", "b.png": "b-MaskLabel.png", "c.jpg": "c-masklabel.png"}
+    warning = the_warning(found, "the image has another")
+    assert isinstance(warning, Listing)
+    assert warning.entries == ("c_mask.png", "c_mask.webp")
+
+
+def test_a_text_of_more_than_a_mebibyte_is_no_caption(folder: Path):
+    image(folder / "a.png", caption="cat, " * 209_715)
+    image(folder / "b.png", caption="cat, " * 209_716)
+    found = look(folder)
+    assert names(found) == ["a.png"]
+    assert found.bad == [f"{folder}/b.png: its caption b.txt: 1,048,580 bytes is more than the limit of 1,048,576"]
 
 
 @pytest.mark.parametrize("again", [False, True])

@@ -226,6 +226,7 @@ def test_truncated_captions_and_unreadable_characters_are_counted(checked, page)
     tokenizers = load_tokenizers(paths.tokenizer, paths.t5_tokenizer)
     lengths = [len(each(CAPTIONS["e"])["input_ids"]) for each in (tokenizers.qwen, tokenizers.t5)]
     assert f"loses {max(lengths) - MAX_TOKENS:,} tokens: smiling girl, end</s>" in " ".join(page.text.split())
+    assert f"such as e.png ({max(lengths) - MAX_TOKENS:,} tokens)" in page.text  # among the warnings, by its file
     for letter in "青空":
         assert f"{letter} (U+{ord(letter):04X})" in page.text
     assert "special token: 1" in page.text

@@ -14,6 +14,10 @@ if TYPE_CHECKING:  # slow to import, and needed by those alone who have such a d
     from datasets import Dataset
 
 
+# Of systems that leave something beside the files of people, in small letters.
+LEAVINGS = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r")
+LEAVING_FOLDERS = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found")
+
 NO_FILES = {
     tarfile.SYMTYPE: "a symbolic link",
     tarfile.LNKTYPE: "a link to no file before it",
@@ -142,6 +146,11 @@ class MissingImage:
         raise BadImage(self.reason)
 
 
+def is_left_out(name: str, is_folder: bool = False) -> bool:
+    """Return True for the name of a file or folder that is hidden, or that a system has left."""
+    return name.startswith(".") or name.lower() in (LEAVING_FOLDERS if is_folder else LEAVINGS)
+
+
 def content_of(file: Path | ArchiveMember) -> bytes:
     """Return the whole content, read once.
 
@@ -168,7 +177,8 @@ def tar_members(archive: Path) -> tuple[dict[str, TarMember], dict[str, str]]:
             for entry in tar:
                 parts = [part for part in entry.name.split("/") if part not in ("", ".")]
                 name, is_out = "/".join(parts), ".." in parts
-                is_hidden = any(part.startswith(".") and part != ".." for part in parts)
+                inside = [part for part in parts if part != ".."]
+                is_hidden = any(is_left_out(part, place < len(inside) - 1) for place, part in enumerate(inside))
                 if entry.isreg() and not entry.issparse():
                     position = (entry.offset_data, entry.size, status.st_mtime_ns, status.st_ctime_ns)
                     by_entry_name[entry.name] = TarMember(archive, *position)

@@ -11,12 +11,11 @@ from anima_train.data.cache import Cache
 from anima_train.data.captions import BadCaption, read_captions_json
 from anima_train.data.image_headers import EXTENSIONS, UNREAD_SUFFIXES
 from anima_train.data.settings import DirectoryOptions
-from anima_train.data.sources.archive import ArchiveMember, tar_members
+from anima_train.data.sources.archive import ArchiveMember, is_left_out, tar_members
 
 CAPTIONS_JSON = "captions.json"
 CAPTION_SUFFIXES = (".txt", ".caption")  # the first one of an image is read
 MASK_SUFFIXES = ("-masklabel", "_mask")  # of the stem of a mask beside its image
-LEAVINGS = ("thumbs.db", "desktop.ini")  # of Windows, in small letters
 NATURAL_SUFFIX = "_nl"  # of the stem of a natural-language caption
 
 
@@ -34,7 +33,8 @@ class Files:
     listed_captions: dict[str, tuple[str, ...]]  # by image; those of a captions.json or a dataset's column
     listed_natural: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of a dataset's column
     mask_files: dict[str, list[str]]  # by stem; the first is read
-    masks_beside: dict[str, str] = field(default_factory=dict)  # among the images, by the stem of the image
+    masks_beside: dict[str, list[str]] = field(default_factory=dict)  # by the stem of the image; the first is read
+    captioned_masks: list[str] = field(default_factory=list)  # named as masks of images, with captions of their own
     unread_images: list[str] = field(default_factory=list)  # pictures and videos of formats that are not read
     subfolders: list[str] = field(default_factory=list)  # not searched; without the mask folder
     repeated_folders: list[str] = field(default_factory=list)  # searched under another name, and so not again
@@ -55,8 +55,8 @@ class Files:
         found = list_folder(folder, options, excluded)
         images = [name for name in found.names if is_image(name)]
         texts = [name for name in found.names if suffix_of(name) in CAPTION_SUFFIXES]
-        beside = masks_beside(images, texts)
-        images = sorted(set(images) - set(beside.values()), key=os.fsencode)
+        beside, captioned_masks = masks_beside(images, texts)
+        images = sorted(set(images) - {mask for masks in beside.values() for mask in masks}, key=os.fsencode)
         unread = [name for name in found.names if suffix_of(name)[1:] in UNREAD_SUFFIXES]
         stems = {stem_of(name) for name in images}
         # x_nl.txt belongs to the image x, but to the image x_nl if there is one.
@@ -64,9 +64,10 @@ class Files:
         captions = sorted(set(texts) - set(natural), key=in_order)
         natural = sorted(natural, key=in_order)
         tables = [name for name in found.names if os.path.basename(name) == CAPTIONS_JSON]
-        used = {*images, *beside.values(), *texts, *unread, *tables}
-        rest = [name for name in found.names if not (name in used or os.path.basename(name).startswith("."))]
+        used = {*images, *(mask for masks in beside.values() for mask in masks), *texts, *unread, *tables}
+        rest = [name for name in found.names if name not in used]
         subfolders = [name for name in rest if os.path.isdir(folder / name)]
+        shown = [name for name in subfolders if not is_left_out(os.path.basename(name), is_folder=True)]
         masks = FoundNames() if mask_folder is None else list_folder(mask_folder, options, [cache.folder])
         return cls(
             folder=folder,
@@ -78,9 +79,10 @@ class Files:
             natural_files={stem.removesuffix(NATURAL_SUFFIX): files for stem, files in by_stem(natural).items()},
             listed_captions=captions_from(folder, tables, found.members),
             mask_files=by_stem([name for name in masks.names if is_image(name)]),
-            subfolders=subfolders,
+            subfolders=shown,
             repeated_folders=found.repeated_folders,
             masks_beside=beside,
+            captioned_masks=captioned_masks,
             unread_images=unread,
             lost_members=found.lost_members,
             unused_files=sorted(set(rest) - set(subfolders), key=os.fsencode),
@@ -142,7 +144,7 @@ def list_folder(folder: Path, options: DirectoryOptions, excluded: Sequence[Path
             for entry in sorted(os.listdir(folder / inside), key=os.fsencode):
                 name = inside + entry
                 if not os.path.isdir(folder / name):
-                    if entry.startswith(".") or entry.lower() in LEAVINGS:  # as those that macOS leaves beside others
+                    if is_left_out(entry):
                         continue
                     if options.tars and suffix_of(name) == ".tar" and (folder / name).is_file():
                         search(folder / name, f"{name}/")
@@ -150,7 +152,7 @@ def list_folder(folder: Path, options: DirectoryOptions, excluded: Sequence[Path
                         found.names.append(name)
                 elif (folder_id := identity(folder / name)) in excluded_ids:
                     continue
-                elif entry.startswith(".") or not options.searches(name):
+                elif is_left_out(entry, is_folder=True) or not options.searches(name):
                     found.names.append(name)
                 elif folder_id in seen:
                     found.repeated_folders.append(name)
@@ -199,19 +201,25 @@ def is_image(name: str) -> bool:
     return suffix_of(name) in EXTENSIONS
 
 
-def masks_beside(images: Sequence[str], captions: Iterable[str]) -> dict[str, str]:
-    """Return those of the images that are masks of others, by the stem of the other.
+def masks_beside(images: Sequence[str], captions: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Return those of the images that are masks of others, by the stem of the other; and those that only seem to be.
 
-    x-masklabel.png (as OneTrainer writes it) or x_mask.png is the mask of x, unless it has a caption of its own.
+    x-masklabel.png (as OneTrainer writes it) or x_mask.png, also in capitals, is the mask of x, unless it has a caption
+    of its own.
     """
     stems, captioned = {stem_of(name) for name in images}, {stem_of(name) for name in captions}
-    found: dict[str, str] = {}
-    for name in images:
-        for suffix in MASK_SUFFIXES:
-            stem = stem_of(name).removesuffix(suffix)
-            if stem != stem_of(name) and stem in stems and stem_of(name) not in captioned:
-                found.setdefault(stem, name)
-    return found
+    found: dict[str, list[str]] = defaultdict(list)
+    others = []
+    for suffix in MASK_SUFFIXES:
+        for name in images:
+            stem = stem_of(name)[: -len(suffix)]
+            if not stem_of(name).lower().endswith(suffix) or stem not in stems:
+                continue
+            if stem_of(name) in captioned:
+                others.append(name)
+            else:
+                found[stem].append(name)
+    return dict(found), others
 
 
 def in_order(caption_file: str) -> tuple[int, bytes]:
