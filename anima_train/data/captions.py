@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from anima_train.core.format import format_bytes
 from anima_train.core.random import shuffled, uniform
 from anima_train.data.caption_parts import map_tags
 from anima_train.data.image_headers import Unreadable
@@ -35,6 +36,10 @@ def read_caption(file: Path | ArchiveMember) -> str:
 def read_utf8(file: Path | ArchiveMember, max_bytes: float = math.inf) -> str:
     """Return a file's text without BOM.
 
+    Args:
+        file: that is read.
+        max_bytes: that it may have; a larger one is not read.
+
     Raises:
         BadCaption: as `read_caption`.
     """
@@ -43,7 +48,7 @@ def read_utf8(file: Path | ArchiveMember, max_bytes: float = math.inf) -> str:
             raise BadCaption("not a file")
         num_bytes = file.stat().st_size if isinstance(file, Path) else file.stamp[0]
         if num_bytes > max_bytes:
-            raise BadCaption(f"{num_bytes:,} bytes is more than the limit of {max_bytes:,}")
+            raise BadCaption(f"larger than {format_bytes(max_bytes)}, which is no caption")
         data = file.read_bytes() if isinstance(file, Path) else file.read()
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:

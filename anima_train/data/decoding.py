@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from anima_train.core.budget import ByteBudget
 from anima_train.core.errors import DataError
 from anima_train.data.image_headers import BadImage, Unreadable
 from anima_train.data.images import cover_and_crop, decode_alpha, decode_mask, load_picture, mask_to_latent
@@ -17,7 +18,9 @@ from anima_train.data.samples import Sample, View
 from anima_train.data.sources.archive import ArchiveMember, content_of
 
 MIN_THREADS = 2
-MAX_THREADS = 16  # more than any VAE needs; each holds a whole decoded image, of up to 400 MB
+MAX_THREADS = 16  # more than any VAE needs
+BYTES_PER_PIXEL = 8  # of a picture while it is decoded: as it is stored, with its opacity, and as it becomes
+DECODING = ByteBudget(2 * 2**30)  # what the threads of this process hold of pictures that they decode
 
 
 def num_decoding_threads(processes_on_this_machine: int) -> int:
@@ -42,7 +45,7 @@ def pixels(view: View) -> np.ndarray:
         DataError: there is not enough memory.
     """
     picture = view.sample.picture
-    with name_image_if_memory_runs_out(view):
+    with name_image_if_memory_runs_out(view), DECODING.hold(decoded_bytes(view)):
         return np.array(cover_and_crop(load_picture(verified_content(picture.source, picture.sha256)), view.crop))
 
 
@@ -53,7 +56,7 @@ def mask(view: View) -> np.ndarray:
         BadImage: as `pixels`, of the mask file or of the image.
         DataError: there is not enough memory.
     """
-    with name_image_if_memory_runs_out(view):
+    with name_image_if_memory_runs_out(view), DECODING.hold(decoded_bytes(view)):
         return mask_to_latent(mask_image(view.sample), view.crop)
 
 
@@ -77,6 +80,11 @@ def mask_image(sample: Sample) -> Image.Image:
         alpha = alpha.resize(size, Image.Resampling.BILINEAR)
         weights = Image.composite(weights, Image.new("L", size), alpha)  # the product, rounded to nearest
     return weights
+
+
+def decoded_bytes(view: View) -> int:
+    """Return about how many bytes a view's picture takes while it is decoded."""
+    return view.sample.picture.width * view.sample.picture.height * BYTES_PER_PIXEL
 
 
 def verified_content(source: Path | ArchiveMember, sha256: str) -> bytes:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from anima_train.data.captions import (
+    MAX_CAPTION_BYTES,
     BadCaption,
     read_caption,
     read_captions_json,
@@ -180,3 +181,13 @@ def test_a_tag_more_leaves_the_fate_and_order_of_the_others_alone():
     after = [vary_tags(f"{TAGS}, rain", options, 0, "a", number).split(", ") for number in range(50)]
     assert [[tag for tag in tags if tag != "rain"] for tags in after] == before
     assert 0 < sum("rain" in tags for tags in after) < 50
+
+
+def test_a_caption_file_above_a_mebibyte_is_refused_without_being_read_whole(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"x" * MAX_CAPTION_BYTES)
+    assert read_caption(path) == "x" * MAX_CAPTION_BYTES
+    with open(path, "wb") as file:
+        file.truncate(2**40)  # takes no room on the disk, and would not fit into the memory
+    with pytest.raises(BadCaption, match=r"^larger than 1\.0 MiB, which is no caption$"):
+        read_caption(path)

@@ -14,9 +14,11 @@ import pytest
 from PIL import Image
 
 import anima_train
+from anima_train.core.budget import ByteBudget
+from anima_train.data import decoding
 from anima_train.data.buckets import Size
 from anima_train.data.cache import Cache
-from anima_train.data.decoding import mask, num_decoding_threads, pixels, usable_cpus
+from anima_train.data.decoding import decoded_bytes, mask, num_decoding_threads, pixels, usable_cpus
 from anima_train.data.image_headers import BadImage, Unreadable
 from anima_train.data.images import cover_and_crop, decode, decode_alpha, decode_mask, mask_to_latent
 from anima_train.data.loader import read_ahead
@@ -210,3 +212,21 @@ def test_the_number_of_threads_fits_the_machine():
     assert num_decoding_threads(1) == min(16, max(2, usable_cpus()))
     assert num_decoding_threads(10**6) == 2
     assert 1 <= usable_cpus() <= (os.cpu_count() or 1)
+
+
+def test_threads_wait_until_the_pictures_of_others_leave_room_for_theirs(tmp_path, monkeypatch):
+    views = [view_of(save(tmp_path / f"{seed}.png", scene(150, 90, seed))) for seed in range(12)]
+    budget = ByteBudget(3 * decoded_bytes(views[0]))
+    held, load = [], decoding.load_picture
+
+    def looking(content):
+        held.append(budget.held)
+        return load(content)
+
+    monkeypatch.setattr(decoding, "DECODING", budget)
+    monkeypatch.setattr(decoding, "load_picture", looking)
+    expected = [pixels(view) for view in views]
+    for found, wanted in zip(read_ahead(views, pixels, num_threads=8), expected, strict=True):
+        assert np.array_equal(found, wanted)
+    assert all(0 < num_bytes <= budget.num_bytes for num_bytes in held)
+    assert decoded_bytes(views[0]) == 150 * 90 * 8
