@@ -26,6 +26,7 @@ from anima_train.model.hub import is_reference, parse_reference
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
+MAX_NAME = 255  # bytes of the name of a file or a folder
 HUB_DATASET = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?<!\.parquet)(?<!\.tar)")
 MODEL_PATHS = ("transformer_path", "vae_path", "llm_path", "llm_adapter_path", "tokenizer_path", "t5_tokenizer_path")
 # What to say about unknown keys: those of other trainers, and those that stand in the other file.
@@ -190,7 +191,7 @@ class Loader:
             masks.append(found.get("mask_path"))
             directories.append(directory.model_copy(update={key: str(path) for key, path in found.items()}))
             # What is on the Hub has no place of its own here.
-            beside = folder if folder.is_dir() else folder.parent if folder.exists() else output_dir
+            beside = folder if os.path.isdir(folder) else folder.parent if os.path.exists(folder) else output_dir
             caches.append(Cache(beside / CACHE_FOLDER if cache_dir is None else Path(cache_dir)))
             self.notes.extend(f"{place.file}: {place.prefix}{text}" for text in settings.without_effect(index))
         settings = settings.model_copy(update={"directory": directories})
@@ -200,9 +201,9 @@ class Loader:
     def find_table(self, place: Place, text: str) -> Path:
         """Return the path of a Hugging Face dataset, or its name on the Hub; if it can be neither, that is filed."""
         path = find_path(text, place.folder)
-        if not path.exists() and not HUB_DATASET.fullmatch(text):
+        if not os.path.exists(path) and not HUB_DATASET.fullmatch(text):
             self.add_problem(place, "hf_dataset", f"{quoted(text)} is neither here nor owner/name, as on the Hub")
-        return path if path.exists() else Path(text)
+        return path if os.path.exists(path) else Path(text)
 
     def find_model_files(self, model: ModelSettings) -> ModelSettings:
         """Return the model's settings with its files found; those that are missing are filed."""
@@ -223,7 +224,10 @@ class Loader:
         return model.model_copy(update=found)
 
     def check_folder(self, key: str, text: str | None) -> None:
-        """File a folder that would be made if it were missing, but is something else."""
+        """File a folder that would be made if it were missing, but is something else, or cannot be."""
+        if text is not None and any(len(os.fsencode(part)) > MAX_NAME for part in Path(text).parts):
+            self.add_problem(self.main, key, f"a name in it has more than {MAX_NAME} bytes, which no disk takes")
+            return
         if text is not None and os.path.exists(text):
             self.find(self.main, key, text, "folder")
 
@@ -294,7 +298,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     loader.notes.extend(
         f"{loader.key_name(loader.main, key)}: {advice}" for key, advice in optimizer_advice(config)
     )  # fmt: skip
-    run_name = config.run_name or f"{path.stem}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
+    # Files have the name with a step number and a temporary suffix, in at most 255 bytes.
+    stem = path.stem.encode(errors="replace")[:130].decode(errors="ignore")
+    run_name = config.run_name or f"{stem}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
     return LoadedConfig(config, run_name, train, found, tuple(dict.fromkeys(loader.notes)))
 
 

@@ -12,6 +12,9 @@ from anima_train.core.settings import describe_value, quoted
 
 Table = dict[str, Any]
 
+MAX_DEPTH = 32
+TOO_DEEP = f"{{}}: tables or lists stand in each other more than {MAX_DEPTH} deep, as in no configuration"
+
 
 def read_toml(path: Path) -> Table:
     """Read a TOML file, with or without a BOM.
@@ -32,7 +35,9 @@ def read_toml(path: Path) -> Table:
         found = f"found byte 0x{data[error.start]:02x} at line {line}, column {column}"
         raise ConfigError(f"{path}: {found}, expected text in UTF-8; save it in that encoding") from error
     try:
-        return tomllib.loads(text)
+        return expect_shallow(tomllib.loads(text), str(path))
+    except RecursionError as error:
+        raise ConfigError(TOO_DEEP.format(path)) from error
     except ValueError as error:  # TOMLDecodeError, or an integer with thousands of digits
         message = str(error)
         line, column = position(text)
@@ -41,6 +46,21 @@ def read_toml(path: Path) -> Table:
         if re.search(r"\\|escape|hex value", message, re.IGNORECASE):
             hint = r"; write Windows paths in single quotes: 'C:\models\anima.safetensors'"
         raise ConfigError(f"{path}: syntax error: {message}{hint}") from error
+
+
+def expect_shallow(value: Any, name: str) -> Any:
+    """Return a value of TOML in which tables and lists are nested no deeper than `MAX_DEPTH`.
+
+    Raises:
+        ConfigError: they are nested deeper.
+    """
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        tables = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
+        level = [inside for table in tables for inside in table]
+    if level:
+        raise ConfigError(TOO_DEEP.format(name))
+    return value
 
 
 def position(text: str) -> tuple[int, int]:
@@ -62,7 +82,9 @@ def apply_override(data: Table, text: str) -> str:
         raise ConfigError(
             f"--set {key}: entries of a list cannot be set one by one; set the whole list, or edit the file"
         )
-    parsed = parse_value(key, value)
+    if len(parts) > MAX_DEPTH:
+        raise ConfigError(TOO_DEEP.format(f"--set {parts[0]}"))
+    parsed = expect_shallow(parse_value(key, value), f"--set {key}")
     table, top = data, ""
     for depth, part in enumerate(parts[:-1], start=1):
         if part not in table:
@@ -85,6 +107,8 @@ def parse_value(key: str, value: str) -> Any:
     """
     try:
         parsed = tomllib.loads(f"value = {value}")
+    except RecursionError as error:
+        raise ConfigError(TOO_DEEP.format(f"--set {key}")) from error
     except ValueError as error:
         reason = str(error).partition(" (at")[0]  # where in our own line means nothing to the user
         if key.endswith("api_key"):

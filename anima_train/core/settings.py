@@ -1,6 +1,7 @@
 """The base of every settings class, and the sentences shown when a setting is wrong."""
 
 import difflib
+import functools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 MAX_PLACES = 4  # tables that an unknown key is said to belong in
+MAX_SUGGESTIONS = 100  # unknown keys of a table for which it is looked for; it takes milliseconds each
+MAX_WORD = 100  # letters of a key that may be a slip of the pen
 Location = tuple[int | str, ...]
 
 KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text", list: "a list", dict: "a table"}
@@ -70,7 +73,8 @@ def key_path(location: Location) -> str:
         if isinstance(part, int):
             text += f"[{part}]"
         else:
-            text += ("." if text else "") + (part if re.fullmatch(r"[A-Za-z0-9_-]+", part) else quoted(part))
+            shown = part if len(part) <= MAX_WORD else f"{part[:MAX_WORD]}... ({len(part):,} letters)"
+            text += ("." if text else "") + (part if re.fullmatch(r"[A-Za-z0-9_-]+", shown) else quoted(shown))
     return text
 
 
@@ -87,6 +91,8 @@ def describe_value(value: object) -> str:
 
 def nearest(word: str, names: Iterable[str]) -> str | None:
     """Return the name that `word` was most likely meant to be, in any case of letters; None if no name is close."""
+    if len(word) > MAX_WORD:
+        return None
     by_lower = {name.lower(): name for name in names}
     found = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.7)
     return by_lower[found[0]] if found else None
@@ -104,12 +110,16 @@ def validation_problems(
         hints: unknown key -> what to write instead, for keys that `root` knows nothing of.
     """
     problems: dict[Location, str] = {}
+    num_unknown = 0
     expected: dict[Location, list[str]] = {}  # a value that no member of a union takes has one entry for each
     for detail in error.errors(include_url=False):
         spot = ErrorPlace.of(detail["loc"], root)
         location = spot.location
         if detail["type"] == "extra_forbidden":
-            problems[location] = f"unknown key{suggestion(spot, root, hints)}"
+            num_unknown += 1
+            problems[location] = "unknown key" + (
+                suggestion(spot, root, hints) if num_unknown <= MAX_SUGGESTIONS else ""
+            )
         elif detail["type"] == "missing":
             problems[location] = "missing, and required"
         elif detail["type"] == "value_error":
@@ -159,11 +169,7 @@ def suggestion(spot: "ErrorPlace", root: type[Settings], hints: Mapping[str, str
         return f"; {hints[word]}"
     if owners := [type_name(choice) for choice in spot.choices if key in choice.model_fields]:
         return f" of type {quoted(type_name(spot.table))}; only {' and '.join(map(quoted, owners))} has it"
-    places: dict[str, list[str]] = {}
-    for name, table in tables(root):
-        for field in table.model_fields:
-            if name not in places.setdefault(field, []):
-                places[field].append(name)
+    places = places_of_keys(root)
     if key in places:
         return f"; it belongs {' or '.join(places[key][:MAX_PLACES])}"
     if close := nearest(word, {field: None for choice in spot.choices for field in choice.model_fields}):
@@ -172,6 +178,17 @@ def suggestion(spot: "ErrorPlace", root: type[Settings], hints: Mapping[str, str
         return f"; did you mean {close}, {' or '.join(places[close])}?"
     others = [field for field in spot.table.model_fields if field != "type"]
     return f"; {quoted(name)} has {', '.join(others)}" if (name := type_name(spot.table)) and others else ""
+
+
+@functools.cache
+def places_of_keys(root: type[Settings]) -> dict[str, list[str]]:
+    """Return the tables below a settings class that have a key, by the key."""
+    places: dict[str, list[str]] = {}
+    for name, table in tables(root):
+        for field in table.model_fields:
+            if name not in places.setdefault(field, []):
+                places[field].append(name)
+    return places
 
 
 @dataclass(frozen=True)

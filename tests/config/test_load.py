@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -626,3 +627,28 @@ def test_a_path_that_is_neither_folder_nor_archive_is_refused(project):
 def test_an_optimizer_has_its_name_in_any_spelling(project, written, meant):
     loaded = project.load({"optimizer": {"type": written, "lr": 1e-4}})
     assert loaded.config.optimizer.type == meant
+
+
+def test_twenty_thousand_unknown_keys_are_all_named_within_seconds(tmp_path):
+    path = tmp_path / "many.toml"
+    path.write_text("".join(f"unknown_key_{number} = {number}\n" for number in range(20_000)))
+    started = time.process_time()
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert time.process_time() - started < 20  # it took minutes where each key was compared with all there are
+    assert sum("unknown key" in problem for problem in caught.value.problems) == 20_000
+
+
+@pytest.mark.parametrize("key", ["output_dir", "cache_dir", "model.tiny_path", "dataset.directory"])
+def test_a_name_that_no_disk_takes_is_refused(tmp_path, key):
+    path, name = tmp_path / "long.toml", "n" * 300
+    path.write_text("")
+    value = f"[{{path='{name}'}}]" if key == "dataset.directory" else f"'{name}'"
+    with pytest.raises(ConfigError, match=r"more than 255 bytes|File name too long"):
+        load_config(path, [f"{key}={value}"])
+
+
+def test_a_run_named_by_its_config_has_a_name_with_room_for_what_is_added(trainer):
+    config = trainer.config(run_name=None)
+    config = config.rename(config.with_name("n" * 250 + ".toml"))
+    assert len(load_config(config).run_name) < 150

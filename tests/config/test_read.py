@@ -5,7 +5,7 @@ import tomllib
 import pytest
 
 from anima_train.config.load import load_config
-from anima_train.config.read import apply_override, read_toml
+from anima_train.config.read import MAX_DEPTH, apply_override, read_toml
 from anima_train.core.errors import ConfigError
 
 
@@ -195,3 +195,30 @@ def test_what_a_created_table_lacks_is_a_problem_of_set(project):
     assert project.problems({"adapter": project.absent}, ["adapter.rank=4"]) == [
         '--set adapter.type: missing; expected one of "lora", "full"'
     ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a = " + "[" * 3000 + "]" * 3000,
+        "a = " + "{a = " * 3000 + "1" + "}" * 3000,
+        f"[{'.'.join(['a'] * 3000)}]",
+        f"{'.'.join(['a'] * 3000)} = 1",
+        f"a = {'[' * (MAX_DEPTH + 1)}{']' * (MAX_DEPTH + 1)}",
+    ],
+)
+def test_deep_nesting_is_refused_in_a_sentence(tmp_path, text):
+    path = tmp_path / "deep.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"deep\.toml: .*deep"):
+        read_toml(path)
+    value = text.partition(" = ")[2] or "1"
+    key = "a" if text.startswith("a = ") else text.strip("[] =1")
+    with pytest.raises(ConfigError, match=r"--set a.*deep"):
+        apply_override({}, f"{key}={value}")
+
+
+def test_a_configuration_is_not_nested_too_deeply(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text(f"a.b.c.d = {'[' * 20}{{ e = 1 }}{']' * 20}")
+    assert read_toml(path)["a"]["b"]["c"]["d"]
