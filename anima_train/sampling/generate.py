@@ -19,6 +19,7 @@ from anima_train.sampling.samplers import ErSde, SamplerSetting, Velocity, step_
 if TYPE_CHECKING:
     from anima_train.model.vae import SingleFrameVAE  # imports diffusers; the settings here are read without it
 
+Tell = Callable[[float], object]  # gets a noise level
 Transformer = Callable[[Tensor, Tensor, Tensor], Tensor]  # (latents, t (B, 1), context) -> velocity
 
 
@@ -106,6 +107,7 @@ def generate(
     negative: Float[Tensor, "1 L C"] | None,
     device: torch.device,
     dtype: torch.dtype,
+    tell: Tell = lambda sigma: None,
 ) -> Float[Tensor, "1 16 1 H W"]:
     """Return the latents of a picture, in float32, on the device.
 
@@ -116,13 +118,19 @@ def generate(
         negative: of the negative prompt; not needed, and not used, where `request.is_guided` is false.
         device: of the transformer.
         dtype: what the transformer computes in.
+        tell: gets the noise level before each pass, from 1 down; the same one more than once.
 
     Raises:
         NumericError: the latents are not finite.
     """
     assert request.is_guided <= (negative is not None)
     without = negative.to(device) if request.is_guided and negative is not None else None
-    velocity = guided(transformer, context.to(device), without, request.cfg, dtype)
+    silent = guided(transformer, context.to(device), without, request.cfg, dtype)
+
+    def velocity(x: Tensor, level: float) -> Tensor:
+        tell(level)
+        return silent(x, level)
+
     noise = initial_noise(request.seed, request.width, request.height).to(device)
     levels = request.schedule.sigmas(request.steps, request.shift)
     latents = request.sampler.sample(velocity, noise, levels, request.shift, step_noise(noise, request.seed))

@@ -13,7 +13,7 @@ from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX
 from anima_train.model.loading import ModelFiles, ModelSpec, load_llm_adapter, load_transformer
 from anima_train.model.text import load_text_encoder, load_tokenizers
 from anima_train.model.vae import load_vae
-from anima_train.sampling.generate import Request, decode, generate
+from anima_train.sampling.generate import Request, Tell, decode, generate
 from anima_train.sampling.grids import Cell, ChosenLora
 from anima_train.sampling.pictures import UsedLora, UsedWeights, save_picture
 from anima_train.sampling.prompts import context_of, prompt_states
@@ -63,11 +63,13 @@ class LoraSwitch:
         self.loras = loras
 
 
-def sample(spec: ModelSpec, cells: Sequence[Cell], folder: Path) -> Iterator[tuple[int, Path]]:
+def sample(
+    spec: ModelSpec, cells: Sequence[Cell], folder: Path, tell: Tell = lambda sigma: None
+) -> Iterator[tuple[int, Path]]:
     """Draw each cell and write it into the folder; yield its place in `cells` and its path.
 
     Those with the same LoRAs are drawn together. The text encoder is freed before the transformer is loaded, which
-    stays beside the VAE until the end.
+    stays beside the VAE until the end. `tell` gets the noise level before each pass of the transformer.
 
     Raises:
         ModelFileError: a file is damaged, or does not fit; before anything large is loaded.
@@ -100,7 +102,7 @@ def sample(spec: ModelSpec, cells: Sequence[Cell], folder: Path) -> Iterator[tup
             request = cells[place].request
             words = llm_adapter_loras(loras)
             context, negative = contexts[words, request.prompt], contexts.get((words, request.negative_prompt))
-            latents = generate(transformer, request, context, negative, device, dtype)
+            latents = generate(transformer, request, context, negative, device, dtype, tell)
             yield place, save_picture(folder, decode(vae, latents), request, weights)
 
 

@@ -111,11 +111,12 @@ class PeriodicTasks:
         is_last = state.step == self.schedule.num_steps
         if request.waits or is_last:
             self.late.tell_all()  # not before the request: all processes do it in the same step
-        if self.writes:
-            if request.weights and not is_last:
-                self.save_weights(state.step)
-            if request.state:
-                self.save_state(state.step, pending)
+        if self.writes and request.waits:
+            with self.log.progress.doing("saving"):
+                if request.weights and not is_last:
+                    self.save_weights(state.step)
+                if request.state:
+                    self.save_state(state.step, pending)
         if request.exit_code is not None and (pending or not is_last):
             self.wait_for_writes()
             raise Interrupted(f"after step {state.step}; {RESUME_HINT}", request.exit_code)
@@ -135,7 +136,8 @@ class PeriodicTasks:
                 ("an evaluation", self.evaluated) if name == "evaluation" else ("a preview", None)
             )
             try:
-                makers[name]()
+                with self.log.progress.doing(name):
+                    makers[name]()
             except Abandoned:
                 left.append(name)
             patient_barrier(self.context.accelerator)  # one process draws
@@ -292,10 +294,11 @@ class PeriodicTasks:
     def finish(self) -> Path:
         """Save the weights after the last step, and note that the run has come to its end; return their path."""
         folder = self.context.folder
-        if self.writes:
-            self.save_weights(None)
-        if self.context.is_main:
+        with self.log.progress.doing("saving"):
+            if self.writes:
+                self.save_weights(None)
             self.writer.wait()
+        if self.context.is_main:
             seen = seen_facts(self.plan, self.schedule, self.schedule.num_steps)
             write_text(folder.path / "seen.json", json.dumps(seen, indent=1))
             folder.finish()
@@ -305,5 +308,6 @@ class PeriodicTasks:
 
     def wait_for_writes(self) -> None:
         """Wait until all is written: a process that leaves while another one saves would end that, too."""
-        self.writer.wait()
-        patient_barrier(self.context.accelerator)
+        with self.log.progress.doing("saving"):
+            self.writer.wait()
+            patient_barrier(self.context.accelerator)
