@@ -2,14 +2,15 @@
 
 import contextlib
 import json
+import os
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from anima_train.core.errors import ConfigError, SpaceError
+from anima_train.core.errors import ConfigError, Interrupted, SpaceError
 from anima_train.core.files import UNWRITABLE, disk_errors, sync, write_text
 from anima_train.core.format import Listing, printable
 
@@ -28,7 +29,9 @@ class RunFolder:
         self.warnings_path = self.path / "warnings.jsonl"
         self.lists_path = self.path / "lists.txt"  # of this start: what messages name the first entries of
         self.records = (self.metrics_path, self.evaluations_path, self.warnings_path)
-        self.lock = FileLock(self.path / ".lock")
+        self.lock_path = self.path / ".lock"
+        self.lock = FileLock(self.lock_path)
+        self.identity: tuple[int, int] | None = None  # of the folder that was opened
 
     @property
     def where_lists_are(self) -> str:
@@ -83,6 +86,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock.acquire(timeout=0)
             self.lists_path.unlink(missing_ok=True)
+            self.identity = identity(self.path)
         except Timeout:
             raise ConfigError(f"{self.path}: another process is training in this folder") from None
         except OSError as error:
@@ -95,6 +99,42 @@ class RunFolder:
         """Give the folder back."""
         self.lock.release()
 
+    def check(self) -> None:
+        """Check that the folder is the one that was opened: what is written into another one would be of half a run.
+
+        Raises:
+            SpaceError: it is gone.
+        """
+        try:
+            is_gone = identity(self.path) != self.identity
+        except OSError:
+            is_gone = True
+        if is_gone and self.identity is not None:
+            raise SpaceError(
+                f"{self.path}: the folder of the run is gone: removed, renamed, or its disk is away; nothing more can "
+                "be saved. Put it back, and the same command resumes from its newest state"
+            )
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Report whatever fails inside because the folder is gone, or a file in it cannot be written, as what it is.
+
+        Raises:
+            SpaceError: instead of an error without a message for people.
+        """
+        try:
+            yield
+        except Interrupted:
+            raise
+        except Exception as error:
+            self.check()
+            if isinstance(error, OSError) and error.filename is not None:
+                path = Path(os.fsdecode(error.filename))
+                if self.path.absolute() in path.absolute().parents:
+                    problem = f"{path}: cannot be written ({error.strerror}); earlier files are intact"
+                    raise SpaceError(problem) from error
+            raise
+
     def start_records(self, source: Path | None, num_steps: int, pending: Collection[str]) -> None:
         """Keep of what a run has logged what is not made again.
 
@@ -102,7 +142,11 @@ class RunFolder:
             source: folder of the run that is continued; None: nothing is kept.
             num_steps: steps that are not made again.
             pending: what was not made after the last of them.
+
+        Raises:
+            SpaceError: the folder is gone, or the disk is full.
         """
+        self.check()
         for path in self.records:
             first = 1 if path == self.warnings_path else 0  # those before the first step are logged at each start
             last = num_steps - 1 if path == self.evaluations_path and "evaluation" in pending else num_steps
@@ -143,14 +187,22 @@ class RunFolder:
         """Append one JSON object as a line.
 
         Raises:
-            SpaceError: the disk is full; a line that is cut off is forgotten when the run is resumed.
+            SpaceError: the folder is gone, or the disk is full; a line that is cut off is forgotten when the run is
+                resumed.
         """
         self.append(path, json.dumps(values) + "\n")
 
     def append(self, path: Path, text: str) -> None:
         """Append to a file; raises as `log` does."""
+        self.check()
         with disk_errors(path, len(text)), open(path, "a", encoding="utf-8") as file:
             file.write(text)
+
+
+def identity(path: Path) -> tuple[int, int]:
+    """Return what tells a file or a folder from another one of the same name: its disk and its number there."""
+    facts = path.stat()
+    return facts.st_dev, facts.st_ino
 
 
 def step_of(line: str) -> int:

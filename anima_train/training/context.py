@@ -110,6 +110,7 @@ def run_context(loaded: LoadedConfig, resume: bool, resume_path: Path | None) ->
             stack.callback(folder.close)
             stack.enter_context(lists_kept(folder))
             speaker.where = folder.where_lists_are
+            stack.enter_context(folder.watched())
         signals = stack.enter_context(SignalHandler(folder.path))
         yield RunContext(
             loaded, accelerator, folder, point, signals, warnings, stack, MemoryContext("loading the model"),

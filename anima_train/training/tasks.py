@@ -197,6 +197,7 @@ class PeriodicTasks:
                 with state.averaged():
                     lockstep.follow()
             return
+        self.context.folder.check()
         model = self.context.accelerator.unwrap_model(state.model, keep_fp32_wrapper=True)
 
         def lead(kind: int, make: Callable[[], Tensor]) -> Tensor:
@@ -234,6 +235,7 @@ class PeriodicTasks:
         )  # fmt: skip
 
         def write(groups: Groups) -> None:
+            self.context.folder.check()  # or it would be made again, without what it held
             save_weights(path, groups["weights"], metadata)
             if config.adapter.is_without_effect(read_tensors(open_header(path))):
                 has_masks = any(sample.has_mask for sample in self.plan.samples)
@@ -265,6 +267,7 @@ class PeriodicTasks:
         )
 
         def write(groups: Groups) -> None:
+            folder.check()
             folder.sync()  # what was logged before the state
             save_state(folder.checkpoints, facts, groups, keep_last)
 
@@ -300,6 +303,7 @@ class PeriodicTasks:
             self.writer.wait()
         if self.context.is_main:
             seen = seen_facts(self.plan, self.schedule, self.schedule.num_steps)
+            folder.check()
             write_text(folder.path / "seen.json", json.dumps(seen, indent=1))
             folder.finish()
             logger.info("saved %s", folder.weights_path(None))
