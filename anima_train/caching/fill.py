@@ -8,7 +8,7 @@ lock, so that each finds what the one before it has made.
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,7 +38,7 @@ from anima_train.data.image_headers import BadImage, Unreadable
 from anima_train.data.loader import Entry, read_ahead
 from anima_train.data.samples import View
 from anima_train.model.loading import ModelSpec
-from anima_train.model.text import Tokenizers, count_tokens, load_tokenizers
+from anima_train.model.text import TokenCounts, Tokenizers, count_tokens, load_tokenizers
 from anima_train.model.vae import load_vae, to_pixels
 
 logger = logging.getLogger(__name__)
@@ -87,11 +87,8 @@ def fill_cache(
     missing = missing_entries(needed)
     tokenizers = load_tokenizers(model.files.tokenizer, model.files.t5_tokenizer) if missing.texts else None
     if ranks.is_main:
-        texts = (entry.source for entry in missing.texts)
-        lengths = {} if tokenizers is None else count_tokens(tokenizers, texts, model.max_tokens)
-        for message in truncated(lengths, missing.owners):
+        for message in truncated(require_room(missing, model, tokenizers, first_files), missing.owners):
             logger.warning(message)
-        require_space([*cache_needs(missing, lengths, TextFormat.of(model)), *first_files], CACHE_REMEDY)
     made: Counter[str] = Counter()
     with contextlib.ExitStack() as locks, name_missing_latents(missing.latents):
         if ranks.is_main:
@@ -105,6 +102,26 @@ def fill_cache(
             made += make_entries(missing.share(index, number), model, tokenizers, ranks, batch_size)
         meet()
     return made
+
+
+def require_room(
+    missing: CacheEntries, model: ModelSpec, tokenizers: Tokenizers | None, first_files: Sequence[DiskRequirement]
+) -> Mapping[str, TokenCounts]:
+    """Check that the disks have room for missing entries, and return the lengths of their captions.
+
+    Args:
+        missing: the entries.
+        model: that makes them.
+        tokenizers: its own; None where no caption is missing.
+        first_files: that will be written after them, and must have room beside them.
+
+    Raises:
+        SpaceError: a disk will not hold it.
+    """
+    texts = (entry.source for entry in missing.texts)
+    lengths = {} if tokenizers is None else count_tokens(tokenizers, texts, model.max_tokens)
+    require_space([*cache_needs(missing, lengths, TextFormat.of(model)), *first_files], CACHE_REMEDY)
+    return lengths
 
 
 def lock_all(caches: Iterable[Cache], locks: contextlib.ExitStack) -> None:
@@ -142,15 +159,16 @@ def make_entries(
         with contextlib.suppress(SpaceError):  # what is to be written next will tell it better
             cache.note_schema()
     num_threads = num_decoding_threads(ranks.local_world_size)
+    progress = ranks.is_main and logger.isEnabledFor(logging.INFO)
     with EntryWriter() as writer:
         if entries.latents:
-            encode_latents(entries.latents, model, batch_size, num_threads, ranks.is_main, writer)
+            encode_latents(entries.latents, model, batch_size, num_threads, progress, writer)
             release_memory(model.device)
         if entries.masks:
             store_masks(entries.masks, num_threads, writer)
         if entries.texts:
             assert tokenizers is not None
-            encode_texts(entries.texts, model, tokenizers, batch_size, ranks.is_main, writer)
+            encode_texts(entries.texts, model, tokenizers, batch_size, progress, writer)
             release_memory(model.text_device)
     return writer.made
 

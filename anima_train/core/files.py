@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from anima_train.core.errors import SpaceError
+from anima_train.core.errors import ConfigError, SpaceError
 from anima_train.core.format import format_bytes
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
@@ -46,6 +46,33 @@ def existing_folder(folder: Path) -> Path:
     """Return the folder, or the nearest one above it that exists."""
     folder = folder.absolute()
     return next(place for place in (folder, *folder.parents) if os.path.isdir(place))
+
+
+def check_writable(folder: Path, name: str) -> None:
+    """Check that a folder can be made, or written if it is there; nothing is left behind.
+
+    Args:
+        folder: that will be written.
+        name: of the key that says where it is.
+
+    Raises:
+        ConfigError: it cannot be a folder.
+        SpaceError: it, or the one in which it would be made, cannot be written.
+    """
+    place = folder.absolute()
+    try:
+        while not place.exists():
+            if place.is_symlink():
+                raise ConfigError(f"{name}: {place} is a link that leads nowhere; set another folder")
+            place = place.parent
+    except OSError as error:  # a name that is too long
+        raise ConfigError(f"{name}: {folder} cannot be written ({error.strerror}); set another folder") from error
+    if not place.is_dir():
+        raise ConfigError(f"{name}: {place} is a file, where a folder is needed; set another folder")
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".", suffix=".tmp", dir=place))
+    except OSError as error:
+        raise SpaceError(f"{name}: {place} cannot be written ({error.strerror}); set another folder") from error
 
 
 def free_bytes(folder: Path) -> float:

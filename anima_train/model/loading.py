@@ -15,9 +15,10 @@ from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX, is_buffer, key_prefix, validate_kind
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
 from anima_train.model.quantized import Quantization, quantize_linear
-from anima_train.model.safetensors_io import TensorFile, load_into, open_header, read_tensors
-from anima_train.model.text import open_text_encoder
+from anima_train.model.safetensors_io import TensorFile, load_into, match_keys, open_header, read_tensors
+from anima_train.model.text import Tokenizers, empty_text_encoder, open_text_encoder
 from anima_train.model.text_quantized import TextQuantization, stored_bytes
+from anima_train.model.vae import open_vae
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,27 @@ class ModelFiles:
         if problems or (problems := list(self.incompatibilities())):
             raise ModelFileError(problems)
 
+    def check_keys(self, tokenizers: Tokenizers) -> None:
+        """Check that each file holds exactly the weights of its part, as loading it would; none is read.
+
+        Raises:
+            ModelFileError: every wrong file at once.
+        """
+        problems: list[str] = []
+        checks: list[Callable[[], object]] = [
+            lambda: empty_transformer(self),
+            lambda: empty_llm_adapter(self),
+            lambda: open_vae(self.vae),
+            lambda: empty_text_encoder(self.llm, tokenizers),
+        ]
+        for check in checks:
+            try:
+                check()
+            except ModelFileError as error:
+                problems.extend(error.problems)
+        if problems:
+            raise ModelFileError(problems)
+
     def incompatibilities(self) -> Iterator[str]:
         """Yield the mistakes of parts that are each right, and of different models."""
         llm_adapter = LLMAdapterShape.of(self.llm_adapter_header.entries)
@@ -122,11 +144,33 @@ class ModelSpec:
 
 def load_llm_adapter(files: ModelFiles, dtype: torch.dtype, device: torch.device) -> LLMAdapter:
     """Load the LLM adapter, frozen."""
+    llm_adapter, header, what = empty_llm_adapter(files)
+    load_into(llm_adapter, header, what, dtype, device)
+    return llm_adapter
+
+
+def empty_llm_adapter(files: ModelFiles) -> tuple[LLMAdapter, TensorFile, str]:
+    """Return the LLM adapter without its weights, the file that has exactly these, and its name in messages.
+
+    Raises:
+        ModelFileError: the file has others.
+    """
     header = files.llm_adapter_header
     with torch.device("meta"):
         llm_adapter = LLMAdapter(LLMAdapterShape.of(header.entries))
-    load_into(llm_adapter, header, f"LLM adapter in {header.path}", dtype, device)
-    return llm_adapter
+    what = f"LLM adapter in {header.path}"
+    match_keys(header.entries, llm_adapter.state_dict(), what)
+    return llm_adapter, header, what
+
+
+def empty_transformer(files: ModelFiles) -> tuple[MiniTrainDIT, TensorFile, str]:
+    """Return the transformer as `empty_llm_adapter` does the LLM adapter."""
+    header = files.transformer_header
+    with torch.device("meta"):
+        transformer = MiniTrainDIT(TransformerShape.of(header.entries))
+    what = f"model.transformer_path {header.path}"
+    match_keys(header.entries, transformer.state_dict(), what)
+    return transformer, header, what
 
 
 def load_transformer(
@@ -138,11 +182,8 @@ def load_transformer(
     Weights are quantised one by one on the device, so that no two of them are there in another dtype. Blocks that are
     to be swapped are left in the host's memory, for `BlockSwap`; of these the quantised ones come back at once.
     """
-    header = files.transformer_header
-    with torch.device("meta"):
-        transformer = MiniTrainDIT(TransformerShape.of(header.entries))
+    transformer, header, what = empty_transformer(files)
     swapped = swapped_blocks(len(transformer.blocks), blocks_to_swap)
-    what = f"model.transformer_path {header.path}"
 
     def replace(name: str, tensor: Tensor) -> bool:
         if quantization is None or not quantize_linear(transformer, name, tensor.to(device), quantization, dtype):

@@ -230,6 +230,27 @@ def load_text_encoder(
         ConfigError: the library that quantises is missing.
         ModelFileError: missing or damaged file, another kind of model, or tensors missing, unexpected or misshapen.
     """
+    files, model = empty_text_encoder(path, tokenizers)
+    quantizer = None if quantization is None else TextQuantizer(model, quantization, device)
+    # Weight by weight: `.to(float32)` on a model loaded in bfloat16 would keep a rounded `inv_freq`.
+    state = {
+        name: tensor.to(device=device, dtype=torch.float32)
+        for file in files
+        for name, tensor in read_tensors(file)
+        if quantizer is None or not quantizer.replace(name, tensor)
+    }
+    model.load_state_dict(state, assign=True, strict=quantizer is None)
+    if quantizer is not None:
+        quantizer.tell()
+    return TextEncoder(model.to(device).eval().requires_grad_(False), tokenizers.qwen.pad_token_id)
+
+
+def empty_text_encoder(path: Path, tokenizers: Tokenizers) -> tuple[list[TensorFile], Qwen3Model]:
+    """Return the headers of a text encoder's files, and the model without its weights, to which they fit.
+
+    Raises:
+        ModelFileError: as `load_text_encoder`.
+    """
     files = open_shards(path)
     merged = merge(path, files)
     validate_kind(merged, "text_encoder")
@@ -245,18 +266,7 @@ def load_text_encoder(
     except (LookupError, ArithmeticError, RuntimeError, ValueError, TypeError) as error:  # numbers without sense
         raise ModelFileError(f"{KEY}: no Qwen3 model can be built as {path} describes it ({error})") from error
     match_keys(merged.entries, model.state_dict(), f"{KEY}: {path}")
-    quantizer = None if quantization is None else TextQuantizer(model, quantization, device)
-    # Weight by weight: `.to(float32)` on a model loaded in bfloat16 would keep a rounded `inv_freq`.
-    state = {
-        name: tensor.to(device=device, dtype=torch.float32)
-        for file in files
-        for name, tensor in read_tensors(file)
-        if quantizer is None or not quantizer.replace(name, tensor)
-    }
-    model.load_state_dict(state, assign=True, strict=quantizer is None)
-    if quantizer is not None:
-        quantizer.tell()
-    return TextEncoder(model.to(device).eval().requires_grad_(False), tokenizers.qwen.pad_token_id)
+    return files, model
 
 
 def open_text_encoder(path: Path) -> TensorFile:

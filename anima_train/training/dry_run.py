@@ -1,15 +1,28 @@
 """The description of a run, made without running it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from anima_train.caching.entries import CacheEntries, missing_entries, needed_entries, text_identity, vae_identity
+from anima_train.caching.fill import require_room
+from anima_train.checkpoint.disk_space import first_requirements
+from anima_train.checkpoint.resume import is_locked
 from anima_train.config.ladder import rungs
 from anima_train.config.load import LoadedConfig
 from anima_train.config.plan_notes import plan_notes
+from anima_train.core.errors import ConfigError
+from anima_train.core.files import DiskRequirement, check_writable
 from anima_train.core.format import format_bytes, message_lines
+from anima_train.data.plan import Plan
 from anima_train.data.scan import Scan
+from anima_train.model.attention_choice import AttentionSetting, AttentionShape, choose_attention
 from anima_train.model.loading import ModelSpec
+from anima_train.model.text import load_tokenizers
 from anima_train.optim.groups import group_rows
+from anima_train.run.folder import RunFolder
+from anima_train.sampling.generate import Request
+from anima_train.sampling.pipeline import texts_of
+from anima_train.sampling.prompts import tokenize_prompt
 from anima_train.training.build import (
     check_blocks,
     check_compiler,
@@ -20,12 +33,14 @@ from anima_train.training.build import (
 )  # fmt: skip
 from anima_train.training.divided import check_can_divide
 from anima_train.training.ladder import choose_here, num_blocks
+from anima_train.training.memory_check import extremes
 from anima_train.training.summary import data_messages, groups_text, plan_text
 
 
 def describe_run(
-    loaded: LoadedConfig, spec: ModelSpec, scans: Mapping[str, Scan], num_processes: int, divides: bool = False
-) -> list[str]:
+    loaded: LoadedConfig, spec: ModelSpec, scans: Mapping[str, Scan], num_processes: int, divides: bool = False,
+    starts: bool = False,
+) -> list[str]:  # fmt: skip
     """Return lines about the data, the memory, the plan, what is trained, and the files that the run would write.
 
     Args:
@@ -34,8 +49,10 @@ def describe_run(
         scans: by the set's name; "train" is trained.
         num_processes: that train.
         divides: True if they divide the transformer among them.
+        starts: True to refuse what the start of the run would refuse, too.
 
     Raises:
+        UserError: `starts`, as `check_start`.
         ConfigError: the run would have no step, no compiler where one is asked for, too few blocks to swap, something
             that cannot be divided, or no room in `max_memory_gib`.
     """
@@ -60,4 +77,49 @@ def describe_run(
     lines.append(f"files: {planned.described()}: {format_bytes(planned.num_bytes)} in all")
     if warning := planned.warning(config.keep_last):
         lines.append(f"warning: {warning}")
+    if starts:
+        needed = needed_entries(
+            plan.samples, evaluated, vae_identity(spec.files),
+            text_identity(
+                spec.files, not spec.trains_llm_adapter, spec.dtype, spec.text_quantization, spec.max_tokens
+            ),
+            config.seed, config.uncond_fraction > 0, config.model.cache_text_embeddings,
+        )  # fmt: skip
+        prompts = [] if config.sampling is None else config.sampling.prompts
+        first = first_requirements(folder, file_sizes(config, spec), config.saves_states)
+        run = RunFolder(Path(config.output_dir), loaded.run_name)
+        check_start(spec, run, plan, config.attention, prompts, needed, first)
     return lines
+
+
+def check_start(
+    spec: ModelSpec, folder: RunFolder, plan: Plan, attention: AttentionSetting, prompts: Sequence[Request],
+    needed: CacheEntries, first_files: Sequence[DiskRequirement],
+) -> None:  # fmt: skip
+    """Refuse what the start of a run would refuse, without making anything.
+
+    Args:
+        spec: the model.
+        folder: of the run.
+        plan: of its batches.
+        attention: the kernel that the configuration asks for.
+        prompts: of its previews.
+        needed: the entries of the cache.
+        first_files: that are written beside the cache.
+
+    Raises:
+        ConfigError: the folder cannot be one, or another process trains in it; the kernel of attention does not work
+            here; a prompt cannot be read.
+        ModelFileError: a file lacks weights, or has others.
+        SpaceError: the folder cannot be written, or the disk has no room for the cache and the first files.
+    """
+    check_writable(folder.path, "output_dir")
+    if folder.lock_path.exists() and is_locked(folder):
+        raise ConfigError(f"{folder.path}: another process is training in this folder")
+    tokenizers = load_tokenizers(spec.files.tokenizer, spec.files.t5_tokenizer)
+    spec.files.check_keys(tokenizers)
+    for text in texts_of(prompts):
+        tokenize_prompt(tokenizers, text)
+    size, batch_size = extremes(plan)[-1]
+    choose_attention(attention, spec.device, spec.dtype, AttentionShape.of(spec.files, batch_size, size.num_tokens))
+    require_room(missing_entries(needed), spec, tokenizers, first_files)

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import torch
 
+from anima_train.checkpoint.resume import find_resume_point
 from anima_train.config.launch import launch_settings
 from anima_train.config.load import LoadedConfig
 from anima_train.config.model_files import build_model_spec
+from anima_train.config.resolved import plain
 from anima_train.core.determinism import deterministic_kernels
 from anima_train.core.device import choose_device, describe_device
 from anima_train.core.random import derive
@@ -63,12 +65,14 @@ def run_training(
     config, device = loaded.config, choose_device()
     launch = read_environment(os.environ, launch_settings(config, world_size()))
     loaded = replace(loaded, notes=(*loaded.notes, *launch.notes))
+    point = find_resume_point(plain(config), loaded.run_name, resume, resume_path)
+    loaded = replace(loaded, run_name=point.run_name)
     if rank() == 0:
         with logged_to(terminal(is_main=True)):
             spec = build_model_spec(config, device)
             logger.info("%s", describe_device(device, spec.dtype))
             scans = scan_all((loaded.train, *loaded.evals), config.seed, write=True)
-            for line in describe_run(loaded, spec, scans, world_size(), launch.shards):
+            for line in (*point.notes, *describe_run(loaded, spec, scans, world_size(), launch.shards, starts=True)):
                 logger.info("%s", line)
     return None
 
