@@ -4,10 +4,12 @@ The modules of the commands hold what `--help` shows and import their work insid
 slip of the pen need not wait for torch, nor a refused configuration for transformers and diffusers.
 """
 
+import errno
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -22,12 +24,16 @@ from anima_train.cli.sample import sample
 from anima_train.cli.streams import outlive_readers
 from anima_train.cli.tiny import tiny
 from anima_train.cli.train import train, with_resume_path
+from anima_train.core.errors import ConfigError
+from anima_train.core.interrupts import ctrl_c_in_one_line
 from anima_train.distributed.failures import run_program
+from anima_train.distributed.launcher import rank
 
 COMMANDS: tuple[Callable[..., None], ...] = (
     train, check, report, sample, cache, convert, tiny, download, reference,
 )  # fmt: skip
 NAMES = [command.__name__ for command in COMMANDS]
+USAGE_ERROR: Any = typer.BadParameter.__base__  # click's, or that of typer's own copy of click
 OTHERS = f"`anima-train COMMAND` is the same as `anima COMMAND`: {', '.join(NAMES)}."
 
 
@@ -41,18 +47,21 @@ def application(commands: tuple[Callable[..., None], ...], text: str, more: str 
     """
     names = {"help_option_names": ["--help", "-h"]}
     app = typer.Typer(
-        help=text, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, context_settings=names,
+        help=text, no_args_is_help=False, pretty_exceptions_enable=False, context_settings=names,
         rich_markup_mode=None,  # rich would take longer than everything else that `--help` needs
     )  # fmt: skip
     for command in commands:
         app.command(context_settings=names, epilog=more)(command)
     if len(commands) > 1:
-        app.callback()(takes_version)
+        app.callback(invoke_without_command=True)(without_command)
     return app
 
 
-def takes_version(version: Version = False) -> None:
-    """Take the option --version before a command."""
+def without_command(context: typer.Context, version: Version = False) -> None:
+    """Take the option --version before a command; where there is no command, show the help."""
+    if context.invoked_subcommand is None:
+        print(context.get_help(), file=sys.stderr)
+        raise typer.Exit(2)
 
 
 def main() -> None:
@@ -76,4 +85,25 @@ def is_command(word: str = "") -> bool:
 def run(app: typer.Typer) -> None:
     """Run an application; a user's mistake is a message, a fault of ours a traceback."""
     outlive_readers()
-    run_program(lambda: app(args=with_resume_path(sys.argv[1:])))
+    with ctrl_c_in_one_line(is_main=rank() == 0):
+        run_program(lambda: obey(app, with_resume_path(sys.argv[1:])))
+
+
+def obey(app: typer.Typer, arguments: list[str]) -> None:
+    """Run the command that the arguments ask for, and end with its exit code.
+
+    Raises:
+        ConfigError: there is no such command or option, or a value is none; its usage is printed. Or a path is one that
+            no disk takes.
+    """
+    try:
+        sys.exit(app(args=arguments, standalone_mode=False))
+    except USAGE_ERROR as error:
+        if (context := error.ctx) is not None:
+            hint = f"Try '{context.command_path} {context.help_option_names[0]}' for help.\n"
+            print(f"{context.get_usage()}\n{hint}", file=sys.stderr)
+        raise ConfigError(error.format_message()) from error
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise ConfigError(f"{error.filename}: {error.strerror}; a name has at most 255 bytes") from error

@@ -1,5 +1,8 @@
-"""Output that nobody reads any more, as after `| head` or in a terminal that was closed, stops nothing."""
+"""Output stops nothing: nobody may read it any more, as after `| head` or in a terminal that was closed, and it may be
+unable to show a character, as in ASCII or cp1252.
+"""
 
+import io
 import os
 import sys
 from typing import Any, TextIO
@@ -10,9 +13,12 @@ class Unread:
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
+        self.is_inside_line = False  # after what was written last, such as a progress bar
 
     def write(self, text: str) -> int:
         """Write, or lose it."""
+        if text:
+            self.is_inside_line = not text.endswith("\n")
         try:
             return self.stream.write(text)
         except OSError:
@@ -37,10 +43,16 @@ class Unread:
 
 
 def outlive_readers() -> None:
-    """Have stdout and stderr outlive whoever reads them; one that was closed from the beginning leads nowhere."""
+    """Have stdout and stderr outlive whoever reads them, and escape what they cannot show.
+
+    One that was closed from the beginning leads nowhere. Each line is written at once: in a log of both they stand in
+    order, and none is lost where the process ends at once.
+    """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by `>&-`
             stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # until the end of the process
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
         if not isinstance(stream, Unread):
             setattr(sys, name, Unread(stream))

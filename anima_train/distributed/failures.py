@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from anima_train.core.errors import Interrupted, UserError
 from anima_train.core.format import message_lines, printable_lines
+from anima_train.core.interrupts import INTERRUPTED
 from anima_train.distributed.launcher import rank, world_size
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
@@ -37,13 +38,13 @@ def run_program(work: Callable[[], None]) -> None:
     """Run the program of this process; a user's mistake is a message, a fault of ours a traceback."""
     try:
         record_failures(lambda: give_precedence(work))
+    except KeyboardInterrupt:  # which has said so already
+        leave(INTERRUPTED)
     except UserError as error:
         if not isinstance(error, ProcessLost):  # which is printed already
             print_error(error)
         leave(error.exit_code)
-    except Exception as error:
-        if world_size() == 1:
-            raise
+    except Exception as error:  # noqa: BLE001  # printed with its traceback, and the process ends
         print_error(error)
         leave(1)
 
@@ -96,16 +97,25 @@ def give_precedence(work: Callable[[], None]) -> None:
 
 
 def print_error(error: Exception) -> None:
-    """Print an error, with the number of the process if there are several; a fault of ours with its traceback."""
+    """Print an error, with the number of the process if there are several; a fault of ours with its traceback.
+
+    Each of its problems begins a line, whatever has been written before it: an unfinished one is ended.
+    """
     is_stop = isinstance(error, Interrupted)  # all processes stop together: one says so
     name = f" (process {rank()})" if world_size() > 1 and not is_stop else ""
     if not isinstance(error, UserError):
         traceback.print_exception(error)
-        print(f"error{name}: {type(error).__name__}: {printable_lines(str(error))}", file=sys.stderr)
+        lines = [f"error{name}: {type(error).__name__}: {printable_lines(str(error))}"]
     elif rank() == 0 or not is_stop:
+        lines = []
         for problem in error.problems:
             first, *entries = message_lines(problem, error.where)
-            print(f"{error.label}{name}: {printable_lines(first)}", *entries, sep="\n", file=sys.stderr)
+            lines += [f"{error.label}{name}: {printable_lines(first)}", *entries]
+    else:
+        return
+    # Another process may be in the middle of its line.
+    is_inside_line = world_size() > 1 or getattr(sys.stderr, "is_inside_line", False)
+    sys.stderr.write("\n" * is_inside_line + "".join(f"{line}\n" for line in lines))
 
 
 def leave(exit_code: int) -> None:

@@ -1,13 +1,15 @@
 """The requests that signals and files make of a run: to save its state now, and perhaps to stop there.
 
-SIGTERM, SIGUSR1 (which clusters send before a deadline) and the first Ctrl-C save after the step that is being made and
-stop; an evaluation or preview that is being made is left, and made by the process that resumes. Before the first step,
-where everything done is in the cache already, they stop at once. A second Ctrl-C stops at once in any case. The files
-`save` and `save_quit` in the run's folder do the same without a signal.
+SIGTERM, SIGHUP (the terminal was closed, the connection is gone), SIGUSR1, SIGUSR2 and SIGXCPU (which clusters send
+before a deadline) and the first Ctrl-C save after the step that is being made and stop; an evaluation or preview that
+is being made is left, and made by the process that resumes. Before the first step, where everything done is in the
+cache already, they stop at once. A second Ctrl-C stops at once in any case. The files `save` and `save_quit` in the
+run's folder do the same without a signal.
 """
 
 import os
 import signal
+import socket
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +19,15 @@ from typing import Any
 from accelerate import Accelerator
 
 from anima_train.core.errors import Interrupted
+from anima_train.core.interrupts import INTERRUPTED, tell
 from anima_train.distributed.collectives import any_rank
-from anima_train.distributed.launcher import rank
+from anima_train.distributed.launcher import rank, world_size
 
 SAVE_FILE, QUIT_FILE = "save", "save_quit"
-NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")  # those that the system has
-NOTICE = b"\nstopping after this step; Ctrl-C stops at once\n"
-TERMINATED, INTERRUPTED = 143, 130  # exit codes, as shells count them
+NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")  # those that the system has
+NOTICE = "stopping after this step; Ctrl-C stops at once"
+AT_ONCE = "stopped: at once; what was saved before is whole"
+TERMINATED = 143  # the exit code after all but Ctrl-C: that of SIGTERM, as shells count it
 
 
 class Abandoned(Exception):  # as Interrupted: not an error
@@ -56,11 +60,20 @@ class SignalHandler:
         self.received = 0  # the signal
         self.is_stepping = False
         self.handlers: dict[int, Any] = {}
+        self.wakeup: tuple[socket.socket, int] | None = None  # to which signals are written, and the one before it
 
     def __enter__(self) -> "SignalHandler":
-        for name in NAMES if threading.current_thread() is threading.main_thread() else ():
-            if (number := getattr(signal, name, None)) is not None:
-                self.handlers[number] = signal.signal(number, self.receive)
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        for name in NAMES:
+            number = getattr(signal, name, None)
+            if number is None or (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):  # nohup
+                continue
+            self.handlers[number] = signal.signal(number, self.receive)
+        written, read = socket.socketpair()
+        written.setblocking(False)
+        self.wakeup = written, signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self.watch, args=(read,), name="signals", daemon=True).start()
         return self
 
     def __exit__(
@@ -68,17 +81,37 @@ class SignalHandler:
     ) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        if self.wakeup is not None:
+            written, before = self.wakeup
+            signal.set_wakeup_fd(before)
+            written.close()  # which ends the thread
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal."""
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # the next one stops at once
+        is_first = self.received == 0
         self.received = number
         if not self.is_stepping:
             code = INTERRUPTED if number == signal.SIGINT else TERMINATED
             raise Interrupted("before the first step; what is in the cache stays", code)
-        if rank() == 0:
-            os.write(2, NOTICE)  # not `print`, which a signal may have interrupted
+        if rank() == 0 and is_first:
+            tell(NOTICE)
+
+    def watch(self, received: socket.socket) -> None:
+        """End the process at the second Ctrl-C.
+
+        A thread does it, which gets each signal as it comes: a handler waits until the main thread is out of C, and an
+        exception there may abort the process. torchrun's agent turns the second Ctrl-C into a SIGTERM.
+        """
+        seconds = {signal.SIGINT, signal.SIGTERM} if world_size() > 1 else {signal.SIGINT}
+        is_pressed = False
+        with received:
+            while numbers := received.recv(64):
+                for number in numbers:
+                    if is_pressed and number in seconds:
+                        if rank() == 0:
+                            tell(AT_ONCE)
+                        os._exit(INTERRUPTED)
+                    is_pressed = is_pressed or number == signal.SIGINT
 
     def leave_if_requested(self) -> None:
         """Raise `Abandoned` if this process has received a signal."""

@@ -1,9 +1,13 @@
 """Signals and files stop a run in good order, and it goes on bitwise as if nothing had happened."""
 
+import fcntl
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -12,6 +16,7 @@ import torch
 
 from anima_train.checkpoint.training_state import newest_state
 from anima_train.core.errors import ConfigError, Interrupted
+from anima_train.distributed.signals import SignalHandler
 from anima_train.training import train as train_module
 
 REPO = Path(__file__).parents[2]
@@ -34,19 +39,42 @@ def long_in_the_third_step(*arguments):
 train.compute_loss = long_in_the_third_step
 train_main()
 """
+STOPS = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+STUCK = """
+import hashlib
+from pathlib import Path
+from anima_train.distributed.signals import SignalHandler
+
+with SignalHandler(Path()) as signals:
+    signals.is_stepping = True
+    print("stuck", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # minutes in C, where no handler of Python runs
+"""
 STATES = {"checkpoint_every_n_steps": 1, "adapter": {"dropout": 0.2}}
 
 
-def start(config, processes=1, script=None):
+def start(config, processes=1, script=None, **streams):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(REPO)}
     launch = (
         ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"] if processes > 1 else []
     )
     program = ["-m", "anima_train"] if script is None else ["-c", script]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "preexec_fn": heed_hang_ups, **streams}
     return subprocess.Popen(
         [sys.executable, *launch, *program, str(config)], cwd=REPO, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        start_new_session=True, **streams,
     )  # fmt: skip
+
+
+def heed_hang_ups():
+    """Heed SIGHUP, where these tests run under nohup, too."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def take_terminal():
+    """Make stdin the terminal of this process, which it is told of when it is closed."""
+    heed_hang_ups()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 @pytest.fixture
@@ -89,7 +117,7 @@ def num_lines(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 143)])
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), *((name, 143) for name in STOPS)])
 def test_a_signal_saves_after_the_step_and_resume_is_bitwise(trainer, name, code):
     keys = {"max_steps": STEPS, "adapter": {"dropout": 0.2}}
     whole = trainer("whole", **keys)
@@ -107,6 +135,54 @@ def test_a_signal_saves_after_the_step_and_resume_is_bitwise(trainer, name, code
     resumed = trainer("stopped", resume=True, **keys)
     assert resumed.losses == whole.losses
     assert all(torch.equal(tensor, resumed.weights[key]) for key, tensor in whole.weights.items())
+
+
+def read_waiting(terminal):
+    """Read what a terminal has to show now; not in a thread, which would hold it open."""
+    while select.select([terminal], [], [], 0)[0]:
+        os.read(terminal, 4096)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_terminal_that_is_closed_saves_as_sigterm_does_although_nothing_can_be_written_any_more(trainer, processes):
+    master, slave = pty.openpty()
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), slave)
+    process = start(trainer.config("run", max_steps=2000), processes, preexec_fn=take_terminal, **streams)
+    os.close(slave)
+    run = trainer.folder / "runs" / "run"
+    deadline = time.monotonic() + 120
+    while num_lines(run / "metrics.jsonl") < 3:
+        read_waiting(master)
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.close(master)
+    assert process.wait(timeout=120) == (143 if processes == 1 else 1)  # 1 is the launcher's
+    done = num_lines(run / "metrics.jsonl")
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{done:06d}"]
+    assert (run / "weights" / f"run-s{done:06d}.safetensors").exists()
+
+
+def test_a_second_ctrl_c_ends_a_process_that_is_in_c_for_long():
+    process = start("unused", script=STUCK)
+    assert process.stdout.readline() == "stuck\n"
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)  # two that come together are one
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=10) == ("", "\nstopped: at once; what was saved before is whole\n")
+    assert process.returncode == 130
+
+
+def test_under_nohup_a_hang_up_is_not_heard(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with SignalHandler(tmp_path) as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def interrupt_twice(process):
