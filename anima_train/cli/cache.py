@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from anima_train.cli.options import ConfigPath, Overrides
+from anima_train.cli.options import ConfigPath, Overrides, Quiet
+from anima_train.cli.output import quiet
 from anima_train.distributed.launcher import world_size
 
 PRUNE = (
@@ -22,6 +23,7 @@ def cache(
     overrides: Overrides = None,
     prune: Annotated[bool, typer.Option("--prune", help=PRUNE)] = False,
     verify: Annotated[bool, typer.Option("--verify", help=VERIFY)] = False,
+    quietly: Quiet = False,
 ) -> None:
     """Fill the cache of latents and text without training. Several of these may fill one cache together."""
     from anima_train.config.load import load_config
@@ -39,6 +41,6 @@ def cache(
 
     read_environment(os.environ, launch_settings(loaded.config, world_size()))
     accelerator = make_accelerator(loaded.config.model.uses_autocast, [], Path(loaded.config.output_dir))
-    with process_group(accelerator), logged_to(terminal(accelerator.is_main_process)):
+    with quiet(quietly), process_group(accelerator), logged_to(terminal(accelerator.is_main_process)):
         logging.getLogger(__name__).info("%s", describe_device(accelerator.device, DTYPES[loaded.config.model.dtype]))
         prepare_data(check_same_config(loaded, accelerator), accelerator, prune, verify)

@@ -1,6 +1,7 @@
 """The work of `anima check`: what a run would do, as lines and as a page."""
 
 import contextlib
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from anima_train.caching.entries import needed_entries
 from anima_train.caching.sizes import TextFormat, cache_costs
 from anima_train.caching.text_encoding import encodes_online, truncated
+from anima_train.cli.output import Facts
 from anima_train.config.config import Config
 from anima_train.config.ladder import rungs
 from anima_train.config.load import LoadedConfig
@@ -60,18 +62,22 @@ from anima_train.training.prepare import RefusedData, scan_all
 from anima_train.training.setup import counts_zeros
 from anima_train.training.summary import data_messages
 
+logger = logging.getLogger(__name__)
+
 ANY_MODEL = TextIdentity("", "", "", "", "")  # the number and sizes of cache entries are those of every model
 
 
-def report_check(loaded: LoadedConfig, title: str, measure_steps: int | None, page: Path | None) -> None:
-    """Print what a run would do, measure its steps if their number is given, and write the page if there is to be one.
+def report_check(loaded: LoadedConfig, title: str, measure_steps: int | None, page: Path | None) -> Facts:
+    """Tell what a run would do, measure its steps if their number is given, and write the page if there is to be one.
+
+    Return the same for programs.
 
     Raises:
         ConfigError: the page cannot be written.
         UserError: what is wrong with the model files or the images; the page has all of it.
     """
     try:
-        check_all(loaded, title, measure_steps, page)
+        return check_all(loaded, title, measure_steps, page)
     except UserError as error:
         if page is not None:
             scans = error.scans if isinstance(error, RefusedData) else {}
@@ -83,12 +89,13 @@ def report_check(loaded: LoadedConfig, title: str, measure_steps: int | None, pa
         raise
 
 
-def check_all(loaded: LoadedConfig, title: str, measure_steps: int | None, page: Path | None) -> None:
+def check_all(loaded: LoadedConfig, title: str, measure_steps: int | None, page: Path | None) -> Facts:
     """Do what `report_check` does, where nothing is wrong."""
     config, device = loaded.config, choose_device()
     spec = build_model_spec(config, device)
     scans = scan_all((loaded.train, *loaded.evals), config.seed, write=True)
-    show([describe_device(device, spec.dtype), *describe_run(loaded, spec, scans, num_processes=1)])
+    lines = describe_run(loaded, spec, scans, num_processes=1)
+    show([describe_device(device, spec.dtype), *lines])
     plan, schedule = plan_run(config, scans["train"].samples, num_processes=1)
     memory = choose_here(rungs(config, num_blocks(spec)), spec, plan, schedule)
     config, loaded = memory.rung.config, replace(loaded, config=memory.rung.config)  # as a run on this device has it
@@ -109,6 +116,39 @@ def check_all(loaded: LoadedConfig, title: str, measure_steps: int | None, page:
     show(summary(found))
     if page is not None:
         write_page(page, "pictures", render(found))
+    own_warnings = [line.removeprefix("warning: ") for line in lines if line.startswith("warning: ")]
+    return {
+        "run_name": loaded.run_name,
+        "device": describe_device(device, spec.dtype),
+        "warnings": [*scan_warnings(scans), *own_warnings],
+        "notes": loaded.notes,
+        "datasets": {
+            name: {"images": len({sample.picture.path for sample in scan.samples}), "found": scan.num_images,
+                   "unusable": scan.bad, "skipped": scan.skipped}
+            for name, scan in scans.items()
+        },
+        "buckets": [
+            {"size": str(bucket.size), "images": bucket.num_images, "batch_size": bucket.batch_size,
+             "memory_bytes": None if bucket.memory is None else bucket.memory.total}
+            for bucket in found.sets[0].buckets
+        ],
+        "steps": schedule.num_steps,
+        "steps_in_first_epoch": plan.steps_in(0),
+        "trained": group_rows(trainable_transformer(spec, config.adapter, config.learning_rates(), config.seed),
+                              config.learning_rates()),
+        "cache": found.cache,
+        "measured": measured,
+        "page": page,
+    }  # fmt: skip
+
+
+def scan_warnings(scans: Mapping[str, Scan]) -> list[str]:
+    """Return what is wrong with images and captions, of all datasets."""
+    return [
+        f"dataset {name}: {line}"
+        for name, scan in scans.items()
+        for line in (*(f"cannot be used: {bad}" for bad in scan.bad), *scan.warnings)
+    ]
 
 
 def make_report(
@@ -208,9 +248,10 @@ def write_page(page: Path, shows: str, text: str) -> None:
         write_text(page, text)
     except OSError as error:  # a file where its folder should be, or a name that is none
         raise ConfigError(f"{page} cannot be written ({error.strerror}); choose another place with --html") from error
-    print(f"page with {shows}: {page}")
+    show([f"page with {shows}: {page}"])
 
 
 def show(lines: Iterable[str]) -> None:
-    """Print lines, made fit for a terminal."""
-    print("\n".join(map(printable, lines)))
+    """Tell lines, one by one."""
+    for line in lines:
+        logger.info("%s", printable(line))

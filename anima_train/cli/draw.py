@@ -1,5 +1,6 @@
 """The work of `anima sample`: what the flags ask for, and the pictures, with the sheet and the page of a grid."""
 
+import contextlib
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,9 +12,12 @@ from anima_train.config.prompt_files import HINTS, make_requests, read_lines, re
 from anima_train.config.sections import Sampling
 from anima_train.core.device import choose_device, describe_device
 from anima_train.core.errors import ConfigError
+from anima_train.core.format import printable
 from anima_train.core.settings import quoted
 from anima_train.reports.contact_sheet import save_sheet
 from anima_train.reports.grid_page import write_page
+from anima_train.run.log import is_quiet
+from anima_train.run.progress import DrawingBar
 from anima_train.sampling.generate import Request
 from anima_train.sampling.grids import Cell, ChosenLora, Sheet, make_gallery, make_grid
 
@@ -116,14 +120,17 @@ def draw(model: ModelPart, cells: Sequence[Cell], out: Path) -> list[Path]:
         raise ConfigError(f"--out: {out} cannot be a folder ({error.strerror}); choose another place") from error
     device = choose_device()
     spec = build_model_spec(model, device)
-    print(describe_device(device, spec.dtype), file=sys.stderr)
+    if not is_quiet():
+        print(describe_device(device, spec.dtype), file=sys.stderr)
     num_tokens = max(Size(cell.request.width, cell.request.height).num_tokens for cell in cells)
     choice = choose_attention(model.attention, device, spec.dtype, AttentionShape.of(spec.files, 1, num_tokens))
-    print(choice, file=sys.stderr)
+    if not is_quiet():
+        print(choice, file=sys.stderr)
     pictures = {}
-    with choice.in_use(device):
-        for place, path in sample(spec, cells, out):
-            print(path, flush=True)
+    bar = DrawingBar([cell.request.steps for cell in cells], is_shown=not is_quiet())
+    with choice.in_use(device), contextlib.closing(bar):
+        for place, path in sample(spec, cells, out, bar.tell):
+            bar.finished(printable(str(path)))
             pictures[place] = path
     return [pictures[place] for place in range(len(cells))]
 

@@ -26,3 +26,5 @@ Overrides = Annotated[
 Version = Annotated[
     bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version, and end.")
 ]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Tell nothing but warnings and errors.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on standard output.")]

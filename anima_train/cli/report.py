@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Annotated
 
-from anima_train.cli.options import Argument, Option
+from anima_train.cli.options import Argument, Json, Option
+from anima_train.cli.output import Facts, print_json
 from anima_train.core.errors import ConfigError
+from anima_train.core.format import printable
 
 
 def report(
@@ -12,12 +14,26 @@ def report(
     html: Annotated[
         Path | None, Option(dir_okay=False, help="The page to write. Absent: report.html in the folder.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Show a run as a page: losses, evaluations, costs, previews, data; whether it has ended or not."""
+    if as_json:
+        print_json(lambda: write_report(run, html))
+    else:
+        print(printable(f"page: {write_report(run, html)['page']}"))
+
+
+def write_report(run: Path, html: Path | None) -> Facts:
+    """Write the page of a run; return what is in it for programs.
+
+    Raises:
+        ConfigError: there is no run, or the page cannot be written.
+    """
+    from anima_train.reports.run import collect_run, run_facts
     from anima_train.reports.run_page import write_run_report
 
     try:
-        print(f"page: {write_run_report(run, html)}")
+        return {"page": write_run_report(run, html), **run_facts(collect_run(run))}
     except OSError as error:  # no permission, or a file where a folder should be
         raise ConfigError(
             f"{error.filename}: cannot be read or written ({error.strerror}); --html chooses another page"

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from anima_train.cli.options import ConfigPath, Option, Overrides
+from anima_train.cli.options import ConfigPath, Option, Overrides, Quiet
+from anima_train.cli.output import quiet
 from anima_train.sampling.names import SAMPLER_NAMES, SCHEDULE_NAMES
 
 GRID = (
@@ -40,6 +41,7 @@ def sample(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the pictures.")] = Path("samples"),
     overrides: Overrides = None,
+    quietly: Quiet = False,
 ) -> None:
     """Draw pictures with the model of a config, with or without LoRAs, as ComfyUI does."""
     from anima_train.config.load import load_model_part
@@ -55,6 +57,7 @@ def sample(
     requests = choose_requests(prompt or [], prompts, settings, model.sampling)
     loras = [parse_lora(text) for text in lora or []]
     sheet = choose_sheet(grid or [], gallery, requests, settings, loras)
-    pictures = draw(model, sheet.cells if sheet else [Cell(request, tuple(loras)) for request in requests], out)
+    with quiet(quietly):
+        pictures = draw(model, sheet.cells if sheet else [Cell(request, tuple(loras)) for request in requests], out)
     if sheet:
         save_all(sheet, pictures, out)

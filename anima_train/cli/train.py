@@ -1,12 +1,14 @@
 """`anima train`."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from anima_train.cli.options import ConfigPath, Overrides, Version
+from anima_train.cli.options import ConfigPath, Overrides, Quiet, Version
+from anima_train.cli.output import quiet
 from anima_train.core.format import printable
 from anima_train.distributed.launcher import rank
 
@@ -24,12 +26,17 @@ def train(
         bool, typer.Option("--resume", help="Resume this run, or from a PATH: a training state, or another run.")
     ] = False,
     resume_path: Annotated[Path | None, typer.Option("--resume-path", hidden=True)] = None,
+    quietly: Quiet = False,
     version: Version = False,
 ) -> None:
     """Train a LoRA, or the whole Anima model, from a TOML file."""
     from anima_train.config.load import load_config
 
-    train_and_report(load_config(config, overrides or []), dry_run, resume, resume_path)
+    loaded = load_config(config, overrides or [])
+    with quiet(quietly):
+        final = train_and_report(loaded, dry_run, resume, resume_path)
+    if final is not None and rank() == 0 and not quietly:
+        print("\n".join(map(printable, next_steps(loaded, final, config, overrides or []))))
 
 
 def train_and_report(
@@ -42,6 +49,31 @@ def train_and_report(
     if final is not None and rank() == 0:
         write_report(final.parent.parent)
     return final
+
+
+def next_steps(loaded: "LoadedConfig", weights: Path, file: Path, overrides: Sequence[str]) -> list[str]:
+    """Return lines about a run's final weights: where they are, how to try them, where ComfyUI wants them.
+
+    Args:
+        loaded: the configuration of the run.
+        weights: their file.
+        file: of the configuration.
+        overrides: of --set; those of the model hold for the pictures, too.
+    """
+    config = loaded.config
+    flag, folder = ("--checkpoint", "diffusion_models") if config.adapter.type == "full" else ("--lora", "loras")
+    words = ["anima", "sample", str(file), flag, str(weights)]
+    for each in overrides:
+        if each.lstrip().startswith("model."):
+            words += ["--set", each]
+    if config.sampling is None:  # else its prompts are drawn
+        triggers = (directory.trigger_word for directory in loaded.train.settings.directory if directory.trigger_word)
+        words += ["--prompt", next(triggers, "1girl, solo")]
+    return [
+        f"weights {weights}",
+        f"try them: {shlex.join(words)}",
+        f"for ComfyUI: copy them to ComfyUI/models/{folder}",
+    ]
 
 
 def with_resume_path(arguments: Sequence[str]) -> list[str]:
@@ -63,8 +95,11 @@ def with_resume_path(arguments: Sequence[str]) -> list[str]:
 def write_report(run: Path) -> None:
     """Write the page of a run that has ended; the run does not fail where that does."""
     from anima_train.reports.run_page import write_run_report
+    from anima_train.run.log import is_quiet
 
     try:
-        print(f"report {printable(str(write_run_report(run)))}")
+        page = write_run_report(run)
+        if not is_quiet():
+            print(f"report {printable(str(page))}")
     except Exception as error:  # noqa: BLE001 whatever it is: the weights are saved, and `anima report` can be tried again
         print(printable(f"warning: no report of the run was written ({type(error).__name__}: {error})"))

@@ -152,6 +152,26 @@ def collect_run(run: Path) -> RunReport:
     )
 
 
+def run_facts(report: RunReport) -> dict[str, Any]:
+    """Return the report's numbers and words for programs: of each curve the average at its end; no pictures."""
+    metrics = report.metrics
+    return {
+        "run": report.name,
+        "finished": report.manifest.get("finished"),
+        "steps": metrics.num_steps,
+        "planned_steps": report.manifest.get("num_steps"),
+        "epochs": metrics.num_epochs,
+        "examples": metrics.num_examples,
+        "seconds": metrics.seconds,
+        "last": {key: series.points[-1].smooth for key, series in metrics.curves.items() if series.points},
+        "evaluations": report.evaluations,
+        "num_previews": report.num_previews,
+        "warnings": report.warnings,
+        "notes": report.notes,
+        "manifest": report.manifest,
+    }
+
+
 def is_run(folder: Path) -> bool:
     """Return True if a run was begun in the folder."""
     return (folder / "metrics.jsonl").is_file() or (folder / "manifest.json").is_file()

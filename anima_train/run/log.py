@@ -99,6 +99,18 @@ def lists_kept(folder: RunFolder) -> Iterator[None]:
             raise
 
 
+class WarningsList(logging.Handler):
+    """Keeps the texts of warnings."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a record."""
+        self.texts.append(record.getMessage())
+
+
 @contextlib.contextmanager
 def logged_to(*handlers: logging.Handler) -> Iterator[None]:
     """Hand the package's records to these handlers while entered."""
@@ -112,6 +124,11 @@ def logged_to(*handlers: logging.Handler) -> Iterator[None]:
         for handler in handlers:
             PACKAGE.removeHandler(handler)
         PACKAGE.setLevel(level)
+
+
+def is_quiet() -> bool:
+    """Return True if nothing but warnings and errors is to be told."""
+    return logging.root.manager.disable >= logging.INFO
 
 
 def terminal(is_main: bool, stream: TextIO | None = None) -> TerminalHandler:

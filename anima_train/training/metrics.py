@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from anima_train.core.transfers import HostCopy
 from anima_train.data.loader import Batch
 from anima_train.objective.timesteps import T_BINS
+from anima_train.run.log import is_quiet
 from anima_train.run.progress import ProgressBar
 from anima_train.run.trackers import Trackers, open_trackers
 from anima_train.training.context import RunContext
@@ -140,7 +141,7 @@ class StepLogger:
         self.run = run
         self.state = state
         opens = partial(open_trackers, run.accelerator, run.config.monitoring, run.folder.name, run.config.offline)
-        self.progress = ProgressBar(run.folder.name, num_steps, state.step, run.is_main)
+        self.progress = ProgressBar(run.folder.name, num_steps, state.step, run.is_main and not is_quiet())
         self.trackers = run.stack.enter_context(Trackers(opens))
         run.stack.callback(self.progress.close)
         self.started, self.seen_before = time.monotonic(), state.samples_seen

@@ -1,0 +1,60 @@
+"""The output of a command: for people, quiet, or one JSON object for programs."""
+
+import contextlib
+import json
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from anima_train.core.errors import UserError
+
+Facts = Mapping[str, Any]
+
+
+@contextlib.contextmanager
+def quiet(wanted: bool) -> Iterator[None]:
+    """Tell nothing but warnings and errors while entered, if that is wanted: no lines, no bars."""
+    if not wanted:
+        yield
+        return
+    level = logging.root.manager.disable
+    logging.disable(logging.INFO)  # which bars heed, too
+    try:
+        yield
+    finally:
+        logging.disable(level)
+
+
+def print_json(make: Callable[[], Facts]) -> None:
+    """Print what is made as one JSON object, and nothing else on standard output; errors are such an object, too.
+
+    Whatever else is printed meanwhile goes to stderr.
+
+    Raises:
+        UserError: as making it; it is printed already.
+    """
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            found = make()
+    except UserError as error:
+        print(json.dumps({"errors": list(error.problems), "exit_code": error.exit_code}))
+        raise
+    print(json.dumps(as_json(found), allow_nan=False))
+
+
+def as_json(value: Any) -> Any:
+    """Return a value as JSON has it: dataclasses are objects, paths text, numbers that are not finite null."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: as_json(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): as_json(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(each) for each in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    return str(value)
