@@ -8,10 +8,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from anima_train.checkpoint.training_state import STATE_FOLDER, SavedState, check_state, newest_state, saved_states
+from anima_train.checkpoint.manifest import STATE_FOLDER, SavedState
+from anima_train.checkpoint.training_state import check_state, newest_state, saved_states
 from anima_train.config.changes import Changes, compare, refusal
+from anima_train.config.paths import path_fault
 from anima_train.core.errors import ConfigError, ModelFileError
-from anima_train.run.folder import RunFolder
+from anima_train.run.folder import DAMAGED, RunFolder
 
 TIMED = re.compile(r"(.+)-\d{8}-\d{6}")  # a run's name that was made from the config's and the time
 
@@ -24,6 +26,24 @@ class ResumePoint:
     saved: SavedState | None = None  # the state it goes on from
     source: Path | None = None  # folder of the run whose records it continues; None: there are none
     notes: Sequence[str] = ()
+    least_steps: int = 1  # of the run, as fewer would end it at once
+
+    def check_length(self, key: str, num_steps: int) -> None:
+        """Refuse a run that has come to its end with the state that it goes on from.
+
+        Args:
+            key: that says how long the run is.
+            num_steps: of the run.
+
+        Raises:
+            ConfigError: there is nothing left to train.
+        """
+        if self.saved is not None and num_steps < self.least_steps:
+            raise ConfigError(
+                f"{key}: the run would end at step {num_steps:,}, and {self.saved.folder} is of step "
+                f"{self.saved.manifest.step:,}, so nothing would be trained; raise it, or resume an earlier state with "
+                "--resume PATH"
+            )
 
 
 def find_resume_point(resolved: Mapping[str, Any], run_name: str, resume: bool, path: Path | None) -> ResumePoint:
@@ -51,7 +71,7 @@ def find_resume_point(resolved: Mapping[str, Any], run_name: str, resume: bool, 
             folder = output_dir if run is None else run.path
             raise ConfigError(f"{folder}: there is no run to resume; set run_name to that of the run")
         return ResumePoint(run_name)
-    changes = compare(run.config(), resolved)
+    changes = compare_with(run, run.config(), resolved)
     if run.is_finished and not saved_states(run.checkpoints):
         raise ConfigError(
             f"{run.path}: already holds a run that is finished and has no training state to train it further from; "
@@ -70,7 +90,19 @@ def find_resume_point(resolved: Mapping[str, Any], run_name: str, resume: bool, 
                     "resume it with these settings with --resume, or set another run_name",
                 ]
             )
-    return resume_from(run, newest_state(run.checkpoints), changes)
+    return resume_from(run, newest_state(run.checkpoints), changes, resolved)
+
+
+def compare_with(run: RunFolder, before: Mapping[str, Any], resolved: Mapping[str, Any]) -> Changes:
+    """Compare a run's configuration with another.
+
+    Raises:
+        ConfigError: it is not one that a run has written.
+    """
+    try:
+        return compare(before, resolved)
+    except DAMAGED as error:
+        raise run.damaged_config() from error
 
 
 def resume_from_path(resolved: Mapping[str, Any], run_name: str, path: Path) -> ResumePoint:
@@ -80,6 +112,8 @@ def resume_from_path(resolved: Mapping[str, Any], run_name: str, path: Path) -> 
         ConfigError: there is no state, or the other run has a folder already.
         ModelFileError: it is damaged.
     """
+    if fault := path_fault(str(path), Path(), "folder"):
+        raise ConfigError(f"--resume: {fault}")
     is_state = STATE_FOLDER.fullmatch(path.name)
     inside = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     folder = path.parent if is_state else inside
@@ -93,14 +127,14 @@ def resume_from_path(resolved: Mapping[str, Any], run_name: str, path: Path) -> 
     if run.path.resolve() != source.path.resolve() and run.exists:
         raise ConfigError(f"{run.path}: already holds a run; set another run_name, or remove it")
     changes = compare(saved.manifest.config, dict(resolved) | ({"run_name": name} if "run_name" in resolved else {}))
-    return replace(resume_from(source, saved, changes), run_name=name)
+    return replace(resume_from(source, saved, changes, resolved), run_name=name)
 
 
-def resume_from(run: RunFolder, saved: SavedState | None, changes: Changes) -> ResumePoint:
+def resume_from(run: RunFolder, saved: SavedState | None, changes: Changes, resolved: Mapping[str, Any]) -> ResumePoint:
     """Return the resume point in a run.
 
     Raises:
-        ConfigError: something was changed that may not change.
+        ConfigError: something was changed that may not change, or nothing is left to train.
     """
     if changes.refused:
         raise ConfigError(refusal(changes, str(run.path)))
@@ -108,8 +142,16 @@ def resume_from(run: RunFolder, saved: SavedState | None, changes: Changes) -> R
     if saved is None:
         notes.append(f"{run.path}: starts again, as no training state was saved")
         return ResumePoint(run.name, notes=notes)
-    notes.append(f"resuming after step {saved.manifest.step} ({saved.folder})")
-    return ResumePoint(run.name, saved, run.path, notes)
+    step = saved.manifest.step
+    # A run that was stopped after its last step has yet to save its weights.
+    is_at_end = not run.is_finished and saved.manifest.run.get("num_steps") == step
+    point = ResumePoint(run.name, saved, run.path, notes, least_steps=step if is_at_end else step + 1)
+    if "max_steps" in resolved:
+        point.check_length("max_steps", resolved["max_steps"])
+    notes.append(f"resuming after step {step} ({saved.folder})")
+    if run.manifest_path.exists() and not run.manifest():
+        notes.append(f"{run.manifest_path}: damaged; it is written anew")
+    return point
 
 
 def newest_run(output_dir: Path, name: str, resolved: Mapping[str, Any] | None) -> RunFolder | None:
@@ -126,7 +168,11 @@ def newest_run(output_dir: Path, name: str, resolved: Mapping[str, Any] | None) 
             continue
         if resolved is None:
             return run
-        if not run.is_finished and not is_locked(run) and not any(vars(compare(run.config(), resolved)).values()):
+        if (
+            not run.is_finished
+            and not is_locked(run)
+            and not any(vars(compare_with(run, run.config(), resolved)).values())
+        ):
             return run
     return None
 
@@ -174,6 +220,13 @@ def check_same_content(saved: SavedState, manifest: Mapping[str, Any]) -> None:
         )
     if problems:
         raise ModelFileError(problems)
+
+
+def damaged_records(saved: SavedState, source: RunFolder) -> list[str]:
+    """Return the names of files of a run that do not hold what was logged until a state was saved."""
+    written, step, pending = saved.manifest.records, saved.manifest.step, saved.manifest.pending
+    found = source.digests(step, pending)
+    return [name for name, digest in written.items() if found.get(name) != digest]
 
 
 def hashes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

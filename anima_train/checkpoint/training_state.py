@@ -1,32 +1,46 @@
 """Training states: all that a run needs to be resumed, in folders that are either whole or not there.
 
-A folder `step-000123` holds `weights`, `optimizer` and, with [ema], `average` as safetensors, and `state.json`, which
-is written last: what the state is of, and the size and SHA-256 of each file. Nothing in it is ever unpickled.
+A folder `step-000123` holds `weights`, `optimizer` and, with [ema], `average` as safetensors,
+and `state.json`, which is written last: what
+the state is of, the size and SHA-256 of each file, and a checksum of itself. Nothing in it is ever unpickled.
 """
 
 import contextlib
-import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from anima_train.checkpoint.async_writer import Groups
 from anima_train.checkpoint.disk_space import state_bytes
+from anima_train.checkpoint.manifest import (
+    MANIFEST,
+    STATE_FOLDER,
+    DamagedState,
+    SavedState,
+    StateManifest,
+    contradictions,
+    entry_of,
+    read_manifest,
+)  # fmt: skip
 from anima_train.checkpoint.weights import check_finite
 from anima_train.core.divided import is_divided
 from anima_train.core.errors import ModelFileError
-from anima_train.core.files import DiskRequirement, disk_errors, require_space, sha256_file, sync, write_text
-from anima_train.core.settings import Settings
+from anima_train.core.files import (
+    DiskRequirement,
+    disk_errors,
+    require_space,
+    sha256_file,
+    sync,
+    write_text,
+)  # fmt: skip
 from anima_train.model.dit import MiniTrainDIT
 from anima_train.model.safetensors_io import TensorFile, match_keys, open_header, read_tensors, take_part, write_tensors
 from anima_train.optim.ema import WeightAverage
@@ -36,50 +50,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-STATE_FOLDER = re.compile(r"step-(\d+)")
 PEFT_NAME = re.compile(r"(\.lora_[AB])\.default\.weight")
-MANIFEST = "state.json"
 NO_ROOM = "free some space, then resume with the same command or --resume; earlier files are intact"
-VERSION = 2  # of the layout; raise it when an older one cannot be read any more
-
-
-class FileEntry(Settings):
-    """One file of a state."""
-
-    bytes: int = Field(ge=0)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-
-
-class StateManifest(Settings):
-    """The content of `state.json`."""
-
-    version: Literal[2] = 2
-    step: int = Field(ge=0)
-    """Optimizer steps that were done."""
-    optimizer: str
-    """Class of the optimizer."""
-    pending: list[str] = Field(default=[])
-    """Tasks that were due after the step but left for the process that resumes."""
-    score: float | None = None
-    """Mean loss of the evaluation sets after the step, where it was measured."""
-    run: dict[str, Any] = Field(default={})
-    """The facts that the run was made from, as in its manifest."""
-    config: dict[str, Any] = Field(default={})
-    """The resolved configuration."""
-    files: dict[str, FileEntry] = Field(default={})
-    """Those beside this one."""
-
-
-@dataclass(frozen=True)
-class SavedState:
-    """A state on disk."""
-
-    folder: Path
-    manifest: StateManifest
-
-
-class DamagedState(ModelFileError):
-    """A state that is not what was written; the one before may be."""
 
 
 def state_tensors(
@@ -112,6 +84,12 @@ def save_state(folder: Path, manifest: StateManifest, groups: Groups, keep_last:
 
     The folder gets its name only when everything in it is on disk. A whole state of this step that is there stays.
 
+    Args:
+        folder: the run's `checkpoints`.
+        manifest: all but the files.
+        groups: the tensors of each file.
+        keep_last: number of states.
+
     Raises:
         NumericError: a weight or a moment is not finite; earlier states are intact.
         SpaceError: the disk is full; earlier states are intact.
@@ -137,8 +115,8 @@ def save_state(folder: Path, manifest: StateManifest, groups: Groups, keep_last:
                 path = temporary / f"{name}.safetensors"
                 write_tensors(path, tensors, {}, partial(look, final, tensors))
                 sync(path)
-                files[path.name] = FileEntry(bytes=path.stat().st_size, sha256=sha256_file(path))
-            write_text(temporary / MANIFEST, manifest.model_copy(update={"files": files}).model_dump_json(indent=1))
+                files[path.name] = entry_of(path)
+            write_text(temporary / MANIFEST, manifest.model_copy(update={"files": files}).text())
             sync(temporary)
             remove(final)
             temporary.rename(final)
@@ -226,8 +204,7 @@ def check_state(folder: Path) -> SavedState:
         ModelFileError: it is of another version.
     """
     manifest = read_manifest(folder)
-    is_complete = {"weights.safetensors", "optimizer.safetensors"} <= manifest.files.keys()
-    problems = [] if is_complete else ["files are missing"]
+    problems = list(contradictions(folder, manifest))
     for name, expected in manifest.files.items():
         path = folder / name
         if Path(name).name != name or not path.is_file():
@@ -239,29 +216,6 @@ def check_state(folder: Path) -> SavedState:
     if problems:
         raise DamagedState(f"{folder}: damaged: {'; '.join(problems)}")
     return SavedState(folder, manifest)
-
-
-def read_manifest(folder: Path) -> StateManifest:
-    """Read a state's manifest.
-
-    Raises:
-        DamagedState: it is missing or cannot be read.
-        ModelFileError: it is of another version.
-    """
-    try:
-        text = (folder / MANIFEST).read_text(encoding="utf-8")
-        version = int(json.loads(text)["version"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise DamagedState(f"{folder}: damaged: {MANIFEST} is missing or cannot be read") from error
-    if version != VERSION:
-        raise ModelFileError(
-            f"{folder}: a training state of version {version}, and this anima-train reads version {VERSION}; "
-            "resume with the anima-train that wrote it"
-        )
-    try:
-        return StateManifest.model_validate_json(text)
-    except ValueError as error:
-        raise DamagedState(f"{folder}: damaged: {MANIFEST} is damaged") from error
 
 
 def load_state(
@@ -306,15 +260,7 @@ def load_state(
             raise ModelFileError(f"{folder}: saved by a run without [ema]; remove it, or start another run")
         read = read_tensors(open_tensors(folder / "average.safetensors"))
         averages = {name: rows(tensor) for name, tensor in read}
-    state: dict[int, dict[str, Tensor]] = {}
-    in_optimizer = trained if shards is None else shards.parameters
-    indices = {name: index for index, name in enumerate(names_in_order(optimizer, in_optimizer))}
-    for name, tensor in read_tensors(open_tensors(folder / "optimizer.safetensors")):
-        parameter, _, key = name.rpartition(".")
-        if parameter not in indices:
-            raise ModelFileError(f"{folder}: the optimizer's state is of other parameters, such as {parameter}")
-        state.setdefault(indices[parameter], {})[key] = rows(tensor)
-
+    state = read_optimizer(folder, names_in_order(optimizer, trained if shards is None else shards.parameters), rows)
     if average is not None and averages is not None:
         average.load(averages, f"{folder}: saved by a run that trains other parameters")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -322,6 +268,29 @@ def load_state(
         places: Mapping[str, Tensor] = trained_weights(transformer) if shards is None else shards.parameters
         for name, tensor in weights.items():
             places[name].copy_(tensor)
+
+
+def read_optimizer(
+    folder: Path, names: Sequence[str], rows: Callable[[Tensor], Tensor]
+) -> dict[int, dict[str, Tensor]]:
+    """Return a state's moments by the place of their parameter, as `Optimizer.load_state_dict` takes them.
+
+    Args:
+        folder: of the state.
+        names: of the parameters, in the optimizer's order.
+        rows: gives the rows of a tensor that this process holds.
+
+    Raises:
+        ModelFileError: they are of other parameters.
+    """
+    state: dict[int, dict[str, Tensor]] = {}
+    indices = {name: index for index, name in enumerate(names)}
+    for name, tensor in read_tensors(open_tensors(folder / "optimizer.safetensors")):
+        parameter, _, key = name.rpartition(".")
+        if parameter not in indices:
+            raise ModelFileError(f"{folder}: the optimizer's state is of other parameters, such as {parameter}")
+        state.setdefault(indices[parameter], {})[key] = rows(tensor)
+    return state
 
 
 def open_tensors(path: Path) -> TensorFile:

@@ -1,5 +1,6 @@
 """The index of image files: what was read from them, kept from run to run."""
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
@@ -14,7 +15,7 @@ from anima_train.data.image_headers import Unreadable, probe
 from anima_train.data.images import decode_mask
 from anima_train.data.sources.archive import ArchiveMember, content_of, file_stamp
 
-INDEX_VERSION = 3  # raise when the meaning of `ImageRecord` changes
+INDEX_VERSION = 4  # raise when the meaning of `ImageRecord`, or the form of the file, changes
 
 
 class ImageRecord(NamedTuple):
@@ -48,10 +49,11 @@ class ImageIndex:
         self.holds_masks = kind == "masks"
         digest = hashlib.sha256(identity).hexdigest()
         self.path = cache.folder / f"{kind}_{INDEX_VERSION}_{digest[:16]}.json"
-        try:
-            self.records = RECORDS.validate_json(self.path.read_bytes())
-        except (OSError, ValueError):  # none yet, or damaged: the files are read again
-            self.records = {}
+        self.records: dict[str, ImageRecord] = {}
+        with contextlib.suppress(OSError, ValueError):  # none yet, or damaged: the files are read again
+            digest_line, _, content = self.path.read_bytes().partition(b"\n")
+            if digest_line.decode() == hashlib.sha256(content).hexdigest():
+                self.records = RECORDS.validate_json(content)
         self.changed = False
 
     def lookup(self, name: str, file: Path | ArchiveMember) -> ImageRecord:
@@ -80,7 +82,8 @@ class ImageIndex:
             SpaceError: it cannot be written.
         """
         if self.changed:
-            self.cache.write(self.path, RECORDS.dump_json(self.records))
+            content = RECORDS.dump_json(self.records)
+            self.cache.write(self.path, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
 
 
 def read_record(name: str, file: Path | ArchiveMember, stamp: tuple[int, int, int], is_mask: bool) -> ImageRecord:

@@ -29,6 +29,7 @@ from anima_train.objective.flow import velocity_target
 from anima_train.objective.losses import Loss
 from anima_train.objective.step import predict
 from anima_train.objective.timesteps import Points, Timesteps
+from anima_train.run.folder import DAMAGED
 from anima_train.run.manifest import dataset_digest
 
 NOISE_SEED = 0  # not the run's: runs with different seeds are measured on the same noise
@@ -178,12 +179,14 @@ def base_text(results: Iterable[Evaluation], evals: Iterable[EvalSet]) -> str:
 
 
 def read_base(path: Path, evals: Iterable[EvalSet]) -> dict[str, Evaluation]:
-    """Return the base model's evaluations of those sets that did not change since."""
-    if not path.exists():
-        return {}
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return {
-        eval_set.name: eval_set.evaluation(torch.tensor(entry["losses"], dtype=torch.float64))
-        for eval_set in evals
-        if (entry := found.get(eval_set.name)) and json.loads(json.dumps(eval_set.identity)).items() <= entry.items()
-    }
+    """Return the base model's evaluations of those sets that did not change since; none of a file that is damaged."""
+    found = {}
+    with contextlib.suppress(OSError, *DAMAGED):
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        for eval_set in evals:
+            entry, identity = entries.get(eval_set.name), json.loads(json.dumps(eval_set.identity))
+            if entry and identity.items() <= entry.items():
+                losses = torch.tensor(entry["losses"], dtype=torch.float64)
+                if losses.dim() == 2 and len(losses) == len(eval_set.data.samples):
+                    found[eval_set.name] = eval_set.evaluation(losses)
+    return found

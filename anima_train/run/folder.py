@@ -1,6 +1,7 @@
 """The run's folder: its lock, the resolved config, the manifest, the metrics."""
 
 import contextlib
+import hashlib
 import json
 import os
 import tomllib
@@ -14,6 +15,10 @@ from anima_train.core.errors import ConfigError, Interrupted, SpaceError
 from anima_train.core.files import UNWRITABLE, disk_errors, sync, write_text
 from anima_train.core.format import Listing, printable
 
+EVALUATIONS, WARNINGS = "evaluations.jsonl", "warnings.jsonl"
+# What reading a damaged record raises: text that is none, another nesting, other types, numbers beyond all bounds.
+DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError)
+
 
 class RunFolder:
     """OUTPUT_DIR/RUN_NAME, held by this process while it trains."""
@@ -25,8 +30,9 @@ class RunFolder:
         self.manifest_path = self.path / "manifest.json"
         self.base_path = self.path / "base_evaluations.json"  # of the base model, which later ones are compared with
         self.metrics_path = self.path / "metrics.jsonl"
-        self.evaluations_path = self.path / "evaluations.jsonl"
-        self.warnings_path = self.path / "warnings.jsonl"
+        self.evaluations_path = self.path / EVALUATIONS
+        self.warnings_path = self.path / WARNINGS
+        self.config_path = self.path / "config.toml"
         self.lists_path = self.path / "lists.txt"  # of this start: what messages name the first entries of
         self.records = (self.metrics_path, self.evaluations_path, self.warnings_path)
         self.lock_path = self.path / ".lock"
@@ -45,8 +51,8 @@ class RunFolder:
 
     @property
     def exists(self) -> bool:
-        """True if a run made a step here."""
-        return self.metrics_path.exists()
+        """True if a run made a step here, whatever is left of its records."""
+        return self.metrics_path.exists() or next(self.checkpoints.glob("step-*"), None) is not None
 
     @property
     def is_finished(self) -> bool:
@@ -57,7 +63,7 @@ class RunFolder:
         """Read the manifest; empty if it cannot be read."""
         try:
             return dict(json.loads(self.manifest_path.read_text(encoding="utf-8")))
-        except (OSError, ValueError):
+        except (OSError, *DAMAGED):
             return {}
 
     def config(self) -> dict[str, Any]:
@@ -66,14 +72,17 @@ class RunFolder:
         Raises:
             ConfigError: it is missing or cannot be read.
         """
-        path = self.path / "config.toml"
         try:
-            return tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"{path}: missing or damaged, so that it cannot be compared; resume with --resume "
-                f"{self.checkpoints}, or set another run_name"
-            ) from error
+            return tomllib.loads(self.config_path.read_text(encoding="utf-8"))
+        except (OSError, *DAMAGED) as error:
+            raise self.damaged_config() from error
+
+    def damaged_config(self) -> ConfigError:
+        """Return the error for a resolved configuration that cannot be compared."""
+        return ConfigError(
+            f"{self.config_path}: missing or damaged, so that it cannot be compared; resume with --resume "
+            f"{self.checkpoints}, or set another run_name"
+        )
 
     def open(self) -> None:
         """Make the folder and take its lock.
@@ -135,31 +144,42 @@ class RunFolder:
                     raise SpaceError(problem) from error
             raise
 
-    def start_records(self, source: Path | None, num_steps: int, pending: Collection[str]) -> None:
+    def start_records(
+        self, source: Path | None, num_steps: int, pending: Collection[str], keeps_base: bool = True
+    ) -> None:
         """Keep of what a run has logged what is not made again.
 
         Args:
             source: folder of the run that is continued; None: nothing is kept.
             num_steps: steps that are not made again.
             pending: what was not made after the last of them.
+            keeps_base: False if the base model's evaluations are damaged.
 
         Raises:
             SpaceError: the folder is gone, or the disk is full.
         """
         self.check()
         for path in self.records:
-            first = 1 if path == self.warnings_path else 0  # those before the first step are logged at each start
-            last = num_steps - 1 if path == self.evaluations_path and "evaluation" in pending else num_steps
             old = None if source is None else source / path.name
             if old is not None and old.exists():
-                lines = old.read_text(encoding="utf-8", errors="replace").splitlines()
-                write_text(path, "".join(f"{line}\n" for line in lines if first <= step_of(line) <= last))
+                write_text(path, "".join(f"{line}\n" for line in kept_lines(old, num_steps, pending)))
             else:
                 path.unlink(missing_ok=True)
-        if source is None:
+        if source is None or not keeps_base:
             self.base_path.unlink(missing_ok=True)
         elif source != self.path and (base := source / self.base_path.name).exists():
-            write_text(self.base_path, base.read_text(encoding="utf-8"))
+            write_text(self.base_path, base.read_text(encoding="utf-8", errors="replace"))
+
+    def digests(self, num_steps: int, pending: Collection[str]) -> dict[str, str]:
+        """Return the SHA-256 of what was logged of the first steps, by the files' names; arguments as above."""
+        texts = {
+            path.name: "".join(f"{line}\n" for line in kept_lines(path, num_steps, pending)).encode()
+            for path in (self.metrics_path, self.evaluations_path)
+            if path.exists()
+        }
+        if self.base_path.exists():
+            texts[self.base_path.name] = self.base_path.read_bytes()
+        return {name: hashlib.sha256(text).hexdigest() for name, text in texts.items()}
 
     def sync(self) -> None:
         """Flush to disk what was logged."""
@@ -205,9 +225,17 @@ def identity(path: Path) -> tuple[int, int]:
     return facts.st_dev, facts.st_ino
 
 
+def kept_lines(path: Path, num_steps: int, pending: Collection[str]) -> list[str]:
+    """Return the lines of a record that are of the first steps, without what was not made after the last of them."""
+    first = 1 if path.name == WARNINGS else 0  # those before the first step are logged at each start
+    last = num_steps - 1 if path.name == EVALUATIONS and "evaluation" in pending else num_steps
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return [line for line in lines if first <= step_of(line) <= last]
+
+
 def step_of(line: str) -> int:
-    """Return the step that a logged line is of; -1 for one that a kill has cut off."""
+    """Return the step that a logged line is of; -1 for one that a kill has cut off, or that is damaged."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, LookupError, TypeError):
+    except DAMAGED:
         return -1

@@ -1,5 +1,6 @@
 """Numbers that are wrong: updates that are not finite are skipped, and a spike of the gradient norm is a warning."""
 
+import contextlib
 import json
 import math
 from collections import deque
@@ -15,7 +16,7 @@ from anima_train.core.errors import NumericError
 from anima_train.core.format import Listing, count, listed
 from anima_train.data.plan import Step
 from anima_train.data.samples import Sample
-from anima_train.run.folder import step_of
+from anima_train.run.folder import DAMAGED, kept_lines
 
 MAX_SKIPPED = 10  # updates in a row; the run ends with the last of them
 MAX_NAMED = 8  # images in one warning
@@ -132,12 +133,15 @@ class SpikeDetector:
 
 
 def replay(metrics: Path, num_steps: int) -> tuple[SkippedUpdates, SpikeDetector]:
-    """Return the count and the detector as they were after the first steps of a run, read off its metrics.jsonl."""
+    """Return the count and the detector as they were after the first steps of a run, read off its metrics.jsonl.
+
+    Lines that are missing or damaged, which the run's start tells of, are passed over.
+    """
     skipped, spikes = SkippedUpdates(), SpikeDetector()
-    lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines() if num_steps else []
-    for line in lines:
-        if 0 < step_of(line) <= num_steps:  # not one that a kill has cut off
+    for line in kept_lines(metrics, num_steps, ()) if metrics.exists() else ():
+        with contextlib.suppress(*DAMAGED):
             values = json.loads(line)
-            skipped.after(values["loss"], values["grad_norm"])
-            spikes.after(values["step"], values["grad_norm"])
+            step, loss, grad_norm = int(values["step"]), float(values["loss"]), float(values["grad_norm"])
+            skipped.after(loss, grad_norm)
+            spikes.after(step, grad_norm)
     return skipped, spikes

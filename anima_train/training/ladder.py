@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import gather_object
 
 from anima_train.caching.text_encoding import encodes_online
-from anima_train.checkpoint.training_state import SavedState
+from anima_train.checkpoint.manifest import SavedState
 from anima_train.config.ladder import Rung, rungs
 from anima_train.core.device import device_name, free_device_bytes, is_out_of_memory, memory_bytes, release_memory
 from anima_train.core.errors import ConfigError

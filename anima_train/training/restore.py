@@ -4,13 +4,14 @@ import json
 import logging
 from typing import Any
 
-from anima_train.checkpoint.resume import check_same_content, retire_states
+from anima_train.checkpoint.resume import check_same_content, damaged_records, retire_states
 from anima_train.checkpoint.training_state import load_state, saved_states
 from anima_train.config.resolved import config_toml
 from anima_train.core.files import write_text
 from anima_train.data.plan import EpochSchedule, Plan, times_seen
 from anima_train.distributed.collectives import broadcast_from_main
 from anima_train.optim.groups import group_rows
+from anima_train.run.folder import RunFolder
 from anima_train.run.manifest import manifest
 from anima_train.training.anomalies import replay
 from anima_train.training.build import disk_plan, file_sizes
@@ -72,9 +73,15 @@ def restore(
 def start_records(run: RunContext, data: Prepared, facts: dict[str, Any]) -> None:
     """Keep what was logged of steps that are not made again, and write the configuration, the manifest and warnings."""
     point, folder = run.resume_point, run.folder
-    step, pending = (0, []) if point.saved is None else (point.saved.manifest.step, point.saved.manifest.pending)
-    folder.start_records(point.source, step, pending)
-    write_text(folder.path / "config.toml", config_toml(run.loaded.config))
+    step, pending, damaged = 0, list[str](), list[str]()
+    if point.saved is not None and point.source is not None:
+        step, pending = point.saved.manifest.step, point.saved.manifest.pending
+        damaged = damaged_records(point.saved, RunFolder(point.source.parent, point.source.name))
+        for name in damaged:
+            text = "%s: missing, or not as it was written until step %d; training is not affected, curves of it are"
+            logger.warning(text, point.source / name, step)
+    folder.start_records(point.source, step, pending, keeps_base=folder.base_path.name not in damaged)
+    write_text(folder.config_path, config_toml(run.loaded.config))
     write_text(folder.manifest_path, json.dumps(facts, indent=1))
     for warning in (*run.loaded.notes, *data.warnings):  # on the terminal they are already, in other words
         run.warnings.keep(0, warning)

@@ -91,6 +91,7 @@ def build_plan(run: RunContext, data: Prepared) -> tuple[Plan, EpochSchedule]:
         DataError: the processes are about to train on different things.
     """
     plan, schedule = plan_run(run.config, data.train.samples, run.accelerator.num_processes)
+    run.resume_point.check_length("epochs", schedule.num_steps)
     check_same_plan(data.train, plan, schedule.num_steps, run.accelerator)
     for line in plan_text(plan, schedule, run.config.epochs, run.config.ema):
         logger.info("%s", line)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from anima_train.adapters.lora import Lora
 from anima_train.checkpoint.async_writer import AsyncWriter, Groups
-from anima_train.checkpoint.training_state import StateManifest, save_state, state_tensors, take_part_in
+from anima_train.checkpoint.manifest import StateManifest
+from anima_train.checkpoint.training_state import save_state, state_tensors, take_part_in
 from anima_train.checkpoint.weights import save_weights, weights_metadata, weights_to_save
 from anima_train.config.resolved import plain
 from anima_train.core.device import DTYPES
@@ -265,13 +266,15 @@ class PeriodicTasks:
             run=dict(self.manifest),
             config=plain(self.context.loaded.config),
         )
+        groups = state_tensors(state.transformer, state.optimizer, state.ema, state.shards)
 
         def write(groups: Groups) -> None:
             folder.check()
             folder.sync()  # what was logged before the state
-            save_state(folder.checkpoints, facts, groups, keep_last)
+            with_records = facts.model_copy(update={"records": folder.digests(step, pending)})
+            save_state(folder.checkpoints, with_records, groups, keep_last)
 
-        self.write(state_tensors(state.transformer, state.optimizer, state.ema, state.shards), write)
+        self.write(groups, write)
 
     def log_step(self, made: MadeStep) -> None:
         """Log a step's numbers; warn of an update that was skipped, with the images of the step."""

@@ -120,7 +120,7 @@ def test_another_run_begins_with_the_state_of_one(trainer, monkeypatch):
     with pytest.raises(ConfigError, match="branch: already holds a run"):
         trainer("branch", resume=run, **STATES)
     with pytest.raises(ConfigError, match="there is no training state"):
-        trainer("more", resume=run / "weights", **STATES)
+        trainer("more", resume=run.parent, **STATES)
 
 
 def test_a_run_goes_back_to_an_older_state_and_loses_nothing(trainer, monkeypatch):

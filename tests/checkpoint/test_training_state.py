@@ -1,5 +1,6 @@
 """Training states: whole or not there, exact, and refused where they do not fit."""
 
+import json
 import os
 import re
 import shutil
@@ -10,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from anima_train.adapters.lora import Lora
+from anima_train.checkpoint.manifest import StateManifest, checksum
 from anima_train.checkpoint.training_state import (
-    StateManifest,
     check_state,
     load_state,
     newest_state,
@@ -350,8 +351,10 @@ def test_a_state_of_another_version_is_an_error_and_not_passed_over(tmp_path):
     for step in (1, 2):
         folder = save(tmp_path, step, model, optimizer)
     path = folder / "state.json"
-    path.write_text(path.read_text().replace('"version": 2', '"version": 3, "more": 1'))
-    with pytest.raises(ModelFileError, match=r"step-000002: a training state of version 3, and this .* version 2"):
+    later = {key: value for key, value in json.loads(path.read_text()).items() if key != "checksum"}
+    later |= {"version": 4, "more": 1}
+    path.write_text(json.dumps(later | {"checksum": checksum(later)}))
+    with pytest.raises(ModelFileError, match=r"step-000002: a training state of version 4, and this .* 2 and 3;"):
         newest_state(tmp_path)
 
 

@@ -1224,9 +1224,20 @@ def test_a_memory_of_another_shape_is_ignored(folder: Path, change):
     image(folder / "a.png")
     expected = pictures(look(folder))
     (memo,) = memo_files(folder)
-    entries = json.loads(memo.read_bytes())
-    memo.write_text(json.dumps({name: change(entry) for name, entry in entries.items()}))
+    entries = json.loads(memo.read_bytes().partition(b"\n")[2])
+    content = json.dumps({name: change(entry) for name, entry in entries.items()}).encode()
+    memo.write_bytes(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
     assert pictures(look(folder)) == expected
+
+
+def test_no_flipped_bit_of_the_memory_is_believed(folder: Path):
+    image(folder / "a.png")
+    expected = pictures(look(folder))
+    (memo,) = memo_files(folder)
+    good = memo.read_bytes()
+    for place in range(0, len(good), 3):
+        memo.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        assert pictures(look(folder)) == expected
 
 
 def test_only_the_process_that_may_write_does(folder: Path):
