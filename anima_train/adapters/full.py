@@ -1,8 +1,9 @@
 """Full fine-tuning: the adapter that adds nothing, and trains the weights themselves."""
 
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
+from pydantic import model_validator
 from torch import Tensor
 
 from anima_train.adapters.names import checkpoint_key
@@ -15,6 +16,17 @@ class Full(Settings):
     """The training of every weight of the transformer, and of the LLM adapter unless its lr is 0."""
 
     type: Literal["full"] = "full"
+
+    @model_validator(mode="before")
+    @classmethod
+    def begins_with_a_model(cls, data: Any) -> Any:
+        """Refuse the LoRA that only a LoRA can begin with, with the way to begin otherwise."""
+        if isinstance(data, dict) and data.get("init_from_existing"):
+            raise ValueError(
+                "init_from_existing is a LoRA, with which the training of a whole model cannot begin; give the model "
+                'to begin with as transformer_path, in [model], or write type = "lora"'
+            )
+        return data if not isinstance(data, dict) else {k: v for k, v in data.items() if k != "init_from_existing"}
 
     def attach(self, transformer: MiniTrainDIT, rates: LearningRates, seed: int) -> None:
         """Mark every parameter whose component is not frozen as trainable."""

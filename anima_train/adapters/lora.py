@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from anima_train.adapters.names import lora_key
@@ -31,6 +31,16 @@ class Lora(Settings):
     """Share of each LoRA input set to zero in training; never in evaluation."""
     dtype: Literal["bfloat16", "float32"] = "float32"
     """Of the trained LoRA weights. bfloat16 halves their memory and wants optimizer type "adamw_optimi"."""
+    init_from_existing: str | None = None
+    """A LoRA to begin with: a .safetensors file in the keys of ComfyUI, kohya, diffusers or PEFT, or a folder with one.
+    Its rank may be lower than rank, and its alpha another one: the first step computes what `anima sample` draws with
+    it. A resumed run has its weights in its training state, and does not read the file. Absent: begin as the base."""
+
+    @field_validator("init_from_existing")
+    @classmethod
+    def or_nothing(cls, value: str | None) -> str | None:
+        """Take an empty text, diffusion-pipe's way to say no, as absent."""
+        return value or None
 
     @property
     def scale(self) -> float:

@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from anima_train.adapters.names import lora_stems
 from anima_train.core.errors import ModelFileError
 from anima_train.core.format import count
-from anima_train.model.file_kinds import SLOTS, identify
+from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX, SLOTS, identify
+from anima_train.model.loading import ModelFiles
 from anima_train.model.safetensors_io import TensorFile, first_five, open_header, read_tensors
 
 # PEFT's own state has the name of the adapter in its keys.
 KEY = re.compile(r"(.+)\.(?:(lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)(?:\.default)?\.weight|(alpha))")
+STATE_KEY = re.compile(r"(.+)\.(lora_A|lora_B)")  # the parameters of a training state, beside which is
+STATE_SCALE = "anima_train.scale"  # alpha / rank of all of them, in the file's metadata
 PARTS = {"lora_A": "down", "lora_down": "down", "lora.down": "down", "lora_B": "up", "lora_up": "up", "lora.up": "up"}
 DIFFUSERS_METADATA = "lora_adapter_metadata"
 PEFT_CONFIG = "adapter_config.json"
@@ -40,7 +43,7 @@ Keys = Mapping[str, Mapping[str, str]]  # module -> "down", "up" or "alpha" -> k
 
 
 def read_lora(path: Path, shapes: Shapes) -> dict[str, Update]:
-    """Read a LoRA in the keys of ComfyUI (as ours are), kohya, diffusers or PEFT.
+    """Read a LoRA in the keys of ComfyUI (as ours are), kohya, diffusers or PEFT, or the weights of a training state.
 
     Args:
         path: a safetensors file.
@@ -59,7 +62,12 @@ def read_lora(path: Path, shapes: Shapes) -> dict[str, Update]:
     for module, parts in keys.items():
         down, up = tensors[parts["down"]], tensors[parts["up"]]
         rank = len(down)
-        scale = float(tensors[parts["alpha"]]) / rank if "alpha" in parts else peft_scale(config, parts["down"], rank)
+        if "alpha" in parts:
+            scale = float(tensors[parts["alpha"]]) / rank
+        elif STATE_SCALE in file.metadata:
+            scale = state_scale(file)
+        else:
+            scale = peft_scale(config, parts["down"], rank)
         updates[module] = Update(down, up, scale)
     return updates
 
@@ -71,10 +79,11 @@ def keys_by_module(file: TensorFile, shapes: Shapes) -> Keys:
         ModelFileError: how many do not fit, and the first five of each kind.
     """
     modules = {stem: module for module in shapes for stem in lora_stems(module)}
+    pattern = STATE_KEY if STATE_SCALE in file.metadata else KEY
     found: dict[str, dict[str, str]] = defaultdict(dict)
     unknown, repeated = [], []
     for key in file.entries:
-        match = KEY.fullmatch(key)
+        match = pattern.fullmatch(key)
         module = None if match is None else modules.get(match[1])
         if match is None or module is None:
             unknown.append(key)
@@ -136,6 +145,31 @@ def peft_config(file: TensorFile) -> dict[str, Any]:
         if value and key.rpartition(".")[2] in ("use_dora", "alpha_pattern"):
             raise ModelFileError(f"{file.path}: the LoRA uses {key}, which is not read")
     return config
+
+
+def state_scale(file: TensorFile) -> float:
+    """Return the factor on up times down that a training state keeps in its file.
+
+    Raises:
+        ModelFileError: it is damaged.
+    """
+    try:
+        return float(file.metadata[STATE_SCALE])
+    except ValueError:
+        raise ModelFileError(f"{file.path}: the metadata {STATE_SCALE} is no number; the file is damaged") from None
+
+
+def linear_shapes(files: ModelFiles) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every weight that a LoRA can change, by the full name of its module."""
+    entries = {
+        **files.transformer_header.entries,
+        **{LLM_ADAPTER_PREFIX + name: entry for name, entry in files.llm_adapter_header.entries.items()},
+    }
+    return {
+        name.removesuffix(".weight"): entry.shape
+        for name, entry in entries.items()
+        if name.endswith(".weight") and len(entry.shape) == 2
+    }
 
 
 def peft_scale(peft: Mapping[str, Any], key: str, rank: int) -> float:

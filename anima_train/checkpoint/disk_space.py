@@ -10,6 +10,7 @@ from torch import Tensor
 from anima_train.core.files import BLOCK, DiskRequirement, free_bytes, on_disk
 from anima_train.core.format import format_bytes
 from anima_train.model.safetensors_io import file_bytes
+from anima_train.optim.moved import MAX_SAMPLE
 from anima_train.optim.optimizers import AnyOptimizer
 from anima_train.optim.state_shapes import optimizer_state
 from anima_train.sampling.generate import Request
@@ -39,18 +40,22 @@ def state_bytes(*files: Mapping[str, Tensor]) -> int:
     return sum(on_disk(file_bytes(tensors, {})) for tensors in files) + MANIFEST
 
 
-def first_state_bytes(trained: Mapping[str, Tensor], optimizer: AnyOptimizer, has_average: bool) -> int:
+def first_state_bytes(
+    trained: Mapping[str, Tensor], optimizer: AnyOptimizer, has_average: bool, has_start: bool = False
+) -> int:
     """Return `state_bytes` of a run that has not begun.
 
     Args:
         trained: the trained parameters by name, on any device.
         optimizer: its settings.
         has_average: True if the run has an average of the weights, which is in float32.
+        has_start: True if the run keeps a sample of the weights before the first step.
     """
     states = zip(trained, optimizer_state(optimizer, trained.values()), strict=True)
     moments = {f"{name}.{key}": tensor for name, state in states for key, tensor in state.items()}
     average = {name: torch.empty(tensor.shape, device="meta") for name, tensor in trained.items()}
-    return state_bytes(trained, moments, *([average] if has_average else []))
+    start = {"sample": torch.empty(MAX_SAMPLE, device="meta")}
+    return state_bytes(trained, moments, *([average] if has_average else []), *([start] if has_start else []))
 
 
 def picture_bytes(request: Request) -> int:

@@ -13,6 +13,7 @@ from anima_train.checkpoint.training_state import check_state, newest_state, sav
 from anima_train.config.changes import Changes, compare, refusal
 from anima_train.config.paths import path_fault
 from anima_train.core.errors import ConfigError, ModelFileError
+from anima_train.core.settings import toml_line
 from anima_train.run.folder import DAMAGED, RunFolder
 
 TIMED = re.compile(r"(.+)-\d{8}-\d{6}")  # a run's name that was made from the config's and the time
@@ -112,6 +113,10 @@ def resume_from_path(resolved: Mapping[str, Any], run_name: str, path: Path) -> 
         ConfigError: there is no state, or the other run has a folder already.
         ModelFileError: it is damaged.
     """
+    if path.is_file() and STATE_FOLDER.fullmatch(path.parent.name):
+        raise ConfigError(f"--resume {path}: a file of a training state; give its folder: --resume {path.parent}")
+    if path.is_file() and path.suffix == ".safetensors":
+        raise ConfigError(weights_alone(path, resolved["adapter"]["type"] == "lora"))
     if fault := path_fault(str(path), Path(), "folder"):
         raise ConfigError(f"--resume: {fault}")
     is_state = STATE_FOLDER.fullmatch(path.name)
@@ -128,6 +133,16 @@ def resume_from_path(resolved: Mapping[str, Any], run_name: str, path: Path) -> 
         raise ConfigError(f"{run.path}: already holds a run; set another run_name, or remove it")
     changes = compare(saved.manifest.config, dict(resolved) | ({"run_name": name} if "run_name" in resolved else {}))
     return replace(resume_from(source, saved, changes, resolved), run_name=name)
+
+
+def weights_alone(path: Path, is_lora: bool) -> str:
+    """Return the message about weights that were given in the place of a training state."""
+    line = toml_line("init_from_existing" if is_lora else "transformer_path", path)
+    table = "adapter" if is_lora else "model"
+    return (
+        f"--resume {path}: weights are no training state (a folder step-... of a run); to begin another run with them "
+        f"write, in [{table}], {line}"
+    )
 
 
 def resume_from(run: RunFolder, saved: SavedState | None, changes: Changes, resolved: Mapping[str, Any]) -> ResumePoint:

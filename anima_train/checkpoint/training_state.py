@@ -1,7 +1,7 @@
 """Training states: all that a run needs to be resumed, in folders that are either whole or not there.
 
-A folder `step-000123` holds `weights`, `optimizer` and, with [ema], `average` as safetensors,
-and `state.json`, which is written last: what
+A folder `step-000123` holds `weights`, `optimizer`, with [ema] `average`, and in a run that began with a LoRA `start`
+as safetensors; and `state.json`, which is written last: what
 the state is of, the size and SHA-256 of each file, and a checksum of itself. Nothing in it is ever unpickled.
 """
 
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from anima_train.adapters.lora import Lora
+from anima_train.adapters.read import STATE_SCALE
 from anima_train.checkpoint.async_writer import Groups
 from anima_train.checkpoint.disk_space import state_bytes
 from anima_train.checkpoint.manifest import (
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PEFT_NAME = re.compile(r"(\.lora_[AB])\.default\.weight")
+START, START_SAMPLE = "start", "sample"  # group and name of the weights before the first step
 NO_ROOM = "free some space, then resume with the same command or --resume; earlier files are intact"
 
 
@@ -113,7 +116,8 @@ def save_state(folder: Path, manifest: StateManifest, groups: Groups, keep_last:
             files = {}
             for name, tensors in groups.items():
                 path = temporary / f"{name}.safetensors"
-                write_tensors(path, tensors, {}, partial(look, final, tensors))
+                facts = lora_facts(manifest.config) if name == "weights" else {}
+                write_tensors(path, tensors, facts, partial(look, final, tensors))
                 sync(path)
                 files[path.name] = entry_of(path)
             write_text(temporary / MANIFEST, manifest.model_copy(update={"files": files}).text())
@@ -125,6 +129,12 @@ def save_state(folder: Path, manifest: StateManifest, groups: Groups, keep_last:
             shutil.rmtree(temporary, ignore_errors=True)
         prune_states(folder, final, keep_last)
     return final
+
+
+def lora_facts(resolved: Mapping[str, Any]) -> dict[str, str]:
+    """Return the metadata with which a state's weights can be read as a LoRA: its alpha is not folded into them."""
+    adapter = resolved.get("adapter", {})
+    return {STATE_SCALE: str(Lora.model_validate(adapter).scale)} if adapter.get("type") == "lora" else {}
 
 
 def look(folder: Path, tensors: Mapping[str, Tensor], name: str, tensor: Tensor) -> None:
@@ -224,6 +234,7 @@ def load_state(
     optimizer: Optimizer,
     average: WeightAverage | None = None,
     shards: "Shards | None" = None,
+    start: Tensor | None = None,
 ) -> None:
     """Put a checked state back. Nothing is changed unless all of it can be read.
 
@@ -233,6 +244,7 @@ def load_state(
         optimizer: that trains it.
         average: of its weights.
         shards: what this process holds of a divided transformer; it keeps its rows of each tensor.
+        start: a sample of the weights before the first step, where the seed does not give them.
 
     Raises:
         ModelFileError: it was saved by a run with other trained parameters or another optimizer.
@@ -261,6 +273,7 @@ def load_state(
         read = read_tensors(open_tensors(folder / "average.safetensors"))
         averages = {name: rows(tensor) for name, tensor in read}
     state = read_optimizer(folder, names_in_order(optimizer, trained if shards is None else shards.parameters), rows)
+    first = None if start is None else read_start(saved)
     if average is not None and averages is not None:
         average.load(averages, f"{folder}: saved by a run that trains other parameters")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -268,6 +281,8 @@ def load_state(
         places: Mapping[str, Tensor] = trained_weights(transformer) if shards is None else shards.parameters
         for name, tensor in weights.items():
             places[name].copy_(tensor)
+        if start is not None and first is not None and first.shape == start.shape:  # else of other processes' rows
+            start.copy_(first)
 
 
 def read_optimizer(
@@ -291,6 +306,13 @@ def read_optimizer(
             raise ModelFileError(f"{folder}: the optimizer's state is of other parameters, such as {parameter}")
         state.setdefault(indices[parameter], {})[key] = rows(tensor)
     return state
+
+
+def read_start(saved: SavedState) -> Tensor | None:
+    """Return the sample of the weights before the first step; None if the state does not hold it."""
+    if f"{START}.safetensors" not in saved.manifest.files:
+        return None
+    return dict(read_tensors(open_header(saved.folder / f"{START}.safetensors")))[START_SAMPLE]
 
 
 def open_tensors(path: Path) -> TensorFile:

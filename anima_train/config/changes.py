@@ -1,6 +1,7 @@
 """The changes of a configuration that a resumed run allows, and those that it refuses."""
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,6 +63,7 @@ MAY_NOT_CHANGE = {
     **dict.fromkeys(("model.text_encoder_nf4", "model.text_encoder_fp8"), "decides how captions are encoded"),
     "model.max_caption_tokens": "decides how much of each caption is trained",
     "adapter.*": "decides what is trained, and how it counts",
+    "adapter.init_from_existing": "the run has begun; leave it as it was, the file is not read any more",
     **dict.fromkeys(("model.dtype", "model.transformer_dtype"), DTYPE),
     **dict.fromkeys(("optimizer.type", "optimizer.betas", "optimizer.moments_dtype", "optimizer.rounding"), MOMENTS),
     **dict.fromkeys(("optimizer.momentum", "optimizer.d0"), MOMENTS),
@@ -92,6 +94,7 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
             for side in (before[table], now[table]):
                 if other in side:
                     side.setdefault(key, side[other])
+    forget_where_it_was(before["adapter"], now["adapter"])
     changes, known = Changes(), set(key_names(Config))
     frozen = set(find_frozen_or_thawed(before, now))
     for location, old, new in find_differences(before, now):
@@ -104,6 +107,13 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
         else:
             changes.allowed.append(line)
     return changes
+
+
+def forget_where_it_was(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Leave out the LoRA that a run began with where the same one cannot be found any more: it is not read again."""
+    old, new = (side.get("init_from_existing") for side in (before, now))
+    if old and new and not os.path.exists(new) and os.path.basename(old) == os.path.basename(new):
+        del before["init_from_existing"], now["init_from_existing"]
 
 
 def refusal(changes: Changes, where: str) -> list[str]:

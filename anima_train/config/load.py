@@ -12,8 +12,9 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
+from anima_train.adapters.lora import Lora
 from anima_train.config.compat import DATASET, FOREIGN, MAIN, Keys, translate
-from anima_train.config.config import Config, ModelSettings
+from anima_train.config.config import AnyAdapter, Config, ModelSettings
 from anima_train.config.notes import optimizer_advice, without_effect
 from anima_train.config.paths import find_path, path_fault
 from anima_train.config.read import Table, apply_override, read_toml
@@ -59,6 +60,7 @@ class LoadedConfig:
     train: Dataset
     evals: tuple[Dataset, ...]
     notes: tuple[str, ...]  # one for each key that changes nothing
+    missing: tuple[str, ...] = ()  # problems of files that a resumed run does not read
 
 
 class ModelPart(Settings):
@@ -91,6 +93,7 @@ class Loader:
         self.overridden: list[str] = []  # key paths of what --set made
         self.problems: list[str] = []
         self.notes: list[str] = []
+        self.missing: list[str] = []  # problems that are none where a run is resumed
         self.named: set[str] = set()  # keys with a problem; the first one found says the most
 
     def read(self, path: Path, overrides: Sequence[str]) -> Table:
@@ -223,6 +226,15 @@ class Loader:
                 found[key] = str(self.find(place, key, text, "file or folder"))
         return model.model_copy(update=found)
 
+    def find_initial(self, adapter: AnyAdapter) -> AnyAdapter:
+        """Return an adapter's settings with the LoRA that it begins with found, wherever the next start is made."""
+        if not isinstance(adapter, Lora) or (text := adapter.init_from_existing) is None:
+            return adapter
+        if fault := path_fault(text, self.main.folder, "file or folder"):
+            self.missing.append(f"{self.key_name(self.main, 'adapter.init_from_existing')}: {fault}")
+            return adapter
+        return adapter.model_copy(update={"init_from_existing": str(find_path(text, self.main.folder).absolute())})
+
     def check_folder(self, key: str, text: str | None) -> None:
         """File a folder that would be made if it were missing, but is something else, or cannot be."""
         if text is not None and any(len(os.fsencode(part)) > MAX_NAME for part in Path(text).parts):
@@ -276,7 +288,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     if config is not None:
         for key, text in (("output_dir", config.output_dir), ("cache_dir", config.cache_dir)):
             loader.check_folder(key, text)
-        config = config.model_copy(update={"model": loader.find_model_files(config.model)})
+        found_files = {"model": loader.find_model_files(config.model), "adapter": loader.find_initial(config.adapter)}
+        config = config.model_copy(update=found_files)
         loader.check_library(config.optimizer.type, config.optimizer.needs_library)
     if loader.problems or config is None or train is None:
         raise ConfigError(loader.problems)
@@ -301,7 +314,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     # Files have the name with a step number and a temporary suffix, in at most 255 bytes.
     stem = path.stem.encode(errors="replace")[:130].decode(errors="ignore")
     run_name = config.run_name or f"{stem}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
-    return LoadedConfig(config, run_name, train, found, tuple(dict.fromkeys(loader.notes)))
+    return LoadedConfig(config, run_name, train, found, tuple(dict.fromkeys(loader.notes)), tuple(loader.missing))
 
 
 def load_model_part(path: Path, overrides: Sequence[str] = (), transformer: Path | None = None) -> ModelPart:

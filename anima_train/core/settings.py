@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, TypeGuard, Union, get_args, get_origin
 
@@ -64,6 +65,11 @@ def quoted(text: str) -> str:
     """Return text in quotes as TOML has it, with escapes for whatever could move a terminal's cursor."""
     shown = json.dumps(text, ensure_ascii=False)
     return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in shown)
+
+
+def toml_line(key: str, path: Path) -> str:
+    """Return a key with a path as a line of TOML, to be pasted."""
+    return f"{key} = {quoted(path.as_posix())}"
 
 
 def key_path(location: Location) -> str:

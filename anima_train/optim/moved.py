@@ -11,7 +11,8 @@ from anima_train.model.block_swap import BlockSwap
 from anima_train.optim.moments import local
 
 NUM_TENSORS = 16  # that the sample is from
-NUM_EACH = 4096  # weights of each
+NUM_EACH = 4096  # weights of each, less than twice that
+MAX_SAMPLE = 2 * NUM_EACH * NUM_TENSORS
 
 
 class MovedShare:

@@ -37,7 +37,7 @@ def is_place(key: str, value: str) -> bool:
     """Return True if the value of this key is a path on this machine."""
     if key == "hf_dataset":
         return HUB_NAME.fullmatch(value) is None
-    is_path = key in ("path", "dataset", "config") or key.endswith(("_path", "_dir"))
+    is_path = key in ("path", "dataset", "config", "init_from_existing") or key.endswith(("_path", "_dir"))
     return is_path and not value.startswith("hf://")
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from anima_train.adapters.read import Shapes, merge_loras, read_lora
+from anima_train.adapters.read import Shapes, linear_shapes, merge_loras, read_lora
 from anima_train.core.device import release_memory
 from anima_train.core.files import sha256_file
 from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX
-from anima_train.model.loading import ModelFiles, ModelSpec, load_llm_adapter, load_transformer
+from anima_train.model.loading import ModelSpec, load_llm_adapter, load_transformer
 from anima_train.model.text import load_text_encoder, load_tokenizers
 from anima_train.model.vae import load_vae
 from anima_train.sampling.generate import Request, Tell, decode, generate
@@ -115,19 +115,6 @@ def texts_of(requests: Iterable[Request]) -> list[str]:
 def changes_llm_adapter(path: Path, shapes: Shapes) -> bool:
     """Return True if a LoRA changes the LLM adapter; raise ModelFileError if it does not fit."""
     return any(name.startswith(LLM_ADAPTER_PREFIX) for name in read_lora(path, shapes))
-
-
-def linear_shapes(files: ModelFiles) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every weight that a LoRA can change, by the full name of its module."""
-    entries = {
-        **files.transformer_header.entries,
-        **{LLM_ADAPTER_PREFIX + name: entry for name, entry in files.llm_adapter_header.entries.items()},
-    }
-    return {
-        name.removesuffix(".weight"): entry.shape
-        for name, entry in entries.items()
-        if name.endswith(".weight") and len(entry.shape) == 2
-    }
 
 
 def encode_all(spec: ModelSpec, shapes: Shapes, texts: Sequence[tuple[Loras, str]]) -> Contexts:

@@ -9,6 +9,9 @@ import torch
 from torch.optim import Optimizer
 
 from anima_train.adapters.full import Full
+from anima_train.adapters.initial import InitialLora, read_initial
+from anima_train.adapters.lora import Lora, lora_layers
+from anima_train.adapters.read import linear_shapes
 from anima_train.checkpoint.disk_space import DiskPlan, FileSizes, first_state_bytes, picture_bytes, weights_bytes
 from anima_train.checkpoint.training_state import trained_parameters
 from anima_train.checkpoint.weights import weights_to_save
@@ -163,6 +166,25 @@ def trainable_transformer(spec: ModelSpec, adapter: AnyAdapter, rates: LearningR
     return transformer
 
 
+def begins_with_lora(adapter: AnyAdapter) -> bool:
+    """Return True if the weights before the first step are not those that the seed gives."""
+    return isinstance(adapter, Lora) and adapter.init_from_existing is not None
+
+
+def initial_lora(adapter: AnyAdapter, spec: ModelSpec, rates: LearningRates) -> InitialLora | None:
+    """Return the LoRA that the configuration begins with; None if there is none.
+
+    Raises:
+        ConfigError: it does not fit into the run's.
+        ModelFileError: it cannot be read, or is of another model.
+    """
+    if not isinstance(adapter, Lora) or adapter.init_from_existing is None:
+        return None
+    transformer = trainable_transformer(spec, adapter, rates, seed=0)
+    trained = [name for name, _ in lora_layers(transformer)]
+    return read_initial(Path(adapter.init_from_existing), linear_shapes(spec.files), trained, adapter)
+
+
 def load_trained(
     spec: ModelSpec, adapter: AnyAdapter, rates: LearningRates, seed: int, weight_decay: float, run_block: RunBlock,
     blocks_to_swap: int = 0,
@@ -215,7 +237,9 @@ def file_sizes(config: Config, spec: ModelSpec) -> FileSizes:
     prompts = () if config.sampling is None else config.sampling.prompts
     return FileSizes(
         weights_bytes(weights_to_save(config.adapter, transformer, spec.files, dtype)),
-        first_state_bytes(trained_parameters(transformer), config.optimizer, config.ema is not None),
+        first_state_bytes(
+            trained_parameters(transformer), config.optimizer, config.ema is not None, begins_with_lora(config.adapter)
+        ),
         sum(map(picture_bytes, prompts)) * (1 + num_trackers),
     )
 

@@ -19,6 +19,7 @@ from anima_train.config.load import LoadedConfig
 from anima_train.config.resolved import plain
 from anima_train.core.determinism import PRICE
 from anima_train.core.device import DTYPES, describe_device
+from anima_train.core.errors import ConfigError
 from anima_train.distributed.collectives import broadcast_from_main, process_group
 from anima_train.distributed.consistency import check_same_config
 from anima_train.distributed.environment import read_environment
@@ -101,6 +102,8 @@ def run_context(loaded: LoadedConfig, resume: bool, resume_path: Path | None) ->
         )
         for note in point.notes:
             logger.info("%s", note)
+        if point.saved is None and loaded.missing:
+            raise ConfigError(loaded.missing)
         loaded = replace(loaded, run_name=point.run_name)
         folder = RunFolder(Path(config.output_dir), loaded.run_name)
         places = accelerator.project_configuration  # made before the name was known

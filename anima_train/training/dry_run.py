@@ -28,6 +28,7 @@ from anima_train.training.build import (
     check_compiler,
     disk_plan,
     file_sizes,
+    initial_lora,
     plan_run,
     trainable_transformer,
 )  # fmt: skip
@@ -57,6 +58,8 @@ def describe_run(
             that cannot be divided, or no room in `max_memory_gib`.
     """
     config = loaded.config
+    if loaded.missing:
+        raise ConfigError(loaded.missing)
     check_compiler(config.compile, spec.device)
     check_blocks(config.blocks_to_swap, config.checkpointed_blocks, config.adapter, spec, num_processes)
     if divides:
@@ -72,6 +75,9 @@ def describe_run(
     lines.extend(f"note: {note}" for note in plan_notes(config, plan, schedule, evaluated))
     transformer = trainable_transformer(spec, config.adapter, config.learning_rates(), config.seed)
     lines.extend(groups_text(group_rows(transformer, config.learning_rates())))
+    if (initial := initial_lora(config.adapter, spec, config.learning_rates())) is not None:
+        lines.extend(initial.lines)
+        lines.extend([] if initial.warning is None else [f"warning: {initial.warning}"])
     folder = Path(config.output_dir) / loaded.run_name
     planned = disk_plan(config, folder, file_sizes(config, spec), plan, schedule)
     lines.append(f"files: {planned.described()}: {format_bytes(planned.num_bytes)} in all")

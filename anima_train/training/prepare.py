@@ -3,10 +3,11 @@
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -15,13 +16,16 @@ from anima_train.caching.entries import CacheEntries, needed_entries, text_ident
 from anima_train.caching.fill import RankInfo, fill_cache, verify_cache
 from anima_train.caching.text_encoding import CaptionEncoder, OnlineTextEncoder, encodes_online, truncated
 from anima_train.checkpoint.disk_space import first_requirements
+from anima_train.checkpoint.manifest import SavedState
 from anima_train.config.load import Dataset, LoadedConfig
 from anima_train.config.model_files import build_model_spec
-from anima_train.config.sections import Role
+from anima_train.config.sections import EvalDataset, Role
 from anima_train.core.errors import DataError
+from anima_train.core.files import DiskRequirement
 from anima_train.core.format import Listing, count, prefixed
 from anima_train.data.cache import SCHEMA, Cache
 from anima_train.data.loader import CachedData
+from anima_train.data.plan import BatchSizes
 from anima_train.data.samples import Sample
 from anima_train.data.scan import Scan, scan
 from anima_train.distributed.collectives import main_process_first, patient_barrier
@@ -29,7 +33,7 @@ from anima_train.distributed.consistency import check_same_data
 from anima_train.evaluation.evaluate import EvalSet
 from anima_train.model.loading import ModelSpec
 from anima_train.model.text import count_tokens, load_tokenizers
-from anima_train.training.build import check_blocks, file_sizes
+from anima_train.training.build import check_blocks, file_sizes, initial_lora
 from anima_train.training.costs import cache_suggestions
 from anima_train.training.memory import MemoryContext, memory_errors
 from anima_train.training.summary import data_messages
@@ -48,8 +52,9 @@ class Prepared:
 
 
 def prepare_data(
-    loaded: LoadedConfig, accelerator: Accelerator, prune: bool = False, verify: bool = False, trains: bool = False
-) -> Prepared:
+    loaded: LoadedConfig, accelerator: Accelerator, prune: bool = False, verify: bool = False, trains: bool = False,
+    saved: SavedState | None = None,
+) -> Prepared:  # fmt: skip
     """Find the model's files, look at the images, and fill the cache.
 
     Args:
@@ -58,6 +63,7 @@ def prepare_data(
         prune: remove from the cache what this configuration does not need, first.
         verify: read every entry, and rebuild those that are damaged.
         trains: True if a run follows, whose first files must have room beside the cache.
+        saved: the state that the run goes on from.
     """
     config, is_main = loaded.config, bool(accelerator.is_main_process)
     datasets = (loaded.train, *loaded.evals)
@@ -65,9 +71,10 @@ def prepare_data(
     with main_process_first(accelerator):  # one process downloads and reads the images, the others find it done
         spec = build_model_spec(config, accelerator.device)
         if trains:
-            check_blocks(
-                config.blocks_to_swap, config.checkpointed_blocks, config.adapter, spec, accelerator.num_processes
-            )
+            blocks = config.blocks_to_swap, config.checkpointed_blocks
+            check_blocks(*blocks, config.adapter, spec, accelerator.num_processes)
+        if trains and saved is None:
+            initial_lora(config.adapter, spec, config.learning_rates())
         scans = scan_all(datasets, config.seed, write=is_main)
         if is_main:
             for cache in caches:
@@ -78,47 +85,58 @@ def prepare_data(
     note_newer_entries(caches)
 
     vae_id = vae_identity(spec.files)
+    samples = scans["train"].samples
     text_id = text_identity(
         spec.files, not spec.trains_llm_adapter, spec.dtype, spec.text_quantization, spec.max_tokens
     )
     needed = needed_entries(
-        scans["train"].samples,
+        samples,
         [sample for name, found in scans.items() if name != "train" for sample in found.samples],
         vae_id, text_id, config.seed, config.uncond_fraction > 0, config.model.cache_text_embeddings,
     )  # fmt: skip
+    ranks = rank_info(accelerator)
+    clean(caches if prune and is_main else (), needed, verify, ranks, accelerator)
+    first = []
+    if trains and is_main:
+        sizes = file_sizes(config, spec)
+        first = first_requirements(Path(config.output_dir) / loaded.run_name, sizes, config.saves_states)
+    fill_all(needed, spec, ranks, config.caching_batch_size, config.model.text_encoder_device, accelerator, first)
+
+    sets, bad = usable_sets(datasets, scans, vae_id)
+    rest = (vae_id, text_id, config.seed, config.model.cache_text_embeddings)
+    data = {name: CachedData(kept, *rest) for name, kept in sets.items()}
+    evals = eval_sets(config.eval_datasets, data, config.eval_batch_sizes(), config.measures_drift)
+    return Prepared(spec, data["train"], evals, warnings + bad)
+
+
+def rank_info(accelerator: Accelerator) -> RankInfo:
+    """Return the place of this process among those of its run."""
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    ranks = RankInfo(accelerator.process_index, accelerator.num_processes, accelerator.local_process_index, local_size)
-    if prune and is_main:
-        prune_caches(caches, needed)
+    return RankInfo(
+        accelerator.process_index, accelerator.num_processes, accelerator.local_process_index, local_size
+    )  # fmt: skip
+
+
+def clean(
+    pruned: Iterable[Cache], needed: CacheEntries, verify: bool, ranks: RankInfo, accelerator: Accelerator
+) -> None:
+    """Remove what is not needed from these caches, and what is damaged, if that is asked for."""
+    if pruned := list(pruned):
+        prune_caches(pruned, needed)
     if verify:
         remove_damaged(needed, ranks, accelerator)
-    suggestions = cache_suggestions(config.caching_batch_size, config.model.text_encoder_device)
+
+
+def fill_all(
+    needed: CacheEntries, spec: ModelSpec, ranks: RankInfo, batch_size: int | None,
+    text_encoder_device: Literal["training", "cpu"], accelerator: Accelerator, first_files: Sequence[DiskRequirement],
+) -> None:  # fmt: skip
+    """Fill the caches, and tell what was made; where memory runs out, what to change. Arguments as of `fill_cache`."""
+    suggestions = cache_suggestions(batch_size, text_encoder_device)
     with memory_errors(accelerator.device, MemoryContext("filling the cache"), lambda _: suggestions):
-        first = []
-        if trains and is_main:
-            folder = Path(config.output_dir) / loaded.run_name
-            first = first_requirements(folder, file_sizes(config, spec), config.saves_states)
-        made = fill_cache(needed, spec, ranks, config.caching_batch_size, partial(patient_barrier, accelerator), first)
+        made = fill_cache(needed, spec, ranks, batch_size, partial(patient_barrier, accelerator), first_files)
     numbers = [f"{number:,}" for number in sum_over_ranks(made[kind] for kind in ("latents", "masks", "texts"))]
     logger.info("cache: %s latents, %s masks and %s texts added", *numbers)
-
-    data = {}
-    for dataset in datasets:
-        samples, bad = usable(dataset.name, scans[dataset.name], dataset.settings.max_bad_fraction, vae_id)
-        warnings.extend(bad)
-        data[dataset.name] = CachedData(samples, vae_id, text_id, config.seed, config.model.cache_text_embeddings)
-    evals = [
-        EvalSet(
-            entry.name,
-            data[entry.name],
-            config.eval_batch_sizes(),
-            entry.role,
-            entry.points(),
-            config.measures_drift(entry),
-        )
-        for entry in config.eval_datasets
-    ]
-    return Prepared(spec, data["train"], evals, warnings)
 
 
 def tell_scans(scans: Mapping[str, Scan]) -> list[str]:
@@ -179,6 +197,41 @@ def with_online_text_encoder(data: Prepared, caches_texts: bool, seed: int) -> P
     encode = OnlineTextEncoder(encoder)
     evals = [replace(eval_set, data=replace(eval_set.data, encode=encode)) for eval_set in data.evals]
     return replace(data, train=replace(data.train, encode=encode), evals=evals)
+
+
+def eval_sets(
+    entries: Iterable[EvalDataset], data: Mapping[str, CachedData], batch_sizes: BatchSizes,
+    measures_drift: Callable[[EvalDataset], bool],
+) -> list[EvalSet]:  # fmt: skip
+    """Return the evaluation sets with their data.
+
+    Args:
+        entries: of the configuration.
+        data: by the sets' names.
+        batch_sizes: for evaluation.
+        measures_drift: True for sets on which the distance from the base is measured.
+    """
+    return [
+        EvalSet(each.name, data[each.name], batch_sizes, each.role, each.points(), measures_drift(each))
+        for each in entries
+    ]
+
+
+def usable_sets(
+    datasets: Iterable[Dataset], scans: Mapping[str, Scan], vae_id: str
+) -> tuple[dict[str, list[Sample]], list[str]]:
+    """Return what `usable` returns of each set: the samples by the sets' names, and the warnings of all.
+
+    Raises:
+        DataError: as `usable`.
+    """
+    sets, warnings = {}, []
+    for dataset in datasets:
+        sets[dataset.name], bad = usable(
+            dataset.name, scans[dataset.name], dataset.settings.max_bad_fraction, vae_id
+        )  # fmt: skip
+        warnings.extend(bad)
+    return sets, warnings
 
 
 def usable(name: str, found: Scan, max_bad_fraction: float, vae_id: str) -> tuple[list[Sample], list[str]]:

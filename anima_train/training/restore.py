@@ -2,19 +2,24 @@
 
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
+from anima_train.adapters.initial import lora_file
+from anima_train.adapters.lora import Lora
+from anima_train.checkpoint.manifest import SavedState
 from anima_train.checkpoint.resume import check_same_content, damaged_records, retire_states
 from anima_train.checkpoint.training_state import load_state, saved_states
+from anima_train.config.config import AnyAdapter
 from anima_train.config.resolved import config_toml
-from anima_train.core.files import write_text
+from anima_train.core.files import sha256_file, write_text
 from anima_train.data.plan import EpochSchedule, Plan, times_seen
 from anima_train.distributed.collectives import broadcast_from_main
 from anima_train.optim.groups import group_rows
 from anima_train.run.folder import RunFolder
 from anima_train.run.manifest import manifest
 from anima_train.training.anomalies import replay
-from anima_train.training.build import disk_plan, file_sizes
+from anima_train.training.build import begins_with_lora, disk_plan, file_sizes
 from anima_train.training.context import RunContext
 from anima_train.training.prepare import Prepared
 from anima_train.training.setup import TrainState
@@ -46,14 +51,18 @@ def restore(
         facts = manifest(
             run.folder.name, spec.files, data.train, rows, config.seed, schedule.num_steps,
             run.accelerator.num_processes, config.gradient_accumulation_steps, attention,
-        ) | {"memory": {} if run.rung is None else dict(run.rung.settings)}  # fmt: skip
+        ) | {
+            "memory": {} if run.rung is None else dict(run.rung.settings),
+            "began_with": began_with(config.adapter, saved),
+        }  # fmt: skip
         if saved is not None:
             check_same_content(saved, facts)
         return facts
 
     facts = broadcast_from_main(run.accelerator, checked)
     if saved is not None:
-        load_state(saved, state.transformer, state.optimizer, state.ema, state.shards)
+        start = state.moved.first if begins_with_lora(config.adapter) else None
+        load_state(saved, state.transformer, state.optimizer, state.ema, state.shards, start)
         state.step = saved.manifest.step
     state.samples_seen = sum(times_seen(plan, schedule, state.step))
     if run.is_main:
@@ -68,6 +77,17 @@ def restore(
         run.accelerator, lambda: replay(run.folder.metrics_path, state.step)
     )
     return facts
+
+
+def began_with(adapter: AnyAdapter, saved: SavedState | None) -> dict[str, Any]:
+    """Return the facts about the LoRA that a run has begun with; empty if there was none."""
+    if saved is not None:
+        found: dict[str, Any] = saved.manifest.run.get("began_with", {})
+        return found
+    if not isinstance(adapter, Lora) or adapter.init_from_existing is None:
+        return {}
+    path = lora_file(Path(adapter.init_from_existing))
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
 def start_records(run: RunContext, data: Prepared, facts: dict[str, Any]) -> None:

@@ -28,7 +28,15 @@ from anima_train.optim.moved import MovedShare
 from anima_train.optim.release import GradientRelease
 from anima_train.optim.schedule_free import averages_in_place
 from anima_train.training.anomalies import SkippedUpdates, SpikeDetector
-from anima_train.training.build import block_runner, build_optimizer, load_trained, plan_run, swap_text
+from anima_train.training.build import (
+    begins_with_lora,
+    block_runner,
+    build_optimizer,
+    initial_lora,
+    load_trained,
+    plan_run,
+    swap_text,
+)  # fmt: skip
 from anima_train.training.context import RunContext
 from anima_train.training.costs import memory_suggestions
 from anima_train.training.divided import divide
@@ -164,6 +172,22 @@ def encode_previews(run: RunContext, spec: ModelSpec) -> Previews | None:
     return Previews.of(sampling.prompts, spec, run.folder.path / "samples", run.folder.name)
 
 
+def begin_with_lora(run: RunContext, spec: ModelSpec, transformer: MiniTrainDIT) -> None:
+    """Put the LoRA that the configuration begins with into the transformer, and tell; a resumed run has its state."""
+    if run.resume_point.saved is not None:
+        if begins_with_lora(run.config.adapter):
+            logger.info("adapter.init_from_existing: not read again, as the weights come from the training state")
+        return
+    initial = initial_lora(run.config.adapter, spec, run.config.learning_rates())
+    if initial is None:
+        return
+    initial.load(transformer)
+    for line in initial.lines:
+        logger.info("%s", line)
+    if initial.warning is not None:
+        logger.warning("%s", initial.warning)
+
+
 def build_model(run: RunContext, spec: ModelSpec, num_steps: int) -> TrainState:
     """Load the transformer with what is trained attached, and make its optimizer, average and schedule.
 
@@ -178,6 +202,7 @@ def build_model(run: RunContext, spec: ModelSpec, num_steps: int) -> TrainState:
     )
     for line in groups_text(group_rows(transformer, rates)):
         logger.info("%s", line)
+    begin_with_lora(run, spec, transformer)
     patient_barrier(run.accelerator)  # one process has encoded prompts, each has read the model
     shards = None
     if run.divides:

@@ -16,7 +16,13 @@ from torch import Tensor
 from anima_train.adapters.lora import Lora
 from anima_train.checkpoint.async_writer import AsyncWriter, Groups
 from anima_train.checkpoint.manifest import StateManifest
-from anima_train.checkpoint.training_state import save_state, state_tensors, take_part_in
+from anima_train.checkpoint.training_state import (
+    START,
+    START_SAMPLE,
+    save_state,
+    state_tensors,
+    take_part_in,
+)  # fmt: skip
 from anima_train.checkpoint.weights import save_weights, weights_metadata, weights_to_save
 from anima_train.config.resolved import plain
 from anima_train.core.device import DTYPES
@@ -33,7 +39,7 @@ from anima_train.model.safetensors_io import open_header, read_tensors
 from anima_train.run.intervals import next_event
 from anima_train.run.manifest import seen_facts
 from anima_train.training.anomalies import naming, step_names
-from anima_train.training.build import all_intervals
+from anima_train.training.build import all_intervals, begins_with_lora
 from anima_train.training.context import RunContext
 from anima_train.training.divided import LLM_ADAPTER, TRANSFORMER, divided_passes, whole_pass
 from anima_train.training.late import LateSteps
@@ -267,6 +273,8 @@ class PeriodicTasks:
             config=plain(self.context.loaded.config),
         )
         groups = state_tensors(state.transformer, state.optimizer, state.ema, state.shards)
+        if begins_with_lora(self.context.config.adapter):
+            groups = {**groups, START: {START_SAMPLE: state.moved.first}}
 
         def write(groups: Groups) -> None:
             folder.check()

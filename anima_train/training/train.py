@@ -93,7 +93,7 @@ def train(run: RunContext, lag: int | None = None) -> Path:
     if run.divides:
         check_can_divide(config.optimizer, config.blocks_to_swap, config.model.quantization)
     # Data: everything into the cache, then the plan of every batch.
-    data = prepare_data(run.loaded, run.accelerator, trains=True)
+    data = prepare_data(run.loaded, run.accelerator, trains=True, saved=run.resume_point.saved)
     plan, schedule = build_plan(run, data)
     # Whatever runs out of memory from here on says what to change.
     shapes, encodes_here = watch_memory(run, data, plan, schedule)

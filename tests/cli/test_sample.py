@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from anima_train.adapters.lora import target_modules
+from anima_train.adapters.read import linear_shapes
 from anima_train.cli.main import COMMANDS, application
 from anima_train.config.load import load_model_part
 from anima_train.config.model_files import find_model_files
@@ -17,7 +18,7 @@ from anima_train.core.errors import ConfigError, ModelFileError, NumericError
 from anima_train.model.loading import load_transformer
 from anima_train.model.tiny import write_tiny
 from anima_train.sampling.grids import ChosenLora
-from anima_train.sampling.pipeline import LoraSwitch, linear_shapes
+from anima_train.sampling.pipeline import LoraSwitch
 
 
 @pytest.fixture(scope="module")

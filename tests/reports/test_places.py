@@ -33,6 +33,8 @@ dataset = "../someone/dataset.toml"
 [model]
 vae_path = 'C:\\Users\\someone\\vae.safetensors'
 llm_path = "hf://owner/name/x/y.safetensors"
+[adapter]
+init_from_existing = "/home/someone/loras/style.safetensors"
 [[own.directory]]
 path = "/home/someone/pictures/"
 hf_dataset = "owner/name"
@@ -50,7 +52,8 @@ def test_a_config_keeps_names_in_place_of_paths():
     assert found["model"] == {"vae_path": "vae.safetensors", "llm_path": "hf://owner/name/x/y.safetensors"}
     assert found["own"]["directory"] == [{"path": "pictures", "hf_dataset": "owner/name"}, {"hf_dataset": "x.parquet"}]
     assert found["sampling"] == {"prompts": ["1girl, /home/someone"]}  # what was written to be drawn
-    assert len(places) == 5
+    assert found["adapter"] == {"init_from_existing": "style.safetensors"}
+    assert len(places) == 6
 
 
 def test_a_damaged_config_is_shown_without_its_folders():

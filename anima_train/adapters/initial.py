@@ -1,0 +1,128 @@
+"""The LoRA that a run begins with: read from a file, fitted into the rank of the run, and told."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from anima_train.adapters.lora import Lora, lora_layers
+from anima_train.adapters.read import Shapes, Updates, read_lora
+from anima_train.core.errors import ConfigError, ModelFileError
+from anima_train.core.format import count, printable
+from anima_train.model.safetensors_io import first_five
+
+KEY = "adapter.init_from_existing"
+FILES = ("adapter_model.safetensors", "weights.safetensors")  # in the folders of other trainers, and of our states
+
+
+@dataclass(frozen=True)
+class InitialLora:
+    """A LoRA whose part that is trained fits into the run's; nothing of it is loaded yet."""
+
+    path: Path
+    updates: Updates  # of the modules that the run trains
+    left_out: Sequence[str]  # modules of the file that it does not train
+    absent: Sequence[str]  # modules that it trains, and that the file lacks
+    settings: Lora
+
+    @property
+    def lines(self) -> list[str]:
+        """The file and what is taken from it, for the terminal."""
+        name = printable(self.path.name)
+        ranks = sorted({len(update.down) for update in self.updates.values()})
+        rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+        text = f"{KEY}: begins with {name}, {rank} of {self.settings.rank}, {count(len(self.updates), 'module')}"
+        scales = sorted({update.scale for update in self.updates.values()} - {self.settings.scale})
+        if scales:
+            text += f"; its scale of {scales[-1]:g} instead of {self.settings.scale:g} goes into lora_B"
+        if self.settings.dtype == "bfloat16" and any(not is_bfloat16(update.up) for update in self.updates.values()):
+            text += "; rounded to bfloat16 (adapter.dtype)"
+        lines = [text]
+        if self.absent:
+            modules = count(len(self.absent), "trained module")
+            lines.append(f"{KEY}: {modules} not in {name}, begin at zero: {first_five(self.absent)}")
+        return lines
+
+    @property
+    def warning(self) -> str | None:
+        """The part of the file that is lost; None if there is none."""
+        if not self.left_out:
+            return None
+        modules = count(len(self.left_out), "module")
+        return (
+            f"{KEY}: {modules} of {printable(self.path.name)} not trained here, left out: {first_five(self.left_out)}; "
+            "the run begins without their part (components are frozen by a learning rate of 0, in [model])"
+        )
+
+    @torch.no_grad()
+    def load(self, transformer: nn.Module) -> None:
+        """Put it into the layers: the model computes what it computes with the file, whatever rank and alpha are here.
+
+        Of a larger rank, the rows of A that the file does not have stay random, and the columns of B zero.
+
+        Raises:
+            ModelFileError: the numbers do not fit into the dtype of the layers.
+        """
+        for name, layer in lora_layers(transformer):
+            if (update := self.updates.get(name)) is None:
+                continue
+            rank = len(update.down)
+            layer.lora_A[:rank] = update.down.to(layer.lora_A)
+            layer.lora_B[:, :rank] = (update.up.float() * (update.scale / layer.scale)).to(layer.lora_B)
+            if not bool(torch.isfinite(layer.lora_A).all() & torch.isfinite(layer.lora_B).all()):
+                raise ModelFileError(f"{self.path}: {name} with its scale of {update.scale:g} is not finite; broken")
+
+
+def read_initial(path: Path, shapes: Shapes, trained: Sequence[str], settings: Lora) -> InitialLora:
+    """Read a LoRA for a run to begin with.
+
+    Args:
+        path: a safetensors file in any keys that `read_lora` reads, or a folder with one.
+        shapes: of every linear's weight.
+        trained: names of the modules that the run trains.
+        settings: of the run's LoRA.
+
+    Raises:
+        ConfigError: its rank is larger than the run's, or the run trains none of its modules.
+        ModelFileError: it cannot be read, or is of another model.
+    """
+    path = lora_file(path)
+    updates = read_lora(path, shapes)
+    taken = {name: updates[name] for name in trained if name in updates}
+    name = printable(str(path))
+    if not taken:
+        raise ConfigError(
+            f"{KEY}: the run trains none of the {count(len(updates), 'module')} of {name}: "
+            f"{first_five(list(updates))}; give their component a learning rate above 0, in [model], or remove the key"
+        )
+    if (rank := max(len(update.down) for update in taken.values())) > settings.rank:
+        raise ConfigError(
+            f"{KEY}: {name} has rank {rank}, and adapter.rank is {settings.rank}, which cannot hold it; write "
+            f"rank = {rank}, in [adapter]"
+        )
+    left_out = [name for name in updates if name not in taken]
+    return InitialLora(path, taken, left_out, [name for name in trained if name not in taken], settings)
+
+
+def lora_file(path: Path) -> Path:
+    """Return the LoRA's file: the path itself, or the one file that a folder has, as diffusion-pipe saves them.
+
+    Raises:
+        ConfigError: the folder has none, or several.
+    """
+    if not path.is_dir():
+        return path
+    found = sorted(name for name in os.listdir(path) if name.endswith(".safetensors"))
+    known = [name for name in FILES if name in found]
+    if known or len(found) == 1:
+        return path / (known or found)[0]
+    has = f"{len(found)} .safetensors files: {first_five(found)}" if found else "no .safetensors file"
+    raise ConfigError(f"{KEY}: the folder {printable(str(path))} has {printable(has)}; name a LoRA's file")
+
+
+def is_bfloat16(tensor: torch.Tensor) -> bool:
+    """Return True for a tensor that bfloat16 holds exactly by its dtype."""
+    return tensor.dtype == torch.bfloat16
