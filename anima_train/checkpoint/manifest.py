@@ -17,6 +17,7 @@ from anima_train.run.folder import DAMAGED
 
 STATE_FOLDER = re.compile(r"step-(\d+)")
 MANIFEST, CHECKSUM = "state.json", "checksum"
+SAMPLES = "samples.json"
 VERSION = 3  # of the layout
 READABLE = (2, 3)  # 2 has no checksum
 

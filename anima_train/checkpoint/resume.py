@@ -8,12 +8,16 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from anima_train.adapters.full import Full
+from anima_train.adapters.lora import Lora
 from anima_train.checkpoint.manifest import STATE_FOLDER, SavedState
+from anima_train.checkpoint.samples import changed_dataset
 from anima_train.checkpoint.training_state import check_state, newest_state, saved_states
 from anima_train.config.changes import Changes, compare, refusal
 from anima_train.config.paths import path_fault
 from anima_train.core.errors import ConfigError, ModelFileError
 from anima_train.core.settings import toml_line
+from anima_train.model.loading import ModelFiles
 from anima_train.run.folder import DAMAGED, RunFolder
 
 TIMED = re.compile(r"(.+)-\d{8}-\d{6}")  # a run's name that was made from the config's and the time
@@ -207,22 +211,25 @@ def is_locked(run: RunFolder) -> bool:
         return True
 
 
-def check_same_content(saved: SavedState, manifest: Mapping[str, Any]) -> None:
+def check_same_content(saved: SavedState, manifest: Mapping[str, Any], adapter: Lora | Full, files: ModelFiles) -> None:
     """Refuse to resume from a state of other files, images or components than those of this run.
 
     Args:
         saved: the state.
         manifest: of this run.
+        adapter: what is trained.
+        files: of the model.
 
     Raises:
-        ModelFileError: which of them differ, and what they were.
+        DataError: the dataset differs.
+        ModelFileError: which of the others differ, and what they were.
     """
     before = saved.manifest.run
     problems = [
         f"{saved.folder}: cannot resume: {name} was {was}, and is {now}"
         for name, was, now in (
             *hashes(before, manifest),
-            *((name, before.get(name), manifest[name]) for name in ("dataset_sha256", "seed", "trained")),
+            *((name, before.get(name), manifest[name]) for name in ("seed", "trained")),
         )
         if was != now
     ]
@@ -235,6 +242,8 @@ def check_same_content(saved: SavedState, manifest: Mapping[str, Any]) -> None:
         )
     if problems:
         raise ModelFileError(problems)
+    if before.get("dataset_sha256") != manifest["dataset_sha256"]:  # in a way that `check_same_samples` does not see
+        raise changed_dataset(saved, "its hash is another one", adapter, files)
 
 
 def damaged_records(saved: SavedState, source: RunFolder) -> list[str]:

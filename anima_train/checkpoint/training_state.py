@@ -1,7 +1,7 @@
 """Training states: all that a run needs to be resumed, in folders that are either whole or not there.
 
 A folder `step-000123` holds `weights`, `optimizer`, with [ema] `average`, and in a run that began with a LoRA `start`
-as safetensors; and `state.json`, which is written last: what
+as safetensors; `samples.json`, the images and captions that were trained; and `state.json`, which is written last: what
 the state is of, the size and SHA-256 of each file, and a checksum of itself. Nothing in it is ever unpickled.
 """
 
@@ -24,6 +24,7 @@ from anima_train.checkpoint.async_writer import Groups
 from anima_train.checkpoint.disk_space import state_bytes
 from anima_train.checkpoint.manifest import (
     MANIFEST,
+    SAMPLES,
     STATE_FOLDER,
     DamagedState,
     SavedState,
@@ -38,6 +39,7 @@ from anima_train.core.errors import ModelFileError
 from anima_train.core.files import (
     DiskRequirement,
     disk_errors,
+    on_disk,
     require_space,
     sha256_file,
     sync,
@@ -82,7 +84,9 @@ def state_tensors(
     return {**groups, "average": {name: shards.divided(name, rows) for name, rows in average.tensors.items()}}
 
 
-def save_state(folder: Path, manifest: StateManifest, groups: Groups, keep_last: int) -> Path:
+def save_state(
+    folder: Path, manifest: StateManifest, groups: Groups, keep_last: int, samples: bytes | None = None
+) -> Path:
     """Write a state, then remove all but the newest `keep_last` and the best.
 
     The folder gets its name only when everything in it is on disk. A whole state of this step that is there stays.
@@ -92,6 +96,7 @@ def save_state(folder: Path, manifest: StateManifest, groups: Groups, keep_last:
         manifest: all but the files.
         groups: the tensors of each file.
         keep_last: number of states.
+        samples: content of `samples.json`.
 
     Raises:
         NumericError: a weight or a moment is not finite; earlier states are intact.
@@ -108,7 +113,7 @@ def save_state(folder: Path, manifest: StateManifest, groups: Groups, keep_last:
             found = check_state(final).folder
             take_part_in(groups)  # other processes do, too
             return found
-    num_bytes = state_bytes(*groups.values())
+    num_bytes = state_bytes(*groups.values()) + on_disk(len(samples or b""))
     require_space([DiskRequirement(folder, num_bytes, f"the training state {final.name}")], NO_ROOM)
     with disk_errors(final, num_bytes):
         try:
@@ -120,6 +125,10 @@ def save_state(folder: Path, manifest: StateManifest, groups: Groups, keep_last:
                 write_tensors(path, tensors, facts, partial(look, final, tensors))
                 sync(path)
                 files[path.name] = entry_of(path)
+            if samples is not None:
+                (temporary / SAMPLES).write_bytes(samples)
+                sync(temporary / SAMPLES)
+                files[SAMPLES] = entry_of(temporary / SAMPLES)
             write_text(temporary / MANIFEST, manifest.model_copy(update={"files": files}).text())
             sync(temporary)
             remove(final)

@@ -13,11 +13,13 @@ from anima_train.adapters.initial import InitialLora, read_initial
 from anima_train.adapters.lora import Lora, lora_layers
 from anima_train.adapters.read import linear_shapes
 from anima_train.checkpoint.disk_space import DiskPlan, FileSizes, first_state_bytes, picture_bytes, weights_bytes
+from anima_train.checkpoint.samples import records_bytes
 from anima_train.checkpoint.training_state import trained_parameters
 from anima_train.checkpoint.weights import weights_to_save
 from anima_train.config.config import AnyAdapter, Config
 from anima_train.core.device import DTYPES
 from anima_train.core.errors import ConfigError
+from anima_train.core.files import on_disk
 from anima_train.core.format import format_bytes
 from anima_train.data.plan import EpochSchedule, Plan, times_seen
 from anima_train.data.samples import Sample
@@ -229,8 +231,8 @@ def build_optimizer(
     return optimizer, None
 
 
-def file_sizes(config: Config, spec: ModelSpec) -> FileSizes:
-    """Return the bytes on disk of the files that a run writes, at most."""
+def file_sizes(config: Config, spec: ModelSpec, samples: Sequence[Sample] = ()) -> FileSizes:
+    """Return the bytes on disk of the files that a run on these samples writes, at most."""
     transformer = trainable_transformer(spec, config.adapter, config.learning_rates(), config.seed)
     dtype = None if config.save_dtype is None else DTYPES[config.save_dtype]
     num_trackers = config.monitoring.tensorboard + config.monitoring.enable_wandb
@@ -239,7 +241,8 @@ def file_sizes(config: Config, spec: ModelSpec) -> FileSizes:
         weights_bytes(weights_to_save(config.adapter, transformer, spec.files, dtype)),
         first_state_bytes(
             trained_parameters(transformer), config.optimizer, config.ema is not None, begins_with_lora(config.adapter)
-        ),
+        )
+        + on_disk(records_bytes(samples)),
         sum(map(picture_bytes, prompts)) * (1 + num_trackers),
     )
 

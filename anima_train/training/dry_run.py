@@ -79,7 +79,7 @@ def describe_run(
         lines.extend(initial.lines)
         lines.extend([] if initial.warning is None else [f"warning: {initial.warning}"])
     folder = Path(config.output_dir) / loaded.run_name
-    planned = disk_plan(config, folder, file_sizes(config, spec), plan, schedule)
+    planned = disk_plan(config, folder, file_sizes(config, spec, scans["train"].samples), plan, schedule)
     lines.append(f"files: {planned.described()}: {format_bytes(planned.num_bytes)} in all")
     if warning := planned.warning(config.keep_last):
         lines.append(f"warning: {warning}")

@@ -17,6 +17,7 @@ from anima_train.caching.fill import RankInfo, fill_cache, verify_cache
 from anima_train.caching.text_encoding import CaptionEncoder, OnlineTextEncoder, encodes_online, truncated
 from anima_train.checkpoint.disk_space import first_requirements
 from anima_train.checkpoint.manifest import SavedState
+from anima_train.checkpoint.samples import check_same_samples
 from anima_train.config.load import Dataset, LoadedConfig
 from anima_train.config.model_files import build_model_spec
 from anima_train.config.sections import EvalDataset, Role
@@ -28,7 +29,7 @@ from anima_train.data.loader import CachedData
 from anima_train.data.plan import BatchSizes
 from anima_train.data.samples import Sample
 from anima_train.data.scan import Scan, scan
-from anima_train.distributed.collectives import main_process_first, patient_barrier
+from anima_train.distributed.collectives import broadcast_from_main, main_process_first, patient_barrier
 from anima_train.distributed.consistency import check_same_data
 from anima_train.evaluation.evaluate import EvalSet
 from anima_train.model.loading import ModelSpec
@@ -49,6 +50,7 @@ class Prepared:
     train: CachedData
     evals: list[EvalSet]
     warnings: list[str]  # about images and captions
+    unusable: list[Sample]  # of the training set, found while they were encoded
 
 
 def prepare_data(
@@ -64,6 +66,9 @@ def prepare_data(
         verify: read every entry, and rebuild those that are damaged.
         trains: True if a run follows, whose first files must have room beside the cache.
         saved: the state that the run goes on from.
+
+    Raises:
+        DataError: the dataset is not that of the state; nothing is encoded.
     """
     config, is_main = loaded.config, bool(accelerator.is_main_process)
     datasets = (loaded.train, *loaded.evals)
@@ -86,6 +91,9 @@ def prepare_data(
 
     vae_id = vae_identity(spec.files)
     samples = scans["train"].samples
+    if saved is not None:
+        known, _ = without_rejected(samples, vae_id)
+        broadcast_from_main(accelerator, partial(check_same_samples, saved, known, config.adapter, spec.files))
     text_id = text_identity(
         spec.files, not spec.trains_llm_adapter, spec.dtype, spec.text_quantization, spec.max_tokens
     )
@@ -98,7 +106,7 @@ def prepare_data(
     clean(caches if prune and is_main else (), needed, verify, ranks, accelerator)
     first = []
     if trains and is_main:
-        sizes = file_sizes(config, spec)
+        sizes = file_sizes(config, spec, samples)
         first = first_requirements(Path(config.output_dir) / loaded.run_name, sizes, config.saves_states)
     fill_all(needed, spec, ranks, config.caching_batch_size, config.model.text_encoder_device, accelerator, first)
 
@@ -106,7 +114,7 @@ def prepare_data(
     rest = (vae_id, text_id, config.seed, config.model.cache_text_embeddings)
     data = {name: CachedData(kept, *rest) for name, kept in sets.items()}
     evals = eval_sets(config.eval_datasets, data, config.eval_batch_sizes(), config.measures_drift)
-    return Prepared(spec, data["train"], evals, warnings + bad)
+    return Prepared(spec, data["train"], evals, warnings + bad, left_out(samples, sets["train"]))
 
 
 def rank_info(accelerator: Accelerator) -> RankInfo:
@@ -232,6 +240,12 @@ def usable_sets(
         )  # fmt: skip
         warnings.extend(bad)
     return sets, warnings
+
+
+def left_out(samples: Iterable[Sample], kept: Iterable[Sample]) -> list[Sample]:
+    """Return the samples that are not among those that are kept."""
+    names = {sample.id for sample in kept}
+    return [sample for sample in samples if sample.id not in names]
 
 
 def usable(name: str, found: Scan, max_bad_fraction: float, vae_id: str) -> tuple[list[Sample], list[str]]:

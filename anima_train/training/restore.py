@@ -56,7 +56,7 @@ def restore(
             "began_with": began_with(config.adapter, saved),
         }  # fmt: skip
         if saved is not None:
-            check_same_content(saved, facts)
+            check_same_content(saved, facts, config.adapter, spec.files)
         return facts
 
     facts = broadcast_from_main(run.accelerator, checked)
@@ -70,7 +70,8 @@ def restore(
             logger.info("note: %s is of a step that is made again; it is not read any more", path)
         start_records(run, data, facts)
         num_states = len(saved_states(run.folder.checkpoints))
-        planned = disk_plan(config, run.folder.path, file_sizes(config, spec), plan, schedule, state.step, num_states)
+        sizes = file_sizes(config, spec, data.train.samples)
+        planned = disk_plan(config, run.folder.path, sizes, plan, schedule, state.step, num_states)
         if warning := planned.warning(config.keep_last):
             logger.warning("%s", warning)
     state.skipped, state.spikes = broadcast_from_main(

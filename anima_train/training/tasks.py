@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from anima_train.adapters.lora import Lora
 from anima_train.checkpoint.async_writer import AsyncWriter, Groups
 from anima_train.checkpoint.manifest import StateManifest
+from anima_train.checkpoint.samples import sample_records
 from anima_train.checkpoint.training_state import (
     START,
     START_SAMPLE,
@@ -89,6 +90,11 @@ class PeriodicTasks:
             job(groups)
         else:
             take_part_in(groups)
+
+    @cached_property
+    def sample_records(self) -> bytes:
+        """The facts about the dataset that each state keeps."""
+        return sample_records(self.data.train.samples, self.data.unusable)
 
     def before_first_step(self) -> list[str]:
         """Return the names of what is to be done before the first step, or was left by a process that had to stop."""
@@ -280,7 +286,7 @@ class PeriodicTasks:
             folder.check()
             folder.sync()  # what was logged before the state
             with_records = facts.model_copy(update={"records": folder.digests(step, pending)})
-            save_state(folder.checkpoints, with_records, groups, keep_last)
+            save_state(folder.checkpoints, with_records, groups, keep_last, self.sample_records)
 
         self.write(groups, write)
 

@@ -222,7 +222,7 @@ def test_a_run_that_was_stopped_after_its_last_step_saves_its_weights(trainer):
 
 RECORDS = (
     "manifest.json", "metrics.jsonl", "evaluations.jsonl", "base_evaluations.json", "config.toml",
-    "checkpoints/step-000003/state.json", "checkpoints/step-000002/state.json",
+    "checkpoints/step-000003/state.json", "checkpoints/step-000003/samples.json", "checkpoints/step-000002/state.json",
 )  # fmt: skip
 
 

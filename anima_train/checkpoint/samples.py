@@ -1,0 +1,153 @@
+"""The samples that a run has seen, kept with its training states, so that a dataset that changed can say where."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from pydantic import Field
+
+from anima_train.adapters.full import Full
+from anima_train.adapters.lora import Lora
+from anima_train.adapters.read import STATE_SCALE
+from anima_train.checkpoint.manifest import SAMPLES, SavedState
+from anima_train.core.errors import DataError
+from anima_train.core.format import printable
+from anima_train.core.settings import Settings, toml_line
+from anima_train.data.samples import Sample
+from anima_train.model.loading import ModelFiles
+from anima_train.model.safetensors_io import open_header
+from anima_train.optim.groups import COMPONENTS
+
+MAX_NAMED = 5  # samples of each kind
+LENGTH = 16  # characters of a hash: enough to tell two versions of one file apart
+PARTS = ("image", "size", "captions", "mask")
+
+
+class SampleRecords(Settings):
+    """The content of `samples.json`: what `describe` says of each sample, by its id."""
+
+    trained: dict[str, str] = Field(default={})
+    unusable: dict[str, str] = Field(default={})
+    """Those whose images could not be decoded or encoded."""
+
+
+def describe(sample: Sample) -> str:
+    """Return the hashes of a sample's image, captions and mask, and its size, in the order of `PARTS`."""
+    captions = hashlib.sha256(json.dumps(sample.captions(0)).encode()).hexdigest()
+    mask = (sample.picture.mask_sha256 or "alpha") if sample.has_mask else "none"
+    return f"{sample.picture.sha256[:LENGTH]} {sample.size} {captions[:LENGTH]} {mask[:LENGTH]}"
+
+
+def sample_records(trained: Iterable[Sample], unusable: Iterable[Sample]) -> bytes:
+    """Return the content of `samples.json`."""
+    records = SampleRecords(
+        trained={sample.id: describe(sample) for sample in trained},
+        unusable={sample.id: describe(sample) for sample in unusable},
+    )
+    return json.dumps(records.model_dump(), separators=(",", ":")).encode()
+
+
+def records_bytes(samples: Sequence[Sample]) -> int:
+    """Return the bytes of `samples.json`, at most, without looking at captions or files."""
+    return 64 + sum(len(json.dumps(sample.id)) + 4 * LENGTH + 8 for sample in samples)
+
+
+def check_same_samples(saved: SavedState, samples: Sequence[Sample], adapter: Lora | Full, files: ModelFiles) -> None:
+    """Refuse to resume from a state of another dataset.
+
+    Args:
+        saved: the state, whose files were checked. One of an earlier version has no records, and is passed over.
+        samples: that the run would train on.
+        adapter: what is trained.
+        files: of the model.
+
+    Raises:
+        DataError: samples were added, removed or changed: how many, the first five of each, and both ways on.
+    """
+    if SAMPLES not in saved.manifest.files:
+        return
+    before = SampleRecords.model_validate_json((saved.folder / SAMPLES).read_bytes())
+    now = {sample.id: describe(sample) for sample in samples}
+    if differences := "; ".join(name_differences(before, now)):
+        raise changed_dataset(saved, differences, adapter, files)
+
+
+def name_differences(before: SampleRecords, now: Mapping[str, str]) -> Iterator[str]:
+    """Yield what was added, removed and changed, each kind in one text."""
+    # What could not be used then cannot be used now: it is left out when the cache is filled, if not before.
+    added = [name for name, text in now.items() if name not in before.trained and before.unusable.get(name) != text]
+    removed = [name for name in before.trained if name not in now]
+    changed = [
+        f"{name} ({', '.join(changed_parts(before.trained[name], text))})"
+        for name, text in now.items()
+        if before.trained.get(name, text) != text
+    ]
+    for kind, names in (("added", added), ("removed", removed), ("changed", changed)):
+        if names:
+            shown = ", ".join(map(printable, names[:MAX_NAMED]))
+            yield f"{len(names):,} {kind}: {shown}{', ...' if len(names) > MAX_NAMED else ''}"
+
+
+def changed_parts(before: str, now: str) -> list[str]:
+    """Return the parts of a sample that two descriptions tell apart."""
+    pairs = zip(PARTS, before.split(" "), now.split(" "), strict=False)
+    return [part for part, was, is_now in pairs if was != is_now]
+
+
+def changed_dataset(saved: SavedState, differences: str, adapter: Lora | Full, files: ModelFiles) -> DataError:
+    """Return the error for a dataset that is not the state's, with both ways on."""
+    return DataError(
+        [
+            f"{saved.folder}: cannot resume: the dataset has changed since: {differences}",
+            *first_word("put it back, and resume; or ", start_again(saved, adapter, files)),
+        ]
+    )
+
+
+def first_word(text: str, lines: Sequence[str]) -> list[str]:
+    """Return lines with a text before the first."""
+    return [text + lines[0], *lines[1:]]
+
+
+def start_again(saved: SavedState, adapter: Lora | Full, files: ModelFiles) -> list[str]:
+    """Return how to begin another run with a state's weights: the lines to add stand alone, to be pasted.
+
+    Args:
+        saved: the state.
+        adapter: what is trained.
+        files: of the model that it was trained on.
+    """
+    path, is_part = weights_of(saved, adapter)
+    if path is None:
+        return ["start another run; this one has no saved weights to begin with (save_every_n_steps saves them)"]
+    table, key = ("adapter", "init_from_existing") if isinstance(adapter, Lora) else ("model", "transformer_path")
+    lines = [f"start another run, of another run_name, from these weights; write in [{table}]:", toml_line(key, path)]
+    if is_part:
+        lines.append(toml_line("llm_adapter_path", files.llm_adapter or files.transformer))
+    return lines
+
+
+def weights_of(saved: SavedState, adapter: Lora | Full) -> tuple[Path | None, bool]:
+    """Return the file with a state's weights from which a run can begin, and True if it lacks the LLM adapter.
+
+    That is the one saved after the same step; else the state's own, if it holds all that is needed; else the one saved
+    before it.
+    """
+    run, step = saved.folder.parent.parent, saved.manifest.step
+    by_step = {
+        int(match[1]): path
+        for path in (run / "weights").glob("*.safetensors")
+        if (match := re.fullmatch(rf"{re.escape(run.name)}-s(\d+)", path.stem))
+    }
+    if step in by_step:
+        return by_step[step], False
+    trained = set(saved.manifest.run.get("trained", ()))
+    own = saved.folder / "weights.safetensors"
+    if isinstance(adapter, Lora) and STATE_SCALE in open_header(own).metadata:
+        return own, False
+    if isinstance(adapter, Full) and trained >= set(COMPONENTS) - {"llm_adapter"}:
+        return own, "llm_adapter" not in trained
+    earlier = [saved_step for saved_step in by_step if saved_step < step]
+    return (by_step[max(earlier)] if earlier else None), False

@@ -1,0 +1,186 @@
+"""A dataset that is not the one of the training state is refused before anything is cached, with both ways on."""
+
+import json
+import re
+import shutil
+import tomllib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from anima_train.caching import fill as fill_module
+from anima_train.checkpoint.samples import SampleRecords, name_differences, records_bytes, sample_records
+from anima_train.config.load import load_config
+from anima_train.core.errors import DataError
+from anima_train.model.tiny import tiny_paths
+from anima_train.training import train as train_module
+from anima_train.training.prepare import scan_all
+
+STATES = {"checkpoint_every_n_steps": 1, "keep_last": 20}
+
+
+@pytest.fixture
+def own(trainer, images_drawer, tmp_path):
+    """A trainer with seven pictures of its own, and their folder."""
+    folder = images_drawer(tmp_path / "own", [(96, 96)] * 7)
+    trainer.base["dataset"]["directory"] = [{"path": str(folder)}]
+    return trainer, folder
+
+
+def run_until(trainer, step, name="run", **changes):
+    """A run that fails in the step after `step`, as after a power cut."""
+    real, number = train_module.compute_loss, 0
+
+    def failing(*arguments):
+        nonlocal number
+        number += 1
+        if number > step:
+            raise ZeroDivisionError
+        return real(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module, "compute_loss", failing)
+        with pytest.raises(ZeroDivisionError):
+            trainer(name, **STATES, **changes)
+    return trainer.folder / "runs" / name
+
+
+def draw(path, colour):
+    Image.new("RGB", (96, 96), colour).save(path)
+
+
+def refusal(trainer, **changes):
+    with pytest.raises(DataError) as caught:
+        trainer("run", **STATES, **changes)
+    assert caught.value.exit_code == 3
+    return list(caught.value.problems)
+
+
+def test_all_that_was_added_removed_and_changed_is_named_and_nothing_is_encoded(own, monkeypatch):
+    trainer, folder = own
+    run = run_until(trainer, 2)
+    shutil.copytree(folder, folder.with_name("before"))
+    draw(folder / "new.png", (1, 2, 3))
+    (folder / "image0.png").unlink()
+    draw(folder / "image1.png", (9, 9, 9))
+    (folder / "image2.txt").write_text("something else")
+    Image.new("RGB", (128, 64)).save(folder / "image3.png")
+    with monkeypatch.context() as patch:
+        patch.delattr(fill_module, "load_vae")
+        first, second, third = refusal(trainer)
+    assert first == (
+        f"{run}/checkpoints/step-000002: cannot resume: the dataset has changed since: 1 added: 0/new.png@96; "
+        "1 removed: 0/image0.png@96; 3 changed: 0/image1.png@96 (image), 0/image2.png@96 (captions), "
+        "0/image3.png@96 (image, size)"
+    )
+    assert second == (
+        "put it back, and resume; or start another run, of another run_name, from these weights; write in [adapter]:"
+    )
+    assert tomllib.loads(third) == {"init_from_existing": f"{run}/checkpoints/step-000002/weights.safetensors"}
+
+    # Both ways on.
+    begun = trainer("other", **STATES, adapter={"type": "lora", "rank": 4, **tomllib.loads(third)}, max_steps=1)
+    assert begun.metrics[0]["step"] == 1
+    shutil.rmtree(folder)
+    folder.with_name("before").rename(folder)
+    assert [line["step"] for line in trainer("run", **STATES).metrics] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_a_mask_that_appears_is_a_change(own):
+    trainer, folder = own
+    masks = folder.with_name("masks")
+    masks.mkdir()
+    trainer.base["dataset"]["directory"][0]["mask_path"] = str(masks)
+    run_until(trainer, 1)
+    Image.new("L", (96, 96), 255).save(masks / "image5.png")
+    assert "1 changed: 0/image5.png@96 (mask)" in refusal(trainer)[0]
+
+
+def test_of_many_the_first_five_are_named():
+    before = SampleRecords(trained={f"0/{number}.png@96": "a 96x96 b none" for number in range(9)})
+    (text,) = name_differences(before, {})
+    assert text == "9 removed: " + ", ".join(f"0/{number}.png@96" for number in range(5)) + ", ..."
+    assert not list(name_differences(before, dict(before.trained)))
+
+
+@pytest.mark.slow
+def test_an_image_that_could_not_be_used_then_is_no_change_now_unless_it_is_another(own):
+    trainer, folder = own
+    trainer.base["dataset"]["max_bad_fraction"] = 0.5
+    content = (folder / "image6.png").read_bytes()
+    (folder / "image6.png").write_bytes(content[:-60] + bytes(48) + content[-12:])  # seen when it is decoded
+    run = run_until(trainer, 1)
+    records = json.loads((run / "checkpoints" / "step-000001" / "samples.json").read_text())
+    assert records["unusable"].keys() == {"0/image6.png@96"}
+    shutil.rmtree(folder / ".anima_cache")  # nothing knows of it before it is decoded again
+    run_until(trainer, 1)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
+    (folder / "image6.png").write_bytes(content)
+    assert "1 added: 0/image6.png@96" in refusal(trainer)[0]
+
+
+@pytest.mark.slow
+def test_weights_saved_after_the_same_step_are_those_to_begin_with(own):
+    trainer, folder = own
+    run = run_until(trainer, 2, save_every_n_steps=2)
+    (folder / "image0.txt").write_text("another")
+    saved = f"{run}/weights/run-s000002.safetensors"
+    assert refusal(trainer, save_every_n_steps=2)[2] == f'init_from_existing = "{saved}"'
+
+
+@pytest.mark.slow
+def test_a_whole_model_is_offered_with_its_llm_adapter(own):
+    trainer, folder = own
+    full = {"adapter": None, "optimizer": {"type": "adamw_optimi", "lr": 1e-4}, "model": {"dtype": "bfloat16"}}
+    run = run_until(trainer, 1, **full)
+    (folder / "image0.txt").write_text("another")
+    *_, place, first, second = refusal(trainer, **full)
+    assert place.endswith("write in [model]:")
+    lines = tomllib.loads(f"{first}\n{second}")
+    assert lines["transformer_path"] == f"{run}/checkpoints/step-000001/weights.safetensors"
+    tiny = trainer.base["model"]["tiny_path"]
+    files = {key: value for key, value in find_paths(tiny).items() if key != "transformer_path"}
+    model = {"tiny_path": None, **files, **lines}
+    begun = trainer("other", **{**full, "model": full["model"] | model}, max_steps=1)
+    assert len(begun.metrics) == 1
+
+
+def find_paths(folder):
+    files = tiny_paths(Path(folder))
+    return {
+        "transformer_path": str(files.transformer), "vae_path": str(files.vae), "llm_path": str(files.llm),
+        "tokenizer_path": str(files.tokenizer), "t5_tokenizer_path": str(files.t5_tokenizer),
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_parts_of_a_model_are_not_offered(own):
+    trainer, folder = own
+    part = {"adapter": None, "model": {"mlp_lr": 0}}
+    run_until(trainer, 1, **part)
+    (folder / "image0.txt").write_text("another")
+    assert refusal(trainer, **part)[1].endswith(
+        "this one has no saved weights to begin with (save_every_n_steps saves them)"
+    )
+
+
+@pytest.mark.slow
+def test_a_state_of_an_earlier_version_is_refused_without_names(own):
+    trainer, folder = own
+    run = run_until(trainer, 1)
+    state = run / "checkpoints" / "step-000001"
+    values = json.loads((state / "state.json").read_text())
+    del values["checksum"], values["records"], values["files"]["samples.json"]
+    (state / "state.json").write_text(json.dumps(values | {"version": 2}))
+    (folder / "image0.txt").write_text("another")
+    assert re.search("the dataset has changed since: its hash is another one$", refusal(trainer)[0])
+
+
+def test_the_room_for_the_records_is_known_before(own):
+    trainer, _ = own
+    loaded = load_config(trainer.config())
+    samples = scan_all((loaded.train,), 0, write=False)["train"].samples
+    real = len(sample_records(samples[:3], samples[3:]))
+    assert real <= records_bytes(samples) <= 1.5 * real
