@@ -84,6 +84,9 @@ def fill_cache(
     Raises:
         SpaceError: a disk will not hold it, and nothing is encoded; or the cache cannot be written.
     """
+    if ranks.is_main:  # before any process of the run writes
+        for cache in needed.caches():
+            cache.remove_unfinished()
     missing = missing_entries(needed)
     tokenizers = load_tokenizers(model.files.tokenizer, model.files.t5_tokenizer) if missing.texts else None
     if ranks.is_main:

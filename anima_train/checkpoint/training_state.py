@@ -104,8 +104,7 @@ def save_state(
     """
     final = folder / f"step-{manifest.step:06d}"
     temporary = folder / f".{final.name}.tmp"
-    for abandoned in folder.glob(".step-*.tmp"):  # of a process that was killed
-        shutil.rmtree(abandoned)
+    remove_unfinished(folder)
     for tensors in groups.values():
         check_finite(final, {name: tensor for name, tensor in tensors.items() if not is_divided(tensor)})
     with contextlib.suppress(DamagedState):
@@ -144,6 +143,12 @@ def lora_facts(resolved: Mapping[str, Any]) -> dict[str, str]:
     """Return the metadata with which a state's weights can be read as a LoRA: its alpha is not folded into them."""
     adapter = resolved.get("adapter", {})
     return {STATE_SCALE: str(Lora.model_validate(adapter).scale)} if adapter.get("type") == "lora" else {}
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a process that was killed has left of states that it wrote or removed."""
+    for abandoned in folder.glob(".step-*.tmp"):
+        shutil.rmtree(abandoned, ignore_errors=True)
 
 
 def look(folder: Path, tensors: Mapping[str, Tensor], name: str, tensor: Tensor) -> None:

@@ -234,6 +234,18 @@ class Cache:
                 if folder.is_dir() and not folder.is_symlink() and not folder.parent.is_symlink():
                     yield folder, ENTRY_NAME
 
+    def remove_unfinished(self) -> None:
+        """Remove temporary files of entries that a killed process has left; none while another one fills the folder."""
+        if not self.folder.is_dir():
+            return
+        with contextlib.suppress(OSError), FileLock(self.folder / LOCK_FILE).acquire(timeout=0):
+            for folder, _ in self.listed():
+                if folder == self.folder or folder.is_symlink():
+                    continue  # what is written there is written without the lock
+                for path in folder.glob(".*.tmp"):
+                    if TEMPORARY_NAME.fullmatch(path.name):
+                        path.unlink(missing_ok=True)
+
     def prune(self, needed: Collection[str]) -> tuple[int, int]:
         """Remove entries and rejections whose key is not needed, temporary files left behind, and old versions' claims.
 

@@ -34,7 +34,9 @@ class RunFolder:
         self.warnings_path = self.path / WARNINGS
         self.config_path = self.path / "config.toml"
         self.lists_path = self.path / "lists.txt"  # of this start: what messages name the first entries of
+        self.seen_path = self.path / "seen.json"
         self.records = (self.metrics_path, self.evaluations_path, self.warnings_path)
+        self.written = (*self.records, self.config_path, self.manifest_path, self.base_path, self.seen_path)
         self.lock_path = self.path / ".lock"
         self.lock = FileLock(self.lock_path)
         self.identity: tuple[int, int] | None = None  # of the folder that was opened

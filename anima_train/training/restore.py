@@ -7,12 +7,14 @@ from typing import Any
 
 from anima_train.adapters.initial import lora_file
 from anima_train.adapters.lora import Lora
+from anima_train.checkpoint.leftovers import remove_leftovers
 from anima_train.checkpoint.manifest import SavedState
 from anima_train.checkpoint.resume import check_same_content, damaged_records, retire_states
 from anima_train.checkpoint.training_state import load_state, saved_states
 from anima_train.config.config import AnyAdapter
 from anima_train.config.resolved import config_toml
 from anima_train.core.files import sha256_file, write_text
+from anima_train.core.format import listed
 from anima_train.data.plan import EpochSchedule, Plan, times_seen
 from anima_train.distributed.collectives import broadcast_from_main
 from anima_train.optim.groups import group_rows
@@ -66,6 +68,8 @@ def restore(
         state.step = saved.manifest.step
     state.samples_seen = sum(times_seen(plan, schedule, state.step))
     if run.is_main:
+        if removed := remove_leftovers(run.folder):
+            logger.info("note: removed what an earlier start has left: %s", ", ".join(listed(removed)))
         for path in retire_states(run.folder.checkpoints, state.step):
             logger.info("note: %s is of a step that is made again; it is not read any more", path)
         start_records(run, data, facts)
