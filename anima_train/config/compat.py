@@ -10,8 +10,9 @@ from anima_train.core.settings import quoted
 
 TABLES = tomllib.loads(Path(__file__).with_name("other_trainers.toml").read_text(encoding="utf-8"))
 # Name in another trainer, or in an earlier version -> what to write here.
-FOREIGN: dict[str, str] = TABLES["foreign"] | {
-    name: f"it is called {ours}" for ours, names in TABLES["renamed"].items() for name in names
+FOREIGN: dict[str, str] = {
+    **{name: text for text, names in TABLES["foreign"].items() for name in names},
+    **{name: f"it is called {ours}" for ours, names in TABLES["renamed"].items() for name in names},
 }
 
 
@@ -21,8 +22,19 @@ class Keys:
 
     ignored: dict[str, str]  # without meaning here: why. Accepted with one note each
     off: dict[str, Any] = field(default_factory=dict)  # not supported yet: the value that means "off", accepted
-    not_yet: dict[str, list[str]] = field(default_factory=dict)  # values of our own keys that are not supported yet
+    off_remedies: dict[str, str] = field(default_factory=dict)  # what to do instead of these
+    not_yet: dict[str, dict[str, str]] = field(default_factory=dict)  # values that are not supported yet: what to do
     instead: dict[str, dict[str, str]] = field(default_factory=dict)  # values that are not chosen: what to write
+
+    def value_fault(self, name: str, value: str) -> str | None:
+        """Return what to write for a value that another trainer has, in any spelling; None for others."""
+        key = name.removesuffix(".type") if name.startswith("lr_scheduler") else name
+        word = value.rpartition(".")[2].lower().replace("-", "_").replace(" ", "_")  # it may be a path to a class
+        if other := self.not_yet.get(key, {}).get(word):
+            return f"found {quoted(value)}, which is not supported yet; {other}"
+        if other := self.instead.get(key, {}).get(word):
+            return f"found {quoted(value)}, which is not one of ours: {other}"
+        return None
 
 
 MAIN, DATASET = Keys(**TABLES["main"]), Keys(**TABLES["dataset"])
@@ -52,11 +64,9 @@ def translate(
         elif name in keys.off:
             off = keys.off[name]
             if value != off or isinstance(value, bool) != isinstance(off, bool):
-                problem(name, "not supported yet; remove it")
+                problem(name, f"not supported yet; {keys.off_remedies.get(name, 'remove it')}")
         else:
-            if isinstance(value, str) and value.lower() in keys.not_yet.get(name, []):
-                problem(name, f"found {quoted(value)}, which is not supported yet")
-            if isinstance(value, str) and (other := keys.instead.get(name, {}).get(value.lower().replace("-", "_"))):
-                problem(name, f"found {quoted(value)}, which is not one of ours: {other}")
+            if isinstance(value, str) and (fault := keys.value_fault(name, value)):
+                problem(name, fault)
             kept[key] = translate(value, keys, problem, note, f"{name}.") if isinstance(value, dict) else value
     return kept

@@ -16,11 +16,12 @@ from anima_train.adapters.lora import Lora
 from anima_train.config.compat import DATASET, FOREIGN, MAIN, Keys, translate
 from anima_train.config.config import AnyAdapter, Config, ModelSettings
 from anima_train.config.notes import optimizer_advice, without_effect
+from anima_train.config.other_files import is_kohya, lifted, whole_file_fault
 from anima_train.config.paths import find_path, path_fault
 from anima_train.config.read import Table, apply_override, read_toml
 from anima_train.config.sections import Role, Sampling
 from anima_train.core.errors import ConfigError
-from anima_train.core.settings import Settings, quoted, validation_problems
+from anima_train.core.settings import Settings, nearest, quoted, validation_problems
 from anima_train.data.cache import CACHE_FOLDER, Cache
 from anima_train.data.settings import DatasetSettings, Directory
 from anima_train.model.hub import is_reference, parse_reference
@@ -104,7 +105,31 @@ class Loader:
                 self.overridden.append(apply_override(data, text))
             except ConfigError as error:
                 self.problems.extend(error.problems)
-        return data
+        if (fault := whole_file_fault(data, is_main=True)) is not None:
+            raise ConfigError(f"{path}: {fault}")
+        if is_kohya(data, Config.model_fields):
+            self.problems.append(
+                f"{path.name}: is a configuration of kohya's sd-scripts, whose keys have other names here: each of "
+                "them is below; or begin with configs/style_lora.toml"
+            )
+            data = lifted(data, Config.model_fields)
+        return self.of_anima(data)
+
+    def of_anima(self, data: Table) -> Table:
+        """Return the main table with only the keys that Anima has in [model]; another model is filed, once."""
+        model = data.get("model")
+        kind = model.get("type") if isinstance(model, dict) else None
+        if not isinstance(model, dict) or not isinstance(kind, str) or kind == "anima":
+            return data
+        if "anima" in kind.lower() or nearest(kind, ["anima"]):
+            self.add_problem(self.main, "model.type", f'found {quoted(kind)}; write "anima"')
+        else:
+            self.add_problem(
+                self.main, "model.type", f'found {quoted(kind)}, but only Anima is trained here: write "anima", and '
+                "its files as transformer_path, vae_path and llm_path; absent ones are downloaded",
+            )  # fmt: skip
+        own = {key: value for key, value in model.items() if key in ModelSettings.model_fields}
+        return data | {"model": own | {"type": "anima"}}
 
     def key_name(self, place: Place, key: str) -> str:
         """Return a key as messages name it: with its file, or with --set."""
@@ -159,6 +184,9 @@ class Loader:
                 value = read_toml(path)
             except ConfigError as error:
                 self.problems.extend(error.problems)
+                return None
+            if (fault := whole_file_fault(value, is_main=False)) is not None:
+                self.problems.append(f"{place.file}: {fault}")
                 return None
         if not isinstance(value, dict):
             return None  # the wrong type is reported with the config's own

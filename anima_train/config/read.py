@@ -1,12 +1,12 @@
 """The reading of TOML files and --set into tables."""
 
 import re
-import shlex
 import tomllib
 from pathlib import Path
 from typing import Any
 
 from anima_train.config.paths import suggest
+from anima_train.config.syntax import SECRET, describe_error, other_format, pointed_at, value_advice
 from anima_train.core.errors import ConfigError
 from anima_train.core.settings import describe_value, quoted
 
@@ -14,38 +14,90 @@ Table = dict[str, Any]
 
 MAX_DEPTH = 32
 TOO_DEEP = f"{{}}: tables or lists stand in each other more than {MAX_DEPTH} deep, as in no configuration"
+MAX_BYTES = 16 * 2**20
+EXPECTED = "  expected TOML, a `key = value` in each line, as in configs/style_lora.toml"
+UTF_16 = {"UTF-32": (b"\xff\xfe\0\0", b"\0\0\xfe\xff"), "UTF-16": (b"\xff\xfe", b"\xfe\xff")}
+SIGNATURES = {
+    b"PK\x03\x04": "a zip archive, or a checkpoint in pickle",
+    b"\x80\x02": "a pickle",
+    b"\x80\x04": "a pickle",
+    b"GGUF": "a GGUF model",
+    b"\x89PNG": "a picture",
+    b"\xff\xd8\xff": "a picture",
+    b"GIF8": "a picture",
+    b"%PDF": "a PDF",
+    b"\x1f\x8b": "a compressed file",
+    b"\x7fELF": "a program",
+}
 
 
 def read_toml(path: Path) -> Table:
     """Read a TOML file, with or without a BOM.
 
     Raises:
-        ConfigError: missing (with the nearest name there is), not UTF-8, or a syntax error with line and column.
+        ConfigError: missing (with the nearest name there is), another kind of file, not UTF-8, or no TOML: with the
+            line, and how it is written.
     """
     try:
-        data = path.read_bytes()
+        if path.is_dir():
+            inside = path / "config.toml"
+            remedy = f"; give the file, such as {inside}" if inside.is_file() else "; give the .toml file"
+            raise ConfigError(f"{path}: is a folder{remedy}")
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError(f"{path}: does not exist{suggest(str(path), Path())}") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line, column = position(data[: error.start].decode(errors="replace"))
-        found = f"found byte 0x{data[error.start]:02x} at line {line}, column {column}"
-        raise ConfigError(f"{path}: {found}, expected text in UTF-8; save it in that encoding") from error
+    except (OSError, ValueError) as error:  # a zero character in the name is a ValueError
+        raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from error
+    if (kind := foreign_kind(data)) is not None:
+        raise ConfigError(f"{path}: {kind}\n{EXPECTED}")
+    text = decode(path, data)
     try:
         return expect_shallow(tomllib.loads(text), str(path))
     except RecursionError as error:
         raise ConfigError(TOO_DEEP.format(path)) from error
     except ValueError as error:  # TOMLDecodeError, or an integer with thousands of digits
-        message = str(error)
-        line, column = position(text)
-        message = message.replace("(at end of document)", f"(at line {line}, column {column}, the end of the file)")
-        hint = ""
-        if re.search(r"\\|escape|hex value", message, re.IGNORECASE):
-            hint = r"; write Windows paths in single quotes: 'C:\models\anima.safetensors'"
-        raise ConfigError(f"{path}: syntax error: {message}{hint}") from error
+        if (name := other_format(text)) is not None:
+            raise ConfigError(f"{path}: is {name}\n{EXPECTED}") from error
+        raise ConfigError(f"{path}: {describe_error(text, error)}") from error
+
+
+def foreign_kind(data: bytes) -> str | None:
+    """Return what a file is that is no text, and what to do with it; None for what may be text."""
+    if len(data) > MAX_BYTES and data[8:9] != b"{":
+        return f"has more than {MAX_BYTES // 2**20} MiB, which no configuration has"
+    if data[8:9] == b"{" and data[7:8] == b"\0":
+        return "is a model or a LoRA, not a configuration, which names such files"
+    for start, name in SIGNATURES.items():
+        if data.startswith(start):
+            return f"is {name}"
+    return None
+
+
+def decode(path: Path, data: bytes) -> str:
+    """Return the text of a file in UTF-8.
+
+    Raises:
+        ConfigError: it is in another encoding, with the place.
+    """
+    encoding = next((name for name, marks in UTF_16.items() if data.startswith(marks)), None)
+    if encoding is None and data[:400].count(0) > len(data[:400]) // 4:
+        encoding = "UTF-16"
+    if encoding is not None:
+        raise ConfigError(
+            f"{path}: is in {encoding}; save it as UTF-8 (Notepad: Save as, Encoding UTF-8;\n"
+            f"  PowerShell: (Get-Content {path.name}) | Set-Content -Encoding utf8 {path.name})"
+        )
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        before = data[: error.start].decode(errors="replace")
+        number, column = position(before)
+        line = data.split(b"\n")[number - 1].decode(errors="replace")
+        shown = "" if SECRET.search(line) else f"\n{pointed_at(line, column)}"
+        raise ConfigError(
+            f"{path}: line {number}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8{shown}"
+        ) from error
 
 
 def expect_shallow(value: Any, name: str) -> Any:
@@ -110,14 +162,8 @@ def parse_value(key: str, value: str) -> Any:
     except RecursionError as error:
         raise ConfigError(TOO_DEEP.format(f"--set {key}")) from error
     except ValueError as error:
-        reason = str(error).partition(" (at")[0]  # where in our own line means nothing to the user
-        if key.endswith("api_key"):
-            hint = "text needs quotes"
-        elif value.lower() in ("true", "false"):
-            hint = f"write {value.lower()}"
-        else:
-            hint = f"text needs quotes: --set {shlex.quote(f'{key}={quoted(value)}')}"
-        raise ConfigError(f"--set {key}: the value is not TOML ({reason}); {hint}") from error
+        hint = "text needs quotes" if SECRET.search(key) else value_advice(key, value)
+        raise ConfigError(f"--set {key}: the value is not TOML; {hint}") from error
     if len(parsed) > 1:
         raise ConfigError(f"--set {key}: found several lines, expected one value")
     return parsed["value"]

@@ -104,6 +104,20 @@ def nearest(word: str, names: Iterable[str]) -> str | None:
     return by_lower[found[0]] if found else None
 
 
+def nearest_key(word: str, names: Iterable[str]) -> str | None:
+    """Return the key that `word` was most likely meant to be: one that is close, and has a word like each of it."""
+    close = nearest(word, names)
+    if close is None:
+        return None
+    parts = close.lower().split("_")
+    return close if all(any(is_alike(one, part) for part in parts) for one in word.split("_") if one) else None
+
+
+def is_alike(word: str, part: str) -> bool:
+    """Return True if a word may be a slip of another, or the two written together with more."""
+    return part.startswith(word) or word.endswith(part) or difflib.SequenceMatcher(None, word, part).ratio() >= 0.65
+
+
 def validation_problems(
     error: ValidationError, data: object, root: type[Settings], hints: Mapping[str, str]
 ) -> dict[str, str]:
@@ -178,10 +192,10 @@ def suggestion(spot: "ErrorPlace", root: type[Settings], hints: Mapping[str, str
     places = places_of_keys(root)
     if key in places:
         return f"; it belongs {' or '.join(places[key][:MAX_PLACES])}"
-    if close := nearest(word, {field: None for choice in spot.choices for field in choice.model_fields}):
+    if close := nearest_key(word, {field: None for choice in spot.choices for field in choice.model_fields}):
         return f"; did you mean {close}?"
-    if close := nearest(word, places):
-        return f"; did you mean {close}, {' or '.join(places[close])}?"
+    if close := nearest_key(word, places):
+        return f"; did you mean {close}, {places[close][0]}?"
     others = [field for field in spot.table.model_fields if field != "type"]
     return f"; {quoted(name)} has {', '.join(others)}" if (name := type_name(spot.table)) and others else ""
 

@@ -168,7 +168,7 @@ def test_every_mistake_is_reported_at_once(project):
         load_config(Path("main.toml"), ["adapter.rank=x", "seed_=1"])
     assert sorted(caught.value.problems) == sorted(
         [
-            "--set adapter.rank: the value is not TOML (Invalid value); text needs quotes: --set 'adapter.rank=\"x\"'",
+            "--set adapter.rank: the value is not TOML; text needs quotes: --set 'adapter.rank=\"x\"'",
             "--set seed_: unknown key; did you mean seed?",
             'main.toml: epochs: found "3" (text), expected an integer',
             "main.toml: seed: found true, expected an integer",
@@ -180,7 +180,7 @@ def test_every_mistake_is_reported_at_once(project):
             'main.toml: model.dtype: found "fp16", which overflows in this model and trains to NaN; use "bfloat16"',
             "main.toml: model.flux_shift: excludes shift, which moves t too; keep one",
             "main.toml: model.lr: unknown key; it belongs in [optimizer]",
-            'main.toml: adapter.type: found "lokr", which is not supported yet',
+            'main.toml: adapter.type: found "lokr", which is not supported yet; write "lora"',
             "main.toml: optimizer.lr: missing, and required",
             "main.toml: optimizer.betas: found [0.9] (a list), expected a list of 2 or more",
             'main.toml: monitoring.enable_wandb: found "yes" (text), expected true or false',
@@ -307,12 +307,12 @@ OPTIMIZERS = '"adamw", "adamw_optimi", "adamw8bit", "schedule_free", "prodigy", 
          'optimizer.type: found "CAME", which is not one of ours: write "adafactor", which takes as little memory'),
         ({"optimizer.type": "Lione"},
          f'optimizer.type: found "Lione" (text), expected one of {OPTIMIZERS}; did you mean "lion"?'),
-        ({"optimizer": {"type": "Lion", "lr": 1.0, "stabilize": False}},
-         'optimizer.stabilize: unknown key; "lion" has lr, weight_decay, rounding, gradient_release, betas'),
+        ({"optimizer": {"type": "Lion", "lr": 1.0, "foreach": False}},
+         'optimizer.foreach: unknown key; "lion" has lr, weight_decay, rounding, gradient_release, betas'),
         ({"optimizer": {"type": "Lion", "lr": 1.0, "momentum": 0.9}},
          'optimizer.momentum: unknown key of type "lion"; only "muon" has it'),
         ({"optimizer": {"lr": 1.0}}, f"optimizer.type: missing; expected one of {OPTIMIZERS}"),
-        ({"adapter.type": "lokr"}, 'adapter.type: found "lokr", which is not supported yet'),
+        ({"adapter.type": "lokr"}, 'adapter.type: found "lokr", which is not supported yet; write "lora"'),
         ({"adapter.type": "Lora"}, 'adapter.type: found "Lora" (text), expected one of "lora", "full"; '
          'did you mean "lora"?'),
         ({"adapter": {"type": "full", "rank": 4}}, 'adapter.rank: unknown key of type "full"; only "lora" has it'),
@@ -326,8 +326,7 @@ OPTIMIZERS = '"adamw", "adamw_optimi", "adamw8bit", "schedule_free", "prodigy", 
          'lr_scheduler.type: missing; expected one of "constant", "linear", "cosine", "cosine_with_restarts", '
          '"polynomial", "wsd", "rex"'),
         ({"optimizer.adamw": 1}, 'optimizer.adamw: unknown key; "adamw" has lr, weight_decay, betas, eps'),
-        ({"model.type": "cosmos_predict2"}, 'model.type: found "cosmos_predict2", which is not supported yet'),
-        ({"model.type": "flux"}, 'model.type: found "flux" (text), expected "anima"'),
+        ({"model.type": "Anima-2B"}, 'model.type: found "Anima-2B"; write "anima"'),
     ],
 )  # fmt: skip
 def test_choices_are_named_as_the_user_wrote_them(project, changes, problem):
@@ -382,7 +381,16 @@ def test_every_missing_path_is_reported(project):
 def test_a_broken_dataset_file_is_named_itself(project):
     project.write("sets/dataset.toml", "a = = 1")
     (problem,) = project.problems({"dataset": "sets/dataset.toml", "eval_datasets": []})
-    assert problem.startswith("sets/dataset.toml: syntax error: Invalid value (at line 1, column 5)")
+    assert problem == "sets/dataset.toml: line 1: invalid value\n  a = = 1\n      ^"
+
+
+@pytest.mark.parametrize("kind", ["flux", "wan", "cosmos_predict2", "sdxl"])
+def test_another_model_is_one_message_and_names_the_slots_of_anima(project, kind):
+    keys = {"type": kind, "diffusers_path": "x", "clip_path": "y", "v_pred": True, "text_encoders": [{"path": "z"}]}
+    assert project.problems({"model": keys}) == [
+        f'main.toml: model.type: found "{kind}", but only Anima is trained here: write "anima", and its files as '
+        "transformer_path, vae_path and llm_path; absent ones are downloaded"
+    ]
 
 
 def test_one_file_used_twice_is_reported_once(project):
