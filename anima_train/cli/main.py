@@ -15,6 +15,7 @@ import typer
 
 from anima_train.cli.cache import cache
 from anima_train.cli.check import check
+from anima_train.cli.command import Command
 from anima_train.cli.convert import convert
 from anima_train.cli.download import download
 from anima_train.cli.options import Version
@@ -51,7 +52,7 @@ def application(commands: tuple[Callable[..., None], ...], text: str, more: str 
         rich_markup_mode=None,  # rich would take longer than everything else that `--help` needs
     )  # fmt: skip
     for command in commands:
-        app.command(context_settings=names, epilog=more)(command)
+        app.command(context_settings=names, epilog=more, cls=Command)(command)
     if len(commands) > 1:
         app.callback(invoke_without_command=True)(without_command)
     return app

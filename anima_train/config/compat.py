@@ -14,6 +14,8 @@ FOREIGN: dict[str, str] = {
     **{name: text for text, names in TABLES["foreign"].items() for name in names},
     **{name: f"it is called {ours}" for ours, names in TABLES["renamed"].items() for name in names},
 }
+# Flag of another program, without its dashes -> what to write here.
+FLAGS: dict[str, str] = {name: text for text, names in TABLES["flags"].items() for name in names}
 
 
 @dataclass(frozen=True)

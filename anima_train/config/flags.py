@@ -1,0 +1,40 @@
+"""The flags of other programs, and of settings, that no command of ours has."""
+
+import re
+from collections.abc import Sequence
+
+from anima_train.config.compat import FLAGS, FOREIGN
+from anima_train.config.config import Config
+from anima_train.core.settings import tables
+
+
+def flag_fault(flag: str, own: Sequence[str]) -> str | None:
+    """Return what to write instead of a flag that a command does not have; None if that is not known.
+
+    Args:
+        flag: as it was written, such as `--learning_rate`.
+        own: the flags of the command.
+    """
+    name = flag.lstrip("-").replace("-", "_")
+    in_our_spelling = "--" + name.replace("_", "-")
+    if in_our_spelling in own:
+        return f"{flag}: unknown flag; it is written {in_our_spelling}"
+    text = FLAGS.get(name)
+    meant = None if text is None else re.match(r"write (--\w+)", text)
+    if text is not None and (meant is None or meant[1] in own):
+        return f"{flag}: unknown flag; {text}"
+    if (text := FOREIGN.get(name)) is not None:
+        place = "settings stand in the TOML file, and " if text.startswith("it is called") else ""
+        return f"{flag}: unknown flag; {place}{text.replace(': remove it', ': leave it out')}"
+    if (path := setting_path(name)) is not None:
+        return f"{flag}: unknown flag; settings stand in the TOML file; for one run write --set {path}=VALUE"
+    return None
+
+
+def setting_path(name: str) -> str | None:
+    """Return the dotted path of the first setting of this name, in no list; None if there is none."""
+    for place, table in tables(Config):
+        if name in table.model_fields and "[[" not in place and "eval_datasets" not in place:
+            inside = place.partition("[")[2].rstrip("]") if place.startswith("in [") else ""
+            return f"{inside}.{name}" if inside else name
+    return None
