@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError
 from anima_train.config.read import read_toml
 from anima_train.core.errors import ConfigError
 from anima_train.core.settings import Settings, quoted, validation_problems
+from anima_train.sampling.elsewhere import prompt_fault
 from anima_train.sampling.generate import Request
 
 # Names from other tools -> what to write here.
@@ -49,6 +50,10 @@ def make_requests(texts: list[str], settings: Mapping[str, Any], names: Mapping[
     except ValidationError as error:
         problems = validation_problems(error, data, Request, {})
         raise ConfigError([f"{names.get(key, key)}: {text}" for key, text in problems.items()]) from error
+    if faults := [
+        f"prompt {quoted(text[:40])}: {fault}" for text in texts if (fault := prompt_fault(text)) is not None
+    ]:
+        raise ConfigError(faults)
     return [shared.model_copy(update={"prompt": text}) for text in texts]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from anima_train.core.errors import NumericError
 from anima_train.core.settings import Settings, quoted
 from anima_train.core.shapes import LATENT_CHANNELS, LATENT_PIXELS
+from anima_train.sampling.elsewhere import prompt_fault
 from anima_train.sampling.noise_schedules import TABLE_SIZE, ScheduleSetting, Simple
 from anima_train.sampling.samplers import ErSde, SamplerSetting, Velocity, step_noise
 
@@ -59,6 +60,14 @@ class Request(PictureSettings):
 
     prompt: str
     """The picture in words, as in ComfyUI: (word:1.2) weighs, \\( and \\) are parentheses."""
+
+    @field_validator("prompt", "negative_prompt")
+    @classmethod
+    def is_for_this_program(cls, value: str) -> str:
+        """Refuse what other programs read in a prompt, which would be drawn as words."""
+        if (fault := prompt_fault(value)) is not None:
+            raise ValueError(fault)
+        return value
 
     @property
     def is_guided(self) -> bool:

@@ -82,6 +82,11 @@ def parse_lora(text: str, flag: str = "--lora") -> ChosenLora:
         try:
             number = float(strength)
         except ValueError:
+            if Path(path).exists() or path.endswith(".safetensors"):
+                found = f"found {quoted(strength)}" if strength else "found nothing"
+                raise ConfigError(
+                    f"{flag} {quoted(text)}: {found} behind the colon, expected the strength, such as {path}:0.8"
+                ) from None
             return ChosenLora(Path(text))  # the colon belongs to the path
         if not math.isfinite(number):
             raise ConfigError(f"{flag} {quoted(text)}: found the strength {strength}, expected a finite number")

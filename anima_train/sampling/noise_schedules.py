@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field
 
 from anima_train.core.settings import Settings, expand_name
 from anima_train.objective.timesteps import shifted
+from anima_train.sampling.elsewhere import SCHEDULES, named_elsewhere
 
 TABLE_SIZE = 1000
 BETA = 0.6  # both parameters of the beta schedule's distribution
@@ -105,4 +106,8 @@ def beta_integral(x: float) -> float:
 
 
 AnySchedule = Annotated[Simple | Normal | SgmUniform | Beta, Field(discriminator="type")]
-ScheduleSetting = Annotated[AnySchedule, BeforeValidator(expand_name, json_schema_input_type=str | AnySchedule)]
+ScheduleSetting = Annotated[
+    AnySchedule,
+    BeforeValidator(expand_name, json_schema_input_type=str | AnySchedule),
+    BeforeValidator(named_elsewhere(SCHEDULES), json_schema_input_type=str | AnySchedule),
+]

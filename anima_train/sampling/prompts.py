@@ -26,6 +26,7 @@ from anima_train.core.settings import quoted
 from anima_train.core.text_batch import EncodedText, pad_rows, pad_states
 from anima_train.model.llm_adapter import LLMAdapter
 from anima_train.model.text import T5_END, TextEncoder, Tokenizers, Tokens, token_ids
+from anima_train.sampling.elsewhere import prompt_fault
 
 EMPHASIS = 1.1  # of parentheses without a number
 OPEN, CLOSE = "\ufdd0", "\ufdd1"  # stand for escaped parentheses: Unicode keeps these for use inside a program
@@ -84,8 +85,11 @@ def tokenize_prompt(tokenizers: Tokenizers, prompt: str) -> tuple[Tokens, list[f
     """Return the two token streams of a prompt, of any length, and the weights of T5's; Qwen3's have none.
 
     Raises:
-        ConfigError: a weight is not finite, as "infinity" and "nan" are numbers behind a colon.
+        ConfigError: a weight is not finite, as "infinity" and "nan" are numbers behind a colon; or the prompt has what
+            only another program reads.
     """
+    if (fault := prompt_fault(prompt)) is not None:
+        raise ConfigError(f"prompt {quoted(prompt[:60])}: {fault}")
     qwen_ids: list[int] = []
     t5_ids: list[int] = []
     weights: list[float] = []

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from anima_train.core.settings import Settings, expand_name
 from anima_train.objective.timesteps import shifted
+from anima_train.sampling.elsewhere import SAMPLERS, named_elsewhere
 
 Velocity = Callable[[Tensor, float], Tensor]  # (latents, t) -> velocity
 Levels = Sequence[float]  # noise levels of the steps, falling
@@ -223,4 +224,8 @@ def er_growth(ratio: float) -> float:
 
 
 AnySampler = Annotated[Euler | EulerAncestral | Heun | ErSde | Dpmpp2M | Dpmpp2MSde, Field(discriminator="type")]
-SamplerSetting = Annotated[AnySampler, BeforeValidator(expand_name, json_schema_input_type=str | AnySampler)]
+SamplerSetting = Annotated[
+    AnySampler,
+    BeforeValidator(expand_name, json_schema_input_type=str | AnySampler),
+    BeforeValidator(named_elsewhere(SAMPLERS), json_schema_input_type=str | AnySampler),
+]

@@ -44,6 +44,14 @@ def test_cells_stand_row_by_row():
     assert grid("y=steps:1,2").columns == [""]
 
 
+@pytest.mark.parametrize("after", [":", ":high", ":0,8", ": 0.8x"])
+def test_a_strength_that_is_no_number_is_asked_for(tmp_path, after):
+    path = tmp_path / "a.safetensors"
+    for text in (f"{path}{after}", f"gone.safetensors{after}"):
+        with pytest.raises(ConfigError, match=r"expected the strength, such as .*safetensors:0\.8"):
+            parse_lora(text)
+
+
 def test_values_are_a_line_of_csv():
     sheet = grid('x=negative_prompt:"a, b", "say ""c""",,d')
     assert requests(sheet, "negative_prompt") == [("a, b",), ('say "c"',), ("",), ("d",)]
