@@ -36,14 +36,16 @@ def find_model_files(config: Config | ModelPart) -> ModelFiles:
             llm_adapter=None if llm_adapter is None else hub.resolve("transformer_path", llm_adapter, config.offline),
         )
 
-    problems: list[str] = []
+    failures: list[UserError] = []
     found: dict[str, Path] = {}
 
     def resolve(slot: str, path: str | None) -> None:
+        # Where the Hub could not be reached for one file, only the cache is asked for the others: each try takes long.
+        is_cut_off = any(isinstance(failure, hub.Absent) for failure in failures)
         try:
-            found[slot] = hub.resolve(slot, path, config.offline)
+            found[slot] = hub.resolve(slot, path, config.offline or is_cut_off)
         except UserError as error:
-            problems.extend(error.problems)
+            failures.append(error)
 
     for slot in ("transformer_path", "vae_path", "llm_path"):
         resolve(slot, getattr(model, slot))
@@ -53,8 +55,8 @@ def find_model_files(config: Config | ModelPart) -> ModelFiles:
         resolve(slot, path if near is None else str(near))
     if model.llm_adapter_path is not None:
         resolve("llm_adapter_path", model.llm_adapter_path)
-    if problems:
-        raise ModelFileError(problems)
+    if failures:
+        raise ModelFileError(hub.together(failures))
     return ModelFiles(
         found["transformer_path"], found["vae_path"], found["llm_path"], found["tokenizer_path"],
         found["t5_tokenizer_path"], found.get("llm_adapter_path"),

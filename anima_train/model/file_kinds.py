@@ -3,13 +3,20 @@
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from anima_train.core.errors import ModelFileError
 from anima_train.core.format import count
-from anima_train.model.safetensors_io import FLOATS, Entry, TensorFile, first_five
+from anima_train.model.safetensors_io import FLOATS, Entry, TensorFile, first_five, open_header
 
 TRANSFORMER_PREFIXES = ("net.", "model.diffusion_model.", "diffusion_model.", "")
 LLM_ADAPTER_PREFIX = "llm_adapter."
+COMPILED = re.compile(r"_orig_mod[._]")  # what torch.compile puts into names
+# A bundle, ComfyUI's "save checkpoint", has all parts in one file: the key by which it is known, and prefixes of parts.
+BUNDLE_KEY = "model.diffusion_model.x_embedder.proj.1.weight"
+BUNDLE_PARTS = {"vae": r"vae\.", "text_encoder": r"text_encoders\.\w*qwen3\w*\.transformer\."}
+INDEX = ".safetensors.index.json"
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 is_buffer = re.compile(r"(^|\.)pos_embedder\.|\.inv_freq$").search  # in some files; computed here, never read
 SLOTS = {
     "transformer": "an Anima transformer",
@@ -75,6 +82,52 @@ DIMENSIONS: Mapping[str, Mapping[str, int]] = {
     },
     "vae": {"encoder.downsamples.0.residual.0.gamma": 4},
 }
+
+
+def open_slot(path: Path, slot: str) -> TensorFile:
+    """Return the header of the file given for a slot; of a bundle, the part that belongs there.
+
+    Raises:
+        ModelFileError: it cannot be read, or is a folder, or the index or a part of a model in several files.
+    """
+    if (fault := several_files_fault(path, slot)) is not None:
+        raise ModelFileError(f"{SLOT_KEYS[slot]}: {fault}")
+    return bundle_part(uncompiled(open_header(path)), slot)
+
+
+def several_files_fault(path: Path, slot: str) -> str | None:
+    """Return why a path does not lead to a model in a single file, and what to give instead; None if it may."""
+    whole = "its folder, with config.json" if slot == "text_encoder" else "one file that holds all, as ComfyUI has it"
+    if path.name.endswith(INDEX):
+        return f"{path} is the list of a model in several files; give {whole}"
+    if SHARD.search(path.name):
+        return f"{path} is one of several files of a model; give {whole}"
+    if not path.is_dir():
+        return None
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) == 1 and not SHARD.search(files[0].name):
+        return f"{path} is a folder; give the file in it: {files[0]}"
+    if (path / "model_index.json").exists() or (path / "modular_model_index.json").exists():
+        return f"{path} is a pipeline of diffusers; give {whole}"
+    return f"{path} is a folder{' of several files' if files else ' without a .safetensors file'}; give {whole}"
+
+
+def uncompiled(file: TensorFile) -> TensorFile:
+    """Return a file with the keys that its model had before torch.compile."""
+    entries = {COMPILED.sub("", name): entry for name, entry in file.entries.items()}
+    return TensorFile(file.path, entries, file.metadata) if len(entries) == len(file.entries) else file
+
+
+def bundle_part(file: TensorFile, slot: str) -> TensorFile:
+    """Return the part of a bundle that belongs in a slot; any other file, and a bundle without the part, as it is."""
+    names = file.entries
+    if BUNDLE_KEY not in names:
+        return file
+    if slot in BUNDLE_PARTS:
+        prefixes = (re.match(BUNDLE_PARTS[slot], name) for name in names)
+        prefix = next((match[0] for match in prefixes if match), None)
+        return file if prefix is None else file.stripped(prefix)
+    return file.without(re.compile(r"vae\.|text_encoders\.").match)
 
 
 def identify(file: TensorFile) -> str:

@@ -65,6 +65,28 @@ class HubFile:
         return tuple(replace(self, path=path, beside=()) for path in (self.path, *others))
 
 
+class Absent(ModelFileError):
+    """A file of the Hub that is not here and cannot be fetched now."""
+
+    def __init__(self, slot: str, source: HubFile, reason: str, remedy: str) -> None:
+        here = f"not in the local Hub cache {constants.HF_HUB_CACHE}"
+        super().__init__(f"{source.reference}: {here}, and {reason}. {remedy}")
+        self.slot, self.reason = slot, reason
+
+
+def together(failures: Sequence[UserError]) -> list[str]:
+    """Return the problems of several files, with one for all that are absent for want of a connection."""
+    absent = [failure for failure in failures if isinstance(failure, Absent)]
+    if len(absent) < 2:
+        return [problem for failure in failures for problem in failure.problems]
+    slots = ", ".join(failure.slot for failure in absent)
+    return [
+        f"model: {absent[0].reason}, and it is not in the local Hub cache: run `anima download` once with a "
+        f"connection, or set {slots} in [model]",
+        *(problem for failure in failures if not isinstance(failure, Absent) for problem in failure.problems),
+    ]
+
+
 ANIMA = "circlestone-labs/Anima"
 OFFICIAL = {
     "transformer_path": HubFile(ANIMA, "split_files/diffusion_models/anima-base-v1.0.safetensors"),
@@ -130,7 +152,8 @@ def download_all() -> dict[str, Path]:
         except (ModelFileError, SpaceError) as error:
             failures.append(error)
     if failures:
-        raise type(failures[0])([problem for failure in failures for problem in failure.problems])
+        kind = ModelFileError if isinstance(failures[0], Absent) else type(failures[0])
+        raise kind(together(failures))
     return paths
 
 
@@ -157,11 +180,9 @@ def fetch(source: HubFile, slot: str, offline: bool = False) -> Path:
     if paths is None:
         remedy = by_hand(source, slot)
         if offline or constants.HF_HUB_OFFLINE:
-            raise ModelFileError(
-                f"{source.reference}: not in the local Hub cache {constants.HF_HUB_CACHE}, and offline mode is on. "
-                f"Run once with a connection (`anima download` for the official files), or {remedy}"
-            )
-        paths = [download(file, remedy) for file in files]
+            more = f"Run once with a connection (`anima download` for the official files), or {remedy}"
+            raise Absent(slot, source, "offline mode is on", more)
+        paths = [download(file, remedy, slot) for file in files]
         if len({path.parent for path in paths}) > 1:
             raise ModelFileError(
                 f"{source.reference}: the repository changed during the download; run the command again"
@@ -192,7 +213,7 @@ def origin_of(path: Path) -> HubFile | None:
     return None
 
 
-def download(file: HubFile, remedy: str) -> Path:
+def download(file: HubFile, remedy: str, slot: str) -> Path:
     """Return a file's path in huggingface_hub's cache, into which it is downloaded, and checked.
 
     Raises:
@@ -212,7 +233,7 @@ def download(file: HubFile, remedy: str) -> Path:
             path = Path(hf_hub_download(file.repo, file.path, revision=file.revision))
         verify(path, etag, file)
     except (HTTPError, OSError, RuntimeError, UserWarning) as error:
-        raise explain(error, file, remedy) from error
+        raise explain(error, file, remedy, slot) from error
     return path
 
 
@@ -247,16 +268,13 @@ def verify(path: Path, etag: str, file: HubFile) -> None:
         )
 
 
-def explain(error: Exception, file: HubFile, remedy: str) -> UserError:
+def explain(error: Exception, file: HubFile, remedy: str, slot: str) -> UserError:
     """Return what huggingface_hub raised about a file as an error for the person at the terminal."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]  # the lines after it are for programmers
     if isinstance(error, errors.HfHubHTTPError):
         return ModelFileError(f"{file.reference}: {refusal(error, file)}")
     if isinstance(error, HTTPError | errors.LocalEntryNotFoundError):
-        return ModelFileError(
-            f"{file.reference}: not in the local Hub cache, and the Hub cannot be reached ({line}). "
-            f"Check the connection, or {remedy}"
-        )
+        return Absent(slot, file, f"the Hub cannot be reached ({line})", f"Check the connection, or {remedy}")
     unwritable = isinstance(error, OSError) and error.errno in (*UNWRITABLE, errno.EPERM, errno.ENOTDIR)
     if unwritable or isinstance(error, UserWarning):
         return SpaceError(

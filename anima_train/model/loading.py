@@ -12,10 +12,10 @@ from anima_train.core.errors import ModelFileError
 from anima_train.core.text_batch import MAX_TOKENS
 from anima_train.model.block_swap import swapped_blocks, swaps
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
-from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX, is_buffer, key_prefix, validate_kind
+from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX, is_buffer, key_prefix, open_slot, validate_kind
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
 from anima_train.model.quantized import Quantization, quantize_linear
-from anima_train.model.safetensors_io import TensorFile, load_into, match_keys, open_header, read_tensors
+from anima_train.model.safetensors_io import TensorFile, load_into, match_keys, read_tensors
 from anima_train.model.text import Tokenizers, empty_text_encoder, open_text_encoder
 from anima_train.model.text_quantized import TextQuantization, stored_bytes
 from anima_train.model.vae import open_vae
@@ -40,7 +40,7 @@ class ModelFiles:
     @cached_property
     def whole_transformer_header(self) -> TensorFile:
         """The transformer file's tensors, LLM adapter included, without prefix and buffers."""
-        file = open_header(self.transformer)
+        file = open_slot(self.transformer, "transformer")
         kind = validate_kind(file, "transformer", *([] if self.llm_adapter is None else ["cosmos"]))
         return file.stripped(key_prefix(file, kind)).without(is_buffer)
 
@@ -49,7 +49,7 @@ class ModelFiles:
         """The LLM adapter's tensors, without prefix and buffers, from the file of its own if there is one."""
         if self.llm_adapter is None:
             return self.whole_transformer_header.stripped(LLM_ADAPTER_PREFIX)
-        file = open_header(self.llm_adapter)
+        file = open_slot(self.llm_adapter, "llm_adapter")
         kind = validate_kind(file, "llm_adapter", "transformer")
         inside = LLM_ADAPTER_PREFIX if kind == "transformer" else ""
         return file.stripped(key_prefix(file, kind) + inside).without(is_buffer)
@@ -64,10 +64,10 @@ class ModelFiles:
         checks: list[Callable[[], object]] = [
             lambda: self.transformer_header,
             lambda: self.llm_adapter_header,
-            lambda: validate_kind(open_header(self.vae), "vae"),
+            lambda: validate_kind(open_slot(self.vae, "vae"), "vae"),
         ]
         if not self.llm.is_dir():
-            checks.append(lambda: validate_kind(open_header(self.llm), "text_encoder"))
+            checks.append(lambda: validate_kind(open_slot(self.llm, "text_encoder"), "text_encoder"))
         for check in checks:
             try:
                 check()

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qw
 from anima_train.core.errors import ModelFileError
 from anima_train.core.files import sha256_file
 from anima_train.core.text_batch import MAX_TOKENS, QWEN_POSITIONS, EncodedText, length_mask
-from anima_train.model.file_kinds import is_buffer, validate_kind
+from anima_train.model.file_kinds import is_buffer, open_slot, validate_kind
 from anima_train.model.hub import PICKLES
 from anima_train.model.safetensors_io import Entry, TensorFile, count_blocks, match_keys, open_header, read_tensors
 from anima_train.model.text_quantized import TextQuantization, TextQuantizer
@@ -276,13 +276,13 @@ def open_text_encoder(path: Path) -> TensorFile:
 
 def open_shards(path: Path) -> list[TensorFile]:
     """Return the header of the file, or of each file in the folder, with keys as `Qwen3Model` names them."""
+    if not path.is_dir():
+        return [without_prefix(open_slot(path, "text_encoder"))]
     return [without_prefix(open_header(file)) for file in weight_files(path)]
 
 
 def weight_files(path: Path) -> list[Path]:
-    """Return the safetensors file itself, or all of those in the folder."""
-    if not path.is_dir():
-        return [path]
+    """Return all safetensors files in the folder."""
     if files := sorted(path.glob("*.safetensors")):
         return files
     pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from anima_train.core.shapes import LATENT_CHANNELS
 from anima_train.core.transfers import to_device
-from anima_train.model.file_kinds import validate_kind
-from anima_train.model.safetensors_io import TensorFile, match_keys, open_header, read_tensors
+from anima_train.model.file_kinds import open_slot, validate_kind
+from anima_train.model.safetensors_io import TensorFile, match_keys, read_tensors
 
 STAGE = 4  # modules per decoder stage in the Wan file: three residual blocks and an upsampler
 
@@ -126,7 +126,7 @@ def open_vae(path: Path) -> tuple[TensorFile, AutoencoderKLQwenImage, Mapping[st
     Raises:
         ModelFileError: as `load_vae`.
     """
-    file = open_header(path)
+    file = open_slot(path, "vae")
     validate_kind(file, "vae")
     names: Mapping[str, str] = convert_wan_vae_to_diffusers({name: name for name in file.entries})
     found = {name: file.entries[wan_name] for name, wan_name in names.items()}

@@ -503,6 +503,17 @@ def test_cached_file_needs_no_connection(hub: Hub, monkeypatch: pytest.MonkeyPat
     assert get(VAE, offline=True) == path
 
 
+def test_what_is_missing_for_one_reason_is_one_message(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    endpoint = disconnect(monkeypatch)
+    with pytest.raises(ModelFileError) as caught:
+        download_all()
+    (problem,) = caught.value.problems
+    assert problem.startswith("model: the Hub cannot be reached (")
+    assert "`anima download`" in problem
+    assert "set transformer_path, vae_path, llm_path, tokenizer_path, t5_tokenizer_path in [model]" in problem
+    assert endpoint not in problem
+
+
 def test_offline_opens_no_connection(hub: Hub) -> None:
     hub.add(VAE, Served(LARGE, large=True))
     with pytest.raises(ModelFileError) as caught:
@@ -519,7 +530,7 @@ def test_offline_environment_opens_no_connection(hub: Hub, tmp_path: Path) -> No
     assert fetch_in_a_process(hub, tmp_path / "online", HF_HUB_OFFLINE="0") == ""
     hub.requests.clear()
     error = fetch_in_a_process(hub, tmp_path / "offline", HF_HUB_OFFLINE="1")
-    assert error.startswith("ModelFileError")
+    assert error.startswith("Absent")
     assert "offline mode is on" in error
     assert hub.requests == []
 

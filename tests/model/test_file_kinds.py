@@ -1,0 +1,101 @@
+"""What is given for a slot: bundles, compiled models, folders and models in several files."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from anima_train.core.errors import ModelFileError
+from anima_train.model.file_kinds import open_slot
+from anima_train.model.loading import ModelFiles, load_transformer
+from anima_train.model.safetensors_io import read_tensors
+from anima_train.model.text import load_text_encoder, load_tokenizers
+from anima_train.model.tiny import write_tiny
+from anima_train.model.vae import load_vae
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def tensors_of(path, slot):
+    return dict(read_tensors(open_slot(path, slot)))
+
+
+def test_each_slot_takes_its_part_of_a_bundle(tiny, tmp_path):
+    bundle = tmp_path / "bundle.safetensors"
+    parts = {
+        **{f"model.diffusion_model.{key[4:]}": value for key, value in load_file(tiny.transformer).items()},
+        **{f"vae.{key}": value for key, value in load_file(tiny.vae).items()},
+        **{f"text_encoders.qwen3_06b.transformer.{key}": value for key, value in load_file(tiny.llm).items()},
+        "text_encoders.qwen3_06b.logit_scale": torch.ones(1),
+    }
+    save_file(parts, bundle)
+    files = ModelFiles(bundle, bundle, bundle, tiny.tokenizer, tiny.t5_tokenizer)
+    files.check_headers()
+    whole = load_transformer(tiny, True, torch.float32, CPU).state_dict()
+    found = load_transformer(files, True, torch.float32, CPU).state_dict()
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+    tokenizers = load_tokenizers(tiny.tokenizer, tiny.t5_tokenizer)
+    for load in (
+        lambda files: load_vae(files.vae, torch.float32, CPU).state_dict(),
+        lambda files: load_text_encoder(files.llm, tokenizers, CPU).model.state_dict(),
+    ):
+        found, whole = load(files), load(tiny)
+        assert found.keys() == whole.keys()
+        assert all(torch.equal(found[name], whole[name]) for name in whole)
+
+
+def test_a_bundle_without_a_part_is_named_for_what_it_is(tiny, tmp_path):
+    bundle = tmp_path / "bundle.safetensors"
+    tensors = load_file(tiny.transformer).items()
+    save_file({key.replace("net.", "model.diffusion_model.", 1): value for key, value in tensors}, bundle)
+    with pytest.raises(ModelFileError, match=r"model\.vae_path: expects .* looks like an Anima transformer"):
+        ModelFiles(bundle, bundle, tiny.llm, tiny.tokenizer, tiny.t5_tokenizer).check_headers()
+
+
+@pytest.mark.parametrize("form", ["_orig_mod.{}", "net._orig_mod.{}", "net.{}"])
+def test_keys_of_a_compiled_model_are_read(tiny, tmp_path, form):
+    path = tmp_path / "compiled.safetensors"
+    plain = {key.removeprefix("net."): value for key, value in load_file(tiny.transformer).items()}
+    inner = {key.replace("blocks.1.", "blocks.1._orig_mod.", 1): value for key, value in plain.items()}
+    save_file({form.format(key): value for key, value in inner.items()}, path)
+    files = ModelFiles(path, tiny.vae, tiny.llm, tiny.tokenizer, tiny.t5_tokenizer)
+    files.check_headers()
+    assert dict(read_tensors(files.whole_transformer_header)).keys() == plain.keys()
+
+
+def fault(path, slot):
+    with pytest.raises(ModelFileError) as caught:
+        open_slot(path, slot)
+    return str(caught.value)
+
+
+def test_a_folder_is_answered_with_the_file_in_it(tiny):
+    folder = tiny.vae.parent
+    assert fault(folder, "vae") == f"model.vae_path: {folder} is a folder; give the file in it: {tiny.vae}"
+
+
+@pytest.mark.parametrize(
+    ("slot", "wanted"), [("transformer", "one file that holds all"), ("text_encoder", "its folder")]
+)
+def test_a_model_in_several_files_is_answered_with_what_is_read(tmp_path, slot, wanted):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {}}))
+    part = tmp_path / "model-00001-of-00002.safetensors"
+    save_file({"a": torch.ones(1)}, part)
+    assert f"{index} is the list of a model in several files; give {wanted}" in fault(index, slot)
+    assert f"{part} is one of several files of a model; give {wanted}" in fault(part, slot)
+    if slot == "transformer":
+        assert f"{tmp_path} is a folder of several files; give {wanted}" in fault(tmp_path, slot)
+        (tmp_path / "model_index.json").write_text("{}")
+        assert f"{tmp_path} is a pipeline of diffusers; give {wanted}" in fault(tmp_path, slot)
+
+
+def test_an_empty_folder_is_said_to_hold_no_file(tmp_path):
+    assert "is a folder without a .safetensors file; give one file" in fault(tmp_path, "transformer")
