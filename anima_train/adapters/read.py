@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from anima_train.adapters.names import lora_stems
 from anima_train.core.errors import ModelFileError
 from anima_train.core.format import count
-from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX, SLOTS, identify
+from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX, SLOTS, identify, uncompiled
 from anima_train.model.loading import ModelFiles
 from anima_train.model.safetensors_io import TensorFile, first_five, open_header, read_tensors
 
@@ -37,6 +37,27 @@ class Update:
     scale: float  # alpha / rank
 
 
+# Key pattern -> the model of a LoRA that is not of Anima. The first pattern found in any unknown key counts.
+OTHER_LORAS = (
+    (r"lora_unet_(down|up|input|output|mid|middle)_block|(down|up|mid)_blocks?\.|lora_te[12]_", "of SDXL or SD 1"),
+    (r"double_blocks|single_blocks|single_transformer_blocks", "of Flux or HunyuanVideo"),
+    (r"joint_blocks|(add_[qkv]_proj|to_add_out)", "of Stable Diffusion 3 or Qwen-Image"),
+    (r"cross_attn[._][qkvo][._]lora|cross_attn[._][qkv]_img", "of Wan"),
+    (r"(^|[._])layers[._]\d+[._](attention|feed_forward)[._]", "of Lumina or Z-Image"),
+    (r"lllite_", "of LLLite, for control images"),
+)
+OTHER_FORMS = (
+    (r"\.lokr_", "LoKr"),
+    (r"\.hada_", "LoHa"),
+    (r"dora_scale|lora_magnitude_vector", "DoRA"),
+    (r"\.(oft|boft)_", "OFT"),
+    (r"\.(glora|[ab][12])\.weight$", "GLoRA"),
+    (r"lora_mid", "LoCon with a middle matrix"),
+    (r"\.(diff|diff_b|set_weight|w_norm|b_norm)$", "whole differences of weights"),
+)
+TEXT_ENCODER = re.compile(r"^(lora_te\d?_|text_encoders?\.|te\d?\.)|(^|[._])text_model[._]")
+
+
 Updates = Mapping[str, Update]  # by the full names of modules in the transformer
 Shapes = Mapping[str, tuple[int, ...]]  # of the weights, by the full names of modules in the transformer
 Keys = Mapping[str, Mapping[str, str]]  # module -> "down", "up" or "alpha" -> key in the file
@@ -52,7 +73,7 @@ def read_lora(path: Path, shapes: Shapes) -> dict[str, Update]:
     Raises:
         ModelFileError: no LoRA, damaged, or of another model: how many keys do not fit, and the first five.
     """
-    file = open_header(path)
+    file = uncompiled(open_header(path))
     if (kind := identify(file)) != "a LoRA":
         raise ModelFileError(f"{path}: expected a LoRA; this looks like {SLOTS.get(kind, kind)}")
     keys = keys_by_module(file, shapes)
@@ -101,10 +122,12 @@ def keys_by_module(file: TensorFile, shapes: Shapes) -> Keys:
     # Not alpha, which may be an integer.
     matrices = {key: entry for key, entry in file.entries.items() if not key.endswith(".alpha")}
     quantised = [key for key, entry in matrices.items() if not entry.dtype.is_floating_point]
+    if (fault := kind_fault(unknown, len(found))) is not None:
+        raise ModelFileError(f"{file.path}: {fault}")
     problems = [
         f"{file.path}: {count(len(keys), 'key')} {what}: {first_five(keys)}"
         for keys, what in (
-            (unknown, "unknown to this model (LoKr, LoHa and DoRA are not read)"),
+            (unknown, "unknown to this model"),
             (repeated, "repeating another"),
             (halves, "without a counterpart"),
             (misshapen, "of another shape than the model's"),
@@ -115,6 +138,28 @@ def keys_by_module(file: TensorFile, shapes: Shapes) -> Keys:
     if problems:
         raise ModelFileError(problems)
     return found
+
+
+def kind_fault(unknown: list[str], num_known: int) -> str | None:
+    """Return what kind of LoRA has these unknown keys, and what to do; None if it is not known.
+
+    Args:
+        unknown: keys.
+        num_known: the number of modules of this model that the file changes.
+    """
+    for pattern, form in OTHER_FORMS:
+        if keys := [key for key in unknown if re.search(pattern, key)]:
+            return f"is a {form} ({count(len(keys), 'key')} such as {keys[0]}); only plain LoRAs are read: up and down"
+    if num_known == 0:
+        for pattern, model in OTHER_LORAS:
+            if any(re.search(pattern, key) for key in unknown):
+                return f"is a LoRA {model}, not of Anima (it has {unknown[0]})"
+    if keys := [key for key in unknown if TEXT_ENCODER.search(key)]:
+        return (
+            f"changes the text encoder, too ({count(len(keys), 'key')} such as {keys[0]}), which is not done here; "
+            "ComfyUI draws with it, or train without the text encoder (network_train_unet_only)"
+        )
+    return None
 
 
 def fits(file: TensorFile, parts: Mapping[str, str], shape: tuple[int, ...]) -> bool:

@@ -226,12 +226,49 @@ def test_keys_of_another_model_are_counted_and_the_first_five_named(write, train
     assert "down_blocks_4_attn.lora_down.weight, ..." in text
 
 
-def test_what_is_no_plain_lora_is_refused(write, trained):
-    name = "diffusion_model.blocks.0.mlp.layer1"
-    for key in ("dora_scale", "lokr_w1", "hada_w1_a", "lora_magnitude_vector.weight", "diff"):
-        assert f"1 key unknown to this model (LoKr, LoHa and DoRA are not read): {name}.{key}" in refused(
-            write({**trained[1], f"{name}.{key}": torch.ones(3, 3)})
-        )
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [("dora_scale", "DoRA"), ("lora_magnitude_vector.weight", "DoRA"), ("lokr_w1", "LoKr"), ("lokr_w2_a", "LoKr"),
+     ("hada_w1_a", "LoHa"), ("oft_blocks", "OFT"), ("diff", "whole differences of weights")],
+)  # fmt: skip
+def test_what_is_no_plain_lora_is_refused_by_its_kind(write, trained, key, kind):
+    name = f"diffusion_model.blocks.0.mlp.layer1.{key}"
+    text = refused(write({**trained[1], name: torch.ones(3, 3)}))
+    assert f"lora.safetensors: is a {kind} (1 key such as {name}); only plain LoRAs are read" in text
+
+
+@pytest.mark.parametrize(
+    ("key", "model"),
+    [
+        ("lora_unet_down_blocks_1_attentions_0_proj_in", "of SDXL or SD 1"),
+        ("lora_te1_text_model_encoder_layers_0_mlp_fc1", "of SDXL or SD 1"),
+        ("lora_unet_double_blocks_0_img_attn_proj", "of Flux or HunyuanVideo"),
+        ("transformer.single_transformer_blocks.0.attn.to_q", "of Flux or HunyuanVideo"),
+        ("transformer_blocks.0.attn.add_q_proj", "of Stable Diffusion 3 or Qwen-Image"),
+        ("diffusion_model.blocks.0.cross_attn.q", "of Wan"),
+        ("diffusion_model.layers.0.attention.qkv", "of Lumina or Z-Image"),
+    ],
+)
+def test_a_lora_of_another_model_is_named_with_it(write, key, model):
+    tensors = {f"{key}.lora_down.weight": torch.ones(2, 4), f"{key}.lora_up.weight": torch.ones(4, 2)}
+    assert f"lora.safetensors: is a LoRA {model}, not of Anima (it has {key}." in refused(write(tensors))
+
+
+@pytest.mark.parametrize("stem", ["lora_te_layers_0_mlp_up_proj", "text_encoders.qwen3_06b.transformer.layers.0.mlp"])
+def test_parts_for_the_text_encoder_are_named(write, trained, stem):
+    text = refused(write({**trained[1], f"{stem}.lora_A.weight": torch.ones(2, 4)}))
+    assert "changes the text encoder, too (1 key such as " in text
+
+
+def test_a_lora_of_a_compiled_model_is_read(write, trained):
+    plain = read_lora(write(trained[1]), SHAPES)
+    inside = "diffusion_model._orig_mod."
+    compiled = {key.replace("diffusion_model.", inside): value for key, value in trained[1].items()}
+    stems = {key.replace("lora_unet_", "lora_unet__orig_mod_"): value for key, value in kohya(trained[1]).items()}
+    for tensors in (compiled, stems):
+        found = read_lora(write(tensors, "compiled"), SHAPES)
+        assert found.keys() == plain.keys()
+        assert all(torch.equal(found[name].up, plain[name].up) for name in plain)
 
 
 def test_halves_and_shapes_and_repetitions_and_dtypes_are_all_reported(write, trained):
