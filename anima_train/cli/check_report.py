@@ -16,7 +16,7 @@ from anima_train.config.config import Config
 from anima_train.config.ladder import rungs
 from anima_train.config.load import LoadedConfig
 from anima_train.config.model_files import build_model_spec
-from anima_train.config.plan_notes import plan_notes
+from anima_train.config.plan_notes import plan_notes, plan_warnings
 from anima_train.config.resolved import plain
 from anima_train.core.determinism import deterministic_kernels
 from anima_train.core.device import choose_device, describe_device, memory_bytes
@@ -186,7 +186,11 @@ def make_report(
     files = disk_plan(config, Path(config.output_dir), file_sizes(config, spec), plan, schedule)
     return DatasetReport(
         title,
-        warnings=list(map(shared, filter(None, [files.warning(config.keep_last)]))),
+        warnings=[
+            *map(shared, loaded.warnings),
+            *map(shared, plan_warnings(config, num_steps)),
+            *map(shared, filter(None, [files.warning(config.keep_last)])),
+        ],
         notes=list(map(shared, [*loaded.notes, *plan_notes(config, plan, schedule, evaluated)])),
         settings=[("model", spec.files.transformer.name), *key_settings(plain(config))],
         sets=[replace(train, buckets=with_costs(train.buckets, config, stats, measured)), *evals],

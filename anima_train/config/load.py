@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from anima_train.adapters.lora import Lora
 from anima_train.config.compat import DATASET, FOREIGN, MAIN, Keys, translate
 from anima_train.config.config import AnyAdapter, Config, ModelSettings
-from anima_train.config.notes import optimizer_advice, without_effect
+from anima_train.config.notes import optimizer_advice, rate_warnings, without_effect
 from anima_train.config.other_files import is_kohya, lifted, whole_file_fault
 from anima_train.config.paths import find_path, path_fault
 from anima_train.config.read import Table, apply_override, read_toml
@@ -62,6 +62,7 @@ class LoadedConfig:
     evals: tuple[Dataset, ...]
     notes: tuple[str, ...]  # one for each key that changes nothing
     missing: tuple[str, ...] = ()  # problems of files that a resumed run does not read
+    warnings: tuple[str, ...] = ()  # one for each that is probably a mistake
 
 
 class ModelPart(Settings):
@@ -342,7 +343,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     # Files have the name with a step number and a temporary suffix, in at most 255 bytes.
     stem = path.stem.encode(errors="replace")[:130].decode(errors="ignore")
     run_name = config.run_name or f"{stem}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
-    return LoadedConfig(config, run_name, train, found, tuple(dict.fromkeys(loader.notes)), tuple(loader.missing))
+    notes = tuple(dict.fromkeys(loader.notes))
+    warnings = tuple(f"{loader.key_name(loader.main, key)}: {text}" for key, text in rate_warnings(config))
+    return LoadedConfig(config, run_name, train, found, notes, tuple(loader.missing), warnings)
 
 
 def load_model_part(path: Path, overrides: Sequence[str] = (), transformer: Path | None = None) -> ModelPart:

@@ -32,6 +32,31 @@ def without_effect(config: Config) -> Iterator[tuple[str, str]]:
         yield "x_axis_examples", "there are neither TensorBoard nor W&B curves"
 
 
+def rate_warnings(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield (key, what is wrong) for learning rates that are unusual for what is trained and for the optimizer."""
+    rates = config.learning_rates().by_component
+    components = [component for component in COMPONENTS if isinstance(config.adapter, Full) or component != "base"]
+    highest = max(components, key=lambda component: rates[component])
+    rate, own = rates[highest], getattr(config.model, f"{highest}_lr", None)
+    key = "optimizer.lr" if own is None else f"model.{highest}_lr"
+    if config.force_constant_lr is not None:
+        key = "force_constant_lr"
+    if config.optimizer.type == "prodigy":
+        if rate < 0.1:
+            yield key, f"{rate:g} is a factor on the rate that prodigy finds, and makes it that much smaller; write 1"
+        return
+    is_full = isinstance(config.adapter, Full)
+    what, usual, high = ("a full fine-tune", "1e-6 to 2e-5", 2e-5) if is_full else ("a LoRA", "2e-5 to 1e-3", 1e-3)
+    if config.optimizer.type in SCHEDULE_FREE:
+        high *= 10
+    if rate >= 0.1:
+        text = f'{rate:g} is for type = "prodigy", which finds the rate; {config.optimizer.type} wants {usual}'
+        yield key, text
+    elif rate > high:
+        more = ", or add [adapter] for a LoRA" if is_full else ""
+        yield key, f"{rate:g} is much for {what}, which may forget all or end in NaN; write {usual}{more}"
+
+
 def optimizer_advice(config: Config) -> Iterator[tuple[str, str]]:
     """Yield (key, what it does in this run that one may not expect) for an optimizer with the rest of the run."""
     optimizer, model, adapter = config.optimizer, config.model, config.adapter

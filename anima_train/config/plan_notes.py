@@ -31,6 +31,15 @@ def plan_notes(config: Config, plan: Plan, schedule: EpochSchedule, evaluated: I
     return list(found)
 
 
+def plan_warnings(config: Config, num_steps: int) -> Iterator[str]:
+    """Yield "key: what is wrong" for what makes a run of this length another than is meant."""
+    if config.warmup_steps > num_steps > 0:
+        yield (
+            f"warmup_steps: {config.warmup_steps:,} is longer than the run of {count(num_steps, 'step')}: the learning "
+            f"rate rises to {num_steps / config.warmup_steps:.0%} of lr, and no more; write a twentieth of the steps"
+        )
+
+
 def without_effect_in_time(config: Config, plan: Plan, schedule: EpochSchedule) -> Iterator[tuple[str, str]]:
     """Yield (key, why it has no effect) for what comes after the end of the run."""
     num_steps = schedule.num_steps

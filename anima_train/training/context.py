@@ -95,6 +95,8 @@ def run_context(loaded: LoadedConfig, resume: bool, resume_path: Path | None) ->
             logger.info("%s", PRICE)
         stack.enter_context(process_group(accelerator))
         loaded = check_same_config(loaded, accelerator, launch.shards)
+        for warning in loaded.warnings:
+            logger.warning("%s", warning)
         for note in loaded.notes:
             logger.info("note: %s", note)
         point = broadcast_from_main(

@@ -9,7 +9,7 @@ from anima_train.checkpoint.disk_space import first_requirements
 from anima_train.checkpoint.resume import is_locked
 from anima_train.config.ladder import rungs
 from anima_train.config.load import LoadedConfig
-from anima_train.config.plan_notes import plan_notes
+from anima_train.config.plan_notes import plan_notes, plan_warnings
 from anima_train.core.errors import ConfigError
 from anima_train.core.files import DiskRequirement, check_writable
 from anima_train.core.format import format_bytes, message_lines
@@ -35,7 +35,7 @@ from anima_train.training.build import (
 from anima_train.training.divided import check_can_divide
 from anima_train.training.ladder import choose_here, num_blocks
 from anima_train.training.memory_check import extremes
-from anima_train.training.summary import data_messages, groups_text, plan_text
+from anima_train.training.summary import data_messages, groups_text, plan_text, trained_text
 
 
 def describe_run(
@@ -64,7 +64,9 @@ def describe_run(
     check_blocks(config.blocks_to_swap, config.checkpointed_blocks, config.adapter, spec, num_processes)
     if divides:
         check_can_divide(config.optimizer, config.blocks_to_swap, config.model.quantization)
-    lines = [f"note: {note}" for note in loaded.notes]
+    lines = trained_text(config.adapter, config.learning_rates(), spec)
+    lines.extend(f"warning: {warning}" for warning in loaded.warnings)
+    lines.extend(f"note: {note}" for note in loaded.notes)
     for name, found in scans.items():
         lines.extend(line for message in data_messages(name, found) for line in message_lines(message))
     plan, schedule = plan_run(config, scans["train"].samples, num_processes)
@@ -72,6 +74,7 @@ def describe_run(
     lines.extend((*choice.lines, *choice.card_lines))
     lines.extend(plan_text(plan, schedule, config.epochs, config.ema))
     evaluated = [sample for name, scan in scans.items() if name != "train" for sample in scan.samples]
+    lines.extend(f"warning: {warning}" for warning in plan_warnings(config, schedule.num_steps))
     lines.extend(f"note: {note}" for note in plan_notes(config, plan, schedule, evaluated))
     transformer = trainable_transformer(spec, config.adapter, config.learning_rates(), config.seed)
     lines.extend(groups_text(group_rows(transformer, config.learning_rates())))

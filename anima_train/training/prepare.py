@@ -37,7 +37,7 @@ from anima_train.model.text import count_tokens, load_tokenizers
 from anima_train.training.build import check_blocks, file_sizes, initial_lora
 from anima_train.training.costs import cache_suggestions
 from anima_train.training.memory import MemoryContext, memory_errors
-from anima_train.training.summary import data_messages
+from anima_train.training.summary import data_messages, trained_text
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +78,8 @@ def prepare_data(
         if trains:
             blocks = config.blocks_to_swap, config.checkpointed_blocks
             check_blocks(*blocks, config.adapter, spec, accelerator.num_processes)
+            for line in trained_text(config.adapter, config.learning_rates(), spec):
+                logger.info("%s", line)
         if trains and saved is None:
             initial_lora(config.adapter, spec, config.learning_rates())
         scans = scan_all(datasets, config.seed, write=is_main)

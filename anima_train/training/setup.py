@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from anima_train.caching.text_encoding import encodes_online
 from anima_train.checkpoint.training_state import trained_parameters
-from anima_train.config.plan_notes import plan_notes
+from anima_train.config.plan_notes import plan_notes, plan_warnings
 from anima_train.data.plan import EpochSchedule, Plan
 from anima_train.distributed.collectives import broadcast_from_main, patient_barrier
 from anima_train.distributed.consistency import check_same_plan
@@ -104,6 +104,8 @@ def build_plan(run: RunContext, data: Prepared) -> tuple[Plan, EpochSchedule]:
     for line in plan_text(plan, schedule, run.config.epochs, run.config.ema):
         logger.info("%s", line)
     evaluated = [sample for each in data.evals for sample in each.data.samples]
+    for warning in plan_warnings(run.config, schedule.num_steps):
+        logger.warning("%s", warning)
     for note in plan_notes(run.config, plan, schedule, evaluated):
         logger.info("note: %s", note)
     return plan, schedule

@@ -1,18 +1,35 @@
 """The text that tells, before the first step, what a run will do."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
+from anima_train.adapters.full import Full
+from anima_train.adapters.lora import Lora
 from anima_train.core.format import Listing, count, prefixed
 from anima_train.data.plan import EpochSchedule, Plan, batch_size_for, short_by
 from anima_train.data.scan import Scan
+from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX
+from anima_train.model.loading import ModelSpec
 from anima_train.optim.ema import Ema
-from anima_train.optim.groups import GroupRow
+from anima_train.optim.groups import GroupRow, LearningRates
 
 
 def lr_text(row: GroupRow) -> str:
     """Return a component's learning rate, as tables show it."""
     return "frozen" if row.lr == 0 else f"{row.lr:g}" if row.num_parameters else "-"
+
+
+def trained_text(adapter: Lora | Full, rates: LearningRates, spec: ModelSpec) -> list[str]:
+    """Return a line where no adapter is trained: it may have been forgotten."""
+    if isinstance(adapter, Lora):
+        return []
+    entries = [*spec.files.transformer_header.entries.items()]
+    entries += [(LLM_ADAPTER_PREFIX + name, entry) for name, entry in spec.files.llm_adapter_header.entries.items()]
+    trained = sum(math.prod(entry.shape) for name, entry in entries if not rates.is_frozen(name))
+    number = f"{trained / 1e9:.2f} B" if trained >= 1e7 else f"{trained:,}"
+    of_all = "all " if trained >= spec.files.transformer_header.num_values else ""
+    return [f'no [adapter]: {of_all}{number} weights are trained; a LoRA would be [adapter] with type = "lora"']
 
 
 def groups_text(rows: Sequence[GroupRow]) -> list[str]:

@@ -115,3 +115,35 @@ def test_an_optimizer_whose_library_is_missing_is_refused_with_the_command(proje
         '"anima-train[optimizers]"'
     ]
     project.load({"optimizer.type": "adamw_optimi"})
+
+
+FULL = {"type": "full"}
+ADAM = {"type": "adamw_optimi"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "warned"),
+    [
+        ({"optimizer.lr": 1e-3}, ""),
+        ({"optimizer.lr": 2e-3}, "optimizer.lr: 0.002 is much for a LoRA, which may forget all or end in NaN; write "
+                                 "2e-5 to 1e-3"),
+        ({"optimizer.lr": 1.0},
+         'optimizer.lr: 1 is for type = "prodigy", which finds the rate; adamw wants 2e-5 to 1e-3'),
+        ({"model.mlp_lr": 0.01}, "model.mlp_lr: 0.01 is much for a LoRA"),
+        ({"optimizer": ADAM | {"lr": 2e-5}, "adapter": FULL}, ""),
+        ({"optimizer": ADAM | {"lr": 1e-4}, "adapter": FULL},
+         "optimizer.lr: 0.0001 is much for a full fine-tune, which may "
+         "forget all or end in NaN; write 1e-6 to 2e-5, or add [adapter] for a LoRA"),
+        ({"optimizer": ADAM | {"lr": 1e-6}, "adapter": FULL, "force_constant_lr": 1e-3}, "force_constant_lr: 0.001 is"),
+        ({"optimizer": {"type": "schedule_free", "lr": 5e-3}}, ""),
+        ({"optimizer": {"type": "prodigy", "lr": 1.0}}, ""),
+        ({"optimizer": {"type": "prodigy", "lr": 1e-4}},
+         "optimizer.lr: 0.0001 is a factor on the rate that prodigy finds"),
+    ],
+)  # fmt: skip
+def test_an_unusual_learning_rate_is_a_warning(project, changes, warned):
+    if changes.get("optimizer", {}).get("type") == "prodigy" and importlib.util.find_spec("prodigyplus") is None:
+        pytest.skip("prodigy-plus-schedule-free is not installed")
+    warnings = project.load(changes).warnings
+    assert len(warnings) == bool(warned)
+    assert all(each.startswith(f"main.toml: {warned}") for each in warnings)

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from anima_train.config.load import load_config
-from anima_train.config.plan_notes import plan_notes
+from anima_train.config.plan_notes import plan_notes, plan_warnings
 from anima_train.training.build import plan_run
 from anima_train.training.prepare import scan_all
 
@@ -54,6 +54,13 @@ def notes_of(trainer):
 )  # fmt: skip
 def test_what_never_happens_in_a_run_is_noted_and_nothing_else(notes_of, changes, expected):
     assert notes_of(**changes) == expected
+
+
+def test_a_warmup_longer_than_the_run_is_a_warning(trainer):
+    said = "the learning rate rises to 1% of lr, and no more; write a twentieth of the steps"
+    for steps, warned in ((4, []), (400, [f"warmup_steps: 400 is longer than the run of 4 steps: {said}"])):
+        config = load_config(trainer.config(warmup_steps=steps), []).config
+        assert list(plan_warnings(config, 4)) == warned
 
 
 @pytest.mark.parametrize(
