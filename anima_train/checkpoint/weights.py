@@ -1,7 +1,9 @@
 """The weights that users load elsewhere: a LoRA or a model, safetensors only."""
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,10 +13,12 @@ from torch import Tensor
 from anima_train import __version__
 from anima_train.adapters.full import Full
 from anima_train.adapters.lora import Lora
+from anima_train.config.plan_notes import tags_of
 from anima_train.core.divided import is_divided
 from anima_train.core.errors import ModelFileError, NumericError
 from anima_train.core.files import atomic_path
 from anima_train.core.format import count
+from anima_train.data.samples import Sample
 from anima_train.model.dit import MiniTrainDIT
 from anima_train.model.loading import ModelFiles
 from anima_train.model.safetensors_io import byte_view, file_bytes, match_keys, open_header, read_tensors, write_tensors
@@ -81,6 +85,30 @@ def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
             f"{path.name}: not saved, because {count(len(broken), 'tensor')} of {len(tensors):,} hold NaN or infinity, "
             f"such as {broken[0]}; earlier files are intact"
         )
+
+
+def caption_metadata(samples: Sequence[Sample], counts_tags: bool) -> dict[str, str]:
+    """Return the safetensors metadata that come from captions: the trigger words and, if wanted, the tags.
+
+    Args:
+        samples: that are trained.
+        counts_tags: also tell how many images have each tag, in the form in which kohya's scripts do.
+    """
+    words = [word for word in dict.fromkeys(sample.options.prefix_word for sample in samples) if word]
+    metadata = {"modelspec.trigger_phrase": ", ".join(words)} if words else {}
+    if counts_tags:
+        pictures = {sample.picture.path: sample for sample in samples}  # each once, whatever its resolutions
+        counts = Counter(
+            tag
+            for sample in pictures.values()
+            for tag in {
+                tag
+                for caption in sample.picture.tags
+                for tag in tags_of(caption, sample.options.cache_shuffle_delimiter)
+            }
+        )
+        metadata["ss_tag_frequency"] = json.dumps({"train": dict(counts.most_common())}, ensure_ascii=False)
+    return metadata
 
 
 def weights_metadata(

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from anima_train.adapters.full import Full
 from anima_train.adapters.lora import Lora
 from anima_train.config.combinations import average_fault, checkpointed_blocks_fault, optimizer_fault
-from anima_train.config.sections import EvalDataset, Monitoring, Sampling
+from anima_train.config.sections import EvalDataset, Metadata, Monitoring, Sampling
 from anima_train.config.values import (  # fmt: skip
     BatchSizes,
     CaptionTokens,
@@ -298,6 +298,8 @@ class Config(Settings):
     """Save, evaluate and draw an average of the trained weights. Absent: the weights as they are."""
     monitoring: Monitoring = Monitoring()
     """Trackers."""
+    metadata: Metadata = Metadata()
+    """The texts in saved files."""
     sampling: Sampling | None = None
     """Previews. Absent: none."""
 

@@ -74,6 +74,14 @@ class Monitoring(Settings):
     """The W&B run. Empty: run_name."""
 
 
+class Metadata(Settings):
+    """The texts in saved files that come from captions. trigger_word is always among them."""
+
+    tag_frequencies: bool = False
+    """Write into saved files how many images have each tag, as `ss_tag_frequency`, which managers of LoRA files show.
+    Off: whoever gets the file learns nothing about the captions."""
+
+
 def as_request(value: Any) -> Any:
     """Return a text as a table with nothing but that prompt."""
     return {"prompt": value} if isinstance(value, str) else value

@@ -24,7 +24,7 @@ from anima_train.checkpoint.training_state import (
     state_tensors,
     take_part_in,
 )  # fmt: skip
-from anima_train.checkpoint.weights import save_weights, weights_metadata, weights_to_save
+from anima_train.checkpoint.weights import caption_metadata, save_weights, weights_metadata, weights_to_save
 from anima_train.config.resolved import plain
 from anima_train.core.device import DTYPES
 from anima_train.core.errors import Interrupted
@@ -245,7 +245,7 @@ class PeriodicTasks:
         metadata = weights_metadata(
             self.context.folder.name, done, epoch, len(self.plan.samples), config.seed, config.adapter,
             config.optimizer, config.lr_scheduler.type,
-        )  # fmt: skip
+        ) | caption_metadata(self.plan.samples, config.metadata.tag_frequencies)  # fmt: skip
 
         def write(groups: Groups) -> None:
             self.context.folder.check()  # or it would be made again, without what it held

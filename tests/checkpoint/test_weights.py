@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +12,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from anima_train.adapters.lora import Lora
-from anima_train.checkpoint.weights import save_weights, weights_metadata
+from anima_train.checkpoint.weights import caption_metadata, save_weights, weights_metadata
 from anima_train.config.config import Config
 from anima_train.core.errors import ModelFileError, NumericError, SpaceError
+from anima_train.data.buckets import Size
+from anima_train.data.cache import Cache
+from anima_train.data.samples import Picture, Sample
+from anima_train.data.settings import DirectoryOptions
 from anima_train.optim.optimizers import AdamWKahan
 
 
@@ -125,3 +130,21 @@ def test_metadata_has_what_file_managers_read_and_no_path_or_secret(tmp_path):
     save_weights(tmp_path / "style.safetensors", tensors(), metadata)
     with safe_open(tmp_path / "style.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt", **metadata}
+
+
+def sample_of(name, tags, **options):
+    picture = Picture(Path(name), Path(name), "0" * 64, 64, 64, tags=tags)
+    return Sample(name, picture, Size(64, 64), 64, 0, DirectoryOptions(**options), Cache(Path()))
+
+
+def test_trigger_words_are_told_and_tags_only_on_request():
+    samples = [
+        sample_of("a.png", ("mychara, 1girl, solo", "mychara, 1girl"), trigger_word="mychara"),
+        sample_of("a.png", ("mychara, 1girl, solo", "mychara, 1girl"), trigger_word="mychara"),  # another resolution
+        sample_of("b.png", ("1girl, smile\nA sentence about her.",), trigger_word="other"),
+        sample_of("c.png", ("scenery",), trigger_word="unused", role="regularization"),
+    ]
+    assert caption_metadata(samples, False) == {"modelspec.trigger_phrase": "mychara, other"}
+    found = json.loads(caption_metadata(samples, True)["ss_tag_frequency"])
+    assert found == {"train": {"1girl": 2, "mychara": 1, "solo": 1, "smile": 1, "scenery": 1}}
+    assert caption_metadata([sample_of("a.png", ("",))], False) == {}
