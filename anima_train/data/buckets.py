@@ -70,7 +70,7 @@ def nearest(aspect: float, sizes: Sequence[Size]) -> Size:
     return min(sizes, key=lambda size: abs(math.log(size.aspect) - math.log(aspect)))
 
 
-def kept_fraction(width: int, height: int, size: Size) -> float:
-    """Return the share of an image's area that covering `size` and cropping keeps, in (0, 1]."""
-    ratio = (width / height) / size.aspect
+def kept_fraction(width: int, height: int, size: Size) -> Fraction:
+    """Return the share of an image's area that covering `size` and cropping keeps, in (0, 1], exactly."""
+    ratio = Fraction(width * size.height, height * size.width)
     return min(ratio, 1 / ratio)

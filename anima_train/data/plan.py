@@ -91,19 +91,21 @@ class Plan:
     def repeat_offsets(self) -> list[tuple[int, int, int]]:
         """The (a, b, c) of each sample: all epochs before epoch e together show it (a * e + b) // c times.
 
-        With num_repeats = p / q that is floor(e * p / q + b / c), where the offset b / c spreads the samples of a
+        With num_repeats = p / q that is floor(e * p / q + b / c), where the offset b / c spreads the pictures of a
         directory that have this num_repeats evenly over [0, 1), so that every epoch shows the same number of them, give
-        or take one. In integers, because a rounding error would show a sample an epoch too early or too late.
+        or take one; a picture at all of its resolutions. In integers, because a rounding error would show a sample an
+        epoch too early or too late.
         """
-        groups: dict[tuple[int, Fraction], list[int]] = defaultdict(list)
+        groups: dict[tuple[int, Fraction], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
         for index, sample in enumerate(self.samples):
-            groups[sample.directory, sample.repeats].append(index)
+            groups[sample.directory, sample.repeats][sample.name].append(index)
         offsets = [(0, 0, 1)] * len(self.samples)
-        for (directory, repeats), indices in groups.items():
-            order = shuffled(indices, lambda index: self.samples[index].id, self.seed, "turns", directory)
+        for (directory, repeats), pictures in groups.items():
+            order = shuffled(pictures.values(), lambda own: self.samples[own[0]].id, self.seed, "turns", directory)
             p, q = repeats.as_integer_ratio()
-            for place, index in enumerate(order):
-                offsets[index] = p * len(order), q * place, q * len(order)
+            for place, indices in enumerate(order):
+                for index in indices:
+                    offsets[index] = p * len(order), q * place, q * len(order)
         return offsets
 
     def shown_before(self, index: int, epoch: int) -> int:

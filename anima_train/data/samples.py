@@ -233,9 +233,10 @@ class Sample:
 
         if not word or not text:
             return prefix + varied(text)
-        if not re.match(rf"{re.escape(word)}(?!\w)", text):
+        spelled = text.replace("_", " ") if options.replace_underscores and vary is not None else text
+        if not re.match(rf"{re.escape(word)}(?!\w)", text) and not re.match(rf"{re.escape(word)}(?!\w)", spelled):
             return delimiter.join(filter(None, [word, prefix + varied(text)]))
-        rest = text.removeprefix(word)
+        rest = text[len(word) :]
         behind = re.match(rf"{re.escape(delimiter)}|\s*\n\s*|\s*,\s*|$", rest)
         if behind is None:  # a tag or a sentence that begins with it
             return prefix + varied(text, num_fixed=1)

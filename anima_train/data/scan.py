@@ -1,6 +1,7 @@
 """The scan that turns a dataset into samples, and lists what it skips."""
 
 import functools
+import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -205,13 +206,15 @@ def make_samples(file: str, picture: Picture, index: int, options: DirectoryOpti
     if options.no_upscale and min(width, height) < SIDE_MULTIPLE:
         raise SkippedImage(f"{width}x{height} has a side below {SIDE_MULTIPLE} pixels (no_upscale)")
     samples = []
+    usual = options.usual_sizes(width, height)
     for resolution, size in options.sizes(width, height):
         kept = kept_fraction(width, height, size)
-        if kept < options.min_kept:
+        if kept < exact(options.min_kept):
             raise SkippedImage(
                 f"{width}x{height} is too far from every bucket: cropping to {size} would keep "
-                f"{kept:.0%} of it (min_kept = {options.min_kept:g})"
+                f"{math.floor(1000 * kept) / 10:g}% of it (min_kept = {options.min_kept:g})"
             )
-        name = f"{index}/{printable(file)}@{size if options.no_upscale else resolution}"
+        # An image that no_upscale does not touch has the name that it has without.
+        name = f"{index}/{printable(file)}@{resolution if (resolution, size) in usual else size}"
         samples.append(Sample(name, picture, size, resolution, index, options, cache))
     return samples

@@ -204,14 +204,17 @@ class DirectoryOptions(Settings):
             for resolution in map(side, self.resolutions)
         ]
 
-    def sizes(self, width: int, height: int) -> list[tuple[int, Size]]:
-        """Return the (resolution, size) of each sample that a picture of this width and height, in pixels, becomes."""
+    def usual_sizes(self, width: int, height: int) -> list[tuple[int, Size]]:
+        """Return what `sizes` does without `no_upscale`: the nearest bucket of each resolution."""
         aspect = width / height
         if self.size_buckets is not None:
             size = nearest(aspect, [Size(size[0], size[1]) for size in self.size_buckets])
-            found = [(size.resolution, size)]
-        else:
-            found = [(resolution, nearest(aspect, sizes)) for resolution, sizes in self.buckets]
+            return [(size.resolution, size)]
+        return [(resolution, nearest(aspect, sizes)) for resolution, sizes in self.buckets]
+
+    def sizes(self, width: int, height: int) -> list[tuple[int, Size]]:
+        """Return the (resolution, size) of each sample that a picture of this width and height, in pixels, becomes."""
+        found = self.usual_sizes(width, height)
         if not self.no_upscale:
             return found
         covered = [(resolution, size) for resolution, size in found if size.fitted(width, height) == size]

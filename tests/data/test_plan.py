@@ -84,6 +84,20 @@ def test_half_of_the_images_are_shown_in_one_epoch_and_the_others_in_the_next():
     assert first + second == dict.fromkeys(range(20), 1)
 
 
+@pytest.mark.parametrize("repeats", [0.5, 0.2])
+def test_a_share_of_the_images_is_shown_at_all_of_their_resolutions(repeats: float):
+    items = [sample(f"{index:03}", place, repeats) for index in range(10) for place in (0, 3)]
+    planned, number = plan(items), round(1 / repeats)
+    seen = []
+    for epoch in range(number):
+        found = shown(planned, epoch)
+        pictures = {items[index].name for index in found}
+        assert len(pictures) == 10 * repeats
+        assert sorted(found) == [index for index, item in enumerate(items) if item.name in pictures]
+        seen.extend(pictures)
+    assert len(set(seen)) == 10
+
+
 def test_each_directory_has_its_own_repeats():
     items = samples(10, 3, 0) + samples(12, 0.5, 1) + samples(7, 1, 2)
     total = sum((shown(plan(items), epoch) for epoch in range(2)), Counter())

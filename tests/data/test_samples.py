@@ -127,6 +127,13 @@ def test_a_trigger_word_that_a_caption_begins_with_is_not_put_there_twice(captio
     assert natural.evaluation_caption().text == expected
 
 
+@pytest.mark.parametrize("replaces", [True, False])
+def test_a_trigger_word_is_known_with_underscores_where_those_become_spaces(replaces):
+    drawn = sample(("mia_red, 1girl, long_hair",), trigger_word="mia red", replace_underscores=replaces)
+    expected = "mia red, 1girl, long hair" if replaces else "mia red, mia_red, 1girl, long_hair"
+    assert drawn.evaluation_caption().text == expected
+
+
 def test_a_first_tag_that_begins_with_the_trigger_word_stays_first():
     drawn = sample(("mia girl, a, b, c, d",), trigger_word="mia", shuffle_tags=True, tag_dropout=0.5)
     assert all(text.startswith("mia girl") for text in texts(drawn, 30))

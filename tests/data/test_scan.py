@@ -524,8 +524,21 @@ def test_extreme_images_are_skipped_at_every_resolution(folder: Path):
     found = look(folder, resolutions=[64, 128], enable_ar_bucket=True, ar_buckets=[0.5, 1.0], min_kept=0.25)
     assert names(found) == ["a.png", "a.png"]
     (line,) = found.skipped
-    assert line.startswith(f"{folder / 'b.png'}: 400x80 is too far from every bucket: cropping to 64x64 would keep 20%")
+    assert line.startswith(
+        f"{folder / 'b.png'}: 400x80 is too far from every bucket: cropping to 64x64 would keep 20% of it"
+    )
     assert names(look(folder, min_kept=0.2)) == ["a.png", "b.png"]
+
+
+def test_an_image_of_which_just_min_kept_is_left_is_used(folder: Path):
+    """In floating point 1001 x 364 in a square keeps a little less, and other sizes a little more, than their share."""
+    for width, height, share in ((1001, 364, 364 / 1001), (300, 1000, 0.3), (1000, 70, 0.07), (490, 1000, 0.49)):
+        image(folder / "a.png", width, height)
+        kept = look(folder, resolutions=[64], enable_ar_bucket=False, min_kept=round(share, 2), min_image_side=1)
+        assert names(kept) == (["a.png"] if share >= round(share, 2) else [])
+    image(folder / "a.png", 2997, 1000)
+    found = look(folder, resolutions=[64], enable_ar_bucket=False, min_kept=0.334)
+    assert "would keep 33.3% of it (min_kept = 0.334)" in found.skipped[0]  # and not as much as that
 
 
 def test_an_image_that_one_resolution_refuses_is_refused_by_all(folder: Path):
@@ -1290,6 +1303,19 @@ def test_without_enlarging_small_images_get_smaller_buckets_of_the_same_aspect(f
     joined = look(folder, resolutions=[128, 256], enable_ar_bucket=True, num_ar_buckets=3, no_upscale=True)
     assert {sample.resolution for sample in joined.samples if str(sample.size) == "128x128"} == {128}
     assert [sample.resolution for sample in found.samples] == [128, 256, 96, 96]
+
+
+def test_images_that_are_large_enough_are_the_same_with_and_without_no_upscale(folder: Path):
+    """Noise, t and order are drawn for the names of samples."""
+    for name, size in {"large": (400, 300), "small": (100, 90)}.items():
+        image(folder / f"{name}.png", *size)
+    with_it, without = (
+        {sample.id: sample.size for sample in look(folder, resolutions=[64, 128], no_upscale=value).samples}
+        for value in (True, False)
+    )
+    assert {name for name in without if name.startswith("0/large")} <= with_it.keys()
+    assert all(size == without[name] for name, size in with_it.items() if name in without)
+    assert [name for name in with_it if name not in without] == ["0/small.png@80x80"]
 
 
 def test_enlarging_is_the_default(folder: Path):
