@@ -18,11 +18,12 @@ from anima_train.reports.contact_sheet import save_sheet
 from anima_train.reports.grid_page import write_page
 from anima_train.run.log import is_quiet
 from anima_train.run.progress import DrawingBar
-from anima_train.sampling.generate import Request
+from anima_train.sampling.generate import PictureSettings, Request, with_shared
 from anima_train.sampling.grids import Cell, ChosenLora, Sheet, make_gallery, make_grid
 
 Values = Mapping[str, Any]  # of keys of `Request`
 
+PROMPT_VALUES = re.compile(r"\s*[xy]\s*=\s*prompt\s*:\s*\S")  # an axis with prompts of its own
 FLAGS = {key: f"--{key}" for key in ("seed", "steps", "cfg", "shift", "sampler", "schedule")} | {
     "negative_prompt": "--negative",
     "width": "--size",
@@ -47,31 +48,37 @@ def parse_size(text: str | None) -> tuple[int | None, int | None]:
     return int(match[1]), int(match[2])
 
 
-def choose_requests(texts: list[str], file: Path | None, settings: Values, sampling: Sampling | None) -> list[Request]:
+def choose_requests(
+    texts: list[str], file: Path | None, settings: Values, sampling: Sampling | None, grid: Sequence[str] = ()
+) -> list[Request]:
     """Return the requests of the flags; where they give no prompt, those of the configuration.
 
     Args:
         texts: the prompts of --prompt.
         file: of --prompts.
         settings: that flags give; they win over those of the configuration, not over those of the file.
-        sampling: from the configuration.
+        sampling: from the configuration; its keys hold for the prompts of flags and file, too.
+        grid: the axes of --grid, which may have prompts.
 
     Raises:
         ConfigError: a setting or the file is wrong.
     """
-    requests = make_requests(texts, settings, FLAGS)
+    make_requests([], settings, FLAGS)  # of flags that do not go together, before others are mixed in
+    shared = {} if sampling is None else sampling.shared
+    requests = make_requests(texts, with_shared(shared, settings), FLAGS)
     if file is not None:
-        requests += read_requests(file, settings)
-    if not requests and sampling is not None:
-        wanted = make_requests([""], settings, FLAGS)[0]
-        update = {key: getattr(wanted, key) for key in settings}
-        requests = [request.model_copy(update=update) for request in sampling.prompts]
+        requests += read_requests(file, settings, shared)
+    if not requests and sampling is not None and not any(map(PROMPT_VALUES.match, grid)):
+        for own in sampling.prompts:
+            keys = {key: getattr(own, key) for key in PictureSettings.model_fields}
+            requests += make_requests([own.prompt], with_shared(keys, settings), FLAGS)
     return requests
 
 
 def choose_sheet(
-    grid: list[str], gallery: Path | None, requests: Sequence[Request], settings: Values, loras: Sequence[ChosenLora]
-) -> Sheet | None:
+    grid: list[str], gallery: Path | None, requests: Sequence[Request], settings: Values, loras: Sequence[ChosenLora],
+    sampling: Sampling | None = None,
+) -> Sheet | None:  # fmt: skip
     """Return the grid or the gallery that flags ask for, or None where each request is one picture.
 
     Args:
@@ -80,6 +87,7 @@ def choose_sheet(
         requests: with a prompt.
         settings: that flags give.
         loras: of all pictures.
+        sampling: from the configuration; its keys hold for prompts that are values of an axis.
 
     Raises:
         ConfigError: what is asked for does not go together, or there is nothing to draw.
@@ -94,10 +102,17 @@ def choose_sheet(
                 "there is nothing to draw; give --prompt TEXT or --prompts FILE, or a config with [sampling]"
             )
         return None
-    sheet = make_grid(grid, requests, make_requests([""], settings, FLAGS)[0], loras, HINTS)
-    for axis in (sheet.x, sheet.y):
-        if axis is not None and axis.key in settings and FLAGS[axis.key] != "--size":
+    shared = with_shared({} if sampling is None else sampling.shared, settings)
+    sheet = make_grid(grid, requests, make_requests([""], shared, FLAGS)[0], loras, HINTS)
+    replaced = [axis for axis in (sheet.x, sheet.y) if axis is not None and axis.key in settings]
+    for axis in replaced:
+        if FLAGS[axis.key] != "--size":
             raise ConfigError(f"{FLAGS[axis.key]}: has no effect with {axis.flag}; leave one of them out")
+    if len(replaced) == 2:
+        flags = " and ".join(axis.flag for axis in replaced)
+        raise ConfigError(f"--size: has no effect with {flags}; leave it out")
+    for axis in replaced:
+        print(f"note: --size: its {axis.key} has no effect, as {axis.flag} sets it", file=sys.stderr)
     return sheet
 
 

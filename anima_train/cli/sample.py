@@ -22,11 +22,19 @@ def sample(
         Path | None, Option(help="A .txt file, a prompt in each line; or .toml, a table called prompt for each.")
     ] = None,
     negative: Annotated[str | None, Option(help="What not to draw.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the noise, as in ComfyUI.", show_default="0")] = None,
-    size: Annotated[str | None, typer.Option(metavar="WxH", help="In pixels.", show_default="1024x1024")] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps.", show_default="30")] = None,
-    cfg: Annotated[float | None, typer.Option(help="Strength of the prompt.", show_default="4")] = None,
-    shift: Annotated[float | None, typer.Option(help="Of the noise levels.", show_default="3")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the noise, as in ComfyUI.", show_default="the config's, else 0")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="WxH", help="In pixels.", show_default="the config's, else 1024x1024")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps.", show_default="the config's, else 30")] = None,
+    cfg: Annotated[
+        float | None, typer.Option(help="Strength of the prompt.", show_default="the config's, else 4")
+    ] = None,
+    shift: Annotated[
+        float | None, typer.Option(help="Of the noise levels.", show_default="the config's, else 3")
+    ] = None,
     sampler: Annotated[str | None, Option(help=", ".join(SAMPLER_NAMES))] = None,
     schedule: Annotated[str | None, Option(help=", ".join(SCHEDULE_NAMES))] = None,
     lora: Annotated[
@@ -54,9 +62,9 @@ def sample(
     settings = given_settings(
         size, negative_prompt=negative, seed=seed, steps=steps, cfg=cfg, shift=shift, sampler=sampler, schedule=schedule
     )
-    requests = choose_requests(prompt or [], prompts, settings, model.sampling)
+    requests = choose_requests(prompt or [], prompts, settings, model.sampling, grid or [])
     loras = [parse_lora(text) for text in lora or []]
-    sheet = choose_sheet(grid or [], gallery, requests, settings, loras)
+    sheet = choose_sheet(grid or [], gallery, requests, settings, loras, model.sampling)
     with quiet(quietly):
         pictures = draw(model, sheet.cells if sheet else [Cell(request, tuple(loras)) for request in requests], out)
     if sheet:

@@ -10,7 +10,7 @@ from anima_train.config.read import read_toml
 from anima_train.core.errors import ConfigError
 from anima_train.core.settings import Settings, quoted, validation_problems
 from anima_train.sampling.elsewhere import prompt_fault
-from anima_train.sampling.generate import Request
+from anima_train.sampling.generate import Request, with_shared
 
 # Names from other tools -> what to write here.
 HINTS = {
@@ -57,20 +57,24 @@ def make_requests(texts: list[str], settings: Mapping[str, Any], names: Mapping[
     return [shared.model_copy(update={"prompt": text}) for text in texts]
 
 
-def read_requests(path: Path, settings: Mapping[str, Any]) -> list[Request]:
+def read_requests(path: Path, settings: Mapping[str, Any], shared: Mapping[str, Any] | None = None) -> list[Request]:
     """Return the requests in a file of prompts: .toml with [[prompt]] tables, else text with a prompt in each line.
 
     Args:
         path: the file.
         settings: keys of `Request` for all of them, as far as a table does not have its own.
+        shared: the same, as far as `settings` do not have them.
 
     Raises:
         ConfigError: it cannot be read, has no prompt, or everything that is wrong in it.
     """
+    shared = shared or {}
     if path.suffix.lower() == ".toml":
         data = read_toml(path)
         if isinstance(tables := data.get("prompt"), list):
-            data["prompt"] = [{**settings, **table} if isinstance(table, dict) else table for table in tables]
+            data["prompt"] = [
+                with_shared(shared, {**settings, **table}) if isinstance(table, dict) else table for table in tables
+            ]
         try:
             return PromptFile.model_validate(data).prompt
         except ValidationError as error:
@@ -79,7 +83,7 @@ def read_requests(path: Path, settings: Mapping[str, Any]) -> list[Request]:
     texts = read_lines(path, "--prompts")
     if not texts:
         raise ConfigError(f"--prompts: {quoted(str(path))} holds no prompt; expected one in each line")
-    return make_requests(texts, settings, {})
+    return make_requests(texts, with_shared(shared, settings), {})
 
 
 def read_lines(path: Path, flag: str) -> list[str]:

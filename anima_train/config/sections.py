@@ -8,7 +8,7 @@ from anima_train.config.values import printable_name
 from anima_train.core.settings import Settings
 from anima_train.data.settings import DatasetSettings
 from anima_train.objective.timesteps import TENTHS, Points
-from anima_train.sampling.generate import PictureSettings, Request
+from anima_train.sampling.generate import PictureSettings, Request, with_shared
 
 Role = Literal["train", "validation", "retention"]
 
@@ -111,7 +111,12 @@ class Sampling(PictureSettings):
             return value
         shared = {key: earlier.data[key] for key in PictureSettings.model_fields if key in earlier.data}
         tables = map(as_request, value)
-        return [{**shared, **table} if isinstance(table, dict) else table for table in tables]
+        return [with_shared(shared, table) if isinstance(table, dict) else table for table in tables]
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """The keys of a picture that are set for all prompts."""
+        return {key: getattr(self, key) for key in PictureSettings.model_fields if key in self.model_fields_set}
 
     @field_validator("prompts")
     @classmethod

@@ -1,7 +1,7 @@
 """The generation of a picture from a prompt's context and a seed; equal to ComfyUI up to rounding."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -53,6 +53,15 @@ class PictureSettings(Settings):
         if value and earlier.data.get("cfg") == 1:
             raise ValueError("has no effect with cfg 1; leave one of them out")
         return value
+
+
+def with_shared(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a picture: its own, and those that it shares with others.
+
+    A shared negative prompt is left out where the picture's own cfg makes it useless.
+    """
+    left_out = ["negative_prompt"] if own.get("cfg") == 1 else []
+    return {key: value for key, value in shared.items() if key not in left_out} | dict(own)
 
 
 class Request(PictureSettings):

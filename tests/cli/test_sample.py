@@ -11,12 +11,14 @@ from typer.testing import CliRunner
 
 from anima_train.adapters.lora import target_modules
 from anima_train.adapters.read import linear_shapes
+from anima_train.cli.draw import choose_sheet
 from anima_train.cli.main import COMMANDS, application
 from anima_train.config.load import load_model_part
 from anima_train.config.model_files import find_model_files
 from anima_train.core.errors import ConfigError, ModelFileError, NumericError
 from anima_train.model.loading import load_transformer
 from anima_train.model.tiny import write_tiny
+from anima_train.sampling.generate import Request
 from anima_train.sampling.grids import ChosenLora
 from anima_train.sampling.pipeline import LoraSwitch
 
@@ -326,3 +328,57 @@ def test_without_prompts_those_of_the_config_are_drawn_with_its_settings_or_thos
     alone = sample("--prompt", "b", "--seed", "3", "--cfg", "1", "--steps", "2", size="48x64")[0]
     assert pixels(paths[0][1]) == pixels(alone)
     assert [path.name.rpartition("_")[2] for path in paths[1]] == ["9.png", "9.png"]
+
+
+SHARED = """[sampling]
+width = 48
+height = 64
+steps = 2
+cfg = 2.5
+negative_prompt = "blurry"
+prompts = [{ prompt = "of the config", seed = 3 }]
+"""
+
+
+def facts_of(path):
+    with Image.open(path) as image:
+        return json.loads(image.info["anima_train"])
+
+
+def test_the_settings_of_the_config_hold_for_prompts_of_flags_and_files_too(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shared.toml").write_text(f"{config.read_text()}{SHARED}")
+    (tmp_path / "p.toml").write_text('[[prompt]]\nprompt = "c"\ncfg = 1.0\n[[prompt]]\nprompt = "d"\nsteps = 1\n')
+
+    def drawn(*arguments):
+        result = CliRunner().invoke(application(COMMANDS, "anima"), ["sample", "shared.toml", *arguments])
+        assert result.exit_code == 0, result.output
+        keys = ("prompt", "width", "height", "steps", "cfg", "negative_prompt", "seed")
+        found = [facts_of(tmp_path / line) for line in result.stdout.splitlines() if "/0" in line]
+        return [tuple(facts[key] for key in keys) for facts in found]
+
+    assert drawn("--prompt", "a", "--cfg", "3") == [("a", 48, 64, 2, 3.0, "blurry", 0)]
+    assert drawn("--prompt", "a", "--cfg", "1", "--size", "64x48") == [("a", 64, 48, 2, 1.0, "", 0)]
+    assert drawn("--prompts", "p.toml") == [("c", 48, 64, 2, 1.0, "", 0), ("d", 48, 64, 1, 2.5, "blurry", 0)]
+    assert drawn("--negative", "dark") == [("of the config", 48, 64, 2, 2.5, "dark", 3)]
+    assert drawn("--grid", "x=prompt:e,f") == [(name, 48, 64, 2, 2.5, "blurry", 0) for name in "ef"]
+
+
+def test_a_negative_prompt_for_a_config_without_guidance_is_refused(config, tmp_path):
+    plain = tmp_path / "plain.toml"
+    plain.write_text(f"{config.read_text()}[sampling]\ncfg = 1.0\nprompts = ['a']\n")
+    for prompt in ([], ["--prompt", "b"]):
+        arguments = ["sample", str(plain), "--negative", "dark", *prompt]
+        result = CliRunner().invoke(application(COMMANDS, "anima"), arguments)
+        assert str(result.exception) == "--negative: has no effect with cfg 1; leave one of them out"
+
+
+def test_a_size_beside_axes_over_width_and_height_is_refused_and_half_of_it_noted(capsys):
+    one = Request(prompt="a")
+    both = ["x=width:64,80", "y=height:64"]
+    with pytest.raises(ConfigError, match="--size: has no effect with --grid x=width and --grid y=height"):
+        choose_sheet(both, None, [one], {"width": 96, "height": 96}, [])
+    assert len(choose_sheet(both, None, [one], {}, []).cells) == 2
+    sheet = choose_sheet(["x=width:64,80"], None, [one], {"width": 96, "height": 96}, [])
+    assert [cell.request.width for cell in sheet.cells] == [64, 80]
+    assert capsys.readouterr().err == "note: --size: its width has no effect, as --grid x=width sets it\n"
