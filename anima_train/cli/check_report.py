@@ -176,7 +176,8 @@ def make_report(
     is_online = encodes_online(config.model.cache_text_embeddings, plan.samples)
     has_text_encoder = is_online and config.model.text_encoder_device == "training"
     stats = model_stats(config.adapter, spec, transformer, has_text_encoder)
-    evaluated = [sample for name, scan in scans.items() if name != "train" for sample in scan.samples]
+    measured_on = {name: scan.samples for name, scan in scans.items() if name != "train"}
+    evaluated = [sample for found in measured_on.values() for sample in found]
     entries = needed_entries(
         plan.samples, evaluated, "", ANY_MODEL, config.seed, config.uncond_fraction > 0,
         config.model.cache_text_embeddings,
@@ -191,7 +192,7 @@ def make_report(
             *map(shared, plan_warnings(config, num_steps)),
             *map(shared, filter(None, [files.warning(config.keep_last)])),
         ],
-        notes=list(map(shared, [*loaded.notes, *plan_notes(config, plan, schedule, evaluated)])),
+        notes=list(map(shared, [*loaded.notes, *plan_notes(config, spec, plan, schedule, measured_on)])),
         settings=[("model", spec.files.transformer.name), *key_settings(plain(config))],
         sets=[replace(train, buckets=with_costs(train.buckets, config, stats, measured)), *evals],
         exposures=sorted(Counter(seen).items()),

@@ -18,9 +18,17 @@ def without_effect(config: Config) -> Iterator[tuple[str, str]]:
                 yield key, "there are no eval_datasets"
     if "keep_last" in config.model_fields_set and not any(getattr(config, key) for key in STATE_INTERVALS):
         yield "keep_last", "no training state is saved without checkpoint_every_n_..."
-    own_rates = [getattr(config.model, f"{component}_lr", None) for component in COMPONENTS[:-1]]
-    if isinstance(config.adapter, Lora) and None not in own_rates:
+    own_rates = {f"{component}_lr": getattr(config.model, f"{component}_lr") for component in COMPONENTS[:-1]}
+    if isinstance(config.adapter, Lora) and None not in own_rates.values():
         yield "optimizer.lr", "every component has a learning rate of its own in [model]"
+    elif config.force_constant_lr is not None and config.optimizer.lr:
+        yield "optimizer.lr", "force_constant_lr takes its place"
+    for key, rate in own_rates.items():
+        if config.force_constant_lr is not None and rate:
+            yield f"model.{key}", "force_constant_lr takes its place"
+    for key in ("betas", "eps") if isinstance(config.adapter, Lora) and config.optimizer.type == "muon" else ():
+        if key in config.optimizer.model_fields_set:
+            yield f"optimizer.{key}", "a LoRA has matrices alone, for which muon has momentum"
     if 0 < config.blocks_to_swap <= MAX_BUFFERS:
         yield "blocks_to_swap", f"the weights of {MAX_BUFFERS} swapped blocks are always on the device"
     monitoring = config.monitoring
@@ -28,6 +36,10 @@ def without_effect(config: Config) -> Iterator[tuple[str, str]]:
         for key in ("wandb_api_key", "wandb_tracker_name", "wandb_run_name"):
             if getattr(monitoring, key):
                 yield f"monitoring.{key}", "enable_wandb is false"
+    if config.sampling is not None:
+        for key, value in config.sampling.shared.items():
+            if all(getattr(prompt, key) != value for prompt in config.sampling.prompts):
+                yield f"sampling.{key}", "every prompt has its own"
     if config.x_axis_examples and not (monitoring.tensorboard or monitoring.enable_wandb):
         yield "x_axis_examples", "there are neither TensorBoard nor W&B curves"
 
@@ -85,5 +97,5 @@ def optimizer_advice(config: Config) -> Iterator[tuple[str, str]]:
                 "model",
                 "with prodigy a component's learning rate is a factor on the one that is found, such as 1 or 0.5",
             )
-    if getattr(optimizer, "rounding", "kahan") == "stochastic" and dtype == "float32":
+    if "rounding" in optimizer.model_fields_set and dtype == "float32":
         yield "optimizer.rounding", "it has no effect on float32 weights"

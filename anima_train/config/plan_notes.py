@@ -1,34 +1,56 @@
 """The settings that are right but change nothing with this data, or in a run of this length: noted with the plan."""
 
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 
-from anima_train.config.config import Config
+import torch
+
+from anima_train.adapters.lora import Lora
+from anima_train.config.config import EVAL_INTERVALS, Config
+from anima_train.config.data_notes import without_effect_on_data
 from anima_train.core.format import count
-from anima_train.data.caption_parts import caption_parts, tags_in
-from anima_train.data.captions import plain_tag
-from anima_train.data.plan import EpochSchedule, Plan, batch_entry_for, times_seen
-from anima_train.data.samples import Sample
+from anima_train.data.plan import BatchSizes, EpochSchedule, Plan, batch_entry_for, times_seen
+from anima_train.data.samples import Sample, exact
+from anima_train.data.settings import DatasetSettings
+from anima_train.model.loading import ModelSpec
 from anima_train.objective.losses import MULTISCALE_SIDE
-from anima_train.optim.lr_schedules import CosineWithRestarts, WarmupStableDecay
+from anima_train.optim.lr_schedules import CosineWithRestarts, WarmupStableDecay, WithFloor
 
 INTERVAL = re.compile(r".*every_n_(steps|epochs|examples)")
 
+Notes = Iterator[tuple[str, str]]  # a key, and why it has no effect
 
-def plan_notes(config: Config, plan: Plan, schedule: EpochSchedule, evaluated: Iterable[Sample]) -> list[str]:
+
+def plan_notes(
+    config: Config, spec: ModelSpec, plan: Plan, schedule: EpochSchedule, evals: Mapping[str, Sequence[Sample]]
+) -> list[str]:
     """Return "key: has no effect, as ...", a line for each key that changes nothing in this run.
 
     Args:
         config: of the run.
+        spec: of its model.
         plan: of its batches.
         schedule: of its epochs.
-        evaluated: the samples of all evaluation sets.
+        evals: the samples of each evaluation set, by its name.
     """
-    parts = (without_effect_in_time(config, plan, schedule), without_effect_on_samples(config, plan, evaluated))
-    found = dict.fromkeys(f"{key}: has no effect, as {why}" for part in parts for key, why in part)
-    return list(found)
+    notes = [
+        *without_effect_in_time(config, plan, schedule),
+        *without_effect_on_schedule(config, schedule.num_steps),
+        *without_effect_on_loss(config, plan.samples, list(chain.from_iterable(evals.values()))),
+        *without_effect_here(config, spec),
+        *unmeasured_kinds(plan.samples, chain.from_iterable(evals.values())),
+        *unused_sizes("micro_batch_size_per_gpu", plan.batch_sizes, plan.samples),
+        *unused_sizes("eval_micro_batch_size_per_gpu", config.eval_micro_batch_size_per_gpu, chain(*evals.values())),
+    ]
+    if isinstance(config.dataset, DatasetSettings):
+        notes += without_effect_on_data(config.dataset, plan.samples)
+    for each in config.eval_datasets:
+        # The training set's own keys are meant for training.
+        if isinstance(each.config, DatasetSettings) and each.config != config.dataset and each.name in evals:
+            of_set = without_effect_on_data(each.config, evals[each.name], evaluates=True)
+            notes += ((f"evaluation set {each.name}: {key}", why) for key, why in of_set)
+    return list(dict.fromkeys(f"{key}: has no effect, as {why}" for key, why in notes))
 
 
 def plan_warnings(config: Config, num_steps: int) -> Iterator[str]:
@@ -40,8 +62,8 @@ def plan_warnings(config: Config, num_steps: int) -> Iterator[str]:
         )
 
 
-def without_effect_in_time(config: Config, plan: Plan, schedule: EpochSchedule) -> Iterator[tuple[str, str]]:
-    """Yield (key, why it has no effect) for what comes after the end of the run."""
+def without_effect_in_time(config: Config, plan: Plan, schedule: EpochSchedule) -> Notes:
+    """Yield the intervals that are longer than the run."""
     num_steps = schedule.num_steps
     lengths = {
         "steps": num_steps,
@@ -52,73 +74,73 @@ def without_effect_in_time(config: Config, plan: Plan, schedule: EpochSchedule) 
     for prefix, table in tables.items():
         for name in type(table).model_fields:
             value, unit = getattr(table, name), INTERVAL.fullmatch(name)
+            if name in EVAL_INTERVALS and not config.eval_datasets:
+                continue  # told already
             if unit is not None and value is not None and value > lengths[unit[1]]:
                 run = count(lengths[unit[1]], {"examples": "image"}.get(unit[1], unit[1].removesuffix("s")))
                 yield f"{prefix}{name}", f"the run ends before, after {run}"
-    decay = config.lr_scheduler
+
+
+def without_effect_on_schedule(config: Config, num_steps: int) -> Notes:
+    """Yield the keys of the learning rate's schedule that no step reaches."""
+    schedule, num_falling = config.lr_scheduler, max(0, num_steps - config.warmup_steps)
+    steps = f"{count(num_falling, 'step')} after the warmup" if config.warmup_steps else count(num_falling, "step")
     if config.warmup_steps >= num_steps > 0:
         yield "lr_scheduler", f"warmup_steps = {config.warmup_steps} takes all of the {count(num_steps, 'step')}"
-    after_warmup = max(0, num_steps - config.warmup_steps)
-    if isinstance(decay, CosineWithRestarts) and decay.num_cycles > after_warmup:
-        text = f"{decay.num_cycles} cycles in {count(after_warmup, 'step')} after the warmup: none has a second step"
-        yield "lr_scheduler.num_cycles", text
-    if isinstance(decay, WarmupStableDecay) and decay.decay_fraction * after_warmup < 1:
-        yield "lr_scheduler.decay_fraction", "the decay is shorter than a step"
-
-
-def without_effect_on_samples(
-    config: Config, plan: Plan, evaluated: Iterable[Sample]
-) -> Iterator[tuple[str, str]]:  # fmt: skip
-    """Yield (key, why it has no effect) for what no image of the training set has, or for the loss none at all."""
-    samples, evaluated = plan.samples, list(evaluated)
-    sizes = {sample.size for sample in samples}
-    if config.model.multiscale_loss_weight is not None and all(
-        (size.width * size.height) ** 0.5 < MULTISCALE_SIDE for size in sizes
-    ):
-        yield (
-            "model.multiscale_loss_weight",
-            f"all images have fewer pixels than {MULTISCALE_SIDE:.0f} x {MULTISCALE_SIDE:.0f}",
-        )
-    if config.normalize_masked_loss and not any(sample.has_mask for sample in chain(samples, evaluated)):
-        yield "normalize_masked_loss", "no image has a mask"
-    if not isinstance(plan.batch_sizes, int):
-        used = {batch_entry_for(plan.batch_sizes, sample.resolution) for sample in samples}
-        for entry in plan.batch_sizes:
-            if tuple(entry) not in used:
-                yield "micro_batch_size_per_gpu", f"no resolution is nearest to that of {list(entry)}"
-    directories: dict[int, list[Sample]] = defaultdict(list)
-    for sample in samples:
-        directories[sample.directory].append(sample)
-    kinds = {sample.options.kind for sample in evaluated}
-    for index, own in sorted(directories.items()):
-        if own[0].options.kind not in kinds | {""}:
-            yield f"directory[{index}].kind", "only evaluation sets are told apart by it"
-        for key, why in without_effect_on_directory(own):
-            yield f"directory[{index}].{key}", why
-
-
-def without_effect_on_directory(samples: Sequence[Sample]) -> Iterator[tuple[str, str]]:
-    """Yield (key, why it has no effect) for what no image or caption of a directory has."""
-    options = samples[0].options
-    if options.alpha_as_mask and not any(sample.picture.has_alpha for sample in samples):
-        yield "alpha_as_mask", "no image has an alpha channel"
-    if not (options.varies_tags and (options.protected_tags or options.keep_first_n_tags)):
+    elif not isinstance(schedule, WithFloor):
         return
-    captions = {text for sample in samples for text in sample.picture.tags if text}
-    tags = [tags_of(caption, options.cache_shuffle_delimiter) for caption in captions]
-    known = {plain_tag(tag) for of_caption in tags for tag in of_caption}
-    if missing := [tag for tag in options.protected_tags if plain_tag(tag) not in known]:
-        yield "protected_tags", f"no caption has {' or '.join(missing)}"
-    most = max(map(len, tags), default=0)
-    if 0 < most <= options.keep_first_n_tags:
-        yield (
-            "tag_dropout" if options.tag_dropout else "shuffle_tags",
-            (f"keep_first_n_tags is {options.keep_first_n_tags}, and no caption has more than {count(most, 'tag')}"),
+    elif num_falling == 1 or schedule.min_factor == 1:
+        yield "lr_scheduler", "min_factor is 1" if schedule.min_factor == 1 else f"there is only {steps}"
+    elif isinstance(schedule, CosineWithRestarts) and schedule.num_cycles >= num_falling:
+        yield "lr_scheduler.num_cycles", f"{schedule.num_cycles} cycles in {steps}: none has a second step"
+    elif isinstance(schedule, WarmupStableDecay) and exact(schedule.decay_fraction) * num_falling <= 1:
+        yield "lr_scheduler.decay_fraction", f"of {steps} the decay takes no more than one, which begins at the peak"
+
+
+def without_effect_on_loss(config: Config, trained: Sequence[Sample], measured: Sequence[Sample]) -> Notes:
+    """Yield the keys of the loss that need images or captions that are not there."""
+    everything = (*trained, *measured)
+    if config.model.multiscale_loss_weight is not None and all(
+        (sample.size.width * sample.size.height) ** 0.5 < MULTISCALE_SIDE for sample in everything
+    ):
+        why = f"all images have fewer pixels than {MULTISCALE_SIDE:.0f} x {MULTISCALE_SIDE:.0f}"
+        yield "model.multiscale_loss_weight", why
+    if config.normalize_masked_loss and not any(sample.has_mask for sample in everything):
+        yield "normalize_masked_loss", "no image has a mask"
+    if config.uncond_fraction and not any(any(sample.plain_captions()) for sample in trained):
+        yield "uncond_fraction", "every caption is empty"
+
+
+def without_effect_here(config: Config, spec: ModelSpec) -> Notes:
+    """Yield the keys that change nothing with these files, or on this device."""
+    model = config.model
+    stored = {entry.dtype for entry in spec.files.transformer_header.entries.values()}
+    if isinstance(config.adapter, Lora) and model.uses_autocast and stored == {torch.bfloat16}:
+        why = (
+            "the file holds bfloat16, a LoRA leaves the base weights as they are, and they compute in bfloat16: "
+            "float32 only doubles their memory"
         )
+        yield "model.transformer_dtype", why
+    if spec.device.type != "cpu":
+        return
+    if model.text_encoder_device == "cpu":
+        yield "model.text_encoder_device", "training is on the CPU, too"
+    if getattr(config.optimizer, "moments_device", "") == "cpu":
+        yield "optimizer.moments_device", "training is on the CPU, too"
 
 
-def tags_of(caption: str, delimiter: str) -> list[str]:
-    """Return the tags of a caption, without its sentences."""
-    return [
-        tag for part in caption_parts(caption, delimiter) if not part.is_prose for tag in tags_in(part.text, delimiter)
-    ]
+def unmeasured_kinds(trained: Iterable[Sample], measured: Iterable[Sample]) -> Notes:
+    """Yield the kinds of directories of the training set that no evaluation set has."""
+    kinds = {sample.options.kind for sample in measured} | {""}
+    for index in sorted({sample.directory for sample in trained if sample.options.kind not in kinds}):
+        yield f"directory[{index}].kind", "only evaluation sets are told apart by it"
+
+
+def unused_sizes(key: str, sizes: BatchSizes | None, samples: Iterable[Sample]) -> Notes:
+    """Yield the key once for each of its [resolution, number] that no sample gets."""
+    if sizes is None or isinstance(sizes, int):
+        return
+    used = {batch_entry_for(sizes, sample.resolution) for sample in samples}
+    for entry in sizes if used else ():
+        if tuple(entry) not in used:
+            yield key, f"no resolution is nearest to that of {list(entry)}"

@@ -328,11 +328,23 @@ class DatasetSettings(DirectoryOptions):
         return 2 if name in self.directory[index].model_fields_set else int(name in self.model_fields_set)
 
     def without_effect(self, index: int) -> Iterator[str]:
-        """Yield a sentence for each key of a directory that another one, set as near or nearer, makes useless.
+        """Yield a sentence for each key of a directory that changes nothing, whatever is in it."""
+        options = self.options(index)
+        for name, why in self.useless(index):
+            yield f"directory[{index}]: {name} has no effect, because {why}"
+        if options.weight is not None and len(self.directory) == 1:
+            yield f"directory[{index}]: weight has no effect, because there is no other directory"
+        seen: dict[float, Sequence[int]] = {}
+        for size in options.size_buckets or []:
+            if (first := seen.setdefault(size[0] / size[1], size)) is not size:
+                yield f"directory[{index}]: size_buckets: {size} is never used: {first} has its aspect ratio"
+
+    def useless(self, index: int) -> Iterator[tuple[str, str]]:
+        """Yield (key, why) for each key of a directory that another one, set as near or nearer, makes useless.
 
         None for the dataset's keys where the directory itself sets the other one: they may be meant for its siblings.
         """
-        options = self.options(index)
+        options, directory = self.options(index), self.directory[index]
         for cause, holds, replaced in REPLACED:
             if not holds(options):
                 continue
@@ -342,17 +354,16 @@ class DatasetSettings(DirectoryOptions):
                     # Where the cause is a default, a key of the dataset may be meant for a sibling that has set it.
                     is_shared = self.level(index, name) == 1 and self.level(index, cause) == 0
                     if not (is_shared and any(not holds(self.options(other)) for other in range(len(self.directory)))):
-                        yield f"directory[{index}]: {name} has no effect, because of {cause}"
-        if self.directory[index].hf_dataset is not None:
-            for name in FOLDER_KEYS:
-                if getattr(options, name) and self.level(index, name) == 2:
-                    yield f"directory[{index}]: {name} has no effect, because hf_dataset is no folder"
-        if options.weight is not None and len(self.directory) == 1:
-            yield f"directory[{index}]: weight has no effect, because there is no other directory"
-        seen: dict[float, Sequence[int]] = {}
-        for size in options.size_buckets or []:
-            if (first := seen.setdefault(size[0] / size[1], size)) is not size:
-                yield f"directory[{index}]: size_buckets: {size} is never used: {first} has its aspect ratio"
+                        yield name, f"of {cause}"
+        if directory.hf_dataset is None:
+            return
+        are_tables = all(each.hf_dataset is not None for each in self.directory)
+        for name in FOLDER_KEYS:
+            if getattr(options, name) and self.level(index, name) >= (1 if are_tables else 2):
+                yield name, "hf_dataset is no folder"
+        for name, mode in (("natural_column", "tags"), ("caption_column", "nl")):
+            if name in directory.model_fields_set and getattr(directory, name) and options.caption_mode == mode:
+                yield name, f'caption_mode is "{mode}"'
 
     def unused_in_evaluation(self) -> list[str]:
         """Return the keys that are set and change nothing where the loss is only measured."""

@@ -1,6 +1,7 @@
 """The description of a run, made without running it."""
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 from anima_train.caching.entries import CacheEntries, missing_entries, needed_entries, text_identity, vae_identity
@@ -73,9 +74,9 @@ def describe_run(
     choice = choose_here(rungs(config, num_blocks(spec), num_processes, divides), spec, plan, schedule)
     lines.extend((*choice.lines, *choice.card_lines))
     lines.extend(plan_text(plan, schedule, config.epochs, config.ema))
-    evaluated = [sample for name, scan in scans.items() if name != "train" for sample in scan.samples]
+    evals = {name: scan.samples for name, scan in scans.items() if name != "train"}
     lines.extend(f"warning: {warning}" for warning in plan_warnings(config, schedule.num_steps))
-    lines.extend(f"note: {note}" for note in plan_notes(config, plan, schedule, evaluated))
+    lines.extend(f"note: {note}" for note in plan_notes(config, spec, plan, schedule, evals))
     transformer = trainable_transformer(spec, config.adapter, config.learning_rates(), config.seed)
     lines.extend(groups_text(group_rows(transformer, config.learning_rates())))
     if (initial := initial_lora(config.adapter, spec, config.learning_rates())) is not None:
@@ -88,7 +89,7 @@ def describe_run(
         lines.append(f"warning: {warning}")
     if starts:
         needed = needed_entries(
-            plan.samples, evaluated, vae_identity(spec.files),
+            plan.samples, chain.from_iterable(evals.values()), vae_identity(spec.files),
             text_identity(
                 spec.files, not spec.trains_llm_adapter, spec.dtype, spec.text_quantization, spec.max_tokens
             ),

@@ -103,10 +103,10 @@ def build_plan(run: RunContext, data: Prepared) -> tuple[Plan, EpochSchedule]:
     check_same_plan(data.train, plan, schedule.num_steps, run.accelerator)
     for line in plan_text(plan, schedule, run.config.epochs, run.config.ema):
         logger.info("%s", line)
-    evaluated = [sample for each in data.evals for sample in each.data.samples]
+    evals = {each.name: each.data.samples for each in data.evals}
     for warning in plan_warnings(run.config, schedule.num_steps):
         logger.warning("%s", warning)
-    for note in plan_notes(run.config, plan, schedule, evaluated):
+    for note in plan_notes(run.config, data.spec, plan, schedule, evals):
         logger.info("note: %s", note)
     return plan, schedule
 

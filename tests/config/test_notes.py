@@ -42,6 +42,19 @@ NO_SETS = "there are no eval_datasets"
             [("x_axis_examples", "there are neither TensorBoard nor W&B curves")],
         ),
         ({"x_axis_examples": True}, []),
+        (
+            {"optimizer": {"type": "muon", "lr": 1e-4, "eps": 1e-7, "momentum": 0.9}},
+            [("optimizer.eps", "a LoRA has matrices alone, for which muon has momentum")],
+        ),
+        ({"adapter": {"type": "full"}, "optimizer": {"type": "muon", "lr": 1e-4, "eps": 1e-7}}, []),
+        (
+            {"force_constant_lr": 1e-3, "model.mlp_lr": 1e-5, "model.mod_lr": 0},
+            [(key, "force_constant_lr takes its place") for key in ("optimizer.lr", "model.mlp_lr")],
+        ),
+        (
+            {"sampling": {"seed": 3, "cfg": 2.0, "prompts": [{"prompt": "a", "seed": 4}, {"prompt": "b", "seed": 5}]}},
+            [("sampling.seed", "every prompt has its own")],
+        ),
         ({"save_every_n_epochs": 2, "save_every_n_steps": 3}, []),
     ],
 )
@@ -58,6 +71,7 @@ def test_keys_without_effect_are_noted(project, changes, notes):
         ({"cache_shuffle_delimiter": "; "}, ["cache_shuffle_delimiter"]),
         ({"cache_shuffle_delimiter": "; ", "cache_shuffle_num": 2}, []),
         ({"min_ar": 0.4, "max_ar": 3.0, "num_ar_buckets": 5, "resolutions": [512]}, []),
+        ({"protected_tags": ["a"], "shuffle_tags": True}, ["protected_tags"]),
     ],
 )
 def test_keys_of_a_dataset_without_effect_are_noted(project, changes, keys):
@@ -66,6 +80,21 @@ def test_keys_of_a_dataset_without_effect_are_noted(project, changes, keys):
         assert len(notes) == len(keys)
         assert all(note.startswith("main.toml: dataset.directory[0]: ") and "has no effect" in note for note in notes)
         assert all(any(key in note for note in notes) for key in keys)
+
+
+@pytest.mark.parametrize(
+    ("shared", "keys", "notes"),
+    [
+        ({"recursive": True, "tars": True}, {}, ["recursive", "tars"]),
+        ({"caption_mode": "nl"}, {"caption_column": "tags", "natural_column": "prose"}, ["caption_column"]),
+        ({}, {"natural_column": "prose"}, ["natural_column"]),
+        ({"caption_mode": "mixed"}, {"caption_column": "tags", "natural_column": "prose"}, []),
+    ],
+)
+def test_keys_that_a_table_does_not_use_are_noted(project, shared, keys, notes):
+    dataset = {**shared, "directory": [{"hf_dataset": "owner/name", **keys}]}
+    found = project.load({"dataset": dataset}).notes
+    assert [note.removeprefix("main.toml: dataset.directory[0]: ").partition(" ")[0] for note in found] == notes
 
 
 def test_a_dataset_that_is_read_twice_is_noted_once(project):
