@@ -2,7 +2,6 @@
 
 import logging
 import os
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -40,7 +39,7 @@ def cache(
     from anima_train.training.prepare import prepare_data
 
     read_environment(os.environ, launch_settings(loaded.config, world_size()))
-    accelerator = make_accelerator(loaded.config.model.uses_autocast, [], Path(loaded.config.output_dir))
+    accelerator = make_accelerator(loaded.config.model.uses_autocast)
     with quiet(quietly), process_group(accelerator), logged_to(terminal(accelerator.is_main_process)):
         logging.getLogger(__name__).info("%s", describe_device(accelerator.device, DTYPES[loaded.config.model.dtype]))
         prepare_data(check_same_config(loaded, accelerator), accelerator, prune, verify)

@@ -1,14 +1,15 @@
 """TensorBoard and W&B, fed by a thread of their own; metrics.jsonl, which the loop writes itself, is the truth."""
 
+import importlib.util
 import logging
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import Accelerator
-from accelerate.tracking import GeneralTracker
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 
 from anima_train.config.sections import Monitoring
 from anima_train.core.background import BackgroundThread
@@ -16,6 +17,7 @@ from anima_train.core.errors import ConfigError
 from anima_train.core.format import count
 
 MAX_WAITING = 10_000  # records; what a stalled tracker does not take is dropped, with a count
+NAME = "anima-train"  # of TensorBoard's folder in that of the run, and of the W&B project unless it is set
 PATIENCE = 60.0  # seconds that the end of a run waits for a tracker
 
 Action = Callable[[GeneralTracker], object]
@@ -23,43 +25,42 @@ Action = Callable[[GeneralTracker], object]
 logger = logging.getLogger(__name__)
 
 
-def tracker_names(monitoring: Monitoring) -> list[str]:
-    """Return Accelerate's names of the trackers that are on.
+def check_trackers(monitoring: Monitoring) -> None:
+    """Require what the trackers need.
 
     Raises:
         ConfigError: W&B is on but not installed.
     """
-    names = []
-    if monitoring.tensorboard:
-        names.append("tensorboard")
-    if monitoring.enable_wandb:
-        try:
-            import wandb  # noqa: F401
-        except ImportError:
-            raise ConfigError('monitoring.enable_wandb: needs W&B: pip install "anima-train[wandb]"') from None
-        names.append("wandb")
-    return names
+    if monitoring.enable_wandb and importlib.util.find_spec("wandb") is None:
+        raise ConfigError('monitoring.enable_wandb: needs W&B: pip install "anima-train[wandb]"')
 
 
-def open_trackers(
-    accelerator: Accelerator, monitoring: Monitoring, run_name: str, offline: bool
-) -> list[GeneralTracker]:
-    """Open what the accelerator was made to log with; none on other processes than the main one.
+def open_trackers(is_main: bool, monitoring: Monitoring, folder: Path, offline: bool) -> list[GeneralTracker]:
+    """Open what `make_trackers` returns on the main process, of which `is_main` is True; nothing on the others."""
+    trackers = make_trackers(monitoring, folder, offline) if is_main else []
+    for tracker in trackers:
+        tracker.start()
+    return trackers
+
+
+def make_trackers(monitoring: Monitoring, folder: Path, offline: bool) -> list[GeneralTracker]:
+    """Return the trackers that are on.
 
     Args:
-        accelerator: knows the trackers.
         monitoring: their settings.
-        run_name: what they call the run.
+        folder: of the run, which is called as it.
         offline: True if W&B only writes files, for `wandb sync` to send later.
     """
-    if not accelerator.is_main_process:
-        return []
-    options = {"wandb": wandb_options(accelerator, monitoring, run_name, offline)} if monitoring.enable_wandb else {}
-    accelerator.init_trackers(monitoring.wandb_tracker_name or "anima-train", init_kwargs=options)
-    return list(accelerator.trackers)
+    trackers: list[GeneralTracker] = []
+    if monitoring.tensorboard:
+        trackers.append(TensorBoardTracker(NAME, folder))
+    if monitoring.enable_wandb:
+        options = wandb_options(monitoring, folder, offline)
+        trackers.append(WandBTracker(monitoring.wandb_tracker_name or NAME, **options))
+    return trackers
 
 
-def wandb_options(accelerator: Accelerator, monitoring: Monitoring, run_name: str, offline: bool) -> dict[str, Any]:
+def wandb_options(monitoring: Monitoring, folder: Path, offline: bool) -> dict[str, Any]:
     """Return how W&B is opened: with numbers and pictures, and nothing of this machine or of what was typed on it."""
     if offline:
         os.environ["WANDB_ERROR_REPORTING"] = "false"  # sends to another address than the rest
@@ -68,8 +69,8 @@ def wandb_options(accelerator: Accelerator, monitoring: Monitoring, run_name: st
     if monitoring.wandb_api_key:
         os.environ["WANDB_API_KEY"] = monitoring.wandb_api_key  # the one way to hand it over that stores it nowhere
     return {
-        "name": monitoring.wandb_run_name or run_name,
-        "dir": accelerator.project_dir,
+        "name": monitoring.wandb_run_name or folder.name,
+        "dir": str(folder),
         "mode": "offline" if offline else None,
         "settings": wandb.Settings(
             # User, host, paths, and the command line with its --set monitoring.wandb_api_key.

@@ -28,7 +28,7 @@ from anima_train.distributed.signals import SignalHandler
 from anima_train.run.accelerator import make_accelerator
 from anima_train.run.folder import RunFolder
 from anima_train.run.log import WarningsHandler, lists_kept, logged_to, terminal
-from anima_train.run.trackers import tracker_names
+from anima_train.run.trackers import check_trackers
 from anima_train.training.memory import MemoryContext
 
 logger = logging.getLogger(__name__)
@@ -83,9 +83,8 @@ def run_context(loaded: LoadedConfig, resume: bool, resume_path: Path | None) ->
     config = loaded.config
     launch = read_environment(os.environ, launch_settings(config, world_size()))
     loaded = replace(loaded, notes=(*loaded.notes, *launch.notes))
-    accelerator = make_accelerator(
-        config.model.uses_autocast, tracker_names(config.monitoring), Path(config.output_dir) / loaded.run_name
-    )
+    check_trackers(config.monitoring)
+    accelerator = make_accelerator(config.model.uses_autocast)
     warnings = WarningsHandler()
     speaker = terminal(accelerator.is_main_process)
     handlers = logged_to(speaker, *([warnings] if accelerator.is_main_process else []))
@@ -108,8 +107,6 @@ def run_context(loaded: LoadedConfig, resume: bool, resume_path: Path | None) ->
             raise ConfigError(loaded.missing)
         loaded = replace(loaded, run_name=point.run_name)
         folder = RunFolder(Path(config.output_dir), loaded.run_name)
-        places = accelerator.project_configuration  # made before the name was known
-        places.project_dir = places.logging_dir = str(folder.path)
         if accelerator.is_main_process:
             folder.open()
             stack.callback(folder.close)

@@ -5,7 +5,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -153,7 +152,7 @@ def measure(
             nothing here.
         folds_zeros: True if the text's rows of zeros are counted, False if they are computed.
     """
-    accelerator = make_accelerator(config.model.uses_autocast, [], Path(config.output_dir))
+    accelerator = make_accelerator(config.model.uses_autocast)
     device = accelerator.device
     encoder = None
     try:

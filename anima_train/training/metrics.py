@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -97,7 +97,6 @@ class MadeStep:
 
     planned: RankStep
     samples_seen: int  # with it
-    lr_factor: float  # on the base rates
     rates: dict[str, float]  # by the name of their curve
     numbers: HostCopy  # sums of the losses, the gradient norm before clipping, the shares of weights that have moved
 
@@ -126,6 +125,11 @@ def rates_in_use(optimizer: Optimizer) -> dict[str, float]:
     return rates | effective
 
 
+def highest_rate(rates: Mapping[str, float]) -> float:
+    """Return the highest learning rate of any component, from `rates_in_use`."""
+    return max(rate for name, rate in rates.items() if name.startswith("lr/"))
+
+
 class StepLogger:
     """Tells the numbers of every step; the main process does.
 
@@ -140,7 +144,7 @@ class StepLogger:
     def __init__(self, run: RunContext, state: TrainState, num_steps: int) -> None:
         self.run = run
         self.state = state
-        opens = partial(open_trackers, run.accelerator, run.config.monitoring, run.folder.name, run.config.offline)
+        opens = partial(open_trackers, run.is_main, run.config.monitoring, run.folder.path, run.config.offline)
         self.progress = ProgressBar(run.folder.name, num_steps, state.step, run.is_main and not is_quiet())
         self.trackers = run.stack.enter_context(Trackers(opens))
         run.stack.callback(self.progress.close)
@@ -166,7 +170,7 @@ class StepLogger:
             "epoch": made.planned.epoch,
             "examples": made.samples_seen,
             "loss": result.losses.loss,
-            "lr": self.run.config.optimizer.lr * made.lr_factor,
+            "lr": highest_rate(made.rates),
             **made.rates,
             **{f"loss/{role}": mean for role, mean in result.losses.by_role.items()},
             "grad_norm": result.grad_norm,

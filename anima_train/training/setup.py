@@ -83,13 +83,12 @@ class TrainState:
         """
         return averages_in_place(self.optimizer) if self.ema is None else self.ema.in_place()
 
-    def set_rates(self, step: int) -> float:
-        """Give the optimizer the learning rates of a step, and its number; return the factor on the base rates."""
+    def set_rates(self, step: int) -> None:
+        """Give the optimizer the learning rates of a step, and its number."""
         factor = self.lr_factor(step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
             group["step_index"] = step
-        return factor
 
 
 def build_plan(run: RunContext, data: Prepared) -> tuple[Plan, EpochSchedule]:

@@ -63,10 +63,10 @@ def run_training(
         with deterministic_kernels(loaded.config.deterministic), run_context(loaded, resume, resume_path) as run:
             return train(run)
     config, device = loaded.config, choose_device()
-    launch = read_environment(os.environ, launch_settings(config, world_size()))
-    loaded = replace(loaded, notes=(*loaded.notes, *launch.notes))
     point = find_resume_point(plain(config), loaded.run_name, resume, resume_path)
     loaded = replace(loaded, run_name=point.run_name)
+    launch = read_environment(os.environ, launch_settings(config, world_size()))
+    loaded = replace(loaded, notes=(*loaded.notes, *launch.notes))
     if rank() == 0:
         with logged_to(terminal(is_main=True)):
             spec = build_model_spec(config, device)
@@ -139,7 +139,7 @@ def train_step(
     """
     config, accelerator = run.config, run.accelerator
     loss_function = config.loss()
-    factor = state.set_rates(step.index)
+    state.set_rates(step.index)
     state.moved.before_update()
     for mine, batch in zip(step.micro_batches, batches, strict=True):
         run.memory.doing, run.memory.shape = f"step {step.index + 1}", mine.shape
@@ -170,4 +170,4 @@ def train_step(
     state.step = step.index + 1
     state.samples_seen += step.planned.num_samples
     numbers = HostCopy(torch.cat([totals, grad_norm.float().reshape(1), state.moved.after_update()]))
-    return MadeStep(step, state.samples_seen, factor, rates, numbers)
+    return MadeStep(step, state.samples_seen, rates, numbers)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import get_args
 
 import torch
@@ -121,7 +120,7 @@ def accelerator_on(device: torch.device) -> Accelerator:
     """Return a run's accelerator, on this device even where Accelerate finds no GPU."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()  # Accelerate keeps one configuration per process
-    accelerator = make_accelerator(False, [], Path())
+    accelerator = make_accelerator(False)
     PartialState().device = accelerator.state.device = device
     return accelerator
 

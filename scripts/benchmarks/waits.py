@@ -205,7 +205,7 @@ def accelerator_on(device: torch.device, autocast: bool) -> Accelerator:
     """Return a run's accelerator, on this device even where Accelerate finds no GPU."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()  # Accelerate keeps one configuration per process
-    accelerator = make_accelerator(autocast, [], Path())
+    accelerator = make_accelerator(autocast)
     PartialState().device = accelerator.state.device = device
     return accelerator
 

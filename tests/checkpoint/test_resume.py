@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 from anima_train.checkpoint import training_state as states_module
 from anima_train.checkpoint.async_writer import AsyncWriter
 from anima_train.cli.train import with_resume_path
+from anima_train.config.load import load_config
 from anima_train.core.errors import ConfigError, Interrupted, ModelFileError, NumericError
 from anima_train.evaluation import evaluate as evaluate_module
 from anima_train.evaluation import previews as previews_module
 from anima_train.training import train as train_module
+from anima_train.training.train import run_training
 
 STATES = {"checkpoint_every_n_steps": 1, "keep_last": 20}
 RANDOM = {"adapter": {"dropout": 0.2}, "uncond_fraction": 0.3}
@@ -404,3 +406,16 @@ def test_two_processes_go_on_with_the_state_of_one(trainer, monkeypatch):
     assert [line["examples"] for line in resumed.metrics] == [line["examples"] for line in whole.metrics]
     assert resumed.losses[:3] == whole.losses[:3]
     assert resumed.losses == pytest.approx(whole.losses, abs=1e-5)
+
+
+def test_a_dry_run_refuses_what_cannot_be_resumed_and_tells_what_would_be(trainer, tmp_path, capsys):
+    config = trainer.config("run", **STATES)
+    with pytest.raises(ConfigError, match="there is no run to resume"):
+        run_training(load_config(config), dry_run=True, resume=True)
+    with pytest.raises(ConfigError, match="there is no training state"):
+        run_training(load_config(config), dry_run=True, resume_path=tmp_path / "nowhere")
+    trainer("run", **STATES)
+    with pytest.raises(ConfigError, match=r"adapter\.rank: 4 -> 8"):
+        run_training(load_config(config, ["adapter.rank=8"]), dry_run=True, resume=True)
+    run_training(load_config(config, ["max_steps=9"]), dry_run=True, resume=True)
+    assert "changed: max_steps: 4 -> 9\nresuming after step 4" in capsys.readouterr().out

@@ -5,10 +5,12 @@ import time
 
 import pytest
 import torch
+from accelerate.state import PartialState
 from accelerate.tracking import GeneralTracker
 
+from anima_train.config.sections import Monitoring
 from anima_train.run import trackers as trackers_module
-from anima_train.run.trackers import Trackers
+from anima_train.run.trackers import Trackers, open_trackers
 
 
 class Recorder(GeneralTracker):
@@ -125,3 +127,17 @@ def test_a_run_with_trackers_that_fail_is_the_one_without(trainer, caplog):
     assert tracked.losses == plain.losses
     assert all(torch.equal(tensor, tracked.weights[name]) for name, tensor in plain.weights.items())
     assert sum(text.startswith("the trackers could not be opened") for text in caplog.messages) == 1
+
+
+def test_the_project_of_wandb_is_not_the_name_of_the_folder_of_tensorboard(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monitoring = Monitoring(enable_wandb=True, wandb_tracker_name="portraits", wandb_run_name="third")
+    PartialState()
+    opened = open_trackers(True, monitoring, tmp_path / "a run", offline=True)
+    wandb = opened[1].tracker
+    assert (wandb.project, wandb.name) == ("portraits", "third")
+    for tracker in opened:
+        tracker.finish()
+    assert list((tmp_path / "a run" / "anima-train").glob("events.out.tfevents*"))
+    assert not (tmp_path / "a run" / "portraits").exists()
+    assert open_trackers(False, monitoring, tmp_path, offline=True) == []

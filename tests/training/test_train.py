@@ -44,6 +44,20 @@ def test_metrics_have_one_object_a_step(plain_run):
         assert line["grad_norm"] > 0
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"force_constant_lr": 3e-4}, [3e-4, 3e-4]),
+        ({"model": {"self_attn_lr": 2e-4, "cross_attn_lr": 1e-4, "mlp_lr": 0, "mod_lr": 1e-4}}, [2e-4, 2e-4]),
+        ({"model": {"mod_lr": 4e-3}, "lr_scheduler": "linear"}, [4e-3, 2e-3]),
+    ],
+)
+def test_the_rate_in_the_metrics_is_one_that_is_used(trainer, changes, expected):
+    found = trainer(**changes, max_steps=2).metrics
+    assert [line["lr"] for line in found] == expected
+    assert all(line["lr"] in [line[key] for key in line if key.startswith("lr/")] for line in found)
+
+
 def test_same_seed_gives_the_same_bytes_and_another_seed_does_not(trainer, plain_run):
     first, again, other = plain_run, trainer("b"), trainer("c", seed=1)
     assert same_weights(first.weights, again.weights)
