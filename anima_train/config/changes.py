@@ -70,6 +70,13 @@ MAY_NOT_CHANGE = {
     "ema": "the average has to follow the weights from the first step on",
 }
 FOLLOWS = (("adapter", "alpha", "rank"), ("model", "transformer_dtype", "dtype"))  # table, key, which it is if absent
+IN_PART = {  # of those that may change: what may not
+    "gradient_accumulation_steps": "At --resume it stays the same times the number of processes.",
+    **dict.fromkeys(
+        ("optimizer.lr", *(f"model.{component}_lr" for component in COMPONENTS if component != "base")),
+        "At --resume neither from 0 nor to 0.",
+    ),
+}
 FROZEN = "0 freezes a component: its weights are not in the state"
 UNKNOWN = "not a key of this version"
 
@@ -141,6 +148,17 @@ def why_not(name: str) -> str | None:
         if entry in MAY_CHANGE or entry in MAY_NOT_CHANGE:
             return MAY_NOT_CHANGE.get(entry)
     raise KeyError(name)
+
+
+def at_resume(name: str) -> str:
+    """Return the sentence of the reference about a key, or about a table that may be absent, when a run is resumed.
+
+    Empty for what may change, and for a table that is always there.
+    """
+    try:
+        return "Fixed at --resume." if why_not(name) is not None else IN_PART.get(name, "")
+    except KeyError:
+        return ""
 
 
 def key_names(table: type[Settings], prefix: str = "") -> Iterator[str]:

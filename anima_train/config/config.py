@@ -93,7 +93,8 @@ class ModelSettings(Settings):
     flux_shift: bool = False
     """Move t towards noise, more for larger images, as Flux does. Not together with shift."""
     multiscale_loss_weight: float | None = Field(default=None, gt=0)
-    """Adds this weight times the MSE of the 2x2 averages, for images of about 1024 pixels and more."""
+    """Weight of the MSE of the 2x2 averages, beside 1 for the loss itself, in their weighted mean, which is then the
+    loss of images of about 1024 pixels and more (0.9 * 1024 as a square). Draws attention to large shapes."""
     self_attn_lr: float | None = Field(default=None, ge=0)
     """Learning rate of the blocks' self-attention. Absent: optimizer.lr. 0 freezes it: no gradient, not in the
     optimizer, not in the LoRA."""

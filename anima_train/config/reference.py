@@ -10,6 +10,7 @@ import annotated_types
 from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
+from anima_train.config.changes import at_resume
 from anima_train.config.config import Config
 from anima_train.core.files import write_text
 from anima_train.core.settings import Settings, is_list, is_settings, item_types, members_of, type_name
@@ -19,6 +20,7 @@ WIDTH = 118
 HOW_TO_READ = """\
 # `#key = value` is a key with its default: to change it, remove the # and write another value.
 # `# key = (kind of value)` is a key without a default. Only those that are required have to be there.
+# "Fixed at --resume": may not change when a run is resumed, as docs/resume.md explains. All other keys may.
 """
 HEADER = f"""\
 # Every key of anima-train, with its meaning. Written by `anima reference`; do not edit.
@@ -27,7 +29,8 @@ HEADER = f"""\
 DATASET_HEADER = f"""\
 # Every key of a dataset file, with its meaning. Written by `anima reference`; do not edit.
 # The same keys can stand in the main file, in [dataset].
-{HOW_TO_READ}"""
+{HOW_TO_READ}# That is for the training set: of an evaluation set all keys may change.
+"""
 KINDS: dict[Any, str] = {str: "text", int: "integer", float: "number", bool: "true or false"}
 
 
@@ -35,7 +38,7 @@ def write_reference(folder: Path) -> list[Path]:
     """Write the reference files into a folder; return their paths."""
     files = {
         "reference.toml": "\n".join([HEADER, *settings_lines(Config)]),
-        "reference_dataset.toml": "\n".join([DATASET_HEADER, *settings_lines(DatasetSettings)]),
+        "reference_dataset.toml": "\n".join([DATASET_HEADER, *settings_lines(DatasetSettings, place="dataset.")]),
         "schema.json": json.dumps(Config.model_json_schema(), indent=1),
         "schema_dataset.json": json.dumps(DatasetSettings.model_json_schema(), indent=1),
     }
@@ -44,13 +47,22 @@ def write_reference(folder: Path) -> list[Path]:
     return [folder / name for name in files]
 
 
-def settings_lines(root: type[Settings], path: str = "", above: type[Settings] = Settings) -> Iterator[str]:
-    """Yield the keys of a settings class, then its tables; keys that the class `above` has too are only named."""
+def settings_lines(
+    root: type[Settings], path: str = "", above: type[Settings] = Settings, place: str = ""
+) -> Iterator[str]:
+    """Yield the keys of a settings class, then its tables.
+
+    Args:
+        root: the class.
+        path: of its table in the file, with a final dot.
+        above: the class of the table around it; keys that it has too are only named.
+        place: of the table in a whole configuration, as `path`.
+    """
     fields = sorted(root.model_fields.items(), key=lambda item: item[0] != "type")
     shared = [name for name, field in fields if is_same(field, above.model_fields.get(name))]
     for name, field in fields:
         if name not in shared and (not choices_of(field) or accepts_name(field)):
-            yield from comment(field.description or "")
+            yield from comment(meaning(field, f"{place}{name}"))
             yield key_line(name, field)
             yield ""
     if shared:
@@ -61,11 +73,17 @@ def settings_lines(root: type[Settings], path: str = "", above: type[Settings] =
     for name, field in fields:
         choices = [] if name in shared else choices_of(field)
         for number, choice in enumerate(choices):
-            yield from comment(field.description or "") if number == 0 else ()
+            decided_by = f"{place}{name}.type" if len(choices) > 1 else f"{place}{name}"
+            yield from comment(meaning(field, decided_by)) if number == 0 else ()
             yield from comment((choice.__doc__ or "").partition("\n\n")[0]) if len(choices) > 1 else ()
             yield f"#[[{path}{name}]]" if any(map(is_list, members_of(field.annotation))) else f"#[{path}{name}]"
             yield from () if type_name(choice) else ("",)  # a choice starts with its type
-            yield from settings_lines(choice, f"{path}{name}.", root)
+            yield from settings_lines(choice, f"{path}{name}.", root, f"{place}{name}.")
+
+
+def meaning(field: FieldInfo, name: str) -> str:
+    """Return what a key means, and what may not be done with it when a run is resumed; `name` as in `key_names`."""
+    return f"{field.description} {at_resume(name)}".strip() if field.description else ""
 
 
 def is_same(field: FieldInfo, other: FieldInfo | None) -> bool:

@@ -39,8 +39,8 @@ class DirectoryOptions(Settings):
     """The sizes themselves, [width, height] in pixels (a third number, frames, must be 1); replaces resolutions and
     all aspect-ratio keys. Each image goes to the one whose aspect ratio is nearest; of equals, to the first."""
     num_repeats: float = Field(default=1.0, ge=0.001)
-    """Times each image is seen per epoch. A fraction alternates: 0.5 shows half of the images in each epoch,
-    all of them in two."""
+    """Times each image is seen per epoch, at each of its resolutions. A fraction alternates: 0.5 shows half of the
+    images in each epoch, all of them in two."""
     weight: float | None = Field(default=None, gt=0)
     """Share of the samples seen, relative to the weights of the other directories: with 3 and 1, three quarters and
     one quarter of each epoch, whatever the number of images. The length of an epoch stays that of num_repeats. Set for

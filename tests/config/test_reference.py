@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from anima_train.config.changes import at_resume, key_names
 from anima_train.config.config import Config
 from anima_train.config.reference import write_reference
 from anima_train.core.settings import tables
@@ -180,3 +181,17 @@ def test_the_schema_has_the_descriptions():
     schema = json.loads((CONFIGS / "schema.json").read_text())
     assert schema["properties"]["seed"]["description"] == "Everything random follows from it."
     assert all("description" in entry for entry in schema["properties"].values())
+
+
+def test_the_reference_says_what_may_not_change_when_a_run_is_resumed():
+    """The sentence stands where `anima_train.config.changes` refuses the key, and nowhere else."""
+    fixed = {name for name in key_names(Config) if at_resume(name) == "Fixed at --resume."}
+    assert {"seed", "adapter.rank", "dataset.directory.num_repeats", "optimizer.betas"} <= fixed
+    assert not {"epochs", "optimizer.lr", "sampling.seed", "eval_datasets.config.num_repeats"} & fixed
+    assert at_resume("model.mlp_lr") == "At --resume neither from 0 nor to 0."
+    for entry in (CONFIGS / "reference_dataset.toml").read_text().split("\n\n")[1:]:
+        *comment, line = [line.removeprefix("# ") for line in entry.splitlines()]
+        key = re.match(r"#?(\w+) = ", line)
+        if key is not None:
+            place = "dataset." if key[1] in DatasetSettings.model_fields else "dataset.directory."
+            assert " ".join(comment).endswith("Fixed at --resume.") == (f"{place}{key[1]}" in fixed), key[1]
