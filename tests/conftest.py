@@ -289,6 +289,12 @@ def plain_run(tmp_path_factory, trainer_in):
 
 
 @pytest.fixture(scope="session")
+def merged():
+    """`merge`, for configurations of tests' own."""
+    return merge
+
+
+@pytest.fixture(scope="session")
 def images_drawer():
     """`draw_images`, for tests with images of their own."""
     return draw_images
