@@ -57,6 +57,11 @@ class InitialLora:
             "the run begins without their part (components are frozen by a learning rate of 0, in [model])"
         )
 
+    @property
+    def described(self) -> list[str]:
+        """The lines, and the warning as one of them."""
+        return self.lines if self.warning is None else [*self.lines, f"warning: {self.warning}"]
+
     @torch.no_grad()
     def load(self, transformer: nn.Module) -> None:
         """Put it into the layers: the model computes what it computes with the file, whatever rank and alpha are here.

@@ -12,7 +12,7 @@ from anima_train.core.text_batch import MAX_TOKENS
 from anima_train.data.cache import Cache
 from anima_train.data.loader import Entry, Source, TextIdentity
 from anima_train.data.samples import Sample, View
-from anima_train.model.loading import ModelFiles
+from anima_train.model.loading import ModelFiles, ModelSpec
 from anima_train.model.safetensors_io import fingerprint
 from anima_train.model.text import text_encoder_identity, tokenizer_identity
 from anima_train.model.text_quantized import TextQuantization
@@ -75,6 +75,13 @@ def text_identity(
         dtype=str(dtype).removeprefix("torch."),
         max_tokens=max_tokens,
     )
+
+
+def model_text_identity(spec: ModelSpec) -> TextIdentity:
+    """Return `text_identity` of what a model's captions are encoded with."""
+    return text_identity(
+        spec.files, not spec.trains_llm_adapter, spec.dtype, spec.text_quantization, spec.max_tokens
+    )  # fmt: skip
 
 
 def needed_entries(

@@ -13,11 +13,11 @@ from torch import Tensor
 from anima_train import __version__
 from anima_train.adapters.full import Full
 from anima_train.adapters.lora import Lora
-from anima_train.config.plan_notes import tags_of
 from anima_train.core.divided import is_divided
 from anima_train.core.errors import ModelFileError, NumericError
 from anima_train.core.files import atomic_path
 from anima_train.core.format import count
+from anima_train.data.caption_parts import tags_of
 from anima_train.data.samples import Sample
 from anima_train.model.dit import MiniTrainDIT
 from anima_train.model.loading import ModelFiles

@@ -15,6 +15,7 @@ from anima_train.cli.output import Facts
 from anima_train.config.config import Config
 from anima_train.config.ladder import rungs
 from anima_train.config.load import LoadedConfig
+from anima_train.config.memory_advice import memory_suggestions
 from anima_train.config.model_files import build_model_spec
 from anima_train.config.plan_notes import plan_notes, plan_warnings
 from anima_train.config.resolved import plain
@@ -47,14 +48,7 @@ from anima_train.reports.dataset_page import render, render_refusal
 from anima_train.reports.key_settings import key_settings
 from anima_train.reports.places import places_of, shared_text
 from anima_train.training.build import disk_plan, file_sizes, plan_run, trainable_transformer
-from anima_train.training.costs import (
-    Measured,
-    ModelStats,
-    estimated_seconds,
-    memory_cost,
-    memory_suggestions,
-    model_stats,
-)  # fmt: skip
+from anima_train.training.costs import Measured, ModelStats, estimated_seconds, memory_cost, model_stats  # fmt: skip
 from anima_train.training.dry_run import describe_run
 from anima_train.training.ladder import Choice, choose_here, num_blocks
 from anima_train.training.memory_check import extremes, measure

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from anima_train.data.caption_parts import caption_parts, tags_in
+from anima_train.data.caption_parts import tags_of
 from anima_train.data.captions import plain_tag
 from anima_train.data.samples import Sample
 from anima_train.data.settings import KOHYA_FOLDER, DatasetSettings, DirectoryOptions
@@ -171,7 +171,6 @@ def unknown_tags(options: DirectoryOptions, pictures: Sequence[Sample]) -> Itera
     """Yield `protected_tags` with those that no caption has."""
     delimiter = options.cache_shuffle_delimiter
     texts = {text for sample in pictures for text in sample.picture.tags if text}
-    parts = (part for text in texts for part in caption_parts(text, delimiter) if not part.is_prose)
-    known = {plain_tag(tag) for part in parts for tag in tags_in(part.text, delimiter)}
+    known = {plain_tag(tag) for text in texts for tag in tags_of(text, delimiter)}
     if missing := [tag for tag in options.protected_tags if plain_tag(tag) not in known]:
         yield "protected_tags", f"no caption has {' or '.join(missing)}"

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from anima_train.adapters.lora import Lora
 from anima_train.config.compat import DATASET, FOREIGN, MAIN, Keys, translate
-from anima_train.config.config import AnyAdapter, Config, ModelSettings
+from anima_train.config.config import AnyAdapter, Config
+from anima_train.config.model_settings import ModelSettings
 from anima_train.config.notes import optimizer_advice, rate_warnings, without_effect
 from anima_train.config.other_files import is_kohya, lifted, whole_file_fault
 from anima_train.config.paths import find_path, path_fault
@@ -340,9 +341,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     loader.notes.extend(
         f"{loader.key_name(loader.main, key)}: {advice}" for key, advice in optimizer_advice(config)
     )  # fmt: skip
-    # Files have the name with a step number and a temporary suffix, in at most 255 bytes.
-    stem = path.stem.encode(errors="replace")[:130].decode(errors="ignore")
-    run_name = config.run_name or f"{stem}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
+    run_name = config.run_name or name_by_time(path)
     notes = tuple(dict.fromkeys(loader.notes))
     warnings = tuple(f"{loader.key_name(loader.main, key)}: {text}" for key, text in rate_warnings(config))
     return LoadedConfig(config, run_name, train, found, notes, tuple(loader.missing), warnings)
@@ -377,6 +376,13 @@ def load_model_part(path: Path, overrides: Sequence[str] = (), transformer: Path
     if loader.problems or part is None:
         raise ConfigError(loader.problems)
     return part
+
+
+def name_by_time(path: Path) -> str:
+    """Return a name for a run of a configuration that gives it none."""
+    # Files have the name with a step number and a temporary suffix, in at most 255 bytes.
+    stem = path.stem.encode(errors="replace")[:130].decode(errors="ignore")
+    return f"{stem}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
 
 
 def expected_kind(text: str) -> str:

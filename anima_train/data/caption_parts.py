@@ -198,3 +198,10 @@ def tags_in(text: str, delimiter: str) -> list[str]:
     if is_open:  # it is never closed: a mark like any other
         return [tag for tag in text.split(delimiter) if tag.strip(mark + " \n\t" if mark else None)]
     return [tag for tag in tags if tag.strip(mark + " \n\t" if mark else None)]
+
+
+def tags_of(caption: str, delimiter: str) -> list[str]:
+    """Return the tags of a caption, without its sentences."""
+    return [
+        tag for part in caption_parts(caption, delimiter) if not part.is_prose for tag in tags_in(part.text, delimiter)
+    ]

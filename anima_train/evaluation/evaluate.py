@@ -56,6 +56,15 @@ class EvalSet:
         kinds = tuple(sample.options.kind for sample in self.data.samples)
         return Evaluation(self.name, self.role, self.points.names, kinds, losses, drift)
 
+    def gathered(self, found: Sequence[tuple[int, int, list[float]]]) -> Evaluation:
+        """Return the evaluation of (sample, point, what `measure` returns for it), of all samples and points."""
+        num_values = 4 if self.measures_drift else 1
+        table = torch.full((num_values, len(self.data.samples), len(self.points)), torch.nan, dtype=torch.float64)
+        for index, column, row in found:
+            table[:, index, column] = torch.tensor(row, dtype=torch.float64)
+        losses, *drift = table.unflatten(2, (-1, self.points.repeats)).mean(dim=3)
+        return self.evaluation(losses, Drift(*drift) if drift else None)
+
     def batches(self) -> list[tuple[int, ...]]:
         """Return batches of sample indices, bucket by bucket; every sample once."""
         buckets: dict[tuple, list[int]] = defaultdict(list)
@@ -127,13 +136,7 @@ def evaluate(
     finally:
         made.close()
         transformer.train(was_training)
-    num_values = 4 if eval_set.measures_drift else 1
-    table = torch.full((num_values, len(eval_set.data.samples), len(points)), torch.nan, dtype=torch.float64)
-    everyone: Sequence[tuple[int, int, list[float]]] = gather_object(found)
-    for index, column, row in everyone:
-        table[:, index, column] = torch.tensor(row, dtype=torch.float64)
-    losses, *drift = table.unflatten(2, (-1, points.repeats)).mean(dim=3)
-    return eval_set.evaluation(losses, Drift(*drift) if drift else None)
+    return eval_set.gathered(gather_object(found))
 
 
 def measure(

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from anima_train.model.dit import Block, RunBlock, run_block
 aten = torch.ops.aten
 
 Recompute = Literal["nothing", "selective", "blocks", "offload"]
+POLICIES: tuple[Recompute, ...] = get_args(Recompute)  # each keeps less than the one before it, and takes longer
 
 # Kept by "selective": what takes long to compute. `addmm_` adds to what `mm` or `integer_product` gave: both are one
 # tensor, and have to be, as an operation in place gives the tensor that it was called with, whatever is kept.

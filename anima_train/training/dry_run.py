@@ -1,27 +1,35 @@
 """The description of a run, made without running it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 
-from anima_train.caching.entries import CacheEntries, missing_entries, needed_entries, text_identity, vae_identity
+from anima_train.caching.entries import (
+    missing_entries,
+    model_text_identity,
+    needed_entries,
+    vae_identity,
+    without_rejected,
+)
 from anima_train.caching.fill import require_room
 from anima_train.checkpoint.disk_space import first_requirements
+from anima_train.checkpoint.manifest import SavedState
 from anima_train.checkpoint.resume import is_locked
+from anima_train.checkpoint.samples import check_same_samples
 from anima_train.config.ladder import rungs
 from anima_train.config.load import LoadedConfig
 from anima_train.config.plan_notes import plan_notes, plan_warnings
 from anima_train.core.errors import ConfigError
-from anima_train.core.files import DiskRequirement, check_writable
+from anima_train.core.files import check_writable
 from anima_train.core.format import format_bytes, message_lines
 from anima_train.data.plan import Plan
+from anima_train.data.samples import Sample
 from anima_train.data.scan import Scan
-from anima_train.model.attention_choice import AttentionSetting, AttentionShape, choose_attention
+from anima_train.model.attention_choice import AttentionShape, choose_attention
 from anima_train.model.loading import ModelSpec
 from anima_train.model.text import load_tokenizers
 from anima_train.optim.groups import group_rows
 from anima_train.run.folder import RunFolder
-from anima_train.sampling.generate import Request
 from anima_train.sampling.pipeline import texts_of
 from anima_train.sampling.prompts import tokenize_prompt
 from anima_train.training.build import (
@@ -41,7 +49,7 @@ from anima_train.training.summary import data_messages, groups_text, plan_text, 
 
 def describe_run(
     loaded: LoadedConfig, spec: ModelSpec, scans: Mapping[str, Scan], num_processes: int, divides: bool = False,
-    starts: bool = False,
+    starts: bool = False, saved: SavedState | None = None,
 ) -> list[str]:  # fmt: skip
     """Return lines about the data, the memory, the plan, what is trained, and the files that the run would write.
 
@@ -52,15 +60,20 @@ def describe_run(
         num_processes: that train.
         divides: True if they divide the transformer among them.
         starts: True to refuse what the start of the run would refuse, too.
+        saved: the state that the run would go on from.
 
     Raises:
+        DataError: the dataset is not that of the state.
         UserError: `starts`, as `check_start`.
         ConfigError: the run would have no step, no compiler where one is asked for, too few blocks to swap, something
             that cannot be divided, or no room in `max_memory_gib`.
     """
     config = loaded.config
-    if loaded.missing:
+    if loaded.missing and saved is None:
         raise ConfigError(loaded.missing)
+    if saved is not None:
+        known, _ = without_rejected(scans["train"].samples, vae_identity(spec.files))
+        check_same_samples(saved, known, config.adapter, spec.files)
     check_compiler(config.compile, spec.device)
     check_blocks(config.blocks_to_swap, config.checkpointed_blocks, config.adapter, spec, num_processes)
     if divides:
@@ -79,43 +92,26 @@ def describe_run(
     lines.extend(f"note: {note}" for note in plan_notes(config, spec, plan, schedule, evals))
     transformer = trainable_transformer(spec, config.adapter, config.learning_rates(), config.seed)
     lines.extend(groups_text(group_rows(transformer, config.learning_rates())))
-    if (initial := initial_lora(config.adapter, spec, config.learning_rates())) is not None:
-        lines.extend(initial.lines)
-        lines.extend([] if initial.warning is None else [f"warning: {initial.warning}"])
+    initial = None if saved is not None else initial_lora(config.adapter, spec, config.learning_rates())
+    lines.extend([] if initial is None else initial.described)
     folder = Path(config.output_dir) / loaded.run_name
     planned = disk_plan(config, folder, file_sizes(config, spec, scans["train"].samples), plan, schedule)
     lines.append(f"files: {planned.described()}: {format_bytes(planned.num_bytes)} in all")
     if warning := planned.warning(config.keep_last):
         lines.append(f"warning: {warning}")
     if starts:
-        needed = needed_entries(
-            plan.samples, chain.from_iterable(evals.values()), vae_identity(spec.files),
-            text_identity(
-                spec.files, not spec.trains_llm_adapter, spec.dtype, spec.text_quantization, spec.max_tokens
-            ),
-            config.seed, config.uncond_fraction > 0, config.model.cache_text_embeddings,
-        )  # fmt: skip
-        prompts = [] if config.sampling is None else config.sampling.prompts
-        first = first_requirements(folder, file_sizes(config, spec), config.saves_states)
-        run = RunFolder(Path(config.output_dir), loaded.run_name)
-        check_start(spec, run, plan, config.attention, prompts, needed, first)
+        check_start(loaded, spec, plan, chain.from_iterable(evals.values()))
     return lines
 
 
-def check_start(
-    spec: ModelSpec, folder: RunFolder, plan: Plan, attention: AttentionSetting, prompts: Sequence[Request],
-    needed: CacheEntries, first_files: Sequence[DiskRequirement],
-) -> None:  # fmt: skip
+def check_start(loaded: LoadedConfig, spec: ModelSpec, plan: Plan, evaluated: Iterable[Sample]) -> None:
     """Refuse what the start of a run would refuse, without making anything.
 
     Args:
+        loaded: the configuration.
         spec: the model.
-        folder: of the run.
         plan: of its batches.
-        attention: the kernel that the configuration asks for.
-        prompts: of its previews.
-        needed: the entries of the cache.
-        first_files: that are written beside the cache.
+        evaluated: the samples of all evaluation sets.
 
     Raises:
         ConfigError: the folder cannot be one, or another process trains in it; the kernel of attention does not work
@@ -123,13 +119,21 @@ def check_start(
         ModelFileError: a file lacks weights, or has others.
         SpaceError: the folder cannot be written, or the disk has no room for the cache and the first files.
     """
+    config, folder = loaded.config, RunFolder(Path(loaded.config.output_dir), loaded.run_name)
     check_writable(folder.path, "output_dir")
     if folder.lock_path.exists() and is_locked(folder):
         raise ConfigError(f"{folder.path}: another process is training in this folder")
     tokenizers = load_tokenizers(spec.files.tokenizer, spec.files.t5_tokenizer)
     spec.files.check_keys(tokenizers)
-    for text in texts_of(prompts):
+    for text in texts_of([] if config.sampling is None else config.sampling.prompts):
         tokenize_prompt(tokenizers, text)
     size, batch_size = extremes(plan)[-1]
-    choose_attention(attention, spec.device, spec.dtype, AttentionShape.of(spec.files, batch_size, size.num_tokens))
+    choose_attention(
+        config.attention, spec.device, spec.dtype, AttentionShape.of(spec.files, batch_size, size.num_tokens)
+    )
+    needed = needed_entries(
+        plan.samples, evaluated, vae_identity(spec.files), model_text_identity(spec), config.seed,
+        config.uncond_fraction > 0, config.model.cache_text_embeddings,
+    )  # fmt: skip
+    first_files = first_requirements(folder.path, file_sizes(config, spec, plan.samples), config.saves_states)
     require_room(missing_entries(needed), spec, tokenizers, first_files)

@@ -6,19 +6,28 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from anima_train.caching.entries import CacheEntries, needed_entries, text_identity, vae_identity, without_rejected
+from anima_train.caching.entries import (
+    CacheEntries,
+    model_text_identity,
+    needed_entries,
+    vae_identity,
+    without_rejected,
+)
 from anima_train.caching.fill import RankInfo, fill_cache, verify_cache
 from anima_train.caching.text_encoding import CaptionEncoder, OnlineTextEncoder, encodes_online, truncated
 from anima_train.checkpoint.disk_space import first_requirements
 from anima_train.checkpoint.manifest import SavedState
 from anima_train.checkpoint.samples import check_same_samples
+from anima_train.config.config import AnyAdapter
 from anima_train.config.load import Dataset, LoadedConfig
+from anima_train.config.memory_advice import cache_suggestions
 from anima_train.config.model_files import build_model_spec
 from anima_train.config.sections import EvalDataset, Role
 from anima_train.core.errors import DataError
@@ -34,8 +43,8 @@ from anima_train.distributed.consistency import check_same_data
 from anima_train.evaluation.evaluate import EvalSet
 from anima_train.model.loading import ModelSpec
 from anima_train.model.text import count_tokens, load_tokenizers
+from anima_train.optim.groups import LearningRates
 from anima_train.training.build import check_blocks, file_sizes, initial_lora
-from anima_train.training.costs import cache_suggestions
 from anima_train.training.memory import MemoryContext, memory_errors
 from anima_train.training.summary import data_messages, trained_text
 
@@ -78,10 +87,7 @@ def prepare_data(
         if trains:
             blocks = config.blocks_to_swap, config.checkpointed_blocks
             check_blocks(*blocks, config.adapter, spec, accelerator.num_processes)
-            for line in trained_text(config.adapter, config.learning_rates(), spec):
-                logger.info("%s", line)
-        if trains and saved is None:
-            initial_lora(config.adapter, spec, config.learning_rates())
+            tell_what_trains(config.adapter, config.learning_rates(), spec, begins=saved is None)
         scans = scan_all(datasets, config.seed, write=is_main)
         if is_main:
             for cache in caches:
@@ -96,12 +102,10 @@ def prepare_data(
     if saved is not None:
         known, _ = without_rejected(samples, vae_id)
         broadcast_from_main(accelerator, partial(check_same_samples, saved, known, config.adapter, spec.files))
-    text_id = text_identity(
-        spec.files, not spec.trains_llm_adapter, spec.dtype, spec.text_quantization, spec.max_tokens
-    )
+    text_id = model_text_identity(spec)
     needed = needed_entries(
         samples,
-        [sample for name, found in scans.items() if name != "train" for sample in found.samples],
+        chain.from_iterable(found.samples for name, found in scans.items() if name != "train"),
         vae_id, text_id, config.seed, config.uncond_fraction > 0, config.model.cache_text_embeddings,
     )  # fmt: skip
     ranks = rank_info(accelerator)
@@ -117,6 +121,14 @@ def prepare_data(
     data = {name: CachedData(kept, *rest) for name, kept in sets.items()}
     evals = eval_sets(config.eval_datasets, data, config.eval_batch_sizes(), config.measures_drift)
     return Prepared(spec, data["train"], evals, warnings + bad, left_out(samples, sets["train"]))
+
+
+def tell_what_trains(adapter: AnyAdapter, rates: LearningRates, spec: ModelSpec, begins: bool) -> None:
+    """Tell what is trained where that may be a surprise; of a run that begins, check the LoRA that it begins with."""
+    for line in trained_text(adapter, rates, spec):
+        logger.info("%s", line)
+    if begins:
+        initial_lora(adapter, spec, rates)
 
 
 def rank_info(accelerator: Accelerator) -> RankInfo:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from anima_train.caching.text_encoding import encodes_online
 from anima_train.checkpoint.training_state import trained_parameters
+from anima_train.config.memory_advice import memory_suggestions
 from anima_train.config.plan_notes import plan_notes, plan_warnings
 from anima_train.data.plan import EpochSchedule, Plan
 from anima_train.distributed.collectives import broadcast_from_main, patient_barrier
@@ -38,7 +39,6 @@ from anima_train.training.build import (
     swap_text,
 )  # fmt: skip
 from anima_train.training.context import RunContext
-from anima_train.training.costs import memory_suggestions
 from anima_train.training.divided import divide
 from anima_train.training.memory import MicroBatchShape, memory_errors
 from anima_train.training.memory_check import largest_shapes

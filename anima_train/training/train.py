@@ -72,7 +72,10 @@ def run_training(
             spec = build_model_spec(config, device)
             logger.info("%s", describe_device(device, spec.dtype))
             scans = scan_all((loaded.train, *loaded.evals), config.seed, write=True)
-            for line in (*point.notes, *describe_run(loaded, spec, scans, world_size(), launch.shards, starts=True)):
+            lines = describe_run(
+                loaded, spec, scans, world_size(), launch.shards, starts=True, saved=point.saved
+            )  # fmt: skip
+            for line in (*point.notes, *lines):
                 logger.info("%s", line)
     return None
 

@@ -26,6 +26,7 @@ from anima_train.cli.check_report import make_report
 from anima_train.cli.main import COMMANDS, application
 from anima_train.config.ladder import Rung
 from anima_train.config.load import load_config
+from anima_train.config.memory_advice import memory_suggestions
 from anima_train.config.model_files import build_model_spec
 from anima_train.core.errors import DataError
 from anima_train.data.buckets import Size, aspect_ratios, nearest, size_of
@@ -43,14 +44,7 @@ from anima_train.reports.check import summary
 from anima_train.reports.dataset import thumbnail
 from anima_train.reports.dataset_page import findings, histogram, length_rows, render
 from anima_train.training.build import plan_run
-from anima_train.training.costs import (
-    Measured,
-    ModelStats,
-    estimated_seconds,
-    gradient_and_state_bytes,
-    memory_cost,
-    memory_suggestions,
-)
+from anima_train.training.costs import Measured, ModelStats, estimated_seconds, gradient_and_state_bytes, memory_cost
 from anima_train.training.ladder import Budget, Choice
 from anima_train.training.memory import MicroBatchShape
 from anima_train.training.prepare import scan_all

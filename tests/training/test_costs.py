@@ -15,10 +15,11 @@ from anima_train.data.buckets import Size
 from anima_train.model.block_swap import BlockSwap
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.quantized import quantize_blocks
+from anima_train.model.recompute import POLICIES
 from anima_train.optim.groups import COMPONENTS, LearningRates, optimizer_groups
 from anima_train.optim.optimizers import AdamW, AdamWKahan
 from anima_train.training.build import block_runner
-from anima_train.training.costs import KEPT_VALUES, POLICIES, ModelStats, memory_cost
+from anima_train.training.costs import KEPT_VALUES, ModelStats, memory_cost
 
 REPO = Path(__file__).parents[2]
 SIDE, WIDTH = 1024, 2048

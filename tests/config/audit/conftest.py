@@ -18,13 +18,15 @@ import tomli_w
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
+from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
+from anima_train.adapters.lora import Lora
 from anima_train.caching.batches import caption_batch_size, image_batch_size
-from anima_train.caching.entries import needed_entries, text_identity, vae_identity
+from anima_train.caching.entries import model_text_identity, needed_entries, vae_identity
 from anima_train.caching.fill import RankInfo, fill_cache
 from anima_train.checkpoint.resume import ResumePoint
-from anima_train.checkpoint.weights import weights_metadata, weights_to_save
+from anima_train.checkpoint.weights import caption_metadata, weights_metadata, weights_to_save
 from anima_train.config.ladder import rungs
 from anima_train.config.launch import launch_settings
 from anima_train.config.load import load_config
@@ -38,9 +40,11 @@ from anima_train.distributed.signals import SignalHandler
 from anima_train.evaluation.evaluate import EvalSet
 from anima_train.model.attention_choice import AttentionShape, choose_attention
 from anima_train.model.compiled import CompiledBlocks
-from anima_train.model.dit import MiniTrainDIT
+from anima_train.model.dit import MiniTrainDIT, TransformerShape
+from anima_train.model.safetensors_io import open_header
 from anima_train.model.tiny import tiny_paths
 from anima_train.objective.timesteps import TENTHS
+from anima_train.optim.groups import COMPONENTS, LearningRates
 from anima_train.run.accelerator import make_accelerator
 from anima_train.run.folder import RunFolder
 from anima_train.run.log import WarningsHandler
@@ -123,6 +127,15 @@ def write_table(path, colour):
     pq.write_table(pa.Table.from_pylist(rows), path)
 
 
+def write_lora(path, transformer):
+    """A LoRA on the blocks of this transformer file, without its LLM adapter."""
+    model, lora = MiniTrainDIT(TransformerShape.of(open_header(transformer).stripped("net.").entries)), Lora(rank=4)
+    lora.attach(model, LearningRates(dict.fromkeys(COMPONENTS, 1e-3)), seed=3)
+    generator = torch.Generator().manual_seed(3)
+    save_file({name: torch.randn(each.shape, generator=generator) * 0.1 for name, each in lora.tensors(model).items()},
+              path)  # fmt: skip
+
+
 class Audit:
     """Makes configurations in a folder, and observes them."""
 
@@ -138,6 +151,7 @@ class Audit:
             shutil.copy(files[name], copies / f"{name}.safetensors")
         for name in ("tokenizer", "t5_tokenizer"):
             shutil.copytree(files[name], copies / name)
+        write_lora(folder / "lora.safetensors", files["transformer"])
         self.base = {
             "output_dir": str(folder / "runs"),
             "run_name": "run",
@@ -187,7 +201,7 @@ class Audit:
         train = scans["train"]
         plan, schedule = plan_run(config, train.samples, 1)
         evals = {name: found.samples for name, found in scans.items() if name != "train"}
-        texts = text_identity(spec.files, not spec.trains_llm_adapter, spec.dtype, spec.text_quantization)
+        texts = model_text_identity(spec)
         vae_id = vae_identity(spec.files)
         needed = needed_entries(
             train.samples, [sample for found in evals.values() for sample in found], vae_id, texts, config.seed,
@@ -211,7 +225,7 @@ class Audit:
             fill_cache(needed, spec, RankInfo(0, 1, 0, 1), config.caching_batch_size, lambda: None)
             data = CachedData(train.samples, vae_id, texts, config.seed, config.model.cache_text_embeddings)
             prepared = with_online_text_encoder(
-                Prepared(spec, data, [], []), config.model.cache_text_embeddings, config.seed
+                Prepared(spec, data, [], [], []), config.model.cache_text_embeddings, config.seed
             )
             yield from self.of_steps(loaded, spec, prepared.train, plan, schedule, 1 + steps, work)
 
@@ -348,6 +362,7 @@ def of_data(config, train, evals, needed, plan):
               for batch in step.micro_batches] for epoch in range(3)]  # fmt: skip
     yield "order", order
     yield "steps", [len(plan.epoch(epoch)) for epoch in range(3)]
+    yield "tags told", caption_metadata(samples, config.metadata.tag_frequencies).get("ss_tag_frequency")
     yield "kinds", sorted({sample.options.kind for sample in samples})
     yield "measured", [measured(config, entry, evals[entry.name]) for entry in config.eval_datasets]
 
@@ -365,8 +380,6 @@ def measured(config, entry, samples):
 
 def picture(request):
     """The latents of a picture, drawn from a small transformer and a context that is made of the prompt's text."""
-    from anima_train.model.dit import TransformerShape
-
     torch.manual_seed(0)
     shape = TransformerShape(num_blocks=1, width=64, head_dim=16, in_channels=16, context_width=64, adaln_lora_dim=16)
     with torch.no_grad():
