@@ -62,8 +62,10 @@ class Evaluated:
     step: int
     loss: float
     difference: float  # from the base
-    error: float  # standard error of the difference
-    quantiles: Mapping[str, float]  # loss by quantile of t
+    error: float  # standard error of the difference, over samples or over kinds, whichever is larger
+    drift: float  # mean squared distance of the velocity from the base's
+    levels: Mapping[str, float]  # loss by noise level: "q 0.10", a quantile of t's distribution, or "t 0.10"
+    kinds: Mapping[str, tuple[float, float]]  # difference and its error by the kind of the images
 
 
 @dataclass(frozen=True)
@@ -314,17 +316,34 @@ def read_evaluations(path: Path, notes: list[str]) -> dict[str, list[Evaluated]]
     found: dict[str, list[Evaluated]] = defaultdict(list)
     for step, values in read_lines(path, notes):
         for name in (key.removesuffix("/loss") for key in values if key.endswith("/loss")):
-            start = f"{name}/loss_quantile_"
-            found[name].append(
-                Evaluated(
-                    step,
-                    number(values[f"{name}/loss"]),
-                    number(values.get(f"{name}/difference_from_base")),
-                    number(values.get(f"{name}/difference_from_base_stderr")),
-                    {each.removeprefix(start): number(values[each]) for each in values if each.startswith(start)},
-                )
-            )
+            found[name].append(read_evaluation(step, name, values))
     return found
+
+
+def read_evaluation(step: int, name: str, values: Mapping[str, object]) -> Evaluated:
+    """Return the evaluation of a set out of what was logged after a step."""
+    change = f"{name}/difference_from_base"
+    errors = [number(values.get(f"{change}_{each}")) for each in ("stderr", "stderr_kinds")]
+    levels = {
+        f"{short} {key.removeprefix(start)}": number(values[key])
+        for short, start in (("q", f"{name}/loss_quantile_"), ("t", f"{name}/loss_sigma_"))
+        for key in values
+        if key.startswith(start)
+    }
+    kinds = {
+        key.removeprefix(f"{change}_of_").removesuffix("_stderr"): key.removesuffix("_stderr")
+        for key in values
+        if key.startswith(f"{change}_of_") and not key.endswith("_in_stderr")
+    }
+    return Evaluated(
+        step,
+        number(values[f"{name}/loss"]),
+        number(values.get(change)),
+        max((error for error in errors if not math.isnan(error)), default=math.nan),
+        number(values.get(f"{name}/drift")),
+        levels,
+        {kind: (number(values.get(key)), number(values.get(f"{key}_stderr"))) for kind, key in kinds.items()},
+    )
 
 
 def read_warnings(path: Path, notes: list[str]) -> list[str]:
