@@ -130,16 +130,16 @@ def validation_problems(
         hints: unknown key -> what to write instead, for keys that `root` knows nothing of.
     """
     problems: dict[Location, str] = {}
-    num_unknown = 0
+    num_searched = 0
     expected: dict[Location, list[str]] = {}  # a value that no member of a union takes has one entry for each
     for detail in error.errors(include_url=False):
         spot = ErrorPlace.of(detail["loc"], root)
         location = spot.location
         if detail["type"] == "extra_forbidden":
-            num_unknown += 1
-            problems[location] = "unknown key" + (
-                suggestion(spot, root, hints) if num_unknown <= MAX_SUGGESTIONS else ""
-            )
+            is_known = as_ours(location[-1]) in hints
+            num_searched += not is_known
+            is_looked_for = is_known or num_searched <= MAX_SUGGESTIONS
+            problems[location] = "unknown key" + (suggestion(spot, root, hints) if is_looked_for else "")
         elif detail["type"] == "missing":
             problems[location] = "missing, and required"
         elif detail["type"] == "value_error":
@@ -181,10 +181,15 @@ def unknown_type(value: object, names: list[str]) -> str:
     return f"found {describe_value(value)}, {listed}" + (f"; did you mean {quoted(close)}?" if close else "")
 
 
+def as_ours(key: object) -> str:
+    """Return a key as the names of settings are written."""
+    return str(key).lower().replace("-", "_")
+
+
 def suggestion(spot: "ErrorPlace", root: type[Settings], hints: Mapping[str, str]) -> str:
     """Return the end of the message about an unknown key: what the user may have meant, or the keys of the type."""
     key = str(spot.location[-1])
-    word = key.lower().replace("-", "_")
+    word = as_ours(key)
     if word in hints:
         return f"; {hints[word]}"
     if owners := [type_name(choice) for choice in spot.choices if key in choice.model_fields]:
