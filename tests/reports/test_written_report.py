@@ -41,7 +41,7 @@ def left(trainer_in, images_drawer, tmp_path):
     )  # fmt: skip
 
 
-PRIVATE = {"config.toml", "warnings.jsonl"}  # stay on the machine, and have whole paths
+PRIVATE = {"config.toml", "warnings.jsonl", "lists.txt"}  # stay on the machine, and have whole paths
 NAMES = {
     "zxabove": (),
     "zxdata": ("report.html",),
