@@ -58,7 +58,7 @@ def facts(batch):
     text = batch.text
     if not isinstance(text, TextStates):
         return [(tensor.shape, tensor.dtype) for tensor in (*tensors, pad_rows(text.rows))]
-    widths = [(part.dtype, part.shape[0], part.shape[2:]) for part in vars(text).values()]
+    widths = [(part.dtype, part.shape[0], part.shape[2:]) for part in vars(text).values() if part is not None]
     return [(tensor.shape, tensor.dtype) for tensor in tensors] + widths
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from anima_train.adapters.read import peft_config
+from anima_train.checkpoint.manifest import CHECKSUM, checksum
 from anima_train.cli.main import COMMANDS, application
 from anima_train.core.errors import DataError, ModelFileError, UserError
 from anima_train.core.files import sha256_file
@@ -181,9 +182,9 @@ def test_training_states(trainer, canary):
     for number, path in enumerate(path for path in files if path.suffix == ".safetensors"):
         path.write_bytes(FORMATS[number % len(FORMATS)](canary))
         manifest = path.with_name("state.json")
-        facts = json.loads(manifest.read_text())
+        facts = {key: value for key, value in json.loads(manifest.read_text()).items() if key != CHECKSUM}
         facts["files"][path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        manifest.write_text(json.dumps(facts))
+        manifest.write_text(json.dumps(facts | {CHECKSUM: checksum(facts)}))
     with pytest.raises(UserError, match="this is a pickle"):
         trainer(**changes | {"max_steps": 3}, resume=True)
     for number, path in enumerate(files):
