@@ -66,9 +66,13 @@ def test_a_run_that_fails_waits_for_what_is_being_written_and_keeps_its_own_erro
 
 def test_a_second_interruption_does_not_wait():
     never = threading.Event()
-    with pytest.raises(KeyboardInterrupt), AsyncWriter() as writer:  # noqa: PT012
-        writer.write({}, lambda _: never.wait())
-        signal.raise_signal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a script it is ignored
+    try:
+        with pytest.raises(KeyboardInterrupt), AsyncWriter() as writer:  # noqa: PT012
+            writer.write({}, lambda _: never.wait())
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert writer.thread.is_alive()
     never.set()
     assert writer.close()
