@@ -10,7 +10,7 @@ from accelerate.tracking import GeneralTracker
 
 from anima_train.config.sections import Monitoring
 from anima_train.run import trackers as trackers_module
-from anima_train.run.trackers import Trackers, open_trackers
+from anima_train.run.trackers import Trackers, make_trackers, open_trackers
 
 
 class Recorder(GeneralTracker):
@@ -129,15 +129,13 @@ def test_a_run_with_trackers_that_fail_is_the_one_without(trainer, caplog):
     assert sum(text.startswith("the trackers could not be opened") for text in caplog.messages) == 1
 
 
-def test_the_project_of_wandb_is_not_the_name_of_the_folder_of_tensorboard(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_SILENT", "true")
+def test_the_project_of_wandb_is_not_the_name_of_the_folder_of_tensorboard(tmp_path):
     monitoring = Monitoring(enable_wandb=True, wandb_tracker_name="portraits", wandb_run_name="third")
     PartialState()
-    opened = open_trackers(True, monitoring, tmp_path / "a run", offline=True)
-    wandb = opened[1].tracker
-    assert (wandb.project, wandb.name) == ("portraits", "third")
-    for tracker in opened:
-        tracker.finish()
+    board, wandb = make_trackers(monitoring, tmp_path / "a run", offline=True)
+    assert (wandb.run_name, wandb.init_kwargs["name"]) == ("portraits", "third")
+    board.start()
+    board.finish()
     assert list((tmp_path / "a run" / "anima-train").glob("events.out.tfevents*"))
     assert not (tmp_path / "a run" / "portraits").exists()
     assert open_trackers(False, monitoring, tmp_path, offline=True) == []
