@@ -114,7 +114,7 @@ def check_all(loaded: LoadedConfig, title: str, measure_steps: int | None, page:
     return {
         "run_name": loaded.run_name,
         "device": describe_device(device, spec.dtype),
-        "warnings": [*scan_warnings(scans), *own_warnings],
+        "warnings": list(dict.fromkeys([*scan_warnings(scans), *own_warnings])),
         "notes": loaded.notes,
         "datasets": {
             name: {"images": len({sample.picture.path for sample in scan.samples}), "found": scan.num_images,

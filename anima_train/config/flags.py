@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from anima_train.config.compat import FLAGS, FOREIGN
-from anima_train.config.config import Config
-from anima_train.core.settings import tables
+
+PACKAGE = Path(__file__).parents[1]
 
 
 def flag_fault(flag: str, own: Sequence[str]) -> str | None:
@@ -31,8 +32,19 @@ def flag_fault(flag: str, own: Sequence[str]) -> str | None:
     return None
 
 
+def is_declared(name: str) -> bool:
+    """Return True if a class of the package has a field of this name, by its text: to import all takes seconds."""
+    field = re.compile(rf"^    {re.escape(name)}: ", re.MULTILINE)
+    return any(field.search(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py"))
+
+
 def setting_path(name: str) -> str | None:
     """Return the dotted path of the first setting of this name, in no list; None if there is none."""
+    if not is_declared(name):
+        return None
+    from anima_train.config.config import Config
+    from anima_train.core.settings import tables
+
     for place, table in tables(Config):
         if name in table.model_fields and "[[" not in place and "eval_datasets" not in place:
             inside = place.partition("[")[2].rstrip("]") if place.startswith("in [") else ""

@@ -117,7 +117,7 @@ def test_a_long_drawn_caption_is_warned_of(trainer, images_drawer, tmp_path, cap
     assert "tag 1," not in caplog.text
 
 
-@pytest.mark.parametrize("llm_adapter_lr", [0, 1e-4])
+@pytest.mark.parametrize("llm_adapter_lr", [0, pytest.param(1e-4, marks=pytest.mark.slow)])
 def test_longer_captions_are_trained_where_they_are_asked_for(trainer, images_drawer, tmp_path, caplog, llm_adapter_lr):
     """A long caption beside a short one, in one batch; the first 512 tokens are those of the short limit."""
     images = images_drawer(tmp_path / "images", [(96, 96)] * 2)

@@ -412,7 +412,7 @@ def test_a_dry_run_refuses_what_cannot_be_resumed_and_tells_what_would_be(traine
     config = trainer.config("run", **STATES)
     with pytest.raises(ConfigError, match="there is no run to resume"):
         run_training(load_config(config), dry_run=True, resume=True)
-    with pytest.raises(ConfigError, match="there is no training state"):
+    with pytest.raises(ConfigError, match="does not exist"):
         run_training(load_config(config), dry_run=True, resume_path=tmp_path / "nowhere")
     trainer("run", **STATES)
     with pytest.raises(ConfigError, match=r"adapter\.rank: 4 -> 8"):

@@ -45,7 +45,9 @@ def clean(trainer, images_drawer, tmp_path):
     return trainer.config(dataset={"directory": [{"path": str(images)}]}), images
 
 
-@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize(
+    "encoding", ["ascii", *(pytest.param(name, marks=pytest.mark.slow) for name in ENCODINGS if name != "ascii")]
+)
 def test_output_that_cannot_show_a_character_escapes_it_in_lines_and_errors(trainer, encoding, tmp_path):
     name = "k\u00e4tzchen-\u732b-\U0001f431"
     folder = tmp_path / name

@@ -31,7 +31,7 @@ def other(images_drawer, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("ema", [None, {"decay": 0.5}])
+@pytest.mark.parametrize("ema", [None, pytest.param({"decay": 0.5}, marks=pytest.mark.slow)])
 def test_a_run_measures_what_it_learns_memorizes_and_forgets(trainer, pictures, other, caplog, ema):
     kinds = [{"path": str(other / kind), "kind": kind} for kind in ("artist", "text")]
     retention = {"name": "known", "role": "retention", "sigmas": [0.5, 0.9], "repeats": 2}

@@ -266,7 +266,7 @@ def test_no_html_writes_nothing_and_still_sums_up(checked, html):
     assert not (checked / "out").exists()
 
 
-@pytest.mark.parametrize("adapter_lr", [0, 1e-5])
+@pytest.mark.parametrize("adapter_lr", [0, pytest.param(1e-5, marks=pytest.mark.slow)])
 def test_disk_for_the_cache_is_what_the_cache_takes(checked, tmp_path, adapter_lr):
     model = {"type": "anima", "tiny_path": str(checked / "tiny"), "llm_adapter_lr": adapter_lr}
     data = {"path": str(checked / "data"), "mask_path": str(checked / "data" / "masks")}

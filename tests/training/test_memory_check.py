@@ -90,7 +90,7 @@ def test_every_kind_of_run_is_measured_and_nothing_is_written(measured, trainer,
 
 
 @pytest.mark.parametrize("adapter_lr", [0, 1e-4])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_batches_are_those_of_training(measured, trainer, losses_spy, adapter_lr, dtype):
     changes = {
         "model": {"dtype": dtype, "llm_adapter_lr": adapter_lr}, "micro_batch_size_per_gpu": 2, "max_steps": 6,

@@ -32,7 +32,7 @@ AVERAGED = {"ema": {"decay": 0.99}, "gradient_clipping": 1.0}
 QUICK = [("LoRA, fused", 1, {}), ("full, Kahan", 3, AVERAGED)]
 SLOW = [case for case in itertools.product(KINDS, (1, 3), ({}, AVERAGED)) if case not in QUICK]
 CASES = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
-CASES.append(("full, released, moments on the host", 1, {}))
+CASES.append(pytest.param("full, released, moments on the host", 1, {}, marks=pytest.mark.slow))
 OTHERS = {
     name: HALF_LORA | {"optimizer": {"type": name, "lr": 1e-4}}
     for name in ("adamw8bit", "schedule_free", "lion", "adafactor", "muon")
@@ -63,6 +63,7 @@ def test_an_optimizer_step_waits_once_for_the_step_before(benchmark, folder, kin
         assert [wait.rpartition(":")[0] for wait in waits] == [EVENT]
 
 
+@pytest.mark.slow
 def test_a_step_that_trains_the_llm_adapter_or_casts_float32_weights_waits_once_too(benchmark, folder):
     tables = [{"llm_adapter_lr": 1e-4}, {"llm_adapter_lr": 0, "transformer_dtype": "float32"}]
     for table in tables:

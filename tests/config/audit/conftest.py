@@ -10,6 +10,7 @@ import tarfile
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -213,9 +214,10 @@ class Audit:
         if config.sampling is not None:
             yield "pictures", [picture(request) for request in config.sampling.prompts]
         if trackers:
-            made = make_trackers(config.monitoring, Path("runs") / loaded.run_name, config.offline)
-            yield "trackers", [(each.name, each.run_name, str(each.init_kwargs)) for each in made]
-            yield "wandb key", os.environ.get("WANDB_API_KEY")
+            with patch.dict(os.environ):  # what W&B is told through it does not reach the next observation
+                made = make_trackers(config.monitoring, Path("runs") / loaded.run_name, config.offline)
+                yield "trackers", [(each.name, each.run_name, str(each.init_kwargs)) for each in made]
+                yield "wandb key", os.environ.get("WANDB_API_KEY")
         if machine:
             yield from of_machine(config, loaded, spec, plan, schedule)
         if memory:

@@ -347,6 +347,13 @@ def test_a_row_that_says_too_much_or_too_little_is_found(audit):
     assert faults(audit, Row("place", {"run_names": "run"}))[0].startswith("refused: config.toml: run_names: unknown")
 
 
-@pytest.mark.parametrize("name", [*ROWS])
+def is_of_another_optimizer(name):
+    """True for the keys of the optimizers that are not the first: their rows are like its rows."""
+    return name.startswith("optimizer[") and not name.startswith("optimizer[adamw]")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * is_of_another_optimizer(name)) for name in ROWS]
+)
 def test_a_key_moves_what_its_row_says_and_nothing_else(audit, name):
     assert faults(audit, ROWS[name]) == []
