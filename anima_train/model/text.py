@@ -1,10 +1,14 @@
-"""The encoding of captions: Qwen3's hidden states and T5's token ids."""
+"""The encoding of captions: Qwen3's hidden states and T5's token ids.
+
+The model's class is imported where one is made (it takes seconds): a run with a whole cache needs none.
+"""
 
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import init_empty_weights
@@ -12,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config
 
 from anima_train.core.errors import ModelFileError
 from anima_train.core.files import sha256_file
@@ -21,6 +25,9 @@ from anima_train.model.file_kinds import is_buffer, open_slot, validate_kind
 from anima_train.model.hub import PICKLES
 from anima_train.model.safetensors_io import Entry, TensorFile, count_blocks, match_keys, open_header, read_tensors
 from anima_train.model.text_quantized import TextQuantization, TextQuantizer
+
+if TYPE_CHECKING:
+    from transformers import Qwen3Model
 
 T5_END = 1  # </s>
 # `verbose` would have transformers log that a caption is long.
@@ -188,7 +195,7 @@ def count_tokens(
 class TextEncoder:
     """The Qwen3 model as it is used here: token ids in, last hidden states out, in float32."""
 
-    def __init__(self, model: Qwen3Model, pad_id: int) -> None:
+    def __init__(self, model: "Qwen3Model", pad_id: int) -> None:
         self.model = model
         self.pad_id = pad_id
 
@@ -245,12 +252,14 @@ def load_text_encoder(
     return TextEncoder(model.to(device).eval().requires_grad_(False), tokenizers.qwen.pad_token_id)
 
 
-def empty_text_encoder(path: Path, tokenizers: Tokenizers) -> tuple[list[TensorFile], Qwen3Model]:
+def empty_text_encoder(path: Path, tokenizers: Tokenizers) -> tuple[list[TensorFile], "Qwen3Model"]:
     """Return the headers of a text encoder's files, and the model without its weights, to which they fit.
 
     Raises:
         ModelFileError: as `load_text_encoder`.
     """
+    from transformers import Qwen3Model
+
     files = open_shards(path)
     merged = merge(path, files)
     validate_kind(merged, "text_encoder")

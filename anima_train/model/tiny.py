@@ -10,13 +10,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLQwenImage
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
-from transformers import Qwen3Config, Qwen3Model
+from transformers import Qwen3Config
 
 from anima_train.core.files import atomic_path, write_text
 from anima_train.core.random import stream
@@ -27,6 +27,9 @@ from anima_train.model.loading import ModelFiles
 from anima_train.model.safetensors_io import write_tensors
 from anima_train.model.text import QWEN_PAD_TOKEN, T5_END
 from anima_train.model.vae import wan_key
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLQwenImage
 
 QWEN_TOKENS = 400
 T5_ROWS = 32128  # of the real LLM adapter's embedding
@@ -111,6 +114,9 @@ def write_tiny(folder: Path, seed: int = 0, comfy: bool = False) -> ModelFiles:
     Raises:
         SpaceError: the disk is full or read-only.
     """
+    from diffusers import AutoencoderKLQwenImage  # classes that take seconds to import: who reads one needs them not
+    from transformers import Qwen3Model
+
     paths = tiny_paths(folder)
     size = COMFY if comfy else SMALL
     width = size.transformer.context_width
@@ -167,7 +173,7 @@ def rows_for(num_tokens: int) -> int:
     return (num_tokens // ROW_MULTIPLE + 1) * ROW_MULTIPLE
 
 
-def calibrated(vae: AutoencoderKLQwenImage, weights: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+def calibrated(vae: "AutoencoderKLQwenImage", weights: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
     """Return weights with the last encoder convolution scaled so that images give latents of mean 0 and deviation 1.
 
     That is after the normalisation with the real VAE's 16 constants, so that training on them is like the real thing.

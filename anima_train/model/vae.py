@@ -1,17 +1,16 @@
 """The Qwen-Image VAE for single images: exact 2-D convolutions in place of the causal 3-D ones.
 
 A causal convolution sees the first frame behind frames of zeros, so of its kernel only the last temporal tap counts:
-a 2-D convolution with that slice is equal, needs a third of the memory and is several times faster.
+a 2-D convolution with that slice is equal, needs a third of the memory and is several times faster. diffusers, which
+takes seconds, is imported when a VAE is loaded: a run with a whole cache needs none.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderKLQwenImage
-from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
-from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
@@ -19,6 +18,10 @@ from anima_train.core.shapes import LATENT_CHANNELS
 from anima_train.core.transfers import to_device
 from anima_train.model.file_kinds import open_slot, validate_kind
 from anima_train.model.safetensors_io import TensorFile, match_keys, read_tensors
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLQwenImage
+    from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 
 STAGE = 4  # modules per decoder stage in the Wan file: three residual blocks and an upsampler
 
@@ -55,7 +58,7 @@ def wan_key(key: str) -> str:
 class FrameConv(nn.Conv2d):
     """The causal 3-D convolution of the first frame of a clip; its weight is the last temporal tap."""
 
-    def __init__(self, conv: QwenImageCausalConv3d) -> None:
+    def __init__(self, conv: "QwenImageCausalConv3d") -> None:
         _, rows, columns = conv.kernel_size
         super().__init__(conv.in_channels, conv.out_channels, (rows, columns), padding=(rows // 2, columns // 2))
 
@@ -71,7 +74,9 @@ class SingleFrameVAE(nn.Module):
             so it may as well be on the meta device.
     """
 
-    def __init__(self, vae: AutoencoderKLQwenImage) -> None:
+    def __init__(self, vae: "AutoencoderKLQwenImage") -> None:
+        from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
+
         super().__init__()
         self.encoder = vae.encoder
         self.quant_conv = vae.quant_conv
@@ -120,12 +125,15 @@ def per_channel(values: Sequence[float], like: Tensor) -> Float[Tensor, "1 C 1 1
     return to_device(torch.tensor(values, dtype=torch.float32), like.device).view(1, -1, 1, 1, 1)
 
 
-def open_vae(path: Path) -> tuple[TensorFile, AutoencoderKLQwenImage, Mapping[str, str]]:
+def open_vae(path: Path) -> tuple[TensorFile, "AutoencoderKLQwenImage", Mapping[str, str]]:
     """Return the VAE file's header, diffusers' module on the meta device, and diffusers' key -> key in the file.
 
     Raises:
         ModelFileError: as `load_vae`.
     """
+    from diffusers import AutoencoderKLQwenImage
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
     file = open_slot(path, "vae")
     validate_kind(file, "vae")
     names: Mapping[str, str] = convert_wan_vae_to_diffusers({name: name for name in file.entries})
