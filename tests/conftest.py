@@ -1,14 +1,19 @@
 """Fixtures shared by all tests: oracles, disks, a tiny model, drawn images, and a way to train in this process."""
 
 import contextlib
+import gc
 import json
+import multiprocessing
 import os
 import resource
+import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +79,7 @@ def golden():
 def one_thread():
     """One thread for each of the test processes, which share the cores."""
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported: each `gc.collect()` of a run would look through all of it, 0.3 s
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -246,12 +252,10 @@ class Trainer:
         return Finished(weights.parent.parent)
 
     def processes(self, number, name="run", resume=False, **changes):
-        """The same under torchrun, with several processes on the CPU."""
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(number)]
-        command += ["--standalone", "-m", "anima_train", str(self.config(name, **changes))]
-        command += ["--resume"] if resume else []
-        result = run_command(command)
-        assert result.returncode == 0, result.stderr
+        """The same in several processes on the CPU."""
+        arguments = [str(self.config(name, **changes)), *(["--resume"] if resume else [])]
+        for result in run_forks(self.folder, number, *arguments):
+            assert result.returncode == 0, result.stderr
         return Finished(self.folder / "runs" / name)
 
 
@@ -268,6 +272,68 @@ def run_command(command, timeout=300):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # whatever it started, too
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+
+# A server that has imported everything forks processes, as imports would be most of the time of a short run.
+IMPORTED_LATE = (
+    "torch._dynamo", "torch.utils.tensorboard", "diffusers.models.autoencoders.autoencoder_kl_qwenimage",
+    "transformers.models.qwen3.modeling_qwen3", "anima_train.reports.run",
+)  # fmt: skip
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([*IMPORTED_LATE, __name__])
+
+
+def be_program(arguments, environment, output):
+    """Be `python -m anima_train` with these arguments, or `python SCRIPT`; streams go to files."""
+    os.environ.update(environment)
+    os.chdir(REPO)
+    for number in (1, 2):
+        os.dup2(os.open(f"{output}{number}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
+    torch.set_num_threads(1)
+    gc.freeze()
+    if arguments[0].endswith(".py"):
+        sys.argv = [*arguments]
+        runpy.run_path(arguments[0], run_name="__main__")
+    else:
+        sys.argv = ["anima-train", *arguments]
+        runpy.run_module("anima_train", run_name="__main__")
+
+
+def run_forks(folder, number, *arguments, timeout=300):
+    """The results of several processes of one group, as a launcher would start them; of one alone without a group.
+
+    Where the launcher itself matters, `run_command` starts it.
+    """
+    processes = []
+    group = {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        group["MASTER_PORT"] = str(free.getsockname()[1])
+    for rank in range(number):
+        ranks = group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if number > 1 else {}
+        environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", **ranks}
+        processes.append(FORKS.Process(target=be_program, args=(arguments, environment, f"{folder}/stream{rank}.")))
+        processes[-1].start()
+    ends = time.monotonic() + timeout
+    try:
+        for process in processes:
+            process.join(max(0.0, ends - time.monotonic()))
+            assert process.exitcode is not None, f"after {timeout} s it still runs"
+    finally:
+        for process in processes:
+            process.kill()
+    return [
+        subprocess.CompletedProcess(
+            arguments, process.exitcode, *(Path(f"{folder}/stream{rank}.{stream}").read_text() for stream in (1, 2))
+        )
+        for rank, process in enumerate(processes)
+    ]
+
+
+@pytest.fixture
+def forks(tmp_path):
+    """`run_forks`, with streams in the folder of the test."""
+    return lambda number, *arguments, **options: run_forks(tmp_path, number, *arguments, **options)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-import sys
 import threading
 import time
 
@@ -252,7 +251,7 @@ def signal_at(patch, module, name, number, kind=signal.SIGTERM):
 
 
 PHASES = {
-    "evaluation": (evaluate_module, "compute_loss", 30, ["evaluation", "preview"]),
+    "evaluation": (evaluate_module, "predict", 30, ["evaluation", "preview"]),
     "preview": (previews_module, "generate", 2, ["preview"]),
     "decoding": (previews_module, "decode", 2, []),
     "saving": (states_module, "write_tensors", 1, []),
@@ -356,11 +355,11 @@ def assert_same_run(expected, run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_resume_is_bitwise_from_every_step_in_a_new_process(trainer, pictures, command, kind):
+def test_resume_is_bitwise_from_every_step_in_a_new_process(trainer, pictures, forks, kind):
     keys = everything(trainer, pictures, kind)
     config = trainer.config("run", **keys)
-    start = [sys.executable, "-m", "anima_train", str(config)]
-    assert command(start).returncode == 0
+    (first,) = forks(1, str(config))
+    assert first.returncode == 0, first.stderr
     run = trainer.folder / "runs" / "run"
     expected = left(run)
     whole = run.rename(run.with_name("whole"))
@@ -372,7 +371,7 @@ def test_resume_is_bitwise_from_every_step_in_a_new_process(trainer, pictures, c
                 shutil.rmtree(path)
         manifest = json.loads((run / "manifest.json").read_text())
         (run / "manifest.json").write_text(json.dumps(manifest | {"finished": False}))
-        result = command(start)
+        (result,) = forks(1, str(config))
         assert result.returncode == 0, result.stderr
         assert f"resuming after step {step}" in result.stdout
         assert_same_run(expected, run)
@@ -380,19 +379,19 @@ def test_resume_is_bitwise_from_every_step_in_a_new_process(trainer, pictures, c
 
 
 @pytest.mark.slow
-def test_a_run_that_is_stopped_after_every_step_is_bitwise_the_one_that_never_was(trainer, pictures, command):
+def test_a_run_that_is_stopped_after_every_step_is_bitwise_the_one_that_never_was(trainer, pictures, forks):
     keys = everything(trainer, pictures, "lora")
-    start = [sys.executable, "-m", "anima_train"]
-    assert command([*start, str(trainer.config("whole", **keys))]).returncode == 0
+    (whole,) = forks(1, str(trainer.config("whole", **keys)))
+    assert whole.returncode == 0, whole.stderr
     config = trainer.config("run", **keys)
     run = trainer.folder / "runs" / "run"
     for step in range(1, 9):
         run.mkdir(parents=True, exist_ok=True)
         (run / "save_quit").write_text("")
-        result = command([*start, str(config)])
+        (result,) = forks(1, str(config))
         assert result.returncode == 0, result.stderr
         assert f"stopped: after step {step};" in result.stderr
-    assert command([*start, str(config)]).returncode == 0
+    assert forks(1, str(config))[0].returncode == 0
     expected = left(trainer.folder / "runs" / "whole")
     assert_same_run(expected, run)
 
