@@ -337,7 +337,7 @@ def kill_after(process, images, number):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_after_a_kill_at_any_moment_whole_entries_are_all_there_is(config, fill, images, seed):
     process = start(config)
     while not (images / ".anima_cache").exists() and process.poll() is None:

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from anima_train.checkpoint.training_state import newest_state
 from anima_train.core.errors import ConfigError, Interrupted
-from anima_train.distributed.signals import SignalHandler
+from anima_train.distributed.signals import SignalHandler, StopRequest
 from anima_train.training import train as train_module
 
 REPO = Path(__file__).parents[2]
@@ -116,8 +117,17 @@ def num_lines(path):
     return path.read_text().count("\n") if path.exists() else 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), *((name, 143) for name in STOPS)])
+def test_each_signal_asks_for_a_state_and_the_end(tmp_path, name, code):
+    with SignalHandler(tmp_path) as signals:
+        signals.is_stepping = True
+        assert signals.requested(Accelerator(cpu=True)) == StopRequest(weights=False, state=False, exit_code=None)
+        signal.raise_signal(getattr(signal, name))
+        assert signals.requested(Accelerator(cpu=True)) == StopRequest(weights=True, state=True, exit_code=code)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGXCPU", 143)])
 def test_a_signal_saves_after_the_step_and_resume_is_bitwise(trainer, name, code):
     keys = {"max_steps": STEPS, "adapter": {"dropout": 0.2}}
     whole = trainer("whole", **keys)

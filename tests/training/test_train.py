@@ -455,6 +455,7 @@ def test_wandb_is_written_when_asked_for_and_the_key_nowhere(trainer, monkeypatc
     assert holders == []
 
 
+@pytest.mark.slow
 def test_diffusion_pipe_pair_runs_with_only_its_paths_changed(trainer, images_drawer, tiny, tmp_path):
     paths = tiny_paths(tiny)
     style = images_drawer(tmp_path / "style", [(96, 96), (128, 80)])
