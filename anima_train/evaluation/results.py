@@ -34,11 +34,12 @@ class Difference:
         """True if it is hardly zero for all samples, and all kinds, like these."""
         return self.standard_errors is not None and abs(self.standard_errors) > CHANCE
 
-    def metrics(self, name: str) -> dict[str, float]:
-        """Return the numbers to log under a name."""
-        values = {name: self.mean, f"{name}_stderr": self.error, f"{name}_stderr_kinds": self.kind_error}
-        values[f"{name}_in_stderr"] = self.standard_errors
-        return {key: value for key, value in values.items() if value is not None}
+    def metrics(self, name: str, part: str = "") -> dict[str, float]:
+        """Return the numbers to log under a name; that of a part comes last, as it may be any text."""
+        values = {
+            "": self.mean, "_stderr": self.error, "_stderr_kinds": self.kind_error, "_in_stderr": self.standard_errors,
+        }  # fmt: skip
+        return {f"{name}{which}{part}": value for which, value in values.items() if value is not None}
 
 
 def paired_difference(values: Float[Tensor, " S"], kinds: Sequence[str]) -> Difference:
@@ -117,7 +118,7 @@ class Evaluation:
             for kind, part in self.by_kind():
                 base_part = base.losses[[each == kind for each in self.kinds]]
                 change = paired_difference((part - base_part).mean(dim=1), [""] * len(part))
-                values |= change.metrics(f"{self.name}/difference_from_base_of_{kind}")
+                values |= change.metrics(f"{self.name}/difference_from_base", f"_of_{kind}")
         return values
 
     def by_kind(self) -> Iterator[tuple[str, Float[Tensor, "s L"]]]:

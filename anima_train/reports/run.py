@@ -331,9 +331,10 @@ def read_evaluation(step: int, name: str, values: Mapping[str, object]) -> Evalu
         if key.startswith(start)
     }
     kinds = {
-        key.removeprefix(f"{change}_of_").removesuffix("_stderr"): key.removesuffix("_stderr")
-        for key in values
-        if key.startswith(f"{change}_of_") and not key.endswith("_in_stderr")
+        kind: (number(value), number(values.get(f"{change}_stderr_of_{kind}")))
+        for key, value in values.items()
+        if key.startswith(f"{change}_of_")
+        for kind in [key.removeprefix(f"{change}_of_")]
     }
     return Evaluated(
         step,
@@ -342,7 +343,7 @@ def read_evaluation(step: int, name: str, values: Mapping[str, object]) -> Evalu
         max((error for error in errors if not math.isnan(error)), default=math.nan),
         number(values.get(f"{name}/drift")),
         levels,
-        {kind: (number(values.get(key)), number(values.get(f"{key}_stderr"))) for kind, key in kinds.items()},
+        kinds,
     )
 
 

@@ -197,13 +197,7 @@ def test_a_mistake_is_said_once_and_is_what_the_launcher_names(program, argument
 
 @pytest.mark.parametrize(
     ("act", "faulty", "code"),
-    [
-        ("kill", 0, -9),
-        *(
-            pytest.param(*values, marks=pytest.mark.slow)
-            for values in [("leave", 1, 7), ("bug", 0, 1)]
-        ),
-    ],
+    [("kill", 0, -9), *(pytest.param(*values, marks=pytest.mark.slow) for values in [("leave", 1, 7), ("bug", 0, 1)])],
 )
 def test_however_a_process_ends_the_others_end_as_well_and_without_a_traceback(program, act, faulty, code):
     result = program(act, str(faulty))

@@ -62,7 +62,7 @@ def test_differences_are_logged_by_level_and_by_kind():
     assert values["validation/difference_from_base_quantile_0.70"] == pytest.approx(-1 / 3)
     assert values["validation/difference_from_base_of_artist"] == pytest.approx(0.5)
     assert values["validation/difference_from_base_of_text"] == pytest.approx(-1.0)
-    assert values["validation/difference_from_base_of_artist_stderr"] == pytest.approx(0.25)
+    assert values["validation/difference_from_base_stderr_of_artist"] == pytest.approx(0.25)
     assert not any("from_base" in name for name in now.metrics(None))
 
 

@@ -348,13 +348,13 @@ def test_an_evaluation_shows_its_levels_the_drift_and_the_kinds(run):
         "known/loss": 0.5, "known/loss_sigma_0.50": 0.25, "known/loss_sigma_0.90": 0.75, "known/drift": 0.125,
         "known/difference_from_base": 0.1, "known/difference_from_base_stderr": 0.01,
         "known/difference_from_base_stderr_kinds": 0.04, "known/difference_from_base_in_stderr": 2.5,
-        "known/difference_from_base_of_text": 0.3, "known/difference_from_base_of_text_stderr": 0.02,
-        "known/difference_from_base_of_text_in_stderr": 15.0, "known/difference_from_base_of_an artist": -0.1,
+        "known/difference_from_base_of_text": 0.3, "known/difference_from_base_stderr_of_text": 0.02,
+        "known/difference_from_base_in_stderr_of_text": 15.0, "known/difference_from_base_of_an artist_stderr": -0.1,
     }  # fmt: skip
     jsonl(run / "evaluations.jsonl", [{"step": 4, **values}, {"step": 4, "evaluation/forgetting": 0.1}])
     text = page_of(run).text
     assert "step loss difference standard error drift t 0.50 t 0.90 4 0.5 0.1 0.04 0.125 0.25 0.75" in text
-    assert "kind, after step 4 difference standard error an artist -0.1 text 0.3 0.02" in text
+    assert "kind, after step 4 difference standard error an artist_stderr -0.1 text 0.3 0.02" in text
 
 
 def test_everything_a_run_leaves_is_on_the_page(run):
