@@ -28,6 +28,7 @@ from anima_train.data.loader import TextIdentity
 from anima_train.data.plan import times_seen
 from anima_train.data.samples import Sample
 from anima_train.data.scan import Scan
+from anima_train.evaluation.base_drawn import split_undrawn
 from anima_train.model.attention_choice import AttentionShape, choose_attention
 from anima_train.model.loading import ModelSpec
 from anima_train.model.text import TokenCounts, load_tokenizers
@@ -87,9 +88,10 @@ def check_all(loaded: LoadedConfig, title: str, measure_steps: int | None, page:
     """Do what `report_check` does, where nothing is wrong."""
     config, device = loaded.config, choose_device()
     spec = build_model_spec(config, device)
-    scans = scan_all((loaded.train, *loaded.evals), config.seed, write=True)
+    evals, undrawn = split_undrawn(loaded.evals)
+    scans = scan_all((loaded.train, *evals), config.seed, write=True)
     lines = describe_run(loaded, spec, scans, num_processes=1)
-    show([describe_device(device, spec.dtype), *lines])
+    show([describe_device(device, spec.dtype), *undrawn, *lines])
     plan, schedule = plan_run(config, scans["train"].samples, num_processes=1)
     memory = choose_here(rungs(config, num_blocks(spec)), spec, plan, schedule)
     config, loaded = memory.rung.config, replace(loaded, config=memory.rung.config)  # as a run on this device has it

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import ValidationError
 
 from anima_train.adapters.lora import Lora
+from anima_train.config.base_drawn import SHIPPED, SHIPPED_CAPTIONS, BaseDrawn, read_captions
 from anima_train.config.compat import DATASET, FOREIGN, MAIN, Keys, translate
 from anima_train.config.config import AnyAdapter, Config
 from anima_train.config.model_settings import ModelSettings
@@ -26,6 +27,7 @@ from anima_train.core.settings import Settings, nearest, quoted, validation_prob
 from anima_train.data.cache import CACHE_FOLDER, Cache
 from anima_train.data.settings import DatasetSettings, Directory
 from anima_train.model.hub import is_reference, parse_reference
+from anima_train.sampling.generate import PictureSettings
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
@@ -51,6 +53,7 @@ class Dataset:
     caches: tuple[Cache, ...]
     offline: bool  # nothing may be looked up on the Hub
     role: Role = "validation"  # of an evaluation set
+    drawn: BaseDrawn | None = None  # the captions that the base model draws it from
 
 
 @dataclass(frozen=True)
@@ -203,8 +206,33 @@ class Loader:
         settings = self.validate(DatasetSettings, table, place, DATASET_HINTS)
         return None if settings is None else self.find_folders(name, settings, place, config)
 
-    def find_folders(self, name: str, settings: DatasetSettings, place: Place, config: Config | None) -> Dataset:
-        """Return a dataset with its folders found; those that are missing are filed."""
+    def load_eval(self, index: int, entry: Table, config: Config | None) -> Dataset | None:
+        """Return an evaluation set; or None with its problems filed."""
+        key = f"eval_datasets[{index}]"
+        if entry.get("captions") is None or config is None:
+            return self.load_dataset(str(entry.get("name")), entry.get("config"), f"{key}.config", config)
+        checked = config.eval_datasets[index]
+        text, path = str(checked.captions), SHIPPED_CAPTIONS
+        if text != SHIPPED:
+            path = self.find(self.main.inside(key), "captions", text, "file")
+        if not path.is_file():
+            return None
+        try:
+            captions = read_captions(path, text)
+        except ConfigError as error:
+            self.problems.extend(error.problems)
+            return None
+        settings = self.validate(PictureSettings, checked.pictures, self.main.inside(f"{key}.pictures"), {})
+        if settings is None:
+            return None
+        base = config.model.model_dump(include={"tiny_path", *MODEL_PATHS}, mode="json")
+        drawn = BaseDrawn(captions, settings, Path(config.cache_dir or config.output_dir), base)
+        return self.find_folders(checked.name, drawn.dataset(), self.main, config, drawn)
+
+    def find_folders(
+        self, name: str, settings: DatasetSettings, place: Place, config: Config | None, drawn: BaseDrawn | None = None
+    ) -> Dataset:
+        """Return a dataset with its folders found; those that are missing are filed, if they are not made later."""
         cache_dir = None if config is None else config.cache_dir
         output_dir = Path() if config is None else Path(config.output_dir)
         directories: list[Directory] = []
@@ -218,18 +246,19 @@ class Loader:
                 found["hf_dataset"] = self.find_table(here, directory.hf_dataset)
             for key, text in (("path", directory.path), ("mask_path", directory.mask_path)):
                 if text is not None:
-                    found[key] = self.find(here, key, text, expected_kind(text))
+                    found[key] = Path(text) if drawn else self.find(here, key, text, expected_kind(text))
             folder = found["path" if directory.hf_dataset is None else "hf_dataset"]
             folders.append(folder)
             masks.append(found.get("mask_path"))
             directories.append(directory.model_copy(update={key: str(path) for key, path in found.items()}))
             # What is on the Hub has no place of its own here.
             beside = folder if os.path.isdir(folder) else folder.parent if os.path.exists(folder) else output_dir
+            beside = beside if drawn is None else drawn.folder
             caches.append(Cache(beside / CACHE_FOLDER if cache_dir is None else Path(cache_dir)))
             self.notes.extend(f"{place.file}: {place.prefix}{text}" for text in settings.without_effect(index))
         settings = settings.model_copy(update={"directory": directories})
         offline = config is not None and config.offline
-        return Dataset(name, settings, tuple(folders), tuple(masks), tuple(caches), offline)
+        return Dataset(name, settings, tuple(folders), tuple(masks), tuple(caches), offline, drawn=drawn)
 
     def find_table(self, place: Place, text: str) -> Path:
         """Return the path of a Hugging Face dataset, or its name on the Hub; if it can be neither, that is filed."""
@@ -304,10 +333,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     tables = {index: entry for index, entry in listed if isinstance(entry, dict)}
     config = loader.validate(Config, replace_tables(data), loader.main, MAIN_HINTS)
     train = loader.load_dataset("train", data.get("dataset"), "dataset", config)
-    evals = [
-        loader.load_dataset(str(entry.get("name")), entry.get("config"), f"eval_datasets[{index}].config", config)
-        for index, entry in tables.items()
-    ]
+    evals = [loader.load_eval(index, entry, config) for index, entry in tables.items()]
     for entry, dataset in zip(tables.values(), evals, strict=True):
         if dataset is not None and entry.get("config") != data.get("dataset"):  # else they are meant for training
             loader.notes.extend(
@@ -333,7 +359,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     config = config.model_copy(
         update={
             "dataset": train.settings,
-            "eval_datasets": [entry.model_copy(update={"config": dataset.settings}) for entry, dataset in sets],
+            "eval_datasets": [
+                entry.model_copy(update={"config": dataset.settings} if dataset.drawn is None else {})
+                for entry, dataset in sets
+            ],
         }
     )
     for key, why in without_effect(config):

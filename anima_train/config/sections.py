@@ -18,7 +18,7 @@ class EvalDataset(Settings):
 
     name: Annotated[str, Field(min_length=1), AfterValidator(printable_name)]
     """The name of its curves."""
-    config: str | DatasetSettings
+    config: str | DatasetSettings | None = None
     """A dataset TOML, or an inline table with the same keys. `kind` in its directories tells what their images have in
     common, and the numbers are logged for each kind, too."""
     role: Role = "validation"
@@ -26,6 +26,14 @@ class EvalDataset(Settings):
     "retention" what is forgotten, on images that have nothing to do with it; "train" what is memorized, on some of the
     training images. Logged together as evaluation/learning, forgetting and memorization. The best training state is
     chosen by the validation sets."""
+    captions: str | None = Field(default=None, min_length=1)
+    """Instead of config, captions alone, for role = "retention": the base model draws a picture for each, once, and
+    what is forgotten is measured on these. "shipped": 30 captions of manners, characters, text and composition that
+    come with this program; or a TOML file of your own, with a list of captions for each kind: manner = ["...", "..."].
+    The pictures lie in `base_drawn` of cache_dir, or else of output_dir."""
+    pictures: dict[str, int | float | str] = Field(default={})
+    """The way these pictures are drawn, where it differs from what [sampling] does by default, with its keys:
+    {width = 768, height = 768, steps = 20}."""
     quantiles: list[Annotated[float, Field(gt=0, lt=1)]] = Field(default=list(TENTHS), min_length=1)
     """The noise levels, as quantiles of the distribution of t that is trained, before its shift."""
     sigmas: list[Annotated[float, Field(gt=0, le=1)]] = Field(default=[])
@@ -37,6 +45,26 @@ class EvalDataset(Settings):
     """Measure how far the predicted velocity is from the base model's, on the same noise, with a second pass of the
     LoRA's own base: almost all of what is forgotten, from far fewer images than the loss needs. Not in a full
     fine-tune. Absent: for "train" and "retention" of a LoRA."""
+
+    @field_validator("captions")
+    @classmethod
+    def one_source(cls, value: str | None, earlier: ValidationInfo) -> str | None:
+        """Require one of config and captions, and the purpose that captions serve."""
+        if "config" in earlier.data and (value is None) == (earlier.data["config"] is None):
+            raise ValueError("missing, as config is; set one of them" if value is None else "excludes config; keep one")
+        if value is not None and earlier.data.get("role", "retention") != "retention":
+            raise ValueError('is for what is to be kept: add role = "retention"')
+        return value
+
+    @field_validator("pictures")
+    @classmethod
+    def are_of_captions(
+        cls, value: dict[str, int | float | str], earlier: ValidationInfo
+    ) -> dict[str, int | float | str]:
+        """Refuse the settings of pictures where none is drawn."""
+        if value and earlier.data.get("captions", "") is None:
+            raise ValueError("has no effect without captions, from which they would be drawn")
+        return value
 
     @field_validator("sigmas")
     @classmethod

@@ -40,6 +40,7 @@ from anima_train.data.samples import Sample
 from anima_train.data.scan import Scan, scan
 from anima_train.distributed.collectives import broadcast_from_main, main_process_first, patient_barrier
 from anima_train.distributed.consistency import check_same_data
+from anima_train.evaluation.base_drawn import draw_missing, split_undrawn
 from anima_train.evaluation.evaluate import EvalSet
 from anima_train.model.loading import ModelSpec
 from anima_train.model.text import count_tokens, load_tokenizers
@@ -88,7 +89,7 @@ def prepare_data(
             blocks = config.blocks_to_swap, config.checkpointed_blocks
             check_blocks(*blocks, config.adapter, spec, accelerator.num_processes)
             tell_what_trains(config.adapter, config.learning_rates(), spec, begins=saved is None)
-        scans = scan_all(datasets, config.seed, write=is_main)
+        scans = look_at_all(loaded, spec, is_main)
         if is_main:
             for cache in caches:
                 cache.retry()
@@ -121,6 +122,23 @@ def prepare_data(
     data = {name: CachedData(kept, *rest) for name, kept in sets.items()}
     evals = eval_sets(config.eval_datasets, data, config.eval_batch_sizes(), config.measures_drift)
     return Prepared(spec, data["train"], evals, warnings + bad, left_out(samples, sets["train"]))
+
+
+def look_at_all(loaded: LoadedConfig, spec: ModelSpec, is_main: bool) -> dict[str, Scan]:
+    """Look at every image of all sets; the main process first has the base model draw those that begin with captions.
+
+    Raises:
+        DataError: as `scan_all`; where images are wrong, nothing is drawn.
+    """
+    datasets, seed = (loaded.train, *loaded.evals), loaded.config.seed
+    ready, undrawn = split_undrawn(datasets)
+    if undrawn and is_main:
+        scan_all(ready, seed, write=True)
+    if is_main:
+        advice = ["a smaller width and height in pictures of the evaluation set"]
+        with memory_errors(spec.device, MemoryContext("drawing with the base model"), lambda _: advice):
+            draw_missing(loaded.evals, spec)
+    return scan_all(datasets, seed, write=is_main)
 
 
 def tell_what_trains(adapter: AnyAdapter, rates: LearningRates, spec: ModelSpec, begins: bool) -> None:

@@ -24,6 +24,7 @@ from anima_train.data.loader import Batch
 from anima_train.distributed.clipping import clip_gradients
 from anima_train.distributed.environment import read_environment
 from anima_train.distributed.launcher import rank, world_size
+from anima_train.evaluation.base_drawn import split_undrawn
 from anima_train.objective.step import compute_loss
 from anima_train.optim.by_block import step_by_block
 from anima_train.optim.skipping import step_unless
@@ -71,11 +72,12 @@ def run_training(
         with logged_to(terminal(is_main=True)):
             spec = build_model_spec(config, device)
             logger.info("%s", describe_device(device, spec.dtype))
-            scans = scan_all((loaded.train, *loaded.evals), config.seed, write=True)
+            evals, undrawn = split_undrawn(loaded.evals)
+            scans = scan_all((loaded.train, *evals), config.seed, write=True)
             lines = describe_run(
                 loaded, spec, scans, world_size(), launch.shards, starts=True, saved=point.saved
             )  # fmt: skip
-            for line in (*point.notes, *lines):
+            for line in (*point.notes, *undrawn, *lines):
                 logger.info("%s", line)
     return None
 

@@ -255,15 +255,24 @@ def with_default(data, table, location=()):
             yield (*location, key)
         items = enumerate(value) if isinstance(value, list) else [(None, value)]
         for index, item in items:
-            if isinstance(item, dict):
-                inner = next(each for each in tables_in(field) if item.keys() <= each.model_fields.keys())
+            if isinstance(item, dict) and (tables := list(tables_in(field))):
+                inner = next(each for each in tables if item.keys() <= each.model_fields.keys())
                 yield from with_default(item, inner, (*location, key) if index is None else (*location, key, index))
 
 
 def test_a_key_that_an_older_version_did_not_have_counts_as_its_default(resolved):
     """For every key that a run leaves at its default."""
     now = resolved({"eval_datasets": EVAL, "sampling": {"prompts": ["a cat"]}, "lr_scheduler": "rex", "ema": {}})
-    chosen = {"lr_scheduler", "eval_datasets", "sampling", "adapter", "ema", "path", "epochs"}  # not at their defaults
+    chosen = {
+        "lr_scheduler",
+        "eval_datasets",
+        "sampling",
+        "adapter",
+        "ema",
+        "path",
+        "config",
+        "epochs",
+    }  # not at their defaults
     locations = [location for location in with_default(now, Config) if location[-1] not in chosen]
     assert len(locations) > 60
     for location in locations:

@@ -80,7 +80,7 @@ def test_gradients_are_those_of_the_undivided_model(group, kind, policy, error):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["lora"])
 def test_divided_blocks_compile_to_one_graph(group, kind, error):
     from torch._dynamo.utils import counters
 

@@ -38,6 +38,7 @@ from anima_train.core.errors import UserError
 from anima_train.data.loader import CachedData
 from anima_train.distributed.environment import read_environment
 from anima_train.distributed.signals import SignalHandler
+from anima_train.evaluation.base_drawn import split_undrawn
 from anima_train.evaluation.evaluate import EvalSet
 from anima_train.model.attention_choice import AttentionShape, choose_attention
 from anima_train.model.compiled import CompiledBlocks
@@ -110,6 +111,7 @@ def write_pictures(folder):
     draw(folder.parent / "masks" / "a.png", (96, 96), (0, 0, 0))
     draw(folder.parent / "others" / "z.png", (96, 128), (7, 8, 9))
     (folder.parent / "others" / "z.txt").write_text("dog, grass, ball")
+    (folder.parent / "captions").write_text('manner = ["ink", "oil"]')
 
 
 def write_table(path, colour):
@@ -198,7 +200,17 @@ class Audit:
         """Yield (name, value) for each observation."""
         loaded = load_config(path)
         config, spec = loaded.config, build_model_spec(loaded.config, CPU)
-        scans = scan_all((loaded.train, *loaded.evals), config.seed, write=False)
+        known, _ = split_undrawn(loaded.evals)  # what is to be drawn from captions is not there
+        scans = scan_all((loaded.train, *known), config.seed, write=False)
+        yield (
+            "drawn",
+            [
+                (path.name, path.parent.name, caption, request.model_dump())
+                for each in loaded.evals
+                if each.drawn is not None
+                for path, caption, request in each.drawn.pictures()
+            ],
+        )
         train = scans["train"]
         plan, schedule = plan_run(config, train.samples, 1)
         evals = {name: found.samples for name, found in scans.items() if name != "train"}
@@ -366,7 +378,10 @@ def of_data(config, train, evals, needed, plan):
     yield "steps", [len(plan.epoch(epoch)) for epoch in range(3)]
     yield "tags told", caption_metadata(samples, config.metadata.tag_frequencies).get("ss_tag_frequency")
     yield "kinds", sorted({sample.options.kind for sample in samples})
-    yield "measured", [measured(config, entry, evals[entry.name]) for entry in config.eval_datasets]
+    yield (
+        "measured",
+        [measured(config, entry, evals[entry.name]) for entry in config.eval_datasets if entry.name in evals],
+    )
 
 
 def measured(config, entry, samples):
