@@ -16,16 +16,23 @@ from anima_train.core.format import printable
 from anima_train.core.settings import quoted
 
 WIDTH = 72  # columns of a line that are shown
-SECRET = re.compile(r"api_?key|token|password|secret", re.IGNORECASE)
+SECRET = re.compile(r"api_?key|token\b|password|secret", re.IGNORECASE)  # max_caption_tokens is none
 STATEMENT = re.compile(r"\s*([\w.\"'-]+)\s*=\s*(.*?)\s*")
 OPEN_TABLE = re.compile(r"\s*([\w.-]+)\s*=\s*\{[^}]*")
 QUOTED = re.compile(r"\"[^\"]*\"|'[^']*'")
+BACKSLASHED = re.compile(r"\"([^\"']*\\[^\"']*)\"")
+MISSING_COMMA = re.compile(QUOTED.pattern + r"|(?<=[\w\"'\]}])\s+(?=[\w\"'\[{.-])")
+ITEM = re.compile(  # of a list: a table, a list, a text, or what stands between commas
+    r"\{[^}]*\}|\[[^\[\]]*\]|(?:\"(?:[^\"\\]|\\.)*\"|\"[^\"]*\"|'[^']*')(?=\s*(?:,|$)|\s+[\"'{\[])"
+    r"|[^,\s\[\]{}][^,\[\]{}]*"
+)
 LISTS_OF_TABLES = ("directory", "eval_datasets", "prompt")
+BACKSLASH = "a text with a backslash stands in single quotes"
 NOTHING = ("none", "null", "nil", "~")
 LOOKALIKES = str.maketrans("＝，［］｛｝．＃−–：\u200b\ufeff\u2060", "=,[]{}.#--:   ")
 SMART_QUOTES = str.maketrans("“”„‟«»″〝〞‘’‚‛‹›′`", '"' * 9 + "'" * 8)
 
-Repairs = Sequence[tuple[str, str, str]]  # what is wrong, the pattern of what is whole wrong, what to write
+Repairs = Sequence[tuple[str, str, str]]  # what is wrong, the pattern that the whole text matches, what to write
 
 # Of a line; each goes on with what the one before made of it.
 LINE_REPAIRS: Repairs = (
@@ -38,15 +45,16 @@ LINE_REPAIRS: Repairs = (
     ("keys and values are parted by =", r"[\"']?([\w.-]+)[\"']?\s*:\s*([^=].*)", r"\1 = \2"),
     ("keys and values are parted by =", r"([\w.-]+)\s*(?:==|:=|=>|\+=)\s*(.*)", r"\1 = \2"),
     ("nothing stands in front of a key", r"(?:let |const |export |set |\$|- )\s*(\S.*)", r"\1"),
-    ("keys have no blanks", r"(\w+) (\w+)\s*=\s*(.*)", r"\1_\2 = \3"),
-    ("the = is missing", r"([A-Za-z_][\w.-]*)[ \t]+([^=\s].*)", r"\1 = \2"),
+    *(("keys have no blanks", r"(\w+) (\w[\w ]*?)\s*=\s*(.*)", r"\1_\2 = \3"),) * 3,  # a blank each
+    ("the = is missing", r"([A-Za-z_][\w.-]*)[ \t]+([\"'].*|[^=\s][^=]*)", r"\1 = \2"),
 )
 # Of the value behind a key, or an item of a list; each by itself.
 VALUE_REPAIRS: Repairs = (
-    ("true and false are written small", r"(?i:true|yes|on)", "true"),
-    ("true and false are written small", r"(?i:false|no|off)", "false"),
+    ("true and false are in small letters", r"(?i:true|yes|on)", "true"),
+    ("true and false are in small letters", r"(?i:false|no|off)", "false"),
     ("several values are a list", r"([\d.]+(?:,\s+[\d.]+)+|\d{3,},\d{3,})", r"[\1]"),
     ("several values are a list", r"(\d+)[x×](\d+)", r"[\1, \2]"),
+    ("a number has no commas", r"([1-9]\d{0,2}),(\d{3})(?:,(\d{3}))?", r"\1\2\3"),
     ("the decimal sign is a point", r"([-+]?\d+),(\d+(?:[eE][-+]?\d+)?)", r"\1.\2"),
     ("a number begins with a digit", r"([-+]?)\.(\d\S*)", r"\g<1>0.\2"),
     ("a point has digits on both sides", r"([-+]?\d+)\.([eE]\S+)?", r"\1.0\2"),
@@ -60,7 +68,7 @@ VALUE_REPAIRS: Repairs = (
     ("the bracket is not closed", r"(\[.*[^\]])", r"\1]"),
     ("the bracket is not closed", r"(\[\[.*\])", r"\1]"),
     ("the bracket is not closed", r"(\{.*[^}])", r"\1 }"),
-    ("Windows paths stand in single quotes", r"\"([^\"']*\\[^\"']*)\"?|([^\"'\[{][^\"']*\\[^\"']*)", r"'\1\2'"),
+    (BACKSLASH, r"\"([^\"']*\\[^\"']*)\"?|([^\"'\[{][^\"']*\\[^\"']*)", r"'\1\2'"),
     ("a text has the same quote at both ends", r"\"([^\"']*)'|'([^\"']*)\"", r'"\1\2"'),
     ("the quote is not closed", r"(\"[^\"]*)", r'\1"'),
     ("the quote is not closed", r"('[^']*)", r"\1'"),
@@ -104,6 +112,8 @@ def line_advice(line: str) -> str | None:
     if SECRET.search(line):
         key = re.match(r"[\s\"']*([\w.-]*)", line)
         return f'text needs quotes: {key[1] if key else ""} = "..."'
+    if is_toml(line):  # by itself: what is wrong is before it
+        return None
     for reason, repaired in repairs(line):
         if is_toml(repaired):
             return f"{reason}: {printable(shortened(repaired))}"
@@ -182,21 +192,36 @@ def value_repairs(value: str, is_item: bool = False) -> Iterator[tuple[str, str]
     for why, pattern, replacement in VALUE_REPAIRS:
         if match := re.fullmatch(pattern, value):
             yield why, match.expand(replacement)
+    if value.startswith(("{", "[")):
+        yield BACKSLASH, BACKSLASHED.sub(in_single_quotes, value)
     if value.startswith("{"):
-        pairs = re.sub(r"[\"']?([\w-]+)[\"']?\s*:\s*(?![\\/])", r"\1 = ", value)
+        pairs = re.sub(r"[\"']?([\w-]+)[\"']?\s*:\s*(?![\\/])", r"\1 = ", BACKSLASHED.sub(in_single_quotes, value))
         yield "keys and values are parted by =", pairs
         yield "a table in braces ends without a comma", re.sub(r",\s*\}", " }", pairs)
     elif value.startswith("[") and not is_item:
-        yield "values are parted by commas", re.sub(r"(?<=[\w\"'\]])\s+(?=[\w\"'\[.-])", ", ", value)
-        items = [mended_item(item.strip()) for item in value.strip("[]").split(",") if item.strip()]
-        yield next((why for why, _ in items if why), ""), f"[{', '.join(item for _, item in items)}]"
+        yield "values are parted by commas", MISSING_COMMA.sub(lambda found: found[0].strip() or ", ", value)
+        inside = value.removeprefix("[").removesuffix("]")
+        if not ITEM.sub("", inside).strip(", \t"):
+            items = [mended_item(item.strip()) for item in ITEM.findall(inside)]
+            why = next((why for why, _ in items if why), "values are parted by one comma each")
+            yield why, f"[{', '.join(item for _, item in items)}]"
+
+
+def in_single_quotes(found: re.Match[str]) -> str:
+    """Return a text of `BACKSLASHED` in single quotes, if its backslashes are meant as such."""
+    return f"'{found[1]}'" if has_plain_backslash(found[1]) else found[0]
+
+
+def has_plain_backslash(text: str) -> bool:
+    """Return True if a text in double quotes has a backslash that escapes neither a quote nor a backslash."""
+    return "\\" in re.sub(r"\\[\\\"]", "", text)
 
 
 def mended_item(item: str) -> tuple[str, str]:
     """Return (what is wrong, the item of a list as it is written); nothing is wrong with most."""
     candidates = chain(value_repairs(item, is_item=True), as_text(item))
     found = (each for each in candidates if is_toml(f"a = {each[1]}"))
-    is_right = is_toml(f"a = {item}") and "\\" not in item
+    is_right = is_toml(f"a = {item}") and (item.startswith("'") or not has_plain_backslash(item))
     return ("", item) if is_right else next(found, ("", item))
 
 
@@ -214,7 +239,7 @@ def block_advice(lines: list[str], number: int, reason: str) -> str | None:
         value = statement[2].partition("#")[0].strip()
         if not value or value.lower() in NOTHING:
             return f"{statement[1]} has no value; write one behind the =, or leave the key out"
-    if "overwrite" in reason.lower() or "twice" in reason.lower():
+    if any(word in reason.lower() for word in ("overwrite", "twice", "immutable")):
         return repetition(lines, number)
     opened = number if re.fullmatch(OPEN_TABLE, line) else opened_before(lines, number)
     if opened is not None:
@@ -234,6 +259,11 @@ def repetition(lines: list[str], number: int) -> str | None:
     key = line.partition("=")[0].strip() if "=" in line else line.strip()
     same = [index for index, each in enumerate(lines[: number - 1], 1) if each.partition("=")[0].strip() == key]
     before = f", after line {same[-1]}" if same else ""
+    top = key.partition(".")[0]
+    in_braces = re.compile(rf"\s*{re.escape(top)}\s*=\s*\{{")
+    braces = next((index for index, each in enumerate(lines[: number - 1], 1) if in_braces.match(each)), None)
+    if "=" in line and top != key and braces is not None:
+        return f"{printable(key)[:40]} belongs into the braces of {printable(top)[:40]}, in line {braces}"
     if "=" in line:
         return f"{printable(key)[:40]} stands here a second time{before}; keep one of the two"
     name = key.strip("[] ")

@@ -174,7 +174,7 @@ def test_set_without_key_or_value_shows_how(override):
         ("run_name=", "text needs quotes: --set 'run_name=\"\"'"),
         ("model.vae_path=C:\\vae", "text needs quotes: --set 'model.vae_path=\"C:\\\\vae\"'"),
         ("run_name=it's", "text needs quotes: --set 'run_name=\"it'\"'\"'s\"'"),
-        ("flux=True", "true and false are written small: --set flux=true"),
+        ("flux=True", "true and false are in small letters: --set flux=true"),
         ("optimizer.lr=1,5", "the decimal sign is a point: --set optimizer.lr=1.5"),
         ("optimizer.betas=0.9, 0.99", "several values are a list: --set 'optimizer.betas=[0.9, 0.99]'"),
         ("warmup_steps=100 steps", "a number has no unit: --set warmup_steps=100"),

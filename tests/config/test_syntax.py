@@ -70,6 +70,26 @@ def advice(text):
         ("[directory", "[[directory]]"),
         ("sampler = { type: 'heun' }", "sampler = { type = 'heun' }"),
         ("sampler = { type = 'heun', }", "sampler = { type = 'heun' }"),
+        ('prompts = ["1girl, blue eyes", "tag \\(x, y\\)"]', "prompts = [\"1girl, blue eyes\", 'tag \\(x, y\\)']"),
+        ('prompts = ["one, two", three]', 'prompts = ["one, two", "three"]'),
+        ('prompts = ["one two" "three"]', 'prompts = ["one two", "three"]'),
+        ('prompts = ["say \\"a, b\\"", True]', 'prompts = ["say \\"a, b\\"", true]'),
+        ('prompts = ["a "b, c" d"]', None),
+        (
+            "eval_datasets = [{ name = 'a', role = 'b' } { name = 'c' }]",
+            "eval_datasets = [{ name = 'a', role = 'b' }, { name = 'c' }]",
+        ),
+        ("resolutions = [[512 768], [1024, 1024]]", "resolutions = [[512, 768], [1024, 1024]]"),
+        ("resolutions = [512,, 768]", "resolutions = [512, 768]"),
+        ("resolutions = [[512, x]", None),
+        ('directory = [{ path = "D:\\cats" }]', "directory = [{ path = 'D:\\cats' }]"),
+        ('directory = [{ path: "D:\\new", weight: 1 }]', "directory = [{ path = 'D:\\new', weight = 1 }]"),
+        ("max_steps = 12,000", "max_steps = 12000"),
+        ("max_steps = 1,200,000", "max_steps = 1200000"),
+        ("lr = 0,001", "lr = 0.001"),
+        ("max caption tokens = 512", "max_caption_tokens = 512"),
+        ("a b c d e f = 3", None),
+        ("t5_tokenizer_path = tokenizers/t5", 't5_tokenizer_path = "tokenizers/t5"'),
         ("lr = 2e-5 5", None),
         ("= 5", None),
         ("[]", None),
@@ -99,6 +119,14 @@ def test_a_line_is_shown_as_it_is_written(line, meant):
             "lr_scheduler = {\n  type = 'rex'\n}",
             "line 1: a table in braces stands on one line; on several, write [lr_sched",
         ),
+        (
+            "directory = [{ path = 'a' }]\n[[directory]]\npath = 'b'",
+            "line 2: for more than one write [[directory]] each time",
+        ),
+        (
+            "a = 1\nmodel = { dtype = 'x' }\nmodel.attention = 'y'\n",
+            "line 3: model.attention belongs into the braces of model, in line 2",
+        ),
         ("a = 1\n<<<<<<< mine\nb = 2", "line 2: the mark of a merge that was not finished"),
         ("epochs = none", "line 1: epochs has no value; write one behind the =, or leave the key out"),
         ("epochs =", "line 1: epochs has no value; write one behind the =, or leave the key out"),
@@ -122,3 +150,24 @@ def test_a_message_has_three_lines_however_long_the_text_is():
 def test_the_caret_is_below_the_letter_after_wide_letters_and_tabs():
     assert pointed_at("a = 日本 x", 8).split("\n") == ["  a = 日本 x", " " * 11 + "^"]
     assert pointed_at("a\t= x", 5).split("\n") == ["  a = x", " " * 6 + "^"]
+
+
+@pytest.mark.parametrize("before", ["x = [1]", "x = {}", "[x]", "[[x]]"])
+@pytest.mark.parametrize("line", ["[[x]]", "[x.y]", "x = 1", "x.y = 'z'"])
+def test_no_line_is_repaired_to_itself(before, line):
+    assert not advice(f"{before}\n{line}\n{line}\n= 3").endswith(f": {line}")
+
+
+@pytest.mark.parametrize(
+    ("line", "is_shown"),
+    [
+        ("hf_token = x-y", False),
+        ("wandb_api_key = x y", False),
+        ("keep_tokens_separator = |", True),
+        ("max_caption_tokens = 5 1 2", True),
+    ],
+)
+def test_lines_with_secrets_alone_are_not_shown(line, is_shown):
+    with pytest.raises(tomllib.TOMLDecodeError) as caught:
+        tomllib.loads(line)
+    assert (line in describe_error(line, caught.value)) == is_shown
