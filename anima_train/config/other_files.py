@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from anima_train.config.compat import FOREIGN
+from anima_train.core.format import count
 from anima_train.core.settings import quoted
 
 Table = Mapping[str, Any]
@@ -33,6 +34,7 @@ SUBSET_KEYS = {
 TRANSLATED = {"general", "datasets", "subsets", "resolution", "is_reg", "caption_extension"}
 DEFAULTS = {"enable_ar_bucket": True, "num_repeats": 1}
 MAX_SHOWN = 4  # directories in the lines to paste
+MAX_KEYS = 5  # without an equivalent that are named
 
 
 def whole_file_fault(data: Table, is_main: bool) -> str | None:
@@ -42,11 +44,13 @@ def whole_file_fault(data: Table, is_main: bool) -> str | None:
         data: its table.
         is_main: True for the main file.
     """
-    if isinstance(data.get("datasets"), list) or isinstance(data.get("general"), dict):
+    is_theirs = isinstance(data.get("datasets"), list) or isinstance(data.get("general"), dict)
+    if is_theirs and not is_kohya(data, ()):  # else its sections are those of a training
         lines = "\n".join(f"  {line}" for line in as_dataset(data))
         place = "in the file that `dataset` names write" if is_main else "write"
         others = sorted({*all_keys(data)} - SUBSET_KEYS.keys() - TRANSLATED)
-        without = f" (without {', '.join(others[:5])})" if others else ""
+        more = ", ..." if len(others) > MAX_KEYS else ""
+        without = f" (without {', '.join(others[:MAX_KEYS])}{more})" if others else ""
         return f"is a dataset of kohya's sd-scripts; {place} instead{without}\n{lines}"
     if is_main and "directory" in data and not {"model", "optimizer", "output_dir"} & data.keys():
         return "is a dataset; the main file, such as configs/style_lora.toml, names it: dataset = 'FILE'"
@@ -79,8 +83,9 @@ def as_dataset(data: Table) -> Iterator[str]:
         "{ " + ", ".join(f"{key} = {in_toml(value)}" for key, value in directory.items()) + " }"
         for directory in directories or [{"path": "data"}]
     ]
-    more = ", ..." if len(tables) > MAX_SHOWN else ""
-    yield f"directory = [{', '.join(tables[:MAX_SHOWN])}{more}]"
+    left = len(tables) - MAX_SHOWN
+    more = f"  # and {count(left, 'directory', 'directories')} more, to be added" if left > 0 else ""
+    yield f"directory = [{', '.join(tables[:MAX_SHOWN])}]{more}"
 
 
 def tables_in(value: object) -> list[dict[str, Any]]:

@@ -79,6 +79,29 @@ def test_a_broken_dataset_of_kohya_is_answered_too(project, text):
     assert 'directory = [{ path = "data"' in problem
 
 
+def test_what_is_left_out_of_a_dataset_of_kohya_is_said_and_what_is_pasted_is_toml(project):
+    subsets = "".join(f"  [[datasets.subsets]]\n  image_dir = 'n{number}'\n" for number in range(7))
+    foreign = "".join(f"color_{letter} = 1\n" for letter in "abcdefg")
+    project.write("kohya.toml", f"[[datasets]]\nresolution = 640\n{foreign}{subsets}")
+    (problem,) = project.problems({"dataset": "kohya.toml"})
+    first, *lines = problem.split("\n")
+    assert "(without color_a, color_b, color_c, color_d, color_e, ...)" in first
+    assert lines[1].endswith("]  # and 3 directories more, to be added")
+    assert tomllib.loads("\n".join(lines))["directory"] == [{"path": f"n{number}"} for number in range(4)]
+
+
+def test_a_training_of_kohya_with_a_section_called_general_is_no_dataset(project):
+    path = project.write(
+        "training.toml",
+        "[general]\npretrained_model_name_or_path = 'a'\noutput_name = 'b'\n[training]\nmax_train_epochs = 3\n",
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    first, *others = caught.value.problems
+    assert "is a configuration of kohya's sd-scripts" in first
+    assert any(problem.startswith("training.toml: output_name: ") for problem in others)
+
+
 def test_a_main_file_and_a_dataset_in_each_others_place_are_one_message_each(project):
     project.config(name="other.toml")
     (problem,) = project.problems({"dataset": "other.toml"})
