@@ -24,7 +24,7 @@ class Keys:
 
     ignored: dict[str, str]  # without meaning here: why. Accepted with one note each
     off: dict[str, Any] = field(default_factory=dict)  # not supported yet: the value that means "off", accepted
-    off_remedies: dict[str, str] = field(default_factory=dict)  # what to do instead of these
+    off_remedies: dict[str, str] = field(default_factory=dict)  # what to do instead of each of these
     not_yet: dict[str, dict[str, str]] = field(default_factory=dict)  # values that are not supported yet: what to do
     instead: dict[str, dict[str, str]] = field(default_factory=dict)  # values that are not chosen: what to write
 
@@ -66,7 +66,7 @@ def translate(
         elif name in keys.off:
             off = keys.off[name]
             if value != off or isinstance(value, bool) != isinstance(off, bool):
-                problem(name, f"not supported yet; {keys.off_remedies.get(name, 'remove it')}")
+                problem(name, f"not supported yet; {keys.off_remedies[name]}")
         else:
             if isinstance(value, str) and (fault := keys.value_fault(name, value)):
                 problem(name, fault)

@@ -38,7 +38,7 @@ def test_a_key_for_later_is_accepted_only_where_it_says_off(project, key, off):
     for value in (True, False, 0, 1, 0.5, "x", "", [1], {"a": 1}):
         if value == off and isinstance(value, bool) == isinstance(off, bool):
             continue
-        remedy = MAIN.off_remedies.get(key, "remove it")
+        remedy = MAIN.off_remedies[key]
         assert project.problems({key: value}) == [f"main.toml: {path}: not supported yet; {remedy}"]
 
 
@@ -112,6 +112,12 @@ OURS = {(place, key) for place, table in tables(Config) for key in table.model_f
 def test_no_foreign_name_is_one_of_ours():
     ours = {key for place, key in OURS if "sampling" not in place}  # steps are a picture's there
     assert not {*FOREIGN, *MAIN.ignored, *DATASET.ignored} & ours
+
+
+def test_the_key_of_musubi_for_some_blocks_is_ours_for_some_blocks(project):
+    said = 'it is called checkpointed_blocks, with activation_checkpointing = "selective"'
+    assert project.problems({"blocks_to_checkpoint": 9}) == [f"main.toml: blocks_to_checkpoint: unknown key; {said}"]
+    project.load({"checkpointed_blocks": 9, "activation_checkpointing": "selective"})
 
 
 def test_every_name_of_ours_that_is_promised_exists():
