@@ -27,7 +27,10 @@ def flag_fault(flag: str, own: Sequence[str]) -> str | None:
     if (text := FOREIGN.get(name)) is not None:
         place = "settings stand in the TOML file, and " if text.startswith("it is called") else ""
         return f"{flag}: unknown flag; {place}{text.replace(': remove it', ': leave it out')}"
-    if (path := setting_path(name)) is not None:
+    path = setting_path(name)
+    if path is not None and path.startswith("dataset."):  # --set cannot look into the file that `dataset` names
+        return f"{flag}: unknown flag; settings stand in the TOML file, this one in the dataset's"
+    if path is not None:
         return f"{flag}: unknown flag; settings stand in the TOML file; for one run write --set {path}=VALUE"
     return None
 
@@ -39,14 +42,16 @@ def is_declared(name: str) -> bool:
 
 
 def setting_path(name: str) -> str | None:
-    """Return the dotted path of the first setting of this name, in no list; None if there is none."""
-    if not is_declared(name):
+    """Return the dotted path of the first setting of this name, in no list and no table itself; None without one."""
+    if name == "type" or not is_declared(name):  # that of many tables
         return None
     from anima_train.config.config import Config
-    from anima_train.core.settings import tables
+    from anima_train.core.settings import is_settings, item_types, tables
 
     for place, table in tables(Config):
-        if name in table.model_fields and "[[" not in place and "eval_datasets" not in place:
+        if name not in table.model_fields or all(map(is_settings, item_types(table.model_fields[name].annotation))):
+            continue
+        if "[[" not in place and "eval_datasets" not in place:
             inside = place.partition("[")[2].rstrip("]") if place.startswith("in [") else ""
             return f"{inside}.{name}" if inside else name
     return None

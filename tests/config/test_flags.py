@@ -23,6 +23,8 @@ OWN = ["--set", "--dry-run", "--resume", "--size", "--negative"]
         ("--network_dim", "settings stand in the TOML file, and it is called rank, in [adapter]"),
         ("--rank", "settings stand in the TOML file; for one run write --set adapter.rank=VALUE"),
         ("--max-steps", "settings stand in the TOML file; for one run write --set max_steps=VALUE"),
+        ("--tag_dropout", "settings stand in the TOML file, this one in the dataset's"),
+        ("--lr_scheduler", "settings stand in the TOML file; for one run write --set lr_scheduler=VALUE"),
         ("--dry_run", "it is written --dry-run"),
         ("--width", "write --size WIDTHxHEIGHT, such as --size 832x1216"),
         ("--negative-prompt", "write --negative TEXT"),
@@ -35,6 +37,11 @@ def test_a_flag_of_another_program_is_answered_with_ours(flag, said):
 def test_a_flag_is_not_answered_with_one_that_the_command_does_not_have():
     assert "--size" not in flag_fault("--resolution", ["--set"])
     assert flag_fault("--nonsense", OWN) is None
+
+
+@pytest.mark.parametrize("flag", ["--model", "--adapter", "--sampling", "--eval_datasets", "--ema", "--type"])
+def test_no_value_is_advised_for_a_table_or_for_the_type_of_some_table(flag):
+    assert flag_fault(flag, OWN) is None
 
 
 def test_no_flag_of_ours_is_refused_and_commands_ask():
