@@ -43,7 +43,10 @@ def checkpointed_blocks_fault(number: int, earlier: Mapping[str, Any]) -> str | 
     if policy is False:
         return 'needs activation_checkpointing = "selective", which is for the other blocks; set it, or remove this key'
     written = f"activation_checkpointing = {describe_value(policy)}"
-    return f'with {written} all blocks are; write "selective" there, for the others, or remove this key'
+    return (
+        f'with {written} all blocks are checkpointed anyway; write "selective" there, for the others, '
+        "or remove this key"
+    )
 
 
 def average_fault(average: Ema | None, earlier: Mapping[str, Any]) -> str | None:

@@ -24,6 +24,7 @@ def memory_suggestions(
     keeps_less = {policy: POLICIES.index(policy) > POLICIES.index(kept_now) for policy in POLICIES}
     trains_llm_adapter = config.learning_rates().by_component["llm_adapter"] != 0
     fewer = f"micro_batch_size_per_gpu below {batch_size} at resolution {resolution}"
+    instead = ", without checkpointed_blocks" if config.checkpointed_blocks else ""  # they exclude each other
     suggestions = {
         # Without any effect on what is learned.
         'model.dtype = "bfloat16" (faster, too)': config.model.dtype == "float32",
@@ -34,11 +35,13 @@ def memory_suggestions(
         'activation_checkpointing = "selective" (half of the activations, at most 8 % more work)': (
             keeps_less["selective"]
         ),
-        'checkpointed_blocks = 8 or more, with "selective" (far fewer in these, for about 40 % more work there)': (
+        'checkpointed_blocks = 8 or more, with "selective" (these keep far less, for about 40 % more work in them)': (
             keeps_less["blocks"] and not config.checkpointed_blocks
         ),
-        "activation_checkpointing = true (far fewer, about 40 % more work)": keeps_less["blocks"],
-        'activation_checkpointing = "offload" (fewer again, and copies to the host and back)': keeps_less["offload"],
+        f"activation_checkpointing = true{instead} (far fewer, about 40 % more work)": keeps_less["blocks"],
+        f'activation_checkpointing = "offload"{instead} (fewer again, and copies to the host and back)': (
+            keeps_less["offload"]
+        ),
         # With an effect, from here on.
         'no model.transformer_dtype, and optimizer.type = "adamw_optimi" (weights in bfloat16)': (
             trains_all and has_float32_weights

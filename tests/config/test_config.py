@@ -43,8 +43,8 @@ FROZEN = {f"model.{name}_lr": 0.0 for name in ("self_attn", "cross_attn", "mlp",
         ),
         (
             {"checkpointed_blocks": 3, "activation_checkpointing": True},
-            'checkpointed_blocks: with activation_checkpointing = true all blocks are; write "selective" there, for '
-            "the others, or remove this key",
+            "checkpointed_blocks: with activation_checkpointing = true all blocks are checkpointed anyway; write "
+            '"selective" there, for the others, or remove this key',
         ),
         (
             {"model.transformer_dtype": "nf4"},
