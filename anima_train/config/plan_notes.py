@@ -58,7 +58,8 @@ def plan_warnings(config: Config, num_steps: int) -> Iterator[str]:
     if config.warmup_steps > num_steps > 0:
         yield (
             f"warmup_steps: {config.warmup_steps:,} is longer than the run of {count(num_steps, 'step')}: the learning "
-            f"rate rises to {num_steps / config.warmup_steps:.0%} of lr, and no more; write a twentieth of the steps"
+            f"rate rises to {num_steps / config.warmup_steps:.0%} of lr, and no more; write "
+            f"warmup_steps = {max(1, num_steps // 20)}"
         )
 
 

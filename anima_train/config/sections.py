@@ -79,7 +79,7 @@ class EvalDataset(Settings):
     def differ_as_logged(cls, value: list[float]) -> list[float]:
         """Refuse levels that have the same name in the metrics."""
         if len({f"{level:.2f}" for level in value}) < len(value):
-            raise ValueError("has levels that are equal in two decimals; remove them")
+            raise ValueError("has levels that are equal in two decimals; keep one of each")
         return value
 
     def points(self) -> Points:

@@ -67,10 +67,12 @@ def test_what_never_happens_in_a_run_is_noted_and_nothing_else(notes_of, changes
 
 
 def test_a_warmup_longer_than_the_run_is_a_warning(trainer):
-    said = "the learning rate rises to 1% of lr, and no more; write a twentieth of the steps"
-    for steps, warned in ((4, []), (400, [f"warmup_steps: 400 is longer than the run of 4 steps: {said}"])):
-        config = load_config(trainer.config(warmup_steps=steps), []).config
-        assert list(plan_warnings(config, 4)) == warned
+    config = load_config(trainer.config(warmup_steps=400), []).config
+    said = "the learning rate rises to {} of lr, and no more; write warmup_steps = {}"
+    for num_steps, *numbers in ((4, "1%", 1), (300, "75%", 15)):
+        (warning,) = plan_warnings(config, num_steps)
+        assert warning == f"warmup_steps: 400 is longer than the run of {num_steps} steps: {said.format(*numbers)}"
+    assert not list(plan_warnings(config, 400))
 
 
 @pytest.mark.parametrize(
