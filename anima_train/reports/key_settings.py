@@ -21,7 +21,7 @@ def key_settings(table: Mapping[str, Any]) -> list[tuple[str, str]]:
         "schedule": schedule_text(table),
         "optimizer": named_text(table_of(table, "optimizer"), without=("type", "lr")),
         "batch": batch_text(table),
-        "resolutions": value_text(table_of(table, "dataset").get("resolutions", "")).strip("[]"),
+        "resolutions": items_text(table_of(table, "dataset").get("resolutions", "")),
         "noise levels": named_text(noise_of(table_of(table, "model"))),
         "computation": computation_text(table),
         "loss": ", ".join(f"{key} {value_text(table[key])}" for key in LOSSES if key in table),
@@ -44,6 +44,11 @@ def value_text(value: object) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(value_text, value))}]"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def items_text(value: object) -> str:
+    """Return the values of a list as people write them, without its brackets."""
+    return ", ".join(map(value_text, value)) if isinstance(value, list) else value_text(value)
 
 
 def named_text(table: Mapping[str, Any], without: tuple[str, ...] = ("type",)) -> str:

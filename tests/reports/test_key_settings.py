@@ -47,6 +47,12 @@ def test_a_lora_tells_its_sizes_rates_and_optimizer(tmp_path):
     assert "betas [0.9, 0.95]" in optimizer
 
 
+def test_sizes_among_the_resolutions_keep_their_brackets(tmp_path):
+    for resolutions, shown in (([[1280, 704]], "[1280, 704]"), ([512, [704, 1280]], "512, [704, 1280]")):
+        dataset = {"resolutions": resolutions, "directory": [{"path": "."}]}
+        assert rows_of(tmp_path, dataset=dataset)["resolutions"] == shown
+
+
 def test_a_full_fine_tune_says_that_all_weights_are_trained(tmp_path):
     model = {"type": "anima", "tiny_path": "tiny", "cross_attn_lr": 0, "mlp_lr": 1e-4}
     changes = {"force_constant_lr": 7e-6, "lr_scheduler": None, "warmup_steps": None, "uncond_fraction": 0.0}
