@@ -35,7 +35,7 @@ from anima_train.data.settings import DatasetSettings
 from anima_train.data.sources import archive as archives
 from anima_train.data.sources.archive import content_of
 from anima_train.data.sources.folder import Files
-from anima_train.data.sources.hf_dataset import hf_dataset_files
+from anima_train.data.sources.hf_dataset import hf_dataset_files, row_names
 
 REPO = Path(__file__).parents[2]
 COMMIT = "c0ffee" + "0" * 34
@@ -254,6 +254,21 @@ def test_rows_read_no_file_that_is_not_below_the_dataset(tmp_path: Path, opened:
     assert found.bad[1] == (
         f"{path}/00000001: its row names '../secret/a.png', which is not below the dataset, and never read"
     )
+
+
+def test_rows_may_name_their_files_by_a_link_to_the_dataset(tmp_path: Path) -> None:
+    image_folder(tmp_path / "real" / "data", ["sub/in.png", "b.png", "c.png"])
+    image_folder(tmp_path / "real" / "other", ["d.png"])
+    os.symlink(tmp_path / "real", tmp_path / "link")
+    place = tmp_path / "link" / "data"
+    paths = [f"{place}/sub/in.png", f"{tmp_path}/real/data/b.png", f"{place}/c.png", f"{place}/../other/d.png"]
+    found = look(referring(place, *paths), caption_column="", mask_column="mask")
+    assert {content_of(sample.picture.source) for sample in found.samples} == {
+        encoded(name) for name in ("sub/in.png", "b.png", "c.png")
+    }
+    (bad,) = found.bad
+    assert "/../other/d.png', which is not below the dataset" in bad
+    assert row_names(paths[:3], place) == ["sub/in.png", "b.png", "c.png"]
 
 
 def test_masks_that_rows_name_elsewhere_are_not_read_either(tmp_path: Path) -> None:

@@ -104,7 +104,8 @@ def column_images(table: "Dataset", name: str, place: Path) -> tuple[list[str], 
 def own_folders(place: Path) -> list[Path]:
     """Return the folders below which the files of a dataset lie; of one on the Hub, those that it is downloaded to."""
     if place.exists():
-        return [(place if place.is_dir() else place.parent).resolve()]
+        folder = place if place.is_dir() else place.parent
+        return [folder.resolve(), Path(os.path.abspath(folder))]  # rows may name the one or, by a link, the other
     from datasets import config
 
     downloads = (constants.HF_HUB_CACHE, config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH)
@@ -122,10 +123,12 @@ def row_names(paths: Sequence[str], place: Path) -> list[str]:
 
     All are numbers where two names would differ in nothing but their ending, as captions and masks are found by it.
     """
-    folder = place.resolve()
+    folders = (place.resolve(), Path(os.path.abspath(place)))
     names = []
     for row, path in enumerate(paths):
-        if (match := ZIP_URL.fullmatch(path)) is None and Path(path).is_relative_to(folder):
+        match = ZIP_URL.fullmatch(path)
+        folder = next((each for each in folders if match is None and Path(path).is_relative_to(each)), None)
+        if folder is not None:
             names.append(Path(path).relative_to(folder).as_posix())
         else:  # without the folders of whoever made the dataset
             names.append(PurePosixPath((match["member"] if match else path).replace("\\", "/")).name or f"{row:08}")
