@@ -32,7 +32,7 @@ class Scan:
     samples: list[Sample]
     num_images: int  # found, skipped ones included
     bad: list[str] = field(default_factory=list)  # skipped as damaged or unreadable: "path: reason"
-    skipped: list[str] = field(default_factory=list)  # skipped by a setting: "path: reason"
+    skipped: list[str] = field(default_factory=list)  # by a setting, or as nothing can read them: "path: reason"
     warnings: list[str] = field(default_factory=list)  # those about files are each a `Listing`
 
     def check(self, max_bad_fraction: float) -> None:
@@ -167,7 +167,7 @@ def scan_files(index: int, files: Files, options: DirectoryOptions, cache: Cache
     for name in files.unread_images:
         advice = UNREAD_SUFFIXES[suffix_of(name)[1:]]
         skipped.append(f"{files.folder / name}: {suffix_of(name)[1:].upper()} is not read; {advice}")
-    lost = [name for name in files.lost_members if is_image(name)]
+    lost = [name for name in files.lost_members if is_image(name) and name not in files.members]
     skipped.extend(f"{files.folder / name}: {files.lost_members[name]}" for name in lost)
     kept = shuffled(usable, lambda image: image.file, seed, "subsample", index)
     kept = kept[: max(1, round(len(kept) * options.subsample_ratio))]

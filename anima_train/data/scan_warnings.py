@@ -77,8 +77,9 @@ def unused_entries(files: Files, options: DirectoryOptions) -> Findings:
         )
     yield "subfolders that are searched under another name, not searched again", files.repeated_folders
     yield "files that are neither images nor captions, not used", files.unused_files
-    lost = [f"{name} ({reason})" for name, reason in files.lost_members.items() if not is_image(name)]
-    yield "entries of archives that are not read", lost
+    # An image that is there another time is used, and so not among those that are skipped.
+    lost = {name: why for name, why in files.lost_members.items() if not is_image(name) or name in files.members}
+    yield "entries of archives that are not read", [f"{name} ({why})" for name, why in lost.items()]
 
 
 def folders_in(folder: Path) -> list[str]:

@@ -46,7 +46,7 @@ def data_messages(name: str, found: Scan) -> list[str]:
     """Return what a scan found."""
     pictures = {sample.picture.path for sample in found.samples}
     messages = [f"dataset {name}: {count(len(pictures), 'image')} of {found.num_images:,} found"]
-    for title, files in (("cannot be used", found.bad), ("skipped by a setting", found.skipped)):
+    for title, files in (("cannot be used", found.bad), ("skipped", found.skipped)):
         if files:
             messages.append(Listing(f"dataset {name}: {title}: {len(files):,}", files))
     return [*messages, *(prefixed(f"warning: dataset {name}: ", warning) for warning in found.warnings)]
