@@ -186,9 +186,10 @@ def tags_in(text: str, delimiter: str) -> list[str]:
     What stands in quotation marks is one tag, with its commas.
     """
     mark = delimiter.strip()
+    text = text.rstrip().removesuffix(mark) if mark else text
     tags: list[str] = []
     is_open = False
-    for piece in text.rstrip().removesuffix(mark).split(delimiter) if mark else text.split(delimiter):
+    for piece in text.split(delimiter):
         if is_open:
             tags[-1] += delimiter + piece
             is_open = '"' not in piece

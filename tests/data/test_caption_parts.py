@@ -168,6 +168,7 @@ def test_shortened_words_quotations_and_clauses_are_told_apart(caption: str, exp
         ('sign, "stop, now", text: "a, b, c", hat', ["sign", '"stop, now"', 'text: "a, b, c"', "hat"]),
         ("5'11\" tall, 1boy, 6'2\" tall", ["5'11\" tall", "1boy", "6'2\" tall"]),
         ('"open, hat, cat', ['"open', "hat", "cat"]),
+        ('hat, "open, cat,', ["hat", '"open', "cat"]),
         ('"one", "two", x', ['"one"', '"two"', "x"]),
     ],
 )
