@@ -19,7 +19,7 @@ from anima_train.reports.grid_page import write_page
 from anima_train.run.log import is_quiet
 from anima_train.run.progress import DrawingBar
 from anima_train.sampling.generate import PictureSettings, Request, with_shared
-from anima_train.sampling.grids import Cell, ChosenLora, Sheet, make_gallery, make_grid
+from anima_train.sampling.grids import Cell, ChosenLora, Sheet, by_loras, make_gallery, make_grid
 
 Values = Mapping[str, Any]  # of keys of `Request`
 
@@ -111,7 +111,7 @@ def choose_sheet(
     if len(replaced) == 2:
         flags = " and ".join(axis.flag for axis in replaced)
         raise ConfigError(f"--size: has no effect with {flags}; leave it out")
-    for axis in replaced:
+    for axis in [] if is_quiet() else replaced:
         print(f"note: --size: its {axis.key} has no effect, as {axis.flag} sets it", file=sys.stderr)
     return sheet
 
@@ -142,7 +142,8 @@ def draw(model: ModelPart, cells: Sequence[Cell], out: Path) -> list[Path]:
     if not is_quiet():
         print(choice, file=sys.stderr)
     pictures = {}
-    bar = DrawingBar([cell.request.steps for cell in cells], is_shown=not is_quiet())
+    drawn = [cells[place] for places in by_loras(cells).values() for place in places]
+    bar = DrawingBar([cell.request.steps for cell in drawn], is_shown=not is_quiet())
     with choice.in_use(device), contextlib.closing(bar):
         for place, path in sample(spec, cells, out, bar.tell):
             bar.finished(printable(str(path)))

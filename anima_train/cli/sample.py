@@ -51,7 +51,7 @@ def sample(
     overrides: Overrides = None,
     quietly: Quiet = False,
 ) -> None:
-    """Draw pictures with the model of a config, with or without LoRAs, as ComfyUI does."""
+    """Draw pictures with the model of a config, with or without LoRAs, as ComfyUI does; print their paths, always."""
     from anima_train.config.load import load_model_part
 
     model = load_model_part(config, overrides or [], checkpoint)
@@ -64,8 +64,8 @@ def sample(
     )
     requests = choose_requests(prompt or [], prompts, settings, model.sampling, grid or [])
     loras = [parse_lora(text) for text in lora or []]
-    sheet = choose_sheet(grid or [], gallery, requests, settings, loras, model.sampling)
     with quiet(quietly):
+        sheet = choose_sheet(grid or [], gallery, requests, settings, loras, model.sampling)
         pictures = draw(model, sheet.cells if sheet else [Cell(request, tuple(loras)) for request in requests], out)
     if sheet:
         save_all(sheet, pictures, out)

@@ -37,6 +37,14 @@ class Cell:
     loras: tuple[ChosenLora, ...] = ()
 
 
+def by_loras(cells: Sequence[Cell]) -> dict[tuple[ChosenLora, ...], list[int]]:
+    """Return the places of the cells by their LoRAs, in the order in which they are drawn."""
+    groups: dict[tuple[ChosenLora, ...], list[int]] = {}
+    for place, cell in enumerate(cells):
+        groups.setdefault(cell.loras, []).append(place)
+    return groups
+
+
 Value = int | float | str | Request | ChosenLora | None  # None: no LoRA
 
 

@@ -14,7 +14,7 @@ from anima_train.model.loading import ModelSpec, load_llm_adapter, load_transfor
 from anima_train.model.text import load_text_encoder, load_tokenizers
 from anima_train.model.vae import load_vae
 from anima_train.sampling.generate import Request, Tell, decode, generate
-from anima_train.sampling.grids import Cell, ChosenLora
+from anima_train.sampling.grids import Cell, ChosenLora, by_loras
 from anima_train.sampling.pictures import UsedLora, UsedWeights, save_picture
 from anima_train.sampling.prompts import context_of, prompt_states
 
@@ -89,9 +89,7 @@ def sample(
     texts = [(llm_adapter_loras(cell.loras), text) for cell in cells for text in texts_of([cell.request])]
     contexts = encode_all(spec, shapes, texts)
     transformer = load_transformer(files, train_llm_adapter=False, dtype=dtype, device=device).eval()
-    groups: dict[Loras, list[int]] = {}
-    for place, cell in enumerate(cells):
-        groups.setdefault(cell.loras, []).append(place)
+    groups = by_loras(cells)
     switch = LoraSwitch(transformer, shapes, keeps=len(groups) > 1)
     vae = load_vae(files.vae, dtype, device)
     for loras, places in groups.items():

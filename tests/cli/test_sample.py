@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from anima_train.adapters.lora import target_modules
 from anima_train.adapters.read import linear_shapes
+from anima_train.cli import draw
 from anima_train.cli.draw import choose_sheet
 from anima_train.cli.main import COMMANDS, application
 from anima_train.config.load import load_model_part
@@ -18,6 +19,7 @@ from anima_train.config.model_files import find_model_files
 from anima_train.core.errors import ConfigError, ModelFileError, NumericError
 from anima_train.model.loading import load_transformer
 from anima_train.model.tiny import write_tiny
+from anima_train.run.progress import DrawingBar
 from anima_train.sampling.generate import Request
 from anima_train.sampling.grids import ChosenLora
 from anima_train.sampling.pipeline import LoraSwitch
@@ -65,8 +67,8 @@ def sample(config, tmp_path, monkeypatch):
     """Run `anima sample` on small pictures; returns the paths of those it printed."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments, size="64x48"):
-        command = ["sample", config, "--size", size, "--steps", "3", *arguments]
+    def run(*arguments, size="64x48", steps=("--steps", "3")):
+        command = ["sample", config, "--size", size, *steps, *arguments]
         result = CliRunner().invoke(application(COMMANDS, "anima"), [str(argument) for argument in command])
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
@@ -264,6 +266,15 @@ def sheet_corners(size, width, height, gap=3):
 
 
 @pytest.mark.slow
+def test_the_bar_gets_the_steps_in_the_order_in_which_pictures_are_drawn(sample, loras, monkeypatch):
+    bars = []
+    monkeypatch.setattr(draw, "DrawingBar", lambda *given, **more: bars.append(DrawingBar(*given, **more)) or bars[-1])
+    axes = ("--grid", f"x=lora:none,{loras[0]}", "--grid", "y=steps:1,2")
+    *pictures, _, _ = sample("--prompt", "1girl", *axes, size="16x16", steps=())
+    steps = [int(re.search(r"Steps: (\d+)", Image.open(path).info["parameters"])[1]) for path in pictures]
+    assert bars[0].num_steps == steps == [1, 2, 1, 2]
+
+
 def test_a_folder_of_checkpoints_is_an_axis_in_the_order_of_its_steps(sample, loras, tmp_path):
     weights = tmp_path / "run" / "weights"
     weights.mkdir(parents=True)
@@ -382,3 +393,9 @@ def test_a_size_beside_axes_over_width_and_height_is_refused_and_half_of_it_note
     sheet = choose_sheet(["x=width:64,80"], None, [one], {"width": 96, "height": 96}, [])
     assert [cell.request.width for cell in sheet.cells] == [64, 80]
     assert capsys.readouterr().err == "note: --size: its width has no effect, as --grid x=width sets it\n"
+
+
+def test_a_quiet_command_prints_paths_and_no_note(sample, capfd):
+    one, *_ = sample("--prompt", "a", "--grid", "x=width:16", "--quiet", size="32x16", steps=("--steps", "1"))
+    assert one.is_file()
+    assert "note" not in capfd.readouterr().err
