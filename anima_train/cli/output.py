@@ -40,7 +40,8 @@ def print_json(make: Callable[[], Facts]) -> None:
         with contextlib.redirect_stdout(sys.stderr):
             found = make()
     except UserError as error:
-        print(json.dumps({"errors": list(error.problems), "exit_code": error.exit_code}))
+        errors = ["\n  ".join([problem, *getattr(problem, "entries", ())]) for problem in error.problems]
+        print(json.dumps({"errors": errors, "exit_code": error.exit_code}))
         raise
     print(json.dumps(as_json(found), allow_nan=False))
 

@@ -33,7 +33,8 @@ def write_report(run: Path, html: Path | None) -> Facts:
     from anima_train.reports.run_page import write_run_report
 
     try:
-        return {"page": write_run_report(run, html), **run_facts(collect_run(run))}
+        found = collect_run(run)
+        return {"page": write_run_report(run, html, found), **run_facts(found)}
     except OSError as error:  # no permission, or a file where a folder should be
         raise ConfigError(
             f"{error.filename}: cannot be read or written ({error.strerror}); --html chooses another page"

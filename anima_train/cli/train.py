@@ -1,5 +1,6 @@
 """`anima train`."""
 
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,13 +59,15 @@ def next_steps(loaded: "LoadedConfig", weights: Path, file: Path, overrides: Seq
         loaded: the configuration of the run.
         weights: their file.
         file: of the configuration.
-        overrides: of --set; those of the model hold for the pictures, too.
+        overrides: of --set; those that `anima sample` reads hold for the pictures, too.
     """
+    from anima_train.config.load import ModelPart
+
     config = loaded.config
     flag, folder = ("--checkpoint", "diffusion_models") if config.adapter.type == "full" else ("--lora", "loras")
     words = ["anima", "sample", str(file), flag, str(weights)]
     for each in overrides:
-        if each.lstrip().startswith("model."):
+        if re.split(r"[.=]", each)[0].strip() in ModelPart.model_fields:
             words += ["--set", each]
     if config.sampling is None:  # else its prompts are drawn
         triggers = (directory.trigger_word for directory in loaded.train.settings.directory if directory.trigger_word)

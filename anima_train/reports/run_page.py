@@ -17,15 +17,20 @@ from anima_train.reports.series import MAX_POINTS, Series, evenly_to_last
 MAX_RANGES = 20  # of a histogram
 
 
-def write_run_report(run: Path, page: Path | None = None) -> Path:
+def write_run_report(run: Path, page: Path | None = None, found: RunReport | None = None) -> Path:
     """Write the report of a run, by default into its folder; return the page's path.
+
+    Args:
+        run: its folder.
+        page: the file to write.
+        found: the report, if it was collected already.
 
     Raises:
         ConfigError: the folder holds no run.
         SpaceError: the disk is full; an earlier page is intact.
     """
     page = page or run / "report.html"
-    write_text(page, render_run(collect_run(run)))
+    write_text(page, render_run(found or collect_run(run)))
     return page
 
 

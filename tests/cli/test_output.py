@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ from anima_train.cli.train import next_steps
 from anima_train.config.load import load_config
 from anima_train.core.errors import DataError
 from anima_train.distributed.failures import print_error
+from anima_train.reports import run as run_reports
+from anima_train.reports import run_page
 
 REPO = Path(__file__).parents[2]
 ENCODINGS = {
@@ -139,15 +143,29 @@ def test_errors_as_json_are_an_object_too(anima, tmp_path):
         assert errors == "".join(f"error: {line}\n" for line in found["errors"])
 
 
-def test_report_as_json_has_the_numbers_of_the_page(anima, trainer, capsys):
+def test_errors_as_json_have_all_files(anima, trainer, images_drawer, tmp_path):
+    images = images_drawer(tmp_path / "images", [(96, 96)] * 23)
+    directory = {"path": str(images), "min_image_side": 100, "missing_caption": "empty"}
+    config = trainer.config(dataset={"directory": [directory]})
+    code, out, errors = anima("check", config, "--json", "--no-html")
+    (problem, *_) = json.loads(out)["errors"]
+    assert (code, problem.count("is smaller than min_image_side")) == (3, 23)
+    assert errors.count("is smaller than min_image_side") == 20
+
+
+def test_report_as_json_has_the_numbers_of_the_page(anima, trainer, capsys, monkeypatch):
     run = trainer("run")
     capsys.readouterr()
+    collected, collect = [], run_reports.collect_run
+    for module in (run_reports, run_page):
+        monkeypatch.setattr(module, "collect_run", lambda folder: collected.append(folder) or collect(folder))
     code, out, errors = anima("report", run.path, "--json")
     found = json.loads(out)
     assert (code, errors) == (0, "")
     assert (found["run"], found["steps"], found["planned_steps"], found["finished"]) == ("run", 4, 4, True)
     assert found["last"]["lr"] == pytest.approx(1e-3)
     assert found["page"].endswith("report.html")
+    assert collected == [run.path]
 
 
 def test_what_json_does_not_have(tmp_path):
@@ -198,6 +216,10 @@ def test_the_end_of_a_run_says_how_to_try_the_weights_and_where_comfyui_wants_th
     lines = next_steps(loaded, Path("x"), Path(file), ["max_steps=3", "model.dtype='float32'"])
     assert """--set 'model.dtype='"'"'float32'"'"''""" in lines[1]
     assert "max_steps" not in lines[1]
+    read = ["attention='math'", "offline = true", "sampling.prompts=['x']", "model={type='anima'}"]
+    lines = next_steps(loaded, Path("x"), Path(file), [*read, "optimizer.lr=1e-3", "modelling.x=1"])
+    words = shlex.split(lines[1].removeprefix("try them: "))
+    assert [value for flag, value in pairwise(words) if flag == "--set"] == read
 
 
 def test_the_shell_is_told_how_to_complete(anima, monkeypatch):
