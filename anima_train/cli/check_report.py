@@ -4,13 +4,15 @@ import contextlib
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from anima_train.caching.entries import needed_entries
 from anima_train.caching.sizes import TextFormat, cache_costs
 from anima_train.caching.text_encoding import encodes_online, truncated
+from anima_train.checkpoint.disk_space import DiskPlan
 from anima_train.cli.output import Facts
 from anima_train.config.config import Config
 from anima_train.config.ladder import rungs
@@ -25,7 +27,7 @@ from anima_train.core.errors import ConfigError, UserError
 from anima_train.core.files import write_text
 from anima_train.core.format import format_bytes, printable
 from anima_train.data.loader import TextIdentity
-from anima_train.data.plan import times_seen
+from anima_train.data.plan import EpochSchedule, Plan, times_seen
 from anima_train.data.samples import Sample
 from anima_train.data.scan import Scan
 from anima_train.evaluation.base_drawn import split_undrawn
@@ -33,7 +35,7 @@ from anima_train.model.attention_choice import AttentionShape, choose_attention
 from anima_train.model.loading import ModelSpec
 from anima_train.model.text import TokenCounts, load_tokenizers
 from anima_train.optim.groups import group_rows
-from anima_train.reports.captions import tokenized
+from anima_train.reports.captions import Tokenized, tokenized
 from anima_train.reports.check import summary
 from anima_train.reports.dataset import (
     MAX_THUMBNAILS,
@@ -108,16 +110,16 @@ def check_all(loaded: LoadedConfig, title: str, measure_steps: int | None, page:
             with choice.in_use(device):
                 zeros = counts_zeros(config.attention, spec)
                 measured = measure(config, spec, buckets, measure_steps, is_online, zeros)
-    found = make_report(title, loaded, spec, scans, 0 if page is None else MAX_THUMBNAILS, measured, memory)
+    checked = Checked.of(loaded, spec, scans, memory)
+    found = make_report(title, checked, 0 if page is None else MAX_THUMBNAILS, measured)
     show(summary(found))
     if page is not None:
         write_page(page, "pictures", render(found))
-    own_warnings = [line.removeprefix("warning: ") for line in lines if line.startswith("warning: ")]
     return {
         "run_name": loaded.run_name,
         "device": describe_device(device, spec.dtype),
-        "warnings": list(dict.fromkeys([*scan_warnings(scans), *own_warnings])),
-        "notes": loaded.notes,
+        "warnings": list(dict.fromkeys([*scan_warnings(checked.scans), *checked.warnings, *memory.warnings])),
+        "notes": checked.notes,
         "datasets": {
             name: {"images": len({sample.picture.path for sample in scan.samples}), "found": scan.num_images,
                    "unusable": scan.bad, "skipped": scan.skipped}
@@ -130,8 +132,7 @@ def check_all(loaded: LoadedConfig, title: str, measure_steps: int | None, page:
         ],
         "steps": schedule.num_steps,
         "steps_in_first_epoch": plan.steps_in(0),
-        "trained": group_rows(trainable_transformer(spec, config.adapter, config.learning_rates(), config.seed),
-                              config.learning_rates()),
+        "trained": found.groups,
         "cache": found.cache,
         "measured": measured,
         "page": page,
@@ -147,48 +148,74 @@ def scan_warnings(scans: Mapping[str, Scan]) -> list[str]:
     ]
 
 
-def make_report(
-    title: str, loaded: LoadedConfig, spec: ModelSpec, scans: Mapping[str, Scan], max_thumbnails: int,
-    measured: Sequence[Measured] = (), memory: Choice | None = None,
-) -> DatasetReport:  # fmt: skip
+@dataclass(frozen=True)
+class Checked:
+    """A run as it would be, and what is to be told about it, with its paths."""
+
+    loaded: LoadedConfig
+    spec: ModelSpec
+    scans: Mapping[str, Scan]  # with the warnings about captions that lose their end
+    captions: Mapping[str, Captions]
+    known: Tokenized  # the tokens of all captions
+    plan: Plan
+    schedule: EpochSchedule
+    files: DiskPlan
+    memory: Choice | None  # the settings that were chosen
+    warnings: Sequence[str]  # beside those of the datasets and of the memory
+    notes: Sequence[str]
+
+    @classmethod
+    def of(
+        cls, loaded: LoadedConfig, spec: ModelSpec, scans: Mapping[str, Scan], memory: Choice | None = None
+    ) -> "Checked":
+        """Return what is known of a run whose images were looked at.
+
+        Raises:
+            ModelFileError: a tokenizer cannot be loaded.
+        """
+        config = loaded.config
+        captions = captions_of(scans, config.seed)
+        texts = (text for of_set in captions.values() for of_picture in of_set.values() for text in of_picture)
+        known = tokenized(load_tokenizers(spec.files.tokenizer, spec.files.t5_tokenizer), ["", *texts], spec.max_tokens)
+        plan, schedule = plan_run(config, scans["train"].samples, num_processes=1)
+        files = disk_plan(config, Path(config.output_dir), file_sizes(config, spec, plan.samples), plan, schedule)
+        full = files.warning(config.keep_last)
+        warnings = [*loaded.warnings, *plan_warnings(config, schedule.num_steps), *filter(None, [full])]
+        notes = [*loaded.notes, *plan_notes(config, spec, plan, schedule, evaluated(scans))]
+        scans = with_truncated(scans, captions, known.lengths)
+        return cls(loaded, spec, scans, captions, known, plan, schedule, files, memory, warnings, notes)
+
+
+def evaluated(scans: Mapping[str, Scan]) -> dict[str, list[Sample]]:
+    """Return the samples of the evaluation sets, by their names."""
+    return {name: scan.samples for name, scan in scans.items() if name != "train"}
+
+
+def make_report(title: str, checked: Checked, max_thumbnails: int, measured: Sequence[Measured] = ()) -> DatasetReport:
     """Return the report for the page, with at most `max_thumbnails` pictures.
 
-    Measured costs replace the estimates of their buckets; `memory` has the settings that were chosen.
-
-    Raises:
-        ModelFileError: a tokenizer cannot be loaded.
+    Measured costs replace the estimates of their buckets.
     """
-    config = loaded.config
-    plan, schedule = plan_run(config, scans["train"].samples, num_processes=1)
+    config, spec, scans, known = checked.loaded.config, checked.spec, checked.scans, checked.known
+    plan, schedule, captions = checked.plan, checked.schedule, checked.captions
     num_steps = schedule.num_steps
     transformer = trainable_transformer(spec, config.adapter, config.learning_rates(), config.seed)
     # The page may be shown to others, so it names no folder of this machine.
-    shared = partial(shared_text, places=places(loaded))
-    captions = captions_of(scans, config.seed)
-    texts = (text for of_set in captions.values() for of_picture in of_set.values() for text in of_picture)
-    known = tokenized(load_tokenizers(spec.files.tokenizer, spec.files.t5_tokenizer), ["", *texts], spec.max_tokens)
-    scans = with_truncated(scans, captions, known.lengths)
+    shared = partial(shared_text, places=places(checked.loaded))
     train, *evals = collect_sets(scans, plan, config.eval_batch_sizes(), captions, known, max_thumbnails, shared)
     is_online = encodes_online(config.model.cache_text_embeddings, plan.samples)
     has_text_encoder = is_online and config.model.text_encoder_device == "training"
     stats = model_stats(config.adapter, spec, transformer, has_text_encoder)
-    measured_on = {name: scan.samples for name, scan in scans.items() if name != "train"}
-    evaluated = [sample for found in measured_on.values() for sample in found]
     entries = needed_entries(
-        plan.samples, evaluated, "", ANY_MODEL, config.seed, config.uncond_fraction > 0,
-        config.model.cache_text_embeddings,
+        plan.samples, chain.from_iterable(evaluated(scans).values()), "", ANY_MODEL, config.seed,
+        config.uncond_fraction > 0, config.model.cache_text_embeddings,
     )  # fmt: skip
     seen = times_seen(plan, schedule, num_steps)
     num_tokens = sum(times * sample.size.num_tokens for times, sample in zip(seen, plan.samples, strict=True))
-    files = disk_plan(config, Path(config.output_dir), file_sizes(config, spec), plan, schedule)
     return DatasetReport(
         title,
-        warnings=[
-            *map(shared, loaded.warnings),
-            *map(shared, plan_warnings(config, num_steps)),
-            *map(shared, filter(None, [files.warning(config.keep_last)])),
-        ],
-        notes=list(map(shared, [*loaded.notes, *plan_notes(config, spec, plan, schedule, measured_on)])),
+        warnings=list(map(shared, checked.warnings)),
+        notes=list(map(shared, checked.notes)),
         settings=[("model", spec.files.transformer.name), *key_settings(plain(config))],
         sets=[replace(train, buckets=with_costs(train.buckets, config, stats, measured)), *evals],
         exposures=sorted(Counter(seen).items()),
@@ -196,8 +223,8 @@ def make_report(
         curve=lr_curve(config.lr_scheduler, config.warmup_steps, num_steps),
         groups=group_rows(transformer, config.learning_rates()),
         cache=cache_costs(entries, known.lengths, TextFormat.of(spec)),
-        files=f"{files.described()}: {format_bytes(files.num_bytes)} in all",
-        memory=memory,
+        files=f"{checked.files.described()}: {format_bytes(checked.files.num_bytes)} in all",
+        memory=checked.memory,
         device_bytes=memory_bytes(spec.device),
         max_tokens=spec.max_tokens,
         run_seconds=estimated_seconds(measured, plan.micro_batches_per_step, num_steps, num_tokens),

@@ -33,15 +33,14 @@ def render(report: DatasetReport) -> str:
 def findings(report: DatasetReport) -> Iterator[str]:
     """Yield what to look at first: the warnings, and a line for each list of the page that is one."""
     yield from report.warnings
-    if report.memory is not None and not report.memory.fits:
-        yield f"memory may run out: {report.memory.lasting_lines[0]}"
+    if report.memory is not None:
+        yield from report.memory.warnings
     for dataset in report.sets:
         found = [
             *dataset.warnings,
             *numbered(len(dataset.bad), "image cannot be used", "images cannot be used"),
             *numbered(len(dataset.damaged), "image is damaged", "images are damaged"),
             *numbered(len(dataset.skipped), "image is skipped", "images are skipped"),
-            *numbered(len(dataset.captions.truncated), "caption is cut off", "captions are cut off"),
             *(f"{count(len(each.images), 'image')} without {each.described}" for each in dataset.missing),
         ]
         for text in found:

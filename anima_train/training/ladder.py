@@ -100,6 +100,11 @@ class Choice:
         return [f"{self.cost}, on {self.budget.device}", *self.reason]
 
     @property
+    def warnings(self) -> list[str]:
+        """A line where the memory may run out."""
+        return [] if self.fits else [f"memory may run out: {self.lasting_lines[0]}"]
+
+    @property
     def cost(self) -> str:
         """The memory that is needed."""
         return f"about {format_bytes(self.num_bytes)} (an estimate) for {self.shape}"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from anima_train.cli import check_report
 from anima_train.cli.main import main
 from anima_train.cli.output import as_json
 from anima_train.cli.train import next_steps
@@ -19,6 +20,7 @@ from anima_train.core.errors import DataError
 from anima_train.distributed.failures import print_error
 from anima_train.reports import run as run_reports
 from anima_train.reports import run_page
+from anima_train.training.ladder import Budget
 
 REPO = Path(__file__).parents[2]
 ENCODINGS = {
@@ -151,6 +153,36 @@ def test_errors_as_json_have_all_files(anima, trainer, images_drawer, tmp_path):
     (problem, *_) = json.loads(out)["errors"]
     assert (code, problem.count("is smaller than min_image_side")) == (3, 23)
     assert errors.count("is smaller than min_image_side") == 20
+
+
+def test_warnings_as_json_stand_once_with_those_of_the_page_and_so_do_notes(anima, trainer, images_drawer, tmp_path):
+    images = images_drawer(tmp_path / "images", [(96, 96)] * 3)
+    for number in range(2):
+        (images / f"stray{number}.txt").write_text("of no image")
+    changes = {"warmup_steps": 9, "save_every_n_steps": 500}
+    config = trainer.config(dataset={"directory": [{"path": str(images)}]}, **changes)
+    found = json.loads(anima("check", config, "--json", "--no-html")[1])
+    (stray,) = [line for line in found["warnings"] if "stray0.txt" in line]
+    assert stray.startswith("dataset train: ")
+    assert any(line.startswith("warmup_steps: 9 is longer") for line in found["warnings"])
+    assert any(line.startswith("save_every_n_steps: has no effect") for line in found["notes"])
+    assert len({*found["warnings"]}) == len(found["warnings"])
+
+
+def test_a_caption_that_is_cut_off_is_a_warning_for_strict(anima, clean):
+    config, images = clean
+    (images / f"{min(images.glob('*.png')).stem}.txt").write_text(", ".join(["tag"] * 600))
+    code, _, errors = anima("check", config, "--strict", "-q", "--no-html")
+    assert code == 3
+    assert re.fullmatch(r"error: dataset train: .* longer than model\.max_caption_tokens .*\n", errors)
+
+
+def test_memory_that_may_run_out_is_a_warning_for_strict(anima, clean, monkeypatch):
+    choose = check_report.choose_here
+    monkeypatch.setattr(check_report, "choose_here", lambda *of: choose(*of).chosen_for(Budget(1, "1 byte", "a card")))
+    code, _, errors = anima("check", clean[0], "--strict", "-q", "--no-html")
+    assert code == 3
+    assert re.fullmatch(r"error: memory may run out: about .*, on a card \(a warning.*\)\n", errors)
 
 
 def test_report_as_json_has_the_numbers_of_the_page(anima, trainer, capsys, monkeypatch):

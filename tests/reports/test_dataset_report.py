@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from anima_train.cli.check_report import make_report
+from anima_train.cli.check_report import Checked, make_report
 from anima_train.cli.main import COMMANDS, application
 from anima_train.config.ladder import Rung
 from anima_train.config.load import load_config
@@ -558,9 +558,11 @@ def test_warnings_come_first_and_point_to_their_lists(checked, page):
     for words in (
         "in the dataset more than once",
         "1 image cannot be used; the list is below", "1 image is skipped; the list is below",
-        "1 caption is cut off; the list is below", "2 images without smiling girl, which begins most captions",
+        "and loses its end", "2 images without smiling girl, which begins most captions",
     ):  # fmt: skip
         assert words in warnings, words
+    assert warnings.count("loses its end") == 1
+    assert "cut off" not in warnings
 
 
 def test_a_set_without_faults_has_no_warnings(checked, tmp_path):
@@ -613,6 +615,7 @@ def test_memory_is_shown_against_the_device_with_what_was_chosen(checked):
     assert {"style": "width:37.5%"}.items() <= page.all("div", **{"class": "bar"})[0].items()
     tight = replace(found, memory=replace(choice, index=0), device_bytes=2**34)
     assert any(line.startswith("memory may run out: about 90.0 GiB") for line in findings(tight))
+    assert (len(tight.memory.warnings), found.memory.warnings) == (1, [])
     assert "562 % of the device." in " ".join(Page(render(tight)).text.split())
 
 
@@ -657,14 +660,9 @@ def test_a_set_with_the_longest_names_fits_a_telephone_and_a_desktop(checked, tm
 def report_of(path, measured, max_thumbnails=0):
     """The report of a config in which these buckets were measured."""
     loaded = load_config(path, [])
-    return make_report(
-        "x",
-        loaded,
-        build_model_spec(loaded.config, torch.device("cpu")),
-        scan_all((loaded.train, *loaded.evals), loaded.config.seed, write=False),
-        max_thumbnails,
-        measured,
-    )
+    spec = build_model_spec(loaded.config, torch.device("cpu"))
+    scans = scan_all((loaded.train, *loaded.evals), loaded.config.seed, write=False)
+    return make_report("x", Checked.of(loaded, spec, scans), max_thumbnails, measured)
 
 
 @pytest.mark.parametrize("max_steps", [3, 7, 40])
