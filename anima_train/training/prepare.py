@@ -89,7 +89,7 @@ def prepare_data(
             blocks = config.blocks_to_swap, config.checkpointed_blocks
             check_blocks(*blocks, config.adapter, spec, accelerator.num_processes)
             tell_what_trains(config.adapter, config.learning_rates(), spec, begins=saved is None)
-        scans = look_at_all(loaded, spec, is_main)
+        scans = look_at_all(datasets, config.seed, spec, is_main)
         if is_main:
             for cache in caches:
                 cache.retry()
@@ -124,20 +124,19 @@ def prepare_data(
     return Prepared(spec, data["train"], evals, warnings + bad, left_out(samples, sets["train"]))
 
 
-def look_at_all(loaded: LoadedConfig, spec: ModelSpec, is_main: bool) -> dict[str, Scan]:
+def look_at_all(datasets: Sequence[Dataset], seed: int, spec: ModelSpec, is_main: bool) -> dict[str, Scan]:
     """Look at every image of all sets; the main process first has the base model draw those that begin with captions.
 
     Raises:
         DataError: as `scan_all`; where images are wrong, nothing is drawn.
     """
-    datasets, seed = (loaded.train, *loaded.evals), loaded.config.seed
     ready, undrawn = split_undrawn(datasets)
     if undrawn and is_main:
         scan_all(ready, seed, write=True)
     if is_main:
         advice = ["a smaller width and height in pictures of the evaluation set"]
         with memory_errors(spec.device, MemoryContext("drawing with the base model"), lambda _: advice):
-            draw_missing(loaded.evals, spec)
+            draw_missing(datasets, spec)
     return scan_all(datasets, seed, write=is_main)
 
 
