@@ -17,7 +17,7 @@ from anima_train.core.errors import ModelFileError
 from anima_train.core.format import count
 from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX, SLOTS, identify, uncompiled
 from anima_train.model.loading import ModelFiles
-from anima_train.model.safetensors_io import TensorFile, first_five, open_header, read_tensors
+from anima_train.model.safetensors_io import Entry, TensorFile, first_five, open_header, read_tensors
 
 # PEFT's own state has the name of the adapter in its keys.
 KEY = re.compile(r"(.+)\.(?:(lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)(?:\.default)?\.weight|(alpha))")
@@ -210,6 +210,11 @@ def linear_shapes(files: ModelFiles) -> dict[str, tuple[int, ...]]:
         **files.transformer_header.entries,
         **{LLM_ADAPTER_PREFIX + name: entry for name, entry in files.llm_adapter_header.entries.items()},
     }
+    return weight_shapes(entries)
+
+
+def weight_shapes(entries: Mapping[str, Entry]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every matrix in a whole transformer, by the full name of its module."""
     return {
         name.removesuffix(".weight"): entry.shape
         for name, entry in entries.items()

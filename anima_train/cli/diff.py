@@ -1,0 +1,55 @@
+"""`anima diff`."""
+
+from pathlib import Path
+from typing import Annotated
+
+from anima_train.cli.options import Argument, Json, Option
+from anima_train.cli.output import Facts, print_json
+from anima_train.core.errors import ConfigError
+from anima_train.core.format import printable
+
+
+def diff(
+    base: Annotated[Path, Argument(metavar="A", help="A checkpoint: a transformer's .safetensors file.")],
+    other: Annotated[Path, Argument(metavar="B", help="Another one, or a LoRA of it.")],
+    html: Annotated[Path | None, Option(dir_okay=False, help="A page to write, with a picture of the blocks.")] = None,
+    directions: Annotated[
+        int, Option(min=0, help="Leading directions of each matrix in which changes count as interference; 0: none.")
+    ] = 16,
+    as_json: Json = False,
+) -> None:
+    """Show what changed between two checkpoints, or what a LoRA adds: how much, where, and along which directions.
+
+    relative: the size of the change over that of the weights. moved: share of the values that are others in the
+    checkpoint's own precision. rank: effective, |D|^4 / |D'D|^2, mean over the matrices. in top k: share of the change
+    in the k leading singular directions of its matrix, on either side, where what the base knows best lies.
+    """
+    if as_json:
+        print_json(lambda: compare(base, other, html, directions)[0])
+        return
+    for line in compare(base, other, html, directions)[1]:
+        print(printable(line))
+    if html is not None:
+        print(printable(f"page: {html}"))
+
+
+def compare(base: Path, other: Path, html: Path | None, directions: int) -> tuple[Facts, list[str]]:
+    """Return the difference for programs, and as lines; write its page.
+
+    Raises:
+        ConfigError: the page cannot be written.
+        UserError: as `difference`.
+    """
+    from tqdm import tqdm
+
+    from anima_train.reports.diff_page import write_diff_page
+    from anima_train.tools.diff import difference, table
+
+    with tqdm(desc="tensors", unit="", leave=False) as bar:
+        found = difference(base, other, directions, tell=lambda name: bar.update())
+    if html is not None:
+        try:
+            write_diff_page(html, found)
+        except OSError as error:
+            raise ConfigError(f"{html}: cannot be written ({error.strerror}); choose another place") from error
+    return vars(found), list(table(found))
