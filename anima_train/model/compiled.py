@@ -26,6 +26,10 @@ from anima_train.model.dit import Block, RunBlock
 
 logger = logging.getLogger(__name__)
 
+# What runs blocks is one function for dynamo, however many ways there are to run them: two for the first blocks and the
+# others, each with a graph for each kind of batch. Beyond dynamo's own limit of 8 nothing more would be compiled.
+MAX_GRAPHS = 64
+
 
 def missing_compiler(device: torch.device) -> str | None:
     """Return the reason why nothing can be compiled for a device; None if it can, as far as one can tell.
@@ -118,6 +122,7 @@ def configure_compiler() -> None:
     """Set what one graph for all sizes needs; since torch 2.12 it holds for the calling thread only."""
     # Else a dimension that happens to equal another one is compiled as that.
     shape_config.use_duck_shape = False
+    torch._dynamo.config.recompile_limit = MAX_GRAPHS
     # A backward pass that cannot be compiled is known while the forward pass can still be run in another way.
     torch._functorch.config.force_non_lazy_backward_lowering = True
 

@@ -62,11 +62,14 @@ def runner(recompute: Recompute) -> RunBlock:
 def mixed(first: RunBlock, others: RunBlock, num_first: int) -> RunBlock:
     """Return a way to run a block: one for the first blocks, another for those after them.
 
-    The first blocks' backward pass is the last: what it computes again comes when all else that was kept is gone.
+    The backward pass reaches the first blocks last, when what the others kept is freed already: so what they compute
+    again adds nothing to the peak. Without gradients nothing is kept, and all blocks are run as the others are: what is
+    compiled for that is compiled once.
     """
 
     def run(block: Block, *inputs: Any) -> Tensor:
-        return (first if block.index < num_first else others)(block, *inputs)
+        is_first = block.index < num_first and torch.is_grad_enabled()
+        return (first if is_first else others)(block, *inputs)
 
     return run
 

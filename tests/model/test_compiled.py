@@ -13,11 +13,12 @@ from anima_train.adapters.full import Full
 from anima_train.adapters.lora import Lora
 from anima_train.core.device import is_out_of_memory
 from anima_train.core.text_batch import fold_rows
+from anima_train.model import compiled
 from anima_train.model.compiled import CompiledBlocks, missing_compiler, num_graphs
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.lora_linear import LoraLinear
 from anima_train.model.quantized import quantize_blocks
-from anima_train.model.recompute import offloading, runner
+from anima_train.model.recompute import mixed, offloading, runner
 from anima_train.optim.groups import COMPONENTS, LearningRates
 
 # Of dynamo, which hides it from everybody but pytest.
@@ -310,16 +311,31 @@ def test_what_cannot_be_compiled_runs_as_it_is_with_one_warning(run, backend, re
     assert "\n" not in warning
 
 
-@pytest.mark.usefixtures("fresh")
-def test_too_many_kinds_of_batches_run_as_they_are(caplog):
-    def run_named(block, tokens, name):
-        return block(tokens, torch.ones(len(name)))
+def run_named(block, tokens, name):
+    return block(tokens, torch.ones(len(name)))
 
+
+@pytest.mark.usefixtures("fresh")
+def test_too_many_kinds_of_batches_run_as_they_are(monkeypatch, caplog):
     blocks, block, tokens = CompiledBlocks(run_named, "eager"), Scaled(), torch.ones(2, 5, 4)
-    with torch._dynamo.config.patch(recompile_limit=2):
-        for name in ("a", "bc", "def", "ghij", "klmno"):
-            assert torch.equal(blocks(block, tokens, name), run_named(block, tokens, name))
+    monkeypatch.setattr(compiled, "MAX_GRAPHS", 2)
+    for name in ("a", "bc", "def", "ghij", "klmno"):
+        assert torch.equal(blocks(block, tokens, name), run_named(block, tokens, name))
     assert len(lines(caplog)) == 1
+
+
+@pytest.mark.usefixtures("fresh")
+def test_more_kinds_of_batches_than_dynamo_takes_by_itself_are_compiled(caplog):
+    blocks, block, tokens = CompiledBlocks(run_named, "eager"), Scaled(), torch.ones(2, 5, 4)
+    names = ["x" * length for length in range(1, 13)]
+    assert graphs_of(lambda: [blocks(block, tokens, name) for name in names]) == len(names)
+    assert lines(caplog) == []
+
+
+@pytest.mark.usefixtures("fresh")
+def test_two_ways_to_run_blocks_share_the_graph_without_gradients():
+    model, run = make_model(Lora(rank=4)), mixed(blocks_of("blocks", "eager"), blocks_of("nothing", "eager"), 1)
+    assert [graphs_of(call, model, run, *inputs_of((6, 8), 3)) for call in (train, evaluate)] == [2, 1]
 
 
 @pytest.mark.usefixtures("fresh")

@@ -155,6 +155,10 @@ def test_of_some_checkpointed_blocks_the_first_alone_compute_products_again():
     for block in model.blocks:
         mixed(first, others, last)(block)
     assert ran == {"first": list(range(last)), "others": [last]}
+    with torch.no_grad():  # nothing is kept: one way for all
+        for block in model.blocks:
+            mixed(first, others, last)(block)
+    assert ran == {"first": list(range(last)), "others": [last, *range(last + 1)]}
 
 
 def test_the_device_does_not_hold_what_waits_on_the_host():
