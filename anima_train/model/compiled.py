@@ -83,12 +83,17 @@ class CompiledBlocks:
 
     One graph serves all blocks, as their parameters are inputs of it, and all sizes, as every dimension of an input is
     a variable of its own. A batch of one sample and a pass without gradients take one more each.
+
+    Args:
+        run: the way to run a block.
+        backend: of `torch.compile`.
+        beside: the way to run the other blocks of the model: what it has told is not told again.
     """
 
-    def __init__(self, run: RunBlock, backend: Any = "inductor") -> None:
+    def __init__(self, run: RunBlock, backend: Any = "inductor", beside: "CompiledBlocks | None" = None) -> None:
         self.run = run
+        self.told: set[str] = set() if beside is None else beside.told
         self.compiled: RunBlock | None = torch.compile(run, dynamic=True, fullgraph=True, backend=backend)
-        self.is_first = True
         logging.getLogger("torch._higher_order_ops.wrap").addFilter(is_about_this_run)
 
     def __call__(self, block: Block, tokens: Tensor, *inputs: Any) -> Tensor:
@@ -96,9 +101,9 @@ class CompiledBlocks:
             return self.run(block, tokens, *inputs)
         if torch.is_grad_enabled() and not tokens.requires_grad:  # the first block's, which would be another graph
             tokens = tokens.detach().requires_grad_()
-        if self.is_first:
-            logger.info("compiling the blocks: it takes a minute or two, and happens again for other kinds of batches")
-            self.is_first = False
+        self.tell(
+            logging.INFO, "compiling the blocks: it takes a minute or two, and happens again for other kinds of batches"
+        )
         configure_compiler()
         before, start = num_graphs(), time.monotonic()
         try:
@@ -108,7 +113,8 @@ class CompiledBlocks:
                 raise
             cause = getattr(error, "inner_exception", error)  # torch wraps what a compiler raises
             reason = next((line for line in str(cause).splitlines() if line.strip()), "no reason given")
-            logger.warning("the blocks run without being compiled, and slower: %s: %s", type(cause).__name__, reason)
+            text = f"the blocks run without being compiled, and slower: {type(cause).__name__}: {reason}"
+            self.tell(logging.WARNING, text)
             self.compiled = None
             return self.run(block, tokens, *inputs)
         if num_graphs() > before:
@@ -116,6 +122,12 @@ class CompiledBlocks:
             one = ", one image at a time" if len(tokens) == 1 else ""
             logger.info("compiled the blocks for %s%s in %.0f s", purpose, one, time.monotonic() - start)
         return out
+
+    def tell(self, level: int, text: str) -> None:
+        """Log what was not told yet."""
+        if text not in self.told:
+            self.told.add(text)
+            logger.log(level, "%s", text)
 
 
 def configure_compiler() -> None:

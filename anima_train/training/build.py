@@ -138,23 +138,23 @@ def block_runner(
         ConfigError: `compile` is true, and there is no compiler.
     """
     check_compiler(compiles, device)
-    if checkpointed_blocks:
-        first, others = (block_runner(each, compiles, device) for each in ("blocks", recompute))
-        return mixed(first, others, checkpointed_blocks)
-    run = runner(recompute)
+    first, run = runner("blocks"), runner(recompute)
     if compiles or (compiles is None and device.type == "cuda"):
-        run = compiled(run, device)
-    return offloading(run) if recompute == "offload" else run
+        first, run = compiled(first, run, device)
+    if recompute == "offload":
+        run = offloading(run)
+    return mixed(first, run, checkpointed_blocks) if checkpointed_blocks else run
 
 
-def compiled(run: RunBlock, device: torch.device) -> RunBlock:
-    """Return this way to run a block compiled, or as it is, with a warning, where there is no compiler."""
+def compiled(first: RunBlock, others: RunBlock, device: torch.device) -> tuple[RunBlock, RunBlock]:
+    """Return these ways to run blocks compiled, or as they are, with a warning, where there is no compiler."""
     from anima_train.model.compiled import CompiledBlocks, missing_compiler  # takes long to import
 
     if (missing := missing_compiler(device)) is None:
-        return CompiledBlocks(run)
+        run = CompiledBlocks(others)
+        return CompiledBlocks(first, beside=run), run
     logger.warning("the blocks are not compiled, and run slower: %s; compile = false is without this warning", missing)
-    return run
+    return first, others
 
 
 def trainable_transformer(spec: ModelSpec, adapter: AnyAdapter, rates: LearningRates, seed: int) -> MiniTrainDIT:

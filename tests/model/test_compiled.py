@@ -380,6 +380,19 @@ def test_compiling_is_announced_and_its_time_told(caplog):
     ]
 
 
+@pytest.mark.usefixtures("fresh")
+def test_two_ways_to_run_blocks_tell_each_thing_once(caplog):
+    run = CompiledBlocks(run_scaled, fails(NotImplementedError("no kernel")))
+    first = CompiledBlocks(run_scaled, fails(NotImplementedError("no kernel")), beside=run)
+    with caplog.at_level(logging.INFO, LOGGER):
+        for each in (first, run):
+            each(Scaled(), torch.ones(3, 5, 4), torch.ones(2))
+    assert first.compiled is run.compiled is None
+    before, warning = lines(caplog)
+    assert before.startswith("compiling the blocks")
+    assert warning.startswith("the blocks run without being compiled, and slower: ")
+
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 

@@ -60,6 +60,12 @@ def test_without_triton_a_gpu_trains_uncompiled_with_one_warning(caplog):
         block_runner("nothing", True, torch.device("cuda"))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton may be there")
+def test_the_first_blocks_way_is_without_a_warning_of_its_own(caplog):
+    block_runner("selective", None, torch.device("cuda"), checkpointed_blocks=5)
+    assert len(caplog.records) == 1
+
+
 @pytest.mark.parametrize(("compiles", "device"), [(None, "cpu"), (False, "cpu"), (False, "cuda"), (None, "mps")])
 def test_nothing_is_compiled_unasked_but_on_cuda(compiles, device, caplog):
     assert block_runner("nothing", compiles, torch.device(device)).__code__ is runner("nothing").__code__
