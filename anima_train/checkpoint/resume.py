@@ -222,7 +222,18 @@ def check_same_content(saved: SavedState, manifest: Mapping[str, Any], adapter: 
 
     Raises:
         DataError: the dataset differs.
-        ModelFileError: which of the others differ, and what they were.
+        ModelFileError: as `check_same_run`.
+    """
+    check_same_run(saved, manifest)
+    if saved.manifest.run.get("dataset_sha256") != manifest["dataset_sha256"]:  # as `check_same_samples` does not see
+        raise changed_dataset(saved, "its hash is another one", adapter, files)
+
+
+def check_same_run(saved: SavedState, manifest: Mapping[str, Any]) -> None:
+    """Refuse to resume from a state of other files or components than those of the run with this manifest.
+
+    Raises:
+        ModelFileError: which of them differ, and what they were.
     """
     before = saved.manifest.run
     problems = [
@@ -242,8 +253,6 @@ def check_same_content(saved: SavedState, manifest: Mapping[str, Any], adapter: 
         )
     if problems:
         raise ModelFileError(problems)
-    if before.get("dataset_sha256") != manifest["dataset_sha256"]:  # in a way that `check_same_samples` does not see
-        raise changed_dataset(saved, "its hash is another one", adapter, files)
 
 
 def damaged_records(saved: SavedState, source: RunFolder) -> list[str]:

@@ -13,8 +13,7 @@ from anima_train.caching.entries import (
 )
 from anima_train.caching.fill import require_room
 from anima_train.checkpoint.disk_space import first_requirements
-from anima_train.checkpoint.manifest import SavedState
-from anima_train.checkpoint.resume import is_locked
+from anima_train.checkpoint.resume import ResumePoint, check_same_run, is_locked
 from anima_train.checkpoint.samples import check_same_samples
 from anima_train.config.ladder import rungs
 from anima_train.config.load import LoadedConfig
@@ -22,14 +21,17 @@ from anima_train.config.plan_notes import plan_notes, plan_warnings
 from anima_train.core.errors import ConfigError
 from anima_train.core.files import check_writable
 from anima_train.core.format import format_bytes, message_lines
+from anima_train.data.loader import CachedData
 from anima_train.data.plan import Plan
 from anima_train.data.samples import Sample
 from anima_train.data.scan import Scan
 from anima_train.model.attention_choice import AttentionShape, choose_attention
 from anima_train.model.loading import ModelSpec
 from anima_train.model.text import load_tokenizers
-from anima_train.optim.groups import group_rows
+from anima_train.optim.groups import GroupRow, group_rows
 from anima_train.run.folder import RunFolder
+from anima_train.run.manifest import manifest
+from anima_train.run.trackers import check_trackers
 from anima_train.sampling.pipeline import texts_of
 from anima_train.sampling.prompts import tokenize_prompt
 from anima_train.training.build import (
@@ -42,14 +44,14 @@ from anima_train.training.build import (
     trainable_transformer,
 )  # fmt: skip
 from anima_train.training.divided import check_can_divide
-from anima_train.training.ladder import choose_here, num_blocks
+from anima_train.training.ladder import choose_here, model_ladder, num_blocks
 from anima_train.training.memory_check import extremes
 from anima_train.training.summary import data_messages, groups_text, plan_text, trained_text
 
 
 def describe_run(
     loaded: LoadedConfig, spec: ModelSpec, scans: Mapping[str, Scan], num_processes: int, divides: bool = False,
-    starts: bool = False, saved: SavedState | None = None,
+    starts: bool = False, point: ResumePoint | None = None,
 ) -> list[str]:  # fmt: skip
     """Return lines about the data, the memory, the plan, what is trained, and the files that the run would write.
 
@@ -60,20 +62,17 @@ def describe_run(
         num_processes: that train.
         divides: True if they divide the transformer among them.
         starts: True to refuse what the start of the run would refuse, too.
-        saved: the state that the run would go on from.
+        point: where the run would begin.
 
     Raises:
-        DataError: the dataset is not that of the state.
+        DataError, ModelFileError: as `check_resumed`.
         UserError: `starts`, as `check_start`.
         ConfigError: the run would have no step, no compiler where one is asked for, too few blocks to swap, something
-            that cannot be divided, or no room in `max_memory_gib`.
+            that cannot be divided, no room in `max_memory_gib`, or nothing to train after the state.
     """
-    config = loaded.config
+    config, saved = loaded.config, None if point is None else point.saved
     if loaded.missing and saved is None:
         raise ConfigError(loaded.missing)
-    if saved is not None:
-        known, _ = without_rejected(scans["train"].samples, vae_identity(spec.files))
-        check_same_samples(saved, known, config.adapter, spec.files)
     check_compiler(config.compile, spec.device)
     check_blocks(config.blocks_to_swap, config.checkpointed_blocks, config.adapter, spec, num_processes)
     if divides:
@@ -84,14 +83,18 @@ def describe_run(
     for name, found in scans.items():
         lines.extend(line for message in data_messages(name, found) for line in message_lines(message))
     plan, schedule = plan_run(config, scans["train"].samples, num_processes)
-    choice = choose_here(rungs(config, num_blocks(spec), num_processes, divides), spec, plan, schedule)
+    transformer = trainable_transformer(spec, config.adapter, config.learning_rates(), config.seed)
+    rows = group_rows(transformer, config.learning_rates())
+    if point is not None:
+        check_resumed(point, loaded, spec, plan, rows, schedule.num_steps, num_processes)
+    ladder = model_ladder(rungs(config, num_blocks(spec), num_processes, divides), saved)
+    choice = choose_here(ladder, spec, plan, schedule)
     lines.extend((*choice.lines, *choice.card_lines))
     lines.extend(plan_text(plan, schedule, config.epochs, config.ema))
     evals = {name: scan.samples for name, scan in scans.items() if name != "train"}
     lines.extend(f"warning: {warning}" for warning in plan_warnings(config, schedule.num_steps))
     lines.extend(f"note: {note}" for note in plan_notes(config, spec, plan, schedule, evals))
-    transformer = trainable_transformer(spec, config.adapter, config.learning_rates(), config.seed)
-    lines.extend(groups_text(group_rows(transformer, config.learning_rates())))
+    lines.extend(groups_text(rows))
     initial = None if saved is not None else initial_lora(config.adapter, spec, config.learning_rates())
     lines.extend([] if initial is None else initial.described)
     folder = Path(config.output_dir) / loaded.run_name
@@ -104,6 +107,40 @@ def describe_run(
     return lines
 
 
+def check_resumed(
+    point: ResumePoint, loaded: LoadedConfig, spec: ModelSpec, plan: Plan, rows: Iterable[GroupRow], num_steps: int,
+    num_processes: int,
+) -> None:  # fmt: skip
+    """Refuse to go on from a state of another run than this one, or of one that has come to its end.
+
+    Args:
+        point: where the run would begin; without a state nothing is refused.
+        loaded: the configuration.
+        spec: the model.
+        plan: of its batches.
+        rows: its components.
+        num_steps: of the run.
+        num_processes: that train.
+
+    Raises:
+        ConfigError: there is nothing left to train.
+        DataError: the dataset is not that of the state.
+        ModelFileError: the state is of other files or components.
+    """
+    config, saved, vae_id = loaded.config, point.saved, vae_identity(spec.files)
+    if saved is None:
+        return
+    known, _ = without_rejected(plan.samples, vae_id)
+    check_same_samples(saved, known, config.adapter, spec.files)
+    point.check_length("epochs", num_steps)
+    data = CachedData(known, vae_id, model_text_identity(spec), config.seed, config.model.cache_text_embeddings)
+    facts = manifest(
+        loaded.run_name, spec.files, data, rows, config.seed, num_steps, num_processes,
+        config.gradient_accumulation_steps, attention="",
+    )  # fmt: skip
+    check_same_run(saved, facts)
+
+
 def check_start(loaded: LoadedConfig, spec: ModelSpec, plan: Plan, evaluated: Iterable[Sample]) -> None:
     """Refuse what the start of a run would refuse, without making anything.
 
@@ -114,12 +151,13 @@ def check_start(loaded: LoadedConfig, spec: ModelSpec, plan: Plan, evaluated: It
         evaluated: the samples of all evaluation sets.
 
     Raises:
-        ConfigError: the folder cannot be one, or another process trains in it; the kernel of attention does not work
-            here; a prompt cannot be read.
+        ConfigError: the folder cannot be one, or another process trains in it; a tracker is not installed; the kernel
+            of attention does not work here; a prompt cannot be read.
         ModelFileError: a file lacks weights, or has others.
         SpaceError: the folder cannot be written, or the disk has no room for the cache and the first files.
     """
     config, folder = loaded.config, RunFolder(Path(loaded.config.output_dir), loaded.run_name)
+    check_trackers(config.monitoring)
     check_writable(folder.path, "output_dir")
     if folder.lock_path.exists() and is_locked(folder):
         raise ConfigError(f"{folder.path}: another process is training in this folder")

@@ -75,7 +75,7 @@ def run_training(
             evals, undrawn = split_undrawn(loaded.evals)
             scans = scan_all((loaded.train, *evals), config.seed, write=True)
             lines = describe_run(
-                loaded, spec, scans, world_size(), launch.shards, starts=True, saved=point.saved
+                loaded, spec, scans, world_size(), launch.shards, starts=True, point=point
             )  # fmt: skip
             for line in (*point.notes, *undrawn, *lines):
                 logger.info("%s", line)

@@ -1,5 +1,6 @@
 """A run that was stopped goes on as if it had not been, and what is not the same run is refused."""
 
+import importlib.util
 import json
 import shutil
 import signal
@@ -13,11 +14,13 @@ from safetensors.torch import load_file
 
 from anima_train.checkpoint import training_state as states_module
 from anima_train.checkpoint.async_writer import AsyncWriter
+from anima_train.checkpoint.training_state import newest_state
 from anima_train.cli.train import with_resume_path
 from anima_train.config.load import load_config
 from anima_train.core.errors import ConfigError, Interrupted, ModelFileError, NumericError
 from anima_train.evaluation import evaluate as evaluate_module
 from anima_train.evaluation import previews as previews_module
+from anima_train.model.tiny import write_tiny
 from anima_train.training import train as train_module
 from anima_train.training.train import run_training
 
@@ -407,14 +410,41 @@ def test_two_processes_go_on_with_the_state_of_one(trainer, monkeypatch):
     assert resumed.losses == pytest.approx(whole.losses, abs=1e-5)
 
 
-def test_a_dry_run_refuses_what_cannot_be_resumed_and_tells_what_would_be(trainer, tmp_path, capsys):
+def test_a_dry_run_refuses_what_cannot_be_resumed_and_tells_what_would_be(trainer, tmp_path, monkeypatch, capsys):
     config = trainer.config("run", **STATES)
     with pytest.raises(ConfigError, match="there is no run to resume"):
         run_training(load_config(config), dry_run=True, resume=True)
     with pytest.raises(ConfigError, match="does not exist"):
         run_training(load_config(config), dry_run=True, resume_path=tmp_path / "nowhere")
-    trainer("run", **STATES)
+    run = trainer("run", **STATES, max_steps=7)  # an epoch has six
+
+    def dry_run(*overrides):
+        run_training(load_config(config, ["max_steps=9", *overrides]), dry_run=True, resume=True)
+
     with pytest.raises(ConfigError, match=r"adapter\.rank: 4 -> 8"):
-        run_training(load_config(config, ["adapter.rank=8"]), dry_run=True, resume=True)
-    run_training(load_config(config, ["max_steps=9"]), dry_run=True, resume=True)
-    assert "changed: max_steps: 4 -> 9\nresuming after step 4" in capsys.readouterr().out
+        dry_run("adapter.rank=8")
+    dry_run()
+    assert "changed: max_steps: 7 -> 9\nresuming after step 7" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"^epochs: the run would end at step 6, and .* is of step 7"):
+        dry_run("epochs=1")
+    write_tiny(tmp_path / "another", seed=1)
+    with pytest.raises(ModelFileError, match="the transformer file's SHA-256 was"):
+        dry_run(f"model.tiny_path='{tmp_path / 'another'}'")
+    with monkeypatch.context() as patch:
+        real = importlib.util.find_spec
+        patch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else real(name, *rest))
+        with pytest.raises(ConfigError, match="needs W&B"):
+            dry_run("monitoring.enable_wandb=true", "monitoring.wandb_tracker_name='a'")
+
+    saved = newest_state(run.path / "checkpoints")
+
+    def begun_with(memory):
+        facts = {**saved.manifest.run, "memory": memory}
+        (saved.folder / "state.json").write_text(saved.manifest.model_copy(update={"run": facts}).text())
+
+    begun_with({"activation_checkpointing": True})
+    dry_run()
+    assert 'memory = "auto" sets activation_checkpointing = true' in capsys.readouterr().out
+    begun_with({"model.transformer_dtype": "int8"})
+    with pytest.raises(ConfigError, match=r"was trained with model\.transformer_dtype"):
+        dry_run()
