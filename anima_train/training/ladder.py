@@ -23,7 +23,7 @@ from anima_train.training.context import RunContext
 from anima_train.training.costs import memory_cost, model_stats
 from anima_train.training.memory import MicroBatchShape
 from anima_train.training.memory_check import largest_shapes, try_shape
-from anima_train.training.setup import TrainState, build_model, counts_zeros
+from anima_train.training.setup import TrainState, build_model, counts_zeros, lora_to_begin_with
 
 logger = logging.getLogger(__name__)
 
@@ -261,6 +261,7 @@ def build_fitting_model(
     """
     choice: Choice | None = choose_settings(run, spec, shapes[0], encodes)
     limit_memory(run.device, run.config.max_memory_gib)
+    initial = lora_to_begin_with(run, spec)
     while choice is not None:
         for line in choice.lines:
             logger.info("%s", line)
@@ -268,7 +269,7 @@ def build_fitting_model(
         run.memory.config, run.memory.shape = run.config, None
         following = choice.next_rung()
         spec = replace(spec, quantization=run.config.model.quantization)
-        state = build_model(run, spec, num_steps)
+        state = build_model(run, spec, num_steps, initial)
         state.transformer.folds_zeros = counts_zeros(run.config.attention, spec)
         if fits(run, state, spec, shapes, is_last=following is None):
             return run, state

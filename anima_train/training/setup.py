@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.optim import Optimizer
 
+from anima_train.adapters.initial import InitialLora
 from anima_train.caching.text_encoding import encodes_online
 from anima_train.checkpoint.training_state import trained_parameters
 from anima_train.config.memory_advice import memory_suggestions
@@ -173,24 +174,30 @@ def encode_previews(run: RunContext, spec: ModelSpec) -> Previews | None:
     return Previews.of(sampling.prompts, spec, run.folder.path / "samples", run.folder.name)
 
 
-def begin_with_lora(run: RunContext, spec: ModelSpec, transformer: MiniTrainDIT) -> None:
-    """Put the LoRA that the configuration begins with into the transformer, and tell; a resumed run has its state."""
+def lora_to_begin_with(run: RunContext, spec: ModelSpec) -> InitialLora | None:
+    """Return the LoRA that the configuration begins with, and tell; None if there is none, or the run has a state."""
     if run.resume_point.saved is not None:
         if begins_with_lora(run.config.adapter):
             logger.info("adapter.init_from_existing: not read again, as the weights come from the training state")
-        return
+        return None
     initial = initial_lora(run.config.adapter, spec, run.config.learning_rates())
     if initial is None:
-        return
-    initial.load(transformer)
+        return None
     for line in initial.lines:
         logger.info("%s", line)
     if initial.warning is not None:
         logger.warning("%s", initial.warning)
+    return initial
 
 
-def build_model(run: RunContext, spec: ModelSpec, num_steps: int) -> TrainState:
+def build_model(run: RunContext, spec: ModelSpec, num_steps: int, initial: InitialLora | None = None) -> TrainState:
     """Load the transformer with what is trained attached, and make its optimizer, average and schedule.
+
+    Args:
+        run: the run.
+        spec: its model.
+        num_steps: of the run.
+        initial: the LoRA that it begins with.
 
     Raises:
         ConfigError: nothing is trained.
@@ -203,7 +210,8 @@ def build_model(run: RunContext, spec: ModelSpec, num_steps: int) -> TrainState:
     )
     for line in groups_text(group_rows(transformer, rates)):
         logger.info("%s", line)
-    begin_with_lora(run, spec, transformer)
+    if initial is not None:
+        initial.load(transformer)
     patient_barrier(run.accelerator)  # one process has encoded prompts, each has read the model
     shards = None
     if run.divides:

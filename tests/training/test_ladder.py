@@ -147,6 +147,18 @@ def test_where_the_trial_runs_out_the_next_rung_is_taken(trainer, full_memory, c
     assert found.losses == whole.losses
 
 
+def test_the_lora_that_a_run_begins_with_is_told_once_however_many_rungs_are_built(trainer, full_memory, caplog):
+    adapter = {"init_from_existing": str(trainer("first", max_steps=1).path / "weights" / "first.safetensors")}
+    whole = trainer("whole", max_steps=1, adapter=adapter)
+    full_memory(False, "selective")
+    caplog.clear()
+    caplog.set_level(logging.INFO)
+    found = trainer("second", max_steps=1, adapter=adapter)
+    assert found.losses == whole.losses
+    assert sum("begins with first.safetensors" in message for message in caplog.messages) == 1
+    assert sum("the next rung is tried" in message for message in caplog.messages) > 1
+
+
 @pytest.mark.slow
 def test_a_resumed_run_begins_with_the_rung_that_it_had(trainer, full_memory):
     full_memory(False, "selective")
