@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PEFT_NAME = re.compile(r"(\.lora_[AB])\.default\.weight")
-START, START_SAMPLE = "start", "sample"  # group and name of the weights before the first step
+START = "start"  # group of a sample of the weights before the first step, see `start_name`
 NO_ROOM = "free some space, then resume with the same command or --resume; earlier files are intact"
 
 
@@ -248,7 +248,6 @@ def load_state(
     optimizer: Optimizer,
     average: WeightAverage | None = None,
     shards: "Shards | None" = None,
-    start: Tensor | None = None,
 ) -> None:
     """Put a checked state back. Nothing is changed unless all of it can be read.
 
@@ -258,7 +257,6 @@ def load_state(
         optimizer: that trains it.
         average: of its weights.
         shards: what this process holds of a divided transformer; it keeps its rows of each tensor.
-        start: a sample of the weights before the first step, where the seed does not give them.
 
     Raises:
         ModelFileError: it was saved by a run with other trained parameters or another optimizer.
@@ -287,7 +285,6 @@ def load_state(
         read = read_tensors(open_tensors(folder / "average.safetensors"))
         averages = {name: rows(tensor) for name, tensor in read}
     state = read_optimizer(folder, names_in_order(optimizer, trained if shards is None else shards.parameters), rows)
-    first = None if start is None else read_start(saved)
     if average is not None and averages is not None:
         average.load(averages, f"{folder}: saved by a run that trains other parameters")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -295,8 +292,6 @@ def load_state(
         places: Mapping[str, Tensor] = trained_weights(transformer) if shards is None else shards.parameters
         for name, tensor in weights.items():
             places[name].copy_(tensor)
-        if start is not None and first is not None and first.shape == start.shape:  # else of other processes' rows
-            start.copy_(first)
 
 
 def read_optimizer(
@@ -322,11 +317,19 @@ def read_optimizer(
     return state
 
 
-def read_start(saved: SavedState) -> Tensor | None:
-    """Return the sample of the weights before the first step; None if the state does not hold it."""
+def start_name(shards: "Shards | None") -> str:
+    """Return the name of the main process's sample of the weights before the first step.
+
+    Of a model that is divided otherwise, it is a sample of other weights.
+    """
+    return f"sample_of_{1 if shards is None else shards.mesh.size()}"
+
+
+def read_start(saved: SavedState, name: str) -> Tensor | None:
+    """Return a sample of the weights before the first step; None if the state holds none of this name."""
     if f"{START}.safetensors" not in saved.manifest.files:
         return None
-    return dict(read_tensors(open_header(saved.folder / f"{START}.safetensors")))[START_SAMPLE]
+    return dict(read_tensors(open_header(saved.folder / f"{START}.safetensors"))).get(name)
 
 
 def open_tensors(path: Path) -> TensorFile:

@@ -1,5 +1,6 @@
 """The share of the trained weights that updates have changed: bfloat16 weights may be rounded back each time."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -35,7 +36,7 @@ class MovedShare:
         parameters = [parameter for parameter in everything if parameter not in swapped]
         self.sample = parameters[:: max(1, -(-len(parameters) // NUM_TENSORS))]
         self.nothing = everything[0].new_empty(0)
-        self.first = self.weights()
+        self.first: Tensor | None = self.weights()
         self.last: tuple[Tensor, Tensor] | None = None
 
     def slices(self, compensations: bool) -> Iterator[Tensor]:
@@ -58,6 +59,10 @@ class MovedShare:
         """Return the weights of the sample, and what is kept beside them."""
         return self.weights(), torch.cat([self.nothing.to(torch.int16), *self.slices(compensations=True)])
 
+    def begin_at(self, first: Tensor | None) -> None:
+        """Count from these weights, of the same sample, instead; None: they are not known, and that share is NaN."""
+        self.first = None if first is None else first.to(self.nothing.device)
+
     def before_update(self) -> None:
         """Note the weights, where they may be others than after the last update."""
         if self.last is None:
@@ -67,5 +72,6 @@ class MovedShare:
         """Return the shares that have moved: in this update, and since the start of the run."""
         last, now = self.last or self.now(), self.now()
         self.last = now
-        in_update = (now[0] != last[0]) | (now[1] != last[1])
-        return torch.stack((in_update, now[0] != self.first)).float().mean(dim=1)
+        in_update = ((now[0] != last[0]) | (now[1] != last[1])).float()
+        in_run = torch.full_like(in_update, math.nan) if self.first is None else (now[0] != self.first).float()
+        return torch.stack((in_update, in_run)).mean(dim=1)

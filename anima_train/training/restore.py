@@ -10,7 +10,7 @@ from anima_train.adapters.lora import Lora
 from anima_train.checkpoint.leftovers import remove_leftovers
 from anima_train.checkpoint.manifest import SavedState
 from anima_train.checkpoint.resume import check_same_content, damaged_records, retire_states
-from anima_train.checkpoint.training_state import load_state, saved_states
+from anima_train.checkpoint.training_state import load_state, read_start, saved_states, start_name
 from anima_train.config.config import AnyAdapter
 from anima_train.config.resolved import config_toml
 from anima_train.core.files import sha256_file, write_text
@@ -63,8 +63,9 @@ def restore(
 
     facts = broadcast_from_main(run.accelerator, checked)
     if saved is not None:
-        start = state.moved.first if begins_with_lora(config.adapter) else None
-        load_state(saved, state.transformer, state.optimizer, state.ema, state.shards, start)
+        load_state(saved, state.transformer, state.optimizer, state.ema, state.shards)
+        if begins_with_lora(config.adapter):  # the main process alone logs the share, and has kept its own sample
+            state.moved.begin_at(read_start(saved, start_name(state.shards)) if run.is_main else None)
         state.step = saved.manifest.step
     state.samples_seen = sum(times_seen(plan, schedule, state.step))
     if run.is_main:

@@ -19,8 +19,8 @@ from anima_train.checkpoint.manifest import StateManifest
 from anima_train.checkpoint.samples import sample_records
 from anima_train.checkpoint.training_state import (
     START,
-    START_SAMPLE,
     save_state,
+    start_name,
     state_tensors,
     take_part_in,
 )  # fmt: skip
@@ -279,8 +279,8 @@ class PeriodicTasks:
             config=plain(self.context.loaded.config),
         )
         groups = state_tensors(state.transformer, state.optimizer, state.ema, state.shards)
-        if begins_with_lora(self.context.config.adapter):
-            groups = {**groups, START: {START_SAMPLE: state.moved.first}}
+        if begins_with_lora(self.context.config.adapter) and state.moved.first is not None:
+            groups = {**groups, START: {start_name(state.shards): state.moved.first}}
 
         def write(groups: Groups) -> None:
             folder.check()

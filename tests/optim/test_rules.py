@@ -1,5 +1,7 @@
 """Each optimizer against the library that is known for it, in float32; and what all of them promise."""
 
+import math
+
 import bitsandbytes
 import pytest
 import schedulefree
@@ -294,6 +296,17 @@ def test_the_share_counts_what_has_other_bits():
     for parameter in trained:
         parameter.data[:25] -= 1
     assert counter.after_update().tolist() == pytest.approx([0.25, 0], abs=0.01)
+
+
+def test_the_share_since_the_start_is_unknown_where_the_start_is():
+    trained = [nn.Parameter(torch.zeros(7, 11))]
+    counter = MovedShare(torch.optim.SGD(trained, lr=1.0))
+    counter.before_update()
+    counter.begin_at(counter.first + 1)
+    assert counter.after_update().tolist() == [0, 1]
+    counter.begin_at(None)
+    trained[0].data[:, :] = 2
+    assert counter.after_update().tolist() == pytest.approx([1, math.nan], nan_ok=True)
 
 
 def test_schedule_free_averages_what_a_compensated_weight_is():

@@ -1,12 +1,15 @@
 """Runs that begin with a LoRA: from the first step on, and when they are stopped and go on without its file."""
 
 import json
+import math
 import re
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from anima_train.checkpoint.manifest import entry_of
+from anima_train.checkpoint.training_state import check_state
 from anima_train.config.load import load_config
 from anima_train.config.model_files import build_model_spec
 from anima_train.core.errors import ConfigError
@@ -143,6 +146,22 @@ def test_weights_given_to_resume_are_answered_with_the_line_to_write(trainer, tm
         trainer("run", resume=state, adapter=adapter)
 
 
+def test_a_sample_of_rows_that_were_divided_otherwise_is_not_compared_with(trainer):
+    file = trainer("first", max_steps=1).path / "weights" / "first.safetensors"
+    run = trainer("run", **lora(file), checkpoint_every_n_steps=1, max_steps=1)
+    folder = run.path / "checkpoints" / "step-000001"
+    start, saved = folder / "start.safetensors", check_state(folder)
+    (sample,) = load_file(start).values()
+    for name, is_known in (("sample_of_3", False), ("sample_of_1", True)):  # of the same shape
+        save_file({name: sample}, start)
+        files = {**saved.manifest.files, start.name: entry_of(start)}
+        (folder / "state.json").write_text(saved.manifest.model_copy(update={"files": files}).text())
+        resumed = trainer("run", resume=folder, **lora(file), checkpoint_every_n_steps=1, max_steps=2)
+        share = resumed.metrics[-1]["share_moved_in_run"]
+        assert 0 < share <= 1 if is_known else math.isnan(share)
+        assert (resumed.path / "checkpoints" / "step-000002" / "start.safetensors").exists() == is_known
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"sharding": "fsdp2"}], ids=str)
 def test_processes_begin_together_with_the_file(trainer, changes):
@@ -152,5 +171,5 @@ def test_processes_begin_together_with_the_file(trainer, changes):
     many = trainer.processes(2, "many", **keys, **changes)
     assert many.losses == pytest.approx(alone.losses, rel=1e-5)
     state = load_file(many.path / "checkpoints" / "step-000002" / "start.safetensors")
-    assert state.keys() == {"sample"}
+    assert state.keys() == {"sample_of_2" if changes else "sample_of_1"}
     assert json.loads((many.path / "manifest.json").read_text())["began_with"]["name"] == "first.safetensors"
