@@ -12,7 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from anima_train.core.errors import ConfigError, Interrupted, SpaceError
-from anima_train.core.files import UNWRITABLE, disk_errors, sync, write_text
+from anima_train.core.files import UNWRITABLE, disk_errors, sha256_file, sync, write_text
 from anima_train.core.format import Listing, printable
 
 EVALUATIONS, WARNINGS = "evaluations.jsonl", "warnings.jsonl"
@@ -35,11 +35,13 @@ class RunFolder:
         self.config_path = self.path / "config.toml"
         self.lists_path = self.path / "lists.txt"  # of this start: what messages name the first entries of
         self.seen_path = self.path / "seen.json"
-        self.records = (self.metrics_path, self.evaluations_path, self.warnings_path)
+        self.hashed = (self.metrics_path, self.evaluations_path)  # in training states
+        self.records = (*self.hashed, self.warnings_path)
         self.written = (*self.records, self.config_path, self.manifest_path, self.base_path, self.seen_path)
         self.lock_path = self.path / ".lock"
         self.lock = FileLock(self.lock_path)
         self.identity: tuple[int, int] | None = None  # of the folder that was opened
+        self.hashes: dict[Path, Any] = {}  # SHA-256 of what this process has logged, and kept of earlier ones
 
     @property
     def where_lists_are(self) -> str:
@@ -161,10 +163,13 @@ class RunFolder:
             SpaceError: the folder is gone, or the disk is full.
         """
         self.check()
+        self.hashes = {}
         for path in self.records:
             old = None if source is None else source / path.name
             if old is not None and old.exists():
-                write_text(path, "".join(f"{line}\n" for line in kept_lines(old, num_steps, pending)))
+                text = kept_text(old, num_steps, pending)
+                write_text(path, text)
+                self.hashes[path] = hashlib.sha256(text.encode())
             else:
                 path.unlink(missing_ok=True)
         if source is None or not keeps_base:
@@ -174,14 +179,21 @@ class RunFolder:
 
     def digests(self, num_steps: int, pending: Collection[str]) -> dict[str, str]:
         """Return the SHA-256 of what was logged of the first steps, by the files' names; arguments as above."""
-        texts = {
-            path.name: "".join(f"{line}\n" for line in kept_lines(path, num_steps, pending)).encode()
-            for path in (self.metrics_path, self.evaluations_path)
+        return self.base_digest() | {
+            path.name: hashlib.sha256(kept_text(path, num_steps, pending).encode()).hexdigest()
+            for path in self.hashed
             if path.exists()
         }
-        if self.base_path.exists():
-            texts[self.base_path.name] = self.base_path.read_bytes()
-        return {name: hashlib.sha256(text).hexdigest() for name, text in texts.items()}
+
+    def digests_now(self) -> dict[str, str]:
+        """Return the same of all that was logged until now, without reading it: the files grow with the run."""
+        return self.base_digest() | {
+            path.name: self.hashes[path].copy().hexdigest() for path in self.hashed if path in self.hashes
+        }
+
+    def base_digest(self) -> dict[str, str]:
+        """Return the SHA-256 of the base model's evaluations, by the file's name; empty if there are none."""
+        return {self.base_path.name: sha256_file(self.base_path)} if self.base_path.exists() else {}
 
     def sync(self) -> None:
         """Flush to disk what was logged."""
@@ -212,7 +224,9 @@ class RunFolder:
             SpaceError: the folder is gone, or the disk is full; a line that is cut off is forgotten when the run is
                 resumed.
         """
-        self.append(path, json.dumps(values) + "\n")
+        line = json.dumps(values) + "\n"
+        self.append(path, line)
+        self.hashes.setdefault(path, hashlib.sha256()).update(line.encode())
 
     def append(self, path: Path, text: str) -> None:
         """Append to a file; raises as `log` does."""
@@ -225,6 +239,11 @@ def identity(path: Path) -> tuple[int, int]:
     """Return what tells a file or a folder from another one of the same name: its disk and its number there."""
     facts = path.stat()
     return facts.st_dev, facts.st_ino
+
+
+def kept_text(path: Path, num_steps: int, pending: Collection[str]) -> str:
+    """Return what `kept_lines` returns as the content of a file."""
+    return "".join(f"{line}\n" for line in kept_lines(path, num_steps, pending))
 
 
 def kept_lines(path: Path, num_steps: int, pending: Collection[str]) -> list[str]:

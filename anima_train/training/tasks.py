@@ -277,6 +277,7 @@ class PeriodicTasks:
             score=self.scores.get(step),
             run=dict(self.manifest),
             config=plain(self.context.loaded.config),
+            records=self.record_digests(step, pending),
         )
         groups = state_tensors(state.transformer, state.optimizer, state.ema, state.shards)
         if begins_with_lora(self.context.config.adapter) and state.moved.first is not None:
@@ -285,10 +286,16 @@ class PeriodicTasks:
         def write(groups: Groups) -> None:
             folder.check()
             folder.sync()  # what was logged before the state
-            with_records = facts.model_copy(update={"records": folder.digests(step, pending)})
-            save_state(folder.checkpoints, with_records, groups, keep_last, self.sample_records)
+            save_state(folder.checkpoints, facts, groups, keep_last, self.sample_records)
 
         self.write(groups, write)
+
+    def record_digests(self, step: int, pending: Sequence[str]) -> dict[str, str]:
+        """Return the hashes of what was logged until a step; empty on processes that log nothing."""
+        if not self.context.is_main:
+            return {}
+        folder = self.context.folder
+        return folder.digests(step, pending) if pending or step < self.state.step else folder.digests_now()
 
     def log_step(self, made: MadeStep) -> None:
         """Log a step's numbers; warn of an update that was skipped, with the images of the step."""

@@ -71,3 +71,28 @@ def test_a_file_of_the_run_that_cannot_be_written_is_a_sentence(tmp_path):
     with pytest.raises(SpaceError, match=r"metrics\.jsonl: cannot be written \(Is a directory\)"), folder.watched():
         folder.log(folder.metrics_path, {"step": 1})
     folder.close()
+
+
+def test_the_hash_of_what_was_logged_is_there_without_reading_it(tmp_path, opened):
+    first = RunFolder(tmp_path, "first")
+    first.open()
+    first.start_records(None, 0, ())
+    assert first.digests_now() == {}
+    for step in range(6):
+        first.log(first.metrics_path, {"step": step, "loss": 0.1 * step})
+    first.log(first.evaluations_path, {"step": 4, "name": "größer"})
+    first.base_path.write_text("{}")
+    opened.clear()
+    found = first.digests_now()
+    assert opened == ["base_evaluations.json"]
+    assert found == first.digests(5, ())
+    first.close()
+
+    second = RunFolder(tmp_path, "second")
+    second.open()
+    second.start_records(first.path, 4, ["evaluation"])
+    assert second.digests_now() == first.digests(4, ["evaluation"])
+    second.log(second.metrics_path, {"step": 5, "loss": 0.5})
+    second.log(second.evaluations_path, {"step": 4, "name": "größer"})
+    assert second.digests_now() == found
+    second.close()
