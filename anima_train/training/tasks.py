@@ -186,10 +186,11 @@ class PeriodicTasks:
         self.log_evaluation(summary(results, base))
         found = score(results)
         self.scores = {state.step: found} if math.isfinite(found) else {}  # such a step is not the best one
+        kept = "" if math.isfinite(found) else "; a state of this step is not kept as the best"
         for result in results:
             if not math.isfinite(result.loss):
-                text = "the loss of the evaluation set %s is not finite; a state of this step is not kept as the best"
-                logger.warning(text, result.name, extra={"step": state.step})
+                text = "the loss of the evaluation set %s is not finite%s"
+                logger.warning(text, result.name, kept, extra={"step": state.step})
 
     def log_evaluation(self, values: Mapping[str, float]) -> None:
         """Log numbers of an evaluation, in the run's folder and to the trackers."""

@@ -6,6 +6,7 @@ import math
 import shutil
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from anima_train.core.errors import ConfigError, DataError, ModelFileError
+from anima_train.evaluation import evaluate as evaluate_module
 from anima_train.model.file_kinds import identify
 from anima_train.model.llm_adapter import LLMAdapter
 from anima_train.model.safetensors_io import open_header
 from anima_train.model.tiny import tiny_paths, write_tiny
 from anima_train.training import prepare as prepare_module
+from anima_train.training import tasks as tasks_module
 from anima_train.training import train as train_module
 
 DATA_FILES = Path(__file__).parents[1] / "data_files" / "diffusion_pipe"
@@ -531,6 +534,25 @@ def test_an_evaluation_that_is_not_finite_is_told_and_its_state_is_not_the_best(
     manifest = json.loads((run.path / "checkpoints" / "step-000001" / "state.json").read_text())
     assert manifest["score"] is None
     assert (run.path / "report.html").exists()
+
+
+def test_a_set_that_does_not_decide_which_state_is_best_does_not_say_so(trainer, images_drawer, monkeypatch, caplog):
+    def set_of(role, size):
+        folder = images_drawer(trainer.folder / role, [size])
+        return {"name": role, "role": role, "config": {"resolutions": [64], "directory": [{"path": str(folder)}]}}
+
+    def evaluate(model, eval_set, *rest):
+        found = evaluate_module.evaluate(model, eval_set, *rest)
+        return replace(found, losses=found.losses * math.nan) if eval_set.name == "retention" else found
+
+    monkeypatch.setattr(tasks_module, "evaluate", evaluate)
+    sets = [set_of("validation", (70, 90)), set_of("retention", (88, 66))]
+    run = trainer(eval_datasets=sets, eval_every_n_steps=1, checkpoint_every_n_steps=1, max_steps=1)
+    warnings = {record.getMessage() for record in caplog.records if record.name == tasks_module.__name__}
+    assert "the loss of the evaluation set retention is not finite" in warnings
+    assert not any("as the best" in warning for warning in warnings)
+    manifest = json.loads((run.path / "checkpoints" / "step-000001" / "state.json").read_text())
+    assert manifest["score"] in [line.get("validation/loss") for line in run.evaluations if line["step"] == 1]
 
 
 def test_a_lora_that_masks_kept_from_learning_asks_about_them(trainer, images_drawer, caplog):
