@@ -96,6 +96,11 @@ class PeriodicTasks:
         """The facts about the dataset that each state keeps."""
         return sample_records(self.data.train.samples, self.data.unusable)
 
+    @cached_property
+    def caption_metadata(self) -> dict[str, str]:
+        """The metadata that come from captions: of many they take long; made once, where weights are written."""
+        return caption_metadata(self.plan.samples, self.context.config.metadata.tag_frequencies)
+
     def before_first_step(self) -> list[str]:
         """Return the names of what is to be done before the first step, or was left by a process that had to stop."""
         if (saved := self.context.resume_point.saved) is not None:
@@ -246,11 +251,11 @@ class PeriodicTasks:
         metadata = weights_metadata(
             self.context.folder.name, done, epoch, len(self.plan.samples), config.seed, config.adapter,
             config.optimizer, config.lr_scheduler.type,
-        ) | caption_metadata(self.plan.samples, config.metadata.tag_frequencies)  # fmt: skip
+        )  # fmt: skip
 
         def write(groups: Groups) -> None:
             self.context.folder.check()  # or it would be made again, without what it held
-            save_weights(path, groups["weights"], metadata)
+            save_weights(path, groups["weights"], metadata | self.caption_metadata)
             if config.adapter.is_without_effect(read_tensors(open_header(path))):
                 has_masks = any(sample.has_mask for sample in self.plan.samples)
                 asked = (

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import sys
+import threading
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -553,6 +554,19 @@ def test_a_set_that_does_not_decide_which_state_is_best_does_not_say_so(trainer,
     assert not any("as the best" in warning for warning in warnings)
     manifest = json.loads((run.path / "checkpoints" / "step-000001" / "state.json").read_text())
     assert manifest["score"] in [line.get("validation/loss") for line in run.evaluations if line["step"] == 1]
+
+
+def test_what_weights_say_of_captions_is_made_once_and_not_by_the_steps(trainer, monkeypatch):
+    threads = []
+
+    def caption_metadata(*arguments):
+        threads.append(threading.current_thread().name)
+        return {"modelspec.trigger_phrase": "xyz"}
+
+    monkeypatch.setattr(tasks_module, "caption_metadata", caption_metadata)
+    run = trainer(save_every_n_steps=1, max_steps=2)
+    assert threads == ["writer"]
+    assert run.metadata()["modelspec.trigger_phrase"] == "xyz"
 
 
 def test_a_lora_that_masks_kept_from_learning_asks_about_them(trainer, images_drawer, caplog):
