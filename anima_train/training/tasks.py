@@ -334,7 +334,7 @@ class PeriodicTasks:
         if self.context.is_main:
             seen = seen_facts(self.plan, self.schedule, self.schedule.num_steps)
             folder.check()
-            write_text(folder.path / "seen.json", json.dumps(seen, indent=1))
+            write_text(folder.seen_path, json.dumps(seen, indent=1))
             folder.finish()
             logger.info("saved %s", folder.weights_path(None))
         patient_barrier(self.context.accelerator)
