@@ -40,7 +40,7 @@ class StateManifest(Settings):
     pending: list[str] = Field(default=[])
     """Tasks that were due after the step but left for the process that resumes."""
     score: float | None = None
-    """Mean loss of the evaluation sets after the step, where it was measured."""
+    """Mean loss of the validation sets, or of all sets where none is of validation, after the step, if measured."""
     run: dict[str, Any] = Field(default={})
     """The facts that the run was made from, as in its manifest."""
     config: dict[str, Any] = Field(default={})

@@ -164,7 +164,7 @@ def take_part_in(groups: Groups) -> None:
 
 
 def prune_states(folder: Path, newest: Path, keep_last: int) -> None:
-    """Remove all states but the newest `keep_last`, the one just saved, and that of the lowest evaluation loss."""
+    """Remove all states but the newest `keep_last`, the one just saved, and that of the lowest score."""
     states = saved_states(folder)
     scores = {path: score for path in states if (score := score_of(path)) is not None}
     best = min(scores, key=lambda path: scores[path], default=None)
@@ -174,7 +174,7 @@ def prune_states(folder: Path, newest: Path, keep_last: int) -> None:
 
 
 def score_of(folder: Path) -> float | None:
-    """Return the evaluation loss of a state; None if it has none or cannot be read."""
+    """Return a state's mean loss of the validation sets, see its manifest; None if it has none or cannot be read."""
     try:
         return read_manifest(folder).score
     except ModelFileError:

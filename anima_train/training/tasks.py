@@ -69,7 +69,7 @@ class PeriodicTasks:
     log: StepLogger
     evaluated: MicroBatchShape  # the largest micro-batch of an evaluation
     lag: int  # see `LateSteps`
-    scores: dict[int, float] = field(default_factory=dict)  # mean evaluation loss after a step
+    scores: dict[int, float] = field(default_factory=dict)  # see `evaluation.results.score`, after a step
 
     def __post_init__(self) -> None:
         self.writer = self.context.stack.enter_context(AsyncWriter())  # closed with the run
