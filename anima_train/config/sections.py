@@ -43,8 +43,9 @@ class EvalDataset(Settings):
 
     drift: bool | None = None
     """Measure how far the predicted velocity is from the base model's, on the same noise, with a second pass of the
-    LoRA's own base: almost all of what is forgotten, from far fewer images than the loss needs. Not in a full
-    fine-tune. Absent: for "train" and "retention" of a LoRA."""
+    LoRA's own base: almost all of what is forgotten, from far fewer images than the loss needs. With
+    init_from_existing, too, the base is the model without any LoRA. Not in a full fine-tune. Absent: for "train" and
+    "retention" of a LoRA."""
 
     @field_validator("captions")
     @classmethod
