@@ -1,5 +1,6 @@
 """The LoRA that a run begins with: read from a file, fitted into the rank of the run, and told."""
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from anima_train.adapters.lora import Lora, lora_layers
-from anima_train.adapters.read import Shapes, Updates, read_lora
+from anima_train.adapters.read import Shapes, Update, Updates, read_lora
 from anima_train.core.errors import ConfigError, ModelFileError
 from anima_train.core.format import count, printable
 from anima_train.model.safetensors_io import first_five
@@ -38,13 +39,19 @@ class InitialLora:
         scales = sorted({update.scale for update in self.updates.values()} - {self.settings.scale})
         if scales:
             text += f"; its scale of {scales[-1]:g} instead of {self.settings.scale:g} goes into lora_B"
-        if self.settings.dtype == "bfloat16" and any(not is_bfloat16(update.up) for update in self.updates.values()):
+        if self.settings.dtype == "bfloat16" and not all(map(self.fits_bfloat16, self.updates.values())):
             text += "; rounded to bfloat16 (adapter.dtype)"
         lines = [text]
         if self.absent:
             modules = count(len(self.absent), "trained module")
             lines.append(f"{KEY}: {modules} not in {name}, begin at zero: {first_five(self.absent)}")
         return lines
+
+    def fits_bfloat16(self, update: Update) -> bool:
+        """Return True if bfloat16 holds what is loaded exactly, as far as dtypes and scale tell."""
+        # A product with a power of two, or with zero, is exact.
+        mantissa, _ = math.frexp(update.scale / self.settings.scale)
+        return abs(mantissa) in (0, 0.5) and update.down.dtype == update.up.dtype == torch.bfloat16
 
     @property
     def warning(self) -> str | None:
@@ -126,8 +133,3 @@ def lora_file(path: Path) -> Path:
         return path / (known or found)[0]
     has = f"{len(found)} .safetensors files: {first_five(found)}" if found else "no .safetensors file"
     raise ConfigError(f"{KEY}: the folder {printable(str(path))} has {printable(has)}; name a LoRA's file")
-
-
-def is_bfloat16(tensor: torch.Tensor) -> bool:
-    """Return True for a tensor that bfloat16 holds exactly by its dtype."""
-    return tensor.dtype == torch.bfloat16

@@ -165,6 +165,27 @@ def test_another_scale_and_dtype_are_said(tmp_path):
     assert "its scale of 0.5 instead of 1 goes into lora_B; rounded to bfloat16 (adapter.dtype)" in initial.lines[0]
 
 
+@pytest.mark.parametrize(
+    ("down", "up", "alpha", "is_rounded"),
+    [
+        (torch.bfloat16, torch.bfloat16, 0.75, False),  # a quarter of the run's scale, 3 / 4
+        (torch.bfloat16, torch.bfloat16, 12.0, False),
+        (torch.bfloat16, torch.bfloat16, 2.0, True),  # two thirds of it
+        (torch.float32, torch.bfloat16, 3.0, True),
+        (torch.bfloat16, torch.float32, 3.0, True),
+    ],
+)
+def test_what_bfloat16_does_not_hold_is_said_to_be_rounded(tmp_path, down, up, alpha, is_rounded):
+    pairs = {name: (a.to(down), b.to(up)) for name, (a, b) in matrices(4, MODULES[:2]).items()}
+    path = write(tmp_path, kohya(pairs, alpha=alpha))
+    model, initial = began(path, Lora(rank=4, alpha=3.0, dtype="bfloat16"))
+    assert ("rounded to bfloat16" in initial.lines[0]) == is_rounded
+    a, b = pairs[MODULES[0]]
+    layer = dict(lora_layers(model))[MODULES[0]]
+    exact = torch.equal(layer.lora_A.float(), a.float()) and torch.equal(layer.lora_B.double(), b.double() * alpha / 3)
+    assert exact == (not is_rounded)
+
+
 def test_a_folder_is_taken_where_it_has_one_lora(tmp_path):
     folder = tmp_path / "epoch10"
     folder.mkdir()
