@@ -27,8 +27,8 @@ def trained_text(adapter: Lora | Full, rates: LearningRates, spec: ModelSpec) ->
     entries = [*spec.files.transformer_header.entries.items()]
     entries += [(LLM_ADAPTER_PREFIX + name, entry) for name, entry in spec.files.llm_adapter_header.entries.items()]
     trained = sum(math.prod(entry.shape) for name, entry in entries if not rates.is_frozen(name))
+    of_all = "" if any(rates.is_frozen(name) for name, _ in entries) else "all "
     number = f"{trained / 1e9:.2f} B" if trained >= 1e7 else f"{trained:,}"
-    of_all = "all " if trained >= spec.files.transformer_header.num_values else ""
     return [f'no [adapter]: {of_all}{number} weights are trained; a LoRA would be [adapter] with type = "lora"']
 
 

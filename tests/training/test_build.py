@@ -11,6 +11,7 @@ from anima_train.config.model_files import build_model_spec
 from anima_train.optim.groups import group_rows
 from anima_train.training.build import load_trained, trainable_transformer
 from anima_train.training.prepare import scan_all
+from anima_train.training.summary import trained_text
 
 
 @pytest.fixture
@@ -74,3 +75,18 @@ def test_what_is_loaded_is_what_the_table_announced(trainer, adapter, adapter_lr
     for group in groups:
         numbers[group["component"]] += sum(weight.numel() for weight in group["params"])
     assert numbers == Counter({row.component: row.num_parameters for row in announced if row.num_parameters})
+
+
+def test_all_weights_are_said_to_be_trained_where_none_is_frozen(trainer):
+    def said(**rates):
+        lr = rates.pop("lr", 1e-5)
+        changes = {"adapter": None, "optimizer": {"lr": lr}, "model": {"llm_adapter_lr": 1e-6, **rates}}
+        config = load_config(trainer.config(**changes), []).config
+        [line] = trained_text(config.adapter, config.learning_rates(), spec)
+        return line
+
+    spec = build_model_spec(load_config(trainer.config(model={"llm_adapter_lr": 1e-6}), []).config, torch.device("cpu"))
+    assert "no [adapter]: all " in said()
+    assert " all " not in said(mlp_lr=0)
+    of_blocks = {f"{name}_lr": 1e-5 for name in ("self_attn", "cross_attn", "mlp", "mod")}
+    assert " all " not in said(lr=0, **of_blocks)
