@@ -14,7 +14,10 @@ LENGTH = 40
 
 
 def remove_leftovers(folder: RunFolder) -> list[str]:
-    """Remove unfinished files of a run, and states that an earlier start has made again; return their names.
+    """Remove what an earlier start has left: unfinished files and states, and states that it has set aside.
+
+    Those (`unused-step-...`) are removed whether or not the run has come as far again. The names of what is removed are
+    returned, without those of unfinished states.
 
     Only a process that holds the lock of the folder may do so. Files that others write there, such as pages, stay.
     """
