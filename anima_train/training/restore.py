@@ -104,8 +104,12 @@ def start_records(run: RunContext, data: Prepared, facts: dict[str, Any]) -> Non
         step, pending = point.saved.manifest.step, point.saved.manifest.pending
         damaged = damaged_records(point.saved, RunFolder(point.source.parent, point.source.name))
         for name in damaged:
-            text = "%s: missing, or not as it was written until step %d; training is not affected, curves of it are"
-            logger.warning(text, point.source / name, step)
+            logger.warning(
+                "%s: is missing, or was changed after step %d was saved; the training is the same, but curves drawn "
+                "from this file are not",
+                point.source / name,
+                step,
+            )
     folder.start_records(point.source, step, pending, keeps_base=folder.base_path.name not in damaged)
     write_text(folder.config_path, config_toml(run.loaded.config))
     write_text(folder.manifest_path, json.dumps(facts, indent=1))
