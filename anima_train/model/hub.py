@@ -10,7 +10,7 @@ import errno
 import logging
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
@@ -68,10 +68,15 @@ class HubFile:
 class Absent(ModelFileError):
     """A file of the Hub that is not here and cannot be fetched now."""
 
-    def __init__(self, slot: str, source: HubFile, reason: str, remedy: str) -> None:
+    def __init__(self, problems: str | Iterable[str], slot: str = "", reason: str = "") -> None:
+        super().__init__(problems)
+        self.slot, self.reason = slot, reason  # not known where the error of another process is raised again
+
+    @classmethod
+    def of(cls, slot: str, source: HubFile, reason: str, remedy: str) -> "Absent":
+        """Return the error about a file of a slot."""
         here = f"not in the local Hub cache {constants.HF_HUB_CACHE}"
-        super().__init__(f"{source.reference}: {here}, and {reason}. {remedy}")
-        self.slot, self.reason = slot, reason
+        return cls(f"{source.reference}: {here}, and {reason}. {remedy}", slot, reason)
 
 
 def together(failures: Sequence[UserError]) -> list[str]:
@@ -181,7 +186,7 @@ def fetch(source: HubFile, slot: str, offline: bool = False) -> Path:
         remedy = by_hand(source, slot)
         if offline or constants.HF_HUB_OFFLINE:
             more = f"Run once with a connection (`anima download` for the official files), or {remedy}"
-            raise Absent(slot, source, "offline mode is on", more)
+            raise Absent.of(slot, source, "offline mode is on", more)
         paths = [download(file, remedy, slot) for file in files]
         if len({path.parent for path in paths}) > 1:
             raise ModelFileError(
@@ -274,7 +279,7 @@ def explain(error: Exception, file: HubFile, remedy: str, slot: str) -> UserErro
     if isinstance(error, errors.HfHubHTTPError):
         return ModelFileError(f"{file.reference}: {refusal(error, file)}")
     if isinstance(error, HTTPError | errors.LocalEntryNotFoundError):
-        return Absent(slot, file, f"the Hub cannot be reached ({line})", f"Check the connection, or {remedy}")
+        return Absent.of(slot, file, f"the Hub cannot be reached ({line})", f"Check the connection, or {remedy}")
     unwritable = isinstance(error, OSError) and error.errno in (*UNWRITABLE, errno.EPERM, errno.ENOTDIR)
     if unwritable or isinstance(error, UserWarning):
         return SpaceError(

@@ -298,9 +298,9 @@ def usable(name: str, found: Scan, max_bad_fraction: float, vae_id: str) -> tupl
 class RefusedData(DataError):
     """Datasets that cannot be used, with what was found in them."""
 
-    def __init__(self, problems: Iterable[str], scans: Mapping[str, Scan]) -> None:
+    def __init__(self, problems: str | Iterable[str], scans: Mapping[str, Scan] | None = None) -> None:
         super().__init__(problems)
-        self.scans = scans
+        self.scans = scans or {}  # none where the error of another process is raised again
 
 
 def scan_all(datasets: Sequence[Dataset], seed: int, write: bool) -> dict[str, Scan]:

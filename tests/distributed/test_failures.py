@@ -3,10 +3,13 @@
 import os
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from anima_train.config.load import load_config
+from anima_train.core.errors import Interrupted, UserError
+from anima_train.distributed.collectives import broadcast_from_main
 from anima_train.training.build import plan_run
 from anima_train.training.prefetch import rank_steps
 from anima_train.training.prepare import scan_all
@@ -396,3 +399,19 @@ def test_every_process_has_the_same_steps_and_none_loses_a_micro_batch(trainer):
         mine = [each for step in steps for each in step.micro_batches]
         assert len({each.address for each in mine}) == len(mine)
         assert sum(len(each.micro_batch.refs) for each in mine if not each.is_padding) == steps[0].planned.num_samples
+
+
+def kinds_of(kind):
+    """The kinds of an error, of which a process may raise any where the others wait for it."""
+    return [kind, *(each for below in kind.__subclasses__() for each in kinds_of(below))]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in kinds_of(UserError) if kind is not Interrupted])
+def test_what_the_main_process_refuses_is_raised_again_as_what_it_is(kind):
+    def refuse():
+        raise kind(["a.png: is gone", "b.png: too"])
+
+    with pytest.raises(kind) as caught:
+        broadcast_from_main(SimpleNamespace(is_main_process=True, num_processes=1), refuse)
+    assert type(caught.value) is kind
+    assert caught.value.problems == ["a.png: is gone", "b.png: too"]
