@@ -86,8 +86,8 @@ def together(failures: Sequence[UserError]) -> list[str]:
         return [problem for failure in failures for problem in failure.problems]
     slots = ", ".join(failure.slot for failure in absent)
     return [
-        f"model: {absent[0].reason}, and it is not in the local Hub cache: run `anima download` once with a "
-        f"connection, or set {slots} in [model]",
+        f"model: {len(absent)} files are not in the local Hub cache, and {absent[0].reason}: run `anima download` "
+        f"once with a connection, or set {slots} in [model]",
         *(problem for failure in failures if not isinstance(failure, Absent) for problem in failure.problems),
     ]
 

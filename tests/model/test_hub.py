@@ -508,7 +508,7 @@ def test_what_is_missing_for_one_reason_is_one_message(hub: Hub, monkeypatch: py
     with pytest.raises(ModelFileError) as caught:
         download_all()
     (problem,) = caught.value.problems
-    assert problem.startswith("model: the Hub cannot be reached (")
+    assert problem.startswith("model: 5 files are not in the local Hub cache, and the Hub cannot be reached (")
     assert "`anima download`" in problem
     assert "set transformer_path, vae_path, llm_path, tokenizer_path, t5_tokenizer_path in [model]" in problem
     assert endpoint not in problem
