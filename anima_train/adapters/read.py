@@ -149,15 +149,18 @@ def kind_fault(unknown: list[str], num_known: int) -> str | None:
     """
     for pattern, form in OTHER_FORMS:
         if keys := [key for key in unknown if re.search(pattern, key)]:
-            return f"is a {form} ({count(len(keys), 'key')} such as {keys[0]}); only plain LoRAs are read: up and down"
+            return (
+                f"is a {form} ({count(len(keys), 'key')} such as {keys[0]}); only plain LoRAs are read, which have an "
+                "up and a down matrix and no others"
+            )
     if num_known == 0:
         for pattern, model in OTHER_LORAS:
             if any(re.search(pattern, key) for key in unknown):
                 return f"is a LoRA {model}, not of Anima (it has {unknown[0]})"
     if keys := [key for key in unknown if TEXT_ENCODER.search(key)]:
         return (
-            f"changes the text encoder, too ({count(len(keys), 'key')} such as {keys[0]}), which is not done here; "
-            "ComfyUI draws with it, or train without the text encoder (network_train_unet_only)"
+            f"changes the text encoder, too ({count(len(keys), 'key')} such as {keys[0]}), which anima-train cannot "
+            "apply; draw with it in ComfyUI, or train the LoRA again with network_train_unet_only"
         )
     return None
 

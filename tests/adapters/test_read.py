@@ -234,7 +234,7 @@ def test_keys_of_another_model_are_counted_and_the_first_five_named(write, train
 def test_what_is_no_plain_lora_is_refused_by_its_kind(write, trained, key, kind):
     name = f"diffusion_model.blocks.0.mlp.layer1.{key}"
     text = refused(write({**trained[1], name: torch.ones(3, 3)}))
-    assert f"lora.safetensors: is a {kind} (1 key such as {name}); only plain LoRAs are read" in text
+    assert f"lora.safetensors: is a {kind} (1 key such as {name}); only plain LoRAs are read, which have an up" in text
 
 
 @pytest.mark.parametrize(
