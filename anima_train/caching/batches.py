@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from anima_train.core.device import free_device_bytes, is_out_of_memory, release_memory
+from anima_train.core.text_batch import MAX_TOKENS
 from anima_train.data.loader import Entry
 from anima_train.data.samples import View
 
@@ -23,7 +24,7 @@ MAX_PIXELS = 4 * 1024**2
 MAX_IMAGES = 64
 MAX_CAPTIONS = 32
 ENCODER_TENSORS = 7  # of full resolution and the first width, that live at once (6.2 in bfloat16), with some room
-CAPTION_BYTES = 96 * 2**20  # of the text encoder's activations for a caption of 512 tokens, with some room
+CAPTION_BYTES = 96 * 2**20  # of the text encoder's activations for a caption of MAX_TOKENS, with some room
 
 
 class BatchSize:
@@ -62,9 +63,9 @@ def image_batch_size(given: int | None, device: torch.device, base_channels: int
     return BatchSize(given, lambda num_pixels: images_at_once(num_pixels, base_channels, value_bytes, free))
 
 
-def caption_batch_size(given: int | None, device: torch.device, max_tokens: int = 512) -> BatchSize:
+def caption_batch_size(given: int | None, device: torch.device, max_tokens: int = MAX_TOKENS) -> BatchSize:
     """Return the number of captions, of at most so many tokens, that the text encoder on the device takes at once."""
-    number = captions_at_once(free_device_bytes(device) * 512 / max_tokens) if device.type == "cuda" else 1
+    number = captions_at_once(free_device_bytes(device) * MAX_TOKENS / max_tokens) if device.type == "cuda" else 1
     return BatchSize(given, lambda _: number)
 
 
