@@ -19,7 +19,7 @@ from anima_train.optim.groups import COMPONENTS, Component
 MAY_CHANGE = frozenset(
     (
         # Where things are. The run is found in output_dir and run_name, wherever they lead; what is in the files and
-        # folders is compared by its hash, see `training.resume.check_same_content`.
+        # folders is compared by its hash, see `checkpoint.resume.check_same_content`.
         *("output_dir", "run_name", "cache_dir", "model.transformer_path", "model.vae_path", "model.llm_path"),
         *("model.llm_adapter_path", "model.tokenizer_path", "model.t5_tokenizer_path", "model.tiny_path"),
         *("dataset.directory.path", "dataset.directory.mask_path", "dataset.directory.hf_dataset"),
@@ -32,7 +32,7 @@ MAY_CHANGE = frozenset(
         *("optimizer.lr", "optimizer.weight_decay", "optimizer.eps", "ema.decay"),
         *("optimizer.clip_threshold", "optimizer.decay_rate", "optimizer.scale_parameter", "optimizer.d_coef"),
         *(f"model.{component}_lr" for component in COMPONENTS if component != "base"),
-        # Times the number of processes it has to stay the same, see `training.resume.check_same_content`.
+        # Times the number of processes it has to stay the same, see `checkpoint.resume.check_same_content`.
         "gradient_accumulation_steps",
         # Memory and speed: the same is computed, up to rounding.
         *("activation_checkpointing", "checkpointed_blocks", "blocks_to_swap", "memory", "max_memory_gib", "compile"),
