@@ -22,17 +22,23 @@ class Difference:
     kind_error: float | None  # over kinds, whose samples may be alike; None: there are fewer than two
 
     @property
+    def largest_error(self) -> float | None:
+        """The larger one of its standard errors; None if there is none."""
+        return max((each for each in (self.error, self.kind_error) if each is not None), default=None)
+
+    @property
     def standard_errors(self) -> float | None:
-        """The number of standard errors, the larger one, that the mean is away from zero; None if it is not known."""
-        error = max((each for each in (self.error, self.kind_error) if each is not None), default=None)
-        if error is None:
-            return None
-        return self.mean / error if error else math.copysign(math.inf, self.mean) if self.mean else 0.0
+        """The number of standard errors, the larger one, that the mean is away from zero; None if it is no number."""
+        error = self.largest_error
+        if error == 0:
+            return None if self.mean else 0.0
+        return None if error is None else self.mean / error
 
     @property
     def is_beyond_chance(self) -> bool:
         """True if it is hardly zero for all samples, and all kinds, like these."""
-        return self.standard_errors is not None and abs(self.standard_errors) > CHANCE
+        error = self.largest_error
+        return error is not None and abs(self.mean) > CHANCE * error
 
     def metrics(self, name: str, part: str = "") -> dict[str, float]:
         """Return the numbers to log under a name; that of a part comes last, as it may be any text."""
@@ -163,7 +169,7 @@ def described(result: Evaluation, base: Evaluation | None) -> str:
     if base is None or result.losses.equal(base.losses):
         return text
     change = result.difference(base)
-    error = max((each for each in (change.error, change.kind_error) if each is not None), default=None)
+    error = change.largest_error
     text += f", {change.mean:+.5f}" + ("" if error is None else f" +- {error:.5f}") + " from the base"
     if error is not None and not change.is_beyond_chance:
         text += " (may be chance)"

@@ -1,5 +1,6 @@
 """Differences from the base model: their standard errors, and what sets of several roles say together."""
 
+import json
 import math
 import statistics
 
@@ -50,6 +51,15 @@ def test_a_difference_beyond_chance_is_so_over_kinds_too():
     assert paired_difference(torch.tensor([0.2, 0.21, 0.19]), [""] * 3).is_beyond_chance
     assert not paired_difference(torch.tensor([0.2]), [""]).is_beyond_chance  # one sample proves nothing
     assert paired_difference(torch.zeros(3), [""] * 3).standard_errors == 0
+
+
+def test_differences_that_are_all_the_same_are_beyond_chance_and_json_holds_them():
+    found = paired_difference(torch.tensor([-0.5, -0.5, -0.5]), ["hands", "hands", "text"])
+    assert (found.mean, found.error, found.kind_error) == (-0.5, 0, 0)
+    assert found.is_beyond_chance
+    values = found.metrics("held/difference_from_base")
+    assert sorted(values) == [f"held/difference_from_base{end}" for end in ("", "_stderr", "_stderr_kinds")]
+    json.dumps(values, allow_nan=False)
 
 
 def test_differences_are_logged_by_level_and_by_kind():
