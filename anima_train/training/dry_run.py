@@ -12,7 +12,7 @@ from anima_train.caching.entries import (
     without_rejected,
 )
 from anima_train.caching.fill import require_room
-from anima_train.checkpoint.disk_space import first_requirements
+from anima_train.checkpoint.disk_space import DiskPlan, first_requirements
 from anima_train.checkpoint.resume import ResumePoint, check_same_run, is_locked
 from anima_train.checkpoint.samples import check_same_samples
 from anima_train.config.ladder import rungs
@@ -28,7 +28,7 @@ from anima_train.data.scan import Scan
 from anima_train.model.attention_choice import AttentionShape, choose_attention
 from anima_train.model.loading import ModelSpec
 from anima_train.model.text import load_tokenizers
-from anima_train.optim.groups import GroupRow, group_rows
+from anima_train.optim.groups import group_rows
 from anima_train.run.folder import RunFolder
 from anima_train.run.manifest import manifest
 from anima_train.run.trackers import check_trackers
@@ -65,7 +65,7 @@ def describe_run(
         point: where the run would begin.
 
     Raises:
-        DataError, ModelFileError: as `check_resumed`.
+        DataError, ModelFileError: the dataset, the files or the components are not those of the state.
         UserError: `starts`, as `check_start`.
         ConfigError: the run would have no step, no compiler where one is asked for, too few blocks to swap, something
             that cannot be divided, no room in `max_memory_gib`, or nothing to train after the state.
@@ -78,15 +78,22 @@ def describe_run(
     if divides:
         check_can_divide(config.optimizer, config.blocks_to_swap, config.model.quantization)
     lines = trained_text(config.adapter, config.learning_rates(), spec)
-    lines.extend(f"warning: {warning}" for warning in loaded.warnings)
-    lines.extend(f"note: {note}" for note in loaded.notes)
-    for name, found in scans.items():
-        lines.extend(line for message in data_messages(name, found) for line in message_lines(message))
+    lines.extend((*(f"warning: {text}" for text in loaded.warnings), *(f"note: {text}" for text in loaded.notes)))
+    told = (message for name, found in scans.items() for message in data_messages(name, found))
+    lines.extend(line for message in told for line in message_lines(message))
     plan, schedule = plan_run(config, scans["train"].samples, num_processes)
     transformer = trainable_transformer(spec, config.adapter, config.learning_rates(), config.seed)
     rows = group_rows(transformer, config.learning_rates())
-    if point is not None:
-        check_resumed(point, loaded, spec, plan, rows, schedule.num_steps, num_processes)
+    if point is not None and saved is not None:
+        known, _ = without_rejected(plan.samples, vae_id := vae_identity(spec.files))
+        check_same_samples(saved, known, config.adapter, spec.files)
+        point.check_length("epochs", schedule.num_steps)
+        data = CachedData(known, vae_id, model_text_identity(spec), config.seed, config.model.cache_text_embeddings)
+        facts = manifest(
+            loaded.run_name, spec.files, data, rows, config.seed, schedule.num_steps, num_processes,
+            config.gradient_accumulation_steps, attention="",
+        )  # fmt: skip
+        check_same_run(saved, facts)
     ladder = model_ladder(rungs(config, num_blocks(spec), num_processes, divides), saved)
     choice = choose_here(ladder, spec, plan, schedule)
     lines.extend((*choice.lines, *choice.card_lines))
@@ -95,50 +102,20 @@ def describe_run(
     lines.extend(f"warning: {warning}" for warning in plan_warnings(config, schedule.num_steps))
     lines.extend(f"note: {note}" for note in plan_notes(config, spec, plan, schedule, evals))
     lines.extend(groups_text(rows))
-    initial = None if saved is not None else initial_lora(config.adapter, spec, config.learning_rates())
-    lines.extend([] if initial is None else initial.described)
-    folder = Path(config.output_dir) / loaded.run_name
-    planned = disk_plan(config, folder, file_sizes(config, spec, scans["train"].samples), plan, schedule)
-    lines.append(f"files: {planned.described()}: {format_bytes(planned.num_bytes)} in all")
-    if warning := planned.warning(config.keep_last):
-        lines.append(f"warning: {warning}")
+    if saved is None and (initial := initial_lora(config.adapter, spec, config.learning_rates())) is not None:
+        lines.extend(initial.described)
+    folder, sizes = Path(config.output_dir) / loaded.run_name, file_sizes(config, spec, scans["train"].samples)
+    lines.extend(files_lines(disk_plan(config, folder, sizes, plan, schedule), config.keep_last))
     if starts:
         check_start(loaded, spec, plan, chain.from_iterable(evals.values()))
     return lines
 
 
-def check_resumed(
-    point: ResumePoint, loaded: LoadedConfig, spec: ModelSpec, plan: Plan, rows: Iterable[GroupRow], num_steps: int,
-    num_processes: int,
-) -> None:  # fmt: skip
-    """Refuse to go on from a state of another run than this one, or of one that has come to its end.
-
-    Args:
-        point: where the run would begin; without a state nothing is refused.
-        loaded: the configuration.
-        spec: the model.
-        plan: of its batches.
-        rows: its components.
-        num_steps: of the run.
-        num_processes: that train.
-
-    Raises:
-        ConfigError: there is nothing left to train.
-        DataError: the dataset is not that of the state.
-        ModelFileError: the state is of other files or components.
-    """
-    config, saved, vae_id = loaded.config, point.saved, vae_identity(spec.files)
-    if saved is None:
-        return
-    known, _ = without_rejected(plan.samples, vae_id)
-    check_same_samples(saved, known, config.adapter, spec.files)
-    point.check_length("epochs", num_steps)
-    data = CachedData(known, vae_id, model_text_identity(spec), config.seed, config.model.cache_text_embeddings)
-    facts = manifest(
-        loaded.run_name, spec.files, data, rows, config.seed, num_steps, num_processes,
-        config.gradient_accumulation_steps, attention="",
-    )  # fmt: skip
-    check_same_run(saved, facts)
+def files_lines(planned: DiskPlan, keep_last: int) -> list[str]:
+    """Return lines about the files that the run would write, and of what its disk has no room for."""
+    lines = [f"files: {planned.described()}: {format_bytes(planned.num_bytes)} in all"]
+    warning = planned.warning(keep_last)
+    return lines if warning is None else [*lines, f"warning: {warning}"]
 
 
 def check_start(loaded: LoadedConfig, spec: ModelSpec, plan: Plan, evaluated: Iterable[Sample]) -> None:
