@@ -61,7 +61,7 @@ from anima_train.training.memory import MemoryContext
 from anima_train.training.metrics import StepLogger, StepSums
 from anima_train.training.prefetch import prefetch_steps, rank_steps
 from anima_train.training.prepare import Prepared, scan_all, with_online_text_encoder
-from anima_train.training.setup import build_model
+from anima_train.training.setup import build_model, lora_to_begin_with
 from anima_train.training.tasks import PeriodicTasks
 from anima_train.training.train import train_step
 
@@ -253,7 +253,7 @@ class Audit:
             ResumePoint("run"), SignalHandler(self.folder), WarningsHandler(), contextlib.ExitStack(),
             MemoryContext("the audit"), divides=False,
         )  # fmt: skip
-        state = build_model(run, spec, schedule.num_steps)
+        state = build_model(run, spec, schedule.num_steps, lora_to_begin_with(run, spec))
         threads, t_of = set(), config.timesteps().at
 
         def at(quantile, num_tokens):
