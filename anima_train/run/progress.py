@@ -50,7 +50,8 @@ class ProgressBar:
     """The progress of a run: in a terminal one live line, in anything else a line every half minute.
 
     The live line fits into the terminal: step, loss, speed and the time that is left come first, and what has no room
-    is left out.
+    is left out. The time that is left is that of the steps to come, at the mean speed of those that this process made:
+    evaluations, previews and waits for what is saved, all that is entered as `doing`, count in neither.
 
     Args:
         name: of the run.
@@ -69,7 +70,7 @@ class ProgressBar:
         self.name, self.num_steps, self.start = name, num_steps, start
         self.is_shown = is_shown
         self.clock = clock
-        self.started = clock()
+        self.started, self.seconds_doing = clock(), 0.0  # the latter between steps, see `doing`
         self.last_line: float | None = None
         self.trend = Trend()
         self.step = start
@@ -91,7 +92,8 @@ class ProgressBar:
         if not self.is_shown:
             return
         self.trend.add(loss)
-        left = (self.num_steps - step) * (self.clock() - self.started) / (step - self.start)
+        stepping = self.clock() - self.started - self.seconds_doing
+        left = (self.num_steps - step) * stepping / (step - self.start)
         self.step = step
         self.numbers = [
             f"loss {self.trend.fast.value:.4f} {self.trend.word}",
@@ -107,7 +109,8 @@ class ProgressBar:
 
     @contextlib.contextmanager
     def doing(self, what: str) -> Iterator[None]:
-        """Say what the run is doing between two steps, while entered: "evaluation"."""
+        """Say what the run is doing between two steps, while entered: "evaluation"; no step takes that time."""
+        entered, before = self.clock(), self.seconds_doing
         if self.bar is not None:
             self.bar.set_description_str(self.live_line(what))
         elif self.is_shown and self.is_due():
@@ -115,6 +118,7 @@ class ProgressBar:
         try:
             yield
         finally:
+            self.seconds_doing = before + self.clock() - entered  # with what was entered inside
             if self.bar is not None:
                 self.bar.set_description_str(self.live_line())
 

@@ -51,6 +51,22 @@ def test_the_time_left_counts_from_where_the_run_went_on():
     assert "9 min left" in lines[0]
 
 
+def test_the_time_left_is_of_steps_alone_whatever_is_done_before_and_between_them():
+    stream, clock = io.StringIO(), Clock()
+    progress = ProgressBar("style", 16, 0, True, stream, clock)
+    for step in range(1, 12):
+        with contextlib.suppress(KeyError), progress.doing("evaluation"):
+            clock.now += 50.0
+            with progress.doing("saving"):
+                clock.now += 40.0
+            raise KeyError
+        clock.now += 2.0
+        progress.update(step, 0.5, 2.5, 2**30, "")
+    lines = [line for line in stream.getvalue().splitlines() if "left" in line]
+    assert ", 30 s left, " in lines[0]
+    assert ", 10 s left, " in lines[-1]
+
+
 def test_a_terminal_gets_one_live_line():
     text = run(Terminal())
     assert text.count("\r") > 1
