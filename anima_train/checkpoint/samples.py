@@ -98,17 +98,13 @@ def changed_parts(before: str, now: str) -> list[str]:
 
 def changed_dataset(saved: SavedState, differences: str, adapter: Lora | Full, files: ModelFiles) -> DataError:
     """Return the error for a dataset that is not the state's, with both ways on."""
-    return DataError(
-        [
-            f"{saved.folder}: cannot resume: the dataset has changed since: {differences}",
-            *first_word("put it back, and resume; or ", start_again(saved, adapter, files)),
-        ]
+    first, *pasted = start_again(saved, adapter, files)
+    lines = (
+        f"{saved.folder}: cannot resume: the dataset has changed since: {differences}",
+        f"put it back, and resume; or {first}",
+        *pasted,
     )
-
-
-def first_word(text: str, lines: Sequence[str]) -> list[str]:
-    """Return lines with a text before the first."""
-    return [text + lines[0], *lines[1:]]
+    return DataError("\n  ".join(lines))
 
 
 def start_again(saved: SavedState, adapter: Lora | Full, files: ModelFiles) -> list[str]:

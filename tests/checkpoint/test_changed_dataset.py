@@ -54,7 +54,10 @@ def refusal(trainer, **changes):
     with pytest.raises(DataError) as caught:
         trainer("run", **STATES, **changes)
     assert caught.value.exit_code == 3
-    return list(caught.value.problems)
+    (problem,) = caught.value.problems
+    first, *others = problem.split("\n")
+    assert all(line.startswith("  ") for line in others)
+    return [first, *(line[2:] for line in others)]
 
 
 def test_all_that_was_added_removed_and_changed_is_named_and_nothing_is_encoded(own, monkeypatch):
