@@ -20,7 +20,7 @@ from anima_train.model.loading import ModelFiles
 from anima_train.model.safetensors_io import open_header
 from anima_train.optim.groups import COMPONENTS
 
-MAX_NAMED = 5  # samples of each kind
+MAX_NAMED = 5  # files of each kind
 LENGTH = 16  # characters of a hash: enough to tell two versions of one file apart
 PARTS = ("image", "size", "captions", "mask")
 
@@ -64,7 +64,7 @@ def check_same_samples(saved: SavedState, samples: Sequence[Sample], adapter: Lo
         files: of the model.
 
     Raises:
-        DataError: samples were added, removed or changed: how many, the first five of each, and both ways on.
+        DataError: files were added, removed or changed: how many, the first five of each, and both ways on.
     """
     if SAMPLES not in saved.manifest.files:
         return
@@ -75,14 +75,17 @@ def check_same_samples(saved: SavedState, samples: Sequence[Sample], adapter: Lo
 
 
 def name_differences(before: SampleRecords, now: Mapping[str, str]) -> Iterator[str]:
-    """Yield what was added, removed and changed, each kind in one text."""
+    """Yield the files that were added, removed and changed, each kind in one text."""
     # What could not be used then cannot be used now: it is left out when the cache is filled, if not before.
-    added = [name for name, text in now.items() if name not in before.trained and before.unusable.get(name) != text]
-    removed = [name for name in before.trained if name not in now]
+    usable = {name: text for name, text in now.items() if name in before.trained or before.unusable.get(name) != text}
+    old, new = parts_by_file(before.trained), parts_by_file(usable)
+    several = len({file.partition("/")[0] for file in (*old, *new)}) > 1
+    added = [shown_file(file, several) for file in new if file not in old]
+    removed = [shown_file(file, several) for file in old if file not in new]
     changed = [
-        f"{name} ({', '.join(changed_parts(before.trained[name], text))})"
-        for name, text in now.items()
-        if before.trained.get(name, text) != text
+        f"{shown_file(file, several)} ({', '.join(part for part in PARTS if old[file][part] != parts[part])})"
+        for file, parts in new.items()
+        if old.get(file, parts) != parts
     ]
     for kind, names in (("added", added), ("removed", removed), ("changed", changed)):
         if names:
@@ -90,10 +93,25 @@ def name_differences(before: SampleRecords, now: Mapping[str, str]) -> Iterator[
             yield f"{len(names):,} {kind}: {shown}{', ...' if len(names) > MAX_NAMED else ''}"
 
 
-def changed_parts(before: str, now: str) -> list[str]:
-    """Return the parts of a sample that two descriptions tell apart."""
-    pairs = zip(PARTS, before.split(" "), now.split(" "), strict=False)
-    return [part for part, was, is_now in pairs if was != is_now]
+def parts_by_file(records: Mapping[str, str]) -> dict[str, dict[str, set[str]]]:
+    """Return what the samples of each file have, of all resolutions together, by the directory's number and the path.
+
+    Args:
+        records: what `describe` says of each sample, by its id.
+    """
+    files: dict[str, dict[str, set[str]]] = {}
+    for name, text in records.items():
+        file, _, resolution = name.rpartition("@")
+        parts = files.setdefault(file, {part: set() for part in PARTS})
+        for part, found in zip(PARTS, text.split(" "), strict=False):
+            parts[part].add(f"{found} at {resolution}" if part == "size" else found)
+    return files
+
+
+def shown_file(file: str, several: bool) -> str:
+    """Return the name of a file for a message: with its directory where there are several."""
+    number, _, path = file.partition("/")
+    return f"directory[{number}]/{path}" if several else path
 
 
 def changed_dataset(saved: SavedState, differences: str, adapter: Lora | Full, files: ModelFiles) -> DataError:

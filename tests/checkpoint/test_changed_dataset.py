@@ -73,9 +73,8 @@ def test_all_that_was_added_removed_and_changed_is_named_and_nothing_is_encoded(
         patch.delattr(fill_module, "load_vae")
         first, second, third = refusal(trainer)
     assert first == (
-        f"{run}/checkpoints/step-000002: cannot resume: the dataset has changed since: 1 added: 0/new.png@96; "
-        "1 removed: 0/image0.png@96; 3 changed: 0/image1.png@96 (image), 0/image2.png@96 (captions), "
-        "0/image3.png@96 (image, size)"
+        f"{run}/checkpoints/step-000002: cannot resume: the dataset has changed since: 1 added: new.png; "
+        "1 removed: image0.png; 3 changed: image1.png (image), image2.png (captions), image3.png (image, size)"
     )
     assert second == (
         "put it back, and resume; or start another run, of another run_name, from these weights; write in [adapter]:"
@@ -98,14 +97,43 @@ def test_a_mask_that_appears_is_a_change(own):
     trainer.base["dataset"]["directory"][0]["mask_path"] = str(masks)
     run_until(trainer, 1)
     Image.new("L", (96, 96), 255).save(masks / "image5.png")
-    assert "1 changed: 0/image5.png@96 (mask)" in refusal(trainer)[0]
+    assert "1 changed: image5.png (mask)" in refusal(trainer)[0]
 
 
 def test_of_many_the_first_five_are_named():
     before = SampleRecords(trained={f"0/{number}.png@96": "a 96x96 b none" for number in range(9)})
     (text,) = name_differences(before, {})
-    assert text == "9 removed: " + ", ".join(f"0/{number}.png@96" for number in range(5)) + ", ..."
+    assert text == "9 removed: " + ", ".join(f"{number}.png" for number in range(5)) + ", ..."
     assert not list(name_differences(before, dict(before.trained)))
+
+
+def at(*resolutions, **files):
+    """Records of files at some resolutions, d0_a="x": a.png in directory 0 with the image x."""
+    return {
+        f"{name[1:].replace('_', '/')}.png@{resolution}": f"{image} {resolution}x{resolution} text none"
+        for name, image in files.items()
+        for resolution in resolutions
+    }
+
+
+def test_files_are_named_and_counted_whatever_the_number_of_their_resolutions():
+    before = SampleRecords(trained={"0/a b@2.png@128": "x 128x128 text none", **at(128, 192, d0_old="o", d0_kept="k")})
+    now = at(128, 192, d0_new="n", d0_kept="other") | {"0/a b@2.png@160x96": "x 160x96 text none"}
+    assert list(name_differences(before, now)) == [
+        "1 added: new.png", "1 removed: old.png", "2 changed: kept.png (image), a b@2.png (size)",
+    ]  # fmt: skip
+
+
+def test_directories_are_named_where_there_are_several():
+    before = SampleRecords(trained=at(128, 192, d0_sub_a="a", d1_a="a"))
+    (text,) = name_differences(before, at(128, 192, d0_sub_a="a"))
+    assert text == "1 removed: directory[1]/a.png"
+
+
+def test_a_resolution_that_could_not_be_used_then_is_no_change():
+    before = SampleRecords(trained=at(128, d0_a="a"), unusable=at(192, d0_a="a"))
+    assert not list(name_differences(before, at(128, 192, d0_a="a")))
+    assert list(name_differences(before, at(128, 256, d0_a="a"))) == ["1 changed: a.png (size)"]
 
 
 @pytest.mark.slow
@@ -121,7 +149,7 @@ def test_an_image_that_could_not_be_used_then_is_no_change_now_unless_it_is_anot
     run_until(trainer, 1)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
     (folder / "image6.png").write_bytes(content)
-    assert "1 added: 0/image6.png@96" in refusal(trainer)[0]
+    assert "1 added: image6.png" in refusal(trainer)[0]
 
 
 @pytest.mark.slow
