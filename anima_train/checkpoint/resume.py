@@ -16,10 +16,11 @@ from anima_train.checkpoint.training_state import check_state, newest_state, sav
 from anima_train.config.changes import Changes, compare, refusal
 from anima_train.config.paths import path_fault
 from anima_train.core.errors import ConfigError, ModelFileError
-from anima_train.core.settings import toml_line
+from anima_train.core.settings import nearest, quoted, toml_line
 from anima_train.model.loading import ModelFiles
 from anima_train.run.folder import DAMAGED, RunFolder
 
+WANTED = "a run's folder or .../checkpoints/step-...; states are saved with checkpoint_every_n_steps"
 TIMED = re.compile(r"(.+)-\d{8}-\d{6}")  # a run's name that was made from the config's and the time
 
 
@@ -121,15 +122,17 @@ def resume_from_path(resolved: Mapping[str, Any], run_name: str, path: Path) -> 
         raise ConfigError(f"--resume {path}: a file of a training state; give its folder: --resume {path.parent}")
     if path.is_file() and path.suffix == ".safetensors":
         raise ConfigError(weights_alone(path, resolved["adapter"]["type"] == "lora"))
+    output_dir = Path(resolved["output_dir"])
     if fault := path_fault(str(path), Path(), "folder"):
-        raise ConfigError(f"--resume: {fault}")
+        raise ConfigError(to_resume(f"--resume: {fault}", path, output_dir))
     is_state = STATE_FOLDER.fullmatch(path.name)
     inside = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     folder = path.parent if is_state else inside
     saved = check_state(path) if is_state else newest_state(folder)
     if saved is None:
-        raise ConfigError(f"--resume {path}: there is no training state (a folder step-...) in it")
-    source, output_dir = RunFolder(folder.parent.parent, folder.parent.name), Path(resolved["output_dir"])
+        problem = f"--resume {path}: there is no training state (a folder step-...) in it"
+        raise ConfigError(to_resume(problem, path, output_dir))
+    source = RunFolder(folder.parent.parent, folder.parent.name)
     is_timed = "run_name" not in resolved and stem(source.name) == stem(run_name)
     name = source.name if is_timed and source.path.resolve().parent == output_dir.resolve() else run_name
     run = RunFolder(output_dir, name)
@@ -137,6 +140,16 @@ def resume_from_path(resolved: Mapping[str, Any], run_name: str, path: Path) -> 
         raise ConfigError(f"{run.path}: already holds a run; set another run_name, or remove it")
     changes = compare(saved.manifest.config, dict(resolved) | ({"run_name": name} if "run_name" in resolved else {}))
     return replace(resume_from(source, saved, changes, resolved), run_name=name)
+
+
+def to_resume(problem: str, path: Path, output_dir: Path) -> str:
+    """Return the message about a path that is not one to resume, with the nearest one and with what to give."""
+    before, suggests, _ = problem.rpartition("; did you mean ")
+    if not suggests or len(path.parts) == 1:  # the name of a run alone: one that can be resumed comes first
+        names = [states.parent.name for states in output_dir.glob("*/checkpoints") if saved_states(states)]
+        if close := nearest(path.name, names):
+            problem = f"{before or problem}; did you mean {quoted(str(output_dir / close))}?"
+    return f"{problem} Give {WANTED}" if problem.endswith("?") else f"{problem}; give {WANTED}"
 
 
 def weights_alone(path: Path, is_lora: bool) -> str:
