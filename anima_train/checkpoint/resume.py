@@ -10,9 +10,9 @@ from filelock import FileLock, Timeout
 
 from anima_train.adapters.full import Full
 from anima_train.adapters.lora import Lora
-from anima_train.checkpoint.manifest import STATE_FOLDER, SavedState
-from anima_train.checkpoint.samples import changed_dataset
-from anima_train.checkpoint.training_state import check_state, newest_state, saved_states
+from anima_train.checkpoint.manifest import STATE_FOLDER, DamagedState, SavedState
+from anima_train.checkpoint.samples import begin_with, changed_dataset, weights_by_step
+from anima_train.checkpoint.training_state import check_state, earlier_state, newest_state, saved_states, step_of
 from anima_train.config.changes import Changes, compare, refusal
 from anima_train.config.paths import path_fault
 from anima_train.core.errors import ConfigError, ModelFileError
@@ -96,7 +96,11 @@ def find_resume_point(resolved: Mapping[str, Any], run_name: str, resume: bool, 
                     "resume it with these settings with --resume, or set another run_name",
                 ]
             )
-    return resume_from(run, newest_state(run.checkpoints), changes, resolved)
+    try:
+        saved = newest_state(run.checkpoints)
+    except DamagedState as error:
+        raise all_damaged(error, "remove the run's folder, or ", run, resolved) from error
+    return resume_from(run, saved, changes, resolved)
 
 
 def compare_with(run: RunFolder, before: Mapping[str, Any], resolved: Mapping[str, Any]) -> Changes:
@@ -128,11 +132,16 @@ def resume_from_path(resolved: Mapping[str, Any], run_name: str, path: Path) -> 
     is_state = STATE_FOLDER.fullmatch(path.name)
     inside = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     folder = path.parent if is_state else inside
-    saved = check_state(path) if is_state else newest_state(folder)
+    source = RunFolder(folder.parent.parent, folder.parent.name)
+    try:
+        saved = check_state(path) if is_state else newest_state(folder)
+    except DamagedState as error:
+        if is_state and (earlier := earlier_state(path)):
+            raise ModelFileError(f"{error}; an earlier state is whole: --resume {earlier}") from error
+        raise all_damaged(error, "", source, resolved, " earlier" if is_state else "") from error
     if saved is None:
         problem = f"--resume {path}: there is no training state (a folder step-...) in it"
         raise ConfigError(to_resume(problem, path, output_dir))
-    source = RunFolder(folder.parent.parent, folder.parent.name)
     is_timed = "run_name" not in resolved and stem(source.name) == stem(run_name)
     name = source.name if is_timed and source.path.resolve().parent == output_dir.resolve() else run_name
     run = RunFolder(output_dir, name)
@@ -150,6 +159,28 @@ def to_resume(problem: str, path: Path, output_dir: Path) -> str:
         if close := nearest(path.name, names):
             problem = f"{before or problem}; did you mean {quoted(str(output_dir / close))}?"
     return f"{problem} Give {WANTED}" if problem.endswith("?") else f"{problem}; give {WANTED}"
+
+
+def all_damaged(
+    error: DamagedState, way: str, run: RunFolder, resolved: Mapping[str, Any], those: str = ""
+) -> ModelFileError:
+    """Return the error for a run of which no state is whole, with the ways on.
+
+    Args:
+        error: says of each state what it lacks.
+        way: one more of them, with ", or " after it.
+        run: that the states are of.
+        resolved: the resolved configuration.
+        those: " earlier" where later ones were not looked at.
+    """
+    weights = weights_by_step(run.path)
+    found = run.weights_path(None) if run.weights_path(None).exists() else weights[max(weights)] if weights else None
+    if found is None:
+        begin = ["start another run, of another run_name; this one has no saved weights to begin with"]
+    else:
+        begin = begin_with(found, resolved["adapter"]["type"] == "lora")
+    problem = f"{run.path}: cannot resume, as no{those} training state is whole:"
+    return ModelFileError("\n  ".join((problem, *error.problems, way + begin[0], *begin[1:])))
 
 
 def weights_alone(path: Path, is_lora: bool) -> str:
@@ -289,7 +320,7 @@ def retire_states(folder: Path, step: int) -> list[Path]:
     """Give the states after a step, which the run will make again, names that are not read; return the new ones."""
     renamed = []
     for path in saved_states(folder):
-        if int(path.name.removeprefix("step-")) > step:
+        if step_of(path) > step:
             target = path.with_name(f"unused-{path.name}")
             number = 2
             while target.exists():

@@ -136,11 +136,16 @@ def start_again(saved: SavedState, adapter: Lora | Full, files: ModelFiles) -> l
     path, is_part = weights_of(saved, adapter)
     if path is None:
         return ["start another run; this one has no saved weights to begin with (save_every_n_steps saves them)"]
-    table, key = ("adapter", "init_from_existing") if isinstance(adapter, Lora) else ("model", "transformer_path")
-    lines = [f"start another run, of another run_name, from these weights; write in [{table}]:", toml_line(key, path)]
+    lines = begin_with(path, isinstance(adapter, Lora))
     if is_part:
         lines.append(toml_line("llm_adapter_path", files.llm_adapter or files.transformer))
     return lines
+
+
+def begin_with(path: Path, is_lora: bool) -> list[str]:
+    """Return how to begin another run with weights; the line to add stands alone."""
+    table, key = ("adapter", "init_from_existing") if is_lora else ("model", "transformer_path")
+    return [f"start another run, of another run_name, from these weights; write in [{table}]:", toml_line(key, path)]
 
 
 def weights_of(saved: SavedState, adapter: Lora | Full) -> tuple[Path | None, bool]:
@@ -150,11 +155,7 @@ def weights_of(saved: SavedState, adapter: Lora | Full) -> tuple[Path | None, bo
     before it.
     """
     run, step = saved.folder.parent.parent, saved.manifest.step
-    by_step = {
-        int(match[1]): path
-        for path in (run / "weights").glob("*.safetensors")
-        if (match := re.fullmatch(rf"{re.escape(run.name)}-s(\d+)", path.stem))
-    }
+    by_step = weights_by_step(run)
     if step in by_step:
         return by_step[step], False
     trained = set(saved.manifest.run.get("trained", ()))
@@ -165,3 +166,12 @@ def weights_of(saved: SavedState, adapter: Lora | Full) -> tuple[Path | None, bo
         return own, "llm_adapter" not in trained
     earlier = [saved_step for saved_step in by_step if saved_step < step]
     return (by_step[max(earlier)] if earlier else None), False
+
+
+def weights_by_step(run: Path) -> dict[int, Path]:
+    """Return the files of weights that a run saved on its way, by the step."""
+    return {
+        int(match[1]): path
+        for path in (run / "weights").glob("*.safetensors")
+        if (match := re.fullmatch(rf"{re.escape(run.name)}-s(\d+)", path.stem))
+    }

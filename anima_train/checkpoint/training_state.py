@@ -189,8 +189,13 @@ def remove(folder: Path) -> None:
 
 def saved_states(folder: Path) -> list[Path]:
     """Return the training states in a folder, oldest first."""
-    found = [(int(match[1]), path) for path in folder.glob("step-*") if (match := STATE_FOLDER.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    found = [path for path in folder.glob("step-*") if STATE_FOLDER.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (step_of(path), path))
+
+
+def step_of(folder: Path) -> int:
+    """Return the step in the name of a state's folder."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def newest_state(folder: Path) -> SavedState | None:
@@ -203,7 +208,8 @@ def newest_state(folder: Path) -> SavedState | None:
         None if there is no state at all.
 
     Raises:
-        ModelFileError: all are damaged, or one is of another version.
+        DamagedState: all are, with a problem for each.
+        ModelFileError: one is of another version.
     """
     problems: list[str] = []
     for path in reversed(saved_states(folder)):
@@ -216,7 +222,15 @@ def newest_state(folder: Path) -> SavedState | None:
             logger.warning("%s; going back to step %d", problem, found.manifest.step)
         return found
     if problems:
-        raise ModelFileError([f"{problem}; there is no earlier one" for problem in problems])
+        raise DamagedState(problems)
+    return None
+
+
+def earlier_state(folder: Path) -> Path | None:
+    """Return the newest state before one that is as it was written; None if there is none."""
+    for path in reversed([path for path in saved_states(folder.parent) if step_of(path) < step_of(folder)]):
+        with contextlib.suppress(ModelFileError):
+            return check_state(path).folder
     return None
 
 
