@@ -1,5 +1,6 @@
 """The point at which a run begins: anew, or after the step of a state that was saved."""
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,8 @@ from anima_train.core.errors import ConfigError, ModelFileError
 from anima_train.core.settings import nearest, quoted, toml_line
 from anima_train.model.loading import ModelFiles
 from anima_train.run.folder import DAMAGED, RunFolder
+
+logger = logging.getLogger(__name__)
 
 WANTED = "a run's folder or .../checkpoints/step-...; states are saved with checkpoint_every_n_steps"
 TIMED = re.compile(r"(.+)-\d{8}-\d{6}")  # a run's name that was made from the config's and the time
@@ -212,8 +215,9 @@ def resume_from(run: RunFolder, saved: SavedState | None, changes: Changes, reso
     if "max_steps" in resolved:
         point.check_length("max_steps", resolved["max_steps"])
     notes.append(f"resuming after step {step} ({saved.folder})")
-    if run.manifest_path.exists() and not run.manifest():
-        notes.append(f"{run.manifest_path}: damaged; it is written anew")
+    if not run.manifest():
+        fault = "damaged" if run.manifest_path.exists() else "missing"
+        logger.warning("%s: %s; it is written anew", run.manifest_path, fault)
     return point
 
 

@@ -64,7 +64,8 @@ def run_training(
         with deterministic_kernels(loaded.config.deterministic), run_context(loaded, resume, resume_path) as run:
             return train(run)
     config, device = loaded.config, choose_device()
-    point = find_resume_point(plain(config), loaded.run_name, resume, resume_path)
+    with logged_to(terminal(is_main=rank() == 0)):
+        point = find_resume_point(plain(config), loaded.run_name, resume, resume_path)
     loaded = replace(loaded, run_name=point.run_name)
     launch = read_environment(os.environ, launch_settings(config, world_size()))
     loaded = replace(loaded, notes=(*loaded.notes, *launch.notes))

@@ -179,7 +179,9 @@ def test_damaged_records_are_told_and_training_goes_on_from_a_whole_state(traine
     told = " ".join(caplog.messages)
     assert "step-000003: damaged: state.json has other content than was written; going back to step 2" in told
     assert "metrics.jsonl: is missing, or was changed after step 2 was saved; the training is the same, but" in told
-    assert "manifest.json: damaged; it is written anew" in capsys.readouterr().out
+    warning = f"{run}/manifest.json: damaged; it is written anew"
+    assert f"\nwarning: {warning}\n" in capsys.readouterr().out
+    assert any(json.loads(line)["text"] == warning for line in (run / "warnings.jsonl").read_text().splitlines())
     assert all(torch.equal(tensor, resumed.weights[key]) for key, tensor in whole.weights.items())
     assert resumed.manifest["finished"]
 

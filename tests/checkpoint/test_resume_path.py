@@ -8,6 +8,7 @@ import pytest
 
 from anima_train.checkpoint.manifest import StateManifest, entry_of
 from anima_train.checkpoint.resume import find_resume_point, resume_from_path
+from anima_train.cli.output import quiet
 from anima_train.core.errors import ConfigError, ModelFileError
 
 
@@ -104,3 +105,15 @@ def test_where_there_are_no_weights_either_that_is_said(damaged):
         (folder / "optimizer.safetensors").unlink()
     *_, way = error_of(find_resume_point, RESOLVED, "old", False, None).split("\n  ")
     assert way.startswith("remove the run's folder, or start another run, of another run_name; this one has no saved")
+
+
+@pytest.mark.parametrize(("content", "fault"), [(None, "missing"), ("", "damaged")])
+def test_a_manifest_that_is_not_whole_is_a_warning_even_where_little_is_told(damaged, caplog, content, fault):
+    manifest = Path("out/old/manifest.json")
+    if content is not None:
+        manifest.write_text(content)
+    with quiet(wanted=True):
+        point = find_resume_point(RESOLVED, "old", True, None)
+    assert point.saved.folder == damaged[0]
+    assert caplog.messages[-1] == f"{manifest}: {fault}; it is written anew"
+    assert not any("anew" in note for note in point.notes)
