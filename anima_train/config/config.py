@@ -8,7 +8,7 @@ from anima_train.adapters.full import Full
 from anima_train.adapters.lora import Lora
 from anima_train.config.combinations import average_fault, checkpointed_blocks_fault, optimizer_fault
 from anima_train.config.model_settings import ModelSettings
-from anima_train.config.sections import EvalDataset, Metadata, Monitoring, Sampling
+from anima_train.config.sections import EarlyStopping, EvalDataset, Metadata, Monitoring, Sampling, metric_fault
 from anima_train.config.values import BatchSizes, Dtype, Folder, plain_name  # fmt: skip
 from anima_train.core.settings import Settings, quoted
 from anima_train.data.settings import DatasetSettings
@@ -115,6 +115,15 @@ class Config(Settings):
     """Evaluate the base model first; later evaluations also report their difference from it."""
     eval_micro_batch_size_per_gpu: BatchSizes | None = None
     """As micro_batch_size_per_gpu, for evaluation. Absent: the same."""
+    keep_best: str | None = Field(default=None, min_length=1)
+    """Save the weights of the best evaluation until now as NAME-best.safetensors: the one with the lowest value of this
+    number, as the evaluations log it ("held/loss", "known/drift_relative", "evaluation/forgetting"; the highest of
+    "evaluation/learning"), within forgetting_budget."""
+    forgetting_budget: float | None = Field(default=None, gt=0)
+    """Largest drift that is allowed, relative to the base (`drift_relative`), mean over the sets with role =
+    "retention". The last evaluation within it is saved as NAME-best.safetensors, or that which keep_best names."""
+    at_budget: Literal["stop", "go_on"] = "stop"
+    """At an evaluation beyond forgetting_budget the run ends, or goes on, and what is kept stays within."""
     save_every_n_epochs: int | None = Field(default=None, ge=1)
     """Save the LoRA or the model after every n epochs. It is always saved at the end."""
     save_every_n_steps: int | None = Field(default=None, ge=1)
@@ -160,6 +169,8 @@ class Config(Settings):
     """The texts in saved files."""
     sampling: Sampling | None = None
     """Previews. Absent: none."""
+    early_stopping: EarlyStopping | None = None
+    """An end where evaluations no longer get better. Absent: the run ends after its last step."""
 
     # Options that exclude each other, or could not take effect: each a check of the last field it concerns, so that all
     # are found at once. `earlier` holds the fields above that are right by themselves.
@@ -217,6 +228,40 @@ class Config(Settings):
             raise ValueError(f"found false, so eval_datasets are never evaluated; set {' or '.join(EVAL_INTERVALS)}")
         return value
 
+    @field_validator("keep_best")
+    @classmethod
+    def is_logged(cls, value: str | None, earlier: ValidationInfo) -> str | None:
+        """Refuse a number that no evaluation logs."""
+        if value is not None and (fault := metric_fault(value, earlier.data.get("eval_datasets", ()))) is not None:
+            raise ValueError(fault)
+        return value
+
+    @field_validator("forgetting_budget")
+    @classmethod
+    def can_be_measured(cls, value: float | None, earlier: ValidationInfo) -> float | None:
+        """Require a set on which forgetting is measured."""
+        sets = earlier.data.get("eval_datasets", ())
+        if value is not None and not any(each.role == "retention" and each.measures_drift for each in sets):
+            raise ValueError('needs a set in eval_datasets with role = "retention", such as captions = "shipped"')
+        return value
+
+    @field_validator("at_budget")
+    @classmethod
+    def has_a_budget(cls, value: str, earlier: ValidationInfo) -> str:
+        """Refuse to go on at a budget that there is not."""
+        if value != "stop" and earlier.data.get("forgetting_budget", 1) is None:
+            raise ValueError("has no effect without forgetting_budget")
+        return value
+
+    @field_validator("early_stopping")
+    @classmethod
+    def watches_what_is_logged(cls, value: EarlyStopping | None, earlier: ValidationInfo) -> EarlyStopping | None:
+        """Refuse a number that no evaluation logs."""
+        sets = earlier.data.get("eval_datasets", ())
+        if value is not None and (fault := metric_fault(value.metric, sets)) is not None:
+            raise ValueError(f"metric: {fault}")
+        return value
+
     @field_validator("keep_last")
     @classmethod
     def has_states_to_keep(cls, value: int, earlier: ValidationInfo) -> int:
@@ -230,6 +275,10 @@ class Config(Settings):
     def has_its_base(cls, value: AnyAdapter, earlier: ValidationInfo) -> AnyAdapter:
         """Refuse to measure drift where the base model is no longer in memory."""
         drifts = [entry.name for entry in earlier.data.get("eval_datasets", ()) if entry.drift]
+        if isinstance(value, Full) and earlier.data.get("forgetting_budget") is not None:
+            raise ValueError("a full fine-tune has no base model beside it; remove forgetting_budget")
+        if isinstance(value, Full) and "/drift" in (earlier.data.get("keep_best") or ""):
+            raise ValueError("a full fine-tune has no base model beside it; choose another number for keep_best")
         if isinstance(value, Full) and drifts:
             raise ValueError(f"a full fine-tune has no base model beside it; remove drift of eval_datasets {drifts[0]}")
         return value
@@ -320,8 +369,7 @@ class Config(Settings):
 
     def measures_drift(self, entry: EvalDataset) -> bool:
         """Return True if the drift on an evaluation set is measured."""
-        can, asks = isinstance(self.adapter, Lora), entry.role in ("train", "retention")
-        return can and (asks if entry.drift is None else entry.drift)
+        return isinstance(self.adapter, Lora) and entry.measures_drift
 
     def eval_batch_sizes(self) -> int | list[list[int]]:
         """Return the micro-batch sizes for evaluation."""

@@ -1,11 +1,12 @@
 """The tables of the main file for evaluation sets, trackers and previews."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
 from anima_train.config.values import printable_name
-from anima_train.core.settings import Settings
+from anima_train.core.settings import Settings, quoted
 from anima_train.data.settings import DatasetSettings
 from anima_train.objective.timesteps import TENTHS, Points
 from anima_train.sampling.generate import PictureSettings, Request, with_shared
@@ -47,6 +48,11 @@ class EvalDataset(Settings):
     init_from_existing, too, the base is the model without any LoRA. Not in a full fine-tune. Absent: for "train" and
     "retention" of a LoRA."""
 
+    @property
+    def measures_drift(self) -> bool:
+        """True if the drift of a LoRA is measured on it."""
+        return self.role in ("train", "retention") if self.drift is None else self.drift
+
     @field_validator("captions")
     @classmethod
     def one_source(cls, value: str | None, earlier: ValidationInfo) -> str | None:
@@ -86,6 +92,34 @@ class EvalDataset(Settings):
     def points(self) -> Points:
         """Return the noise levels and their noises."""
         return Points(tuple(self.quantiles), tuple(self.sigmas), self.repeats)
+
+
+class EarlyStopping(Settings):
+    """An end before the last step, where evaluations no longer get better."""
+
+    metric: str = Field(min_length=1)
+    """The number that has to get better, as keep_best names it."""
+    patience: int = Field(default=5, ge=1)
+    """Evaluations in a row that may bring no better one."""
+    min_change: float = Field(default=0.0, ge=0)
+    """By how much a better one has to be better."""
+
+
+def metric_fault(metric: str, sets: Sequence[EvalDataset]) -> str | None:
+    """Return why the evaluations of these sets do not log a number; None if they do, with a LoRA."""
+    names = {f"{each.name}/{number}" for each in sets for number in ("loss", "difference_from_base")}
+    drifts = [each for each in sets if each.measures_drift]
+    names |= {f"{each.name}/{number}" for each in drifts for number in ("drift", "drift_relative")}
+    roles = {each.role for each in sets}
+    if len(roles) > 1:
+        names |= {"evaluation/learning"} if "validation" in roles else set()
+        names |= {"evaluation/forgetting"} if "retention" in roles else set()
+        names |= {"evaluation/memorization"} if {"validation", "train"} <= roles else set()
+    if metric in names:
+        return None
+    if not names:
+        return f"found {quoted(metric)}, but there are no eval_datasets that would log it"
+    return f"found {quoted(metric)}, which no evaluation logs; expected one of {', '.join(sorted(names))}"
 
 
 class Monitoring(Settings):

@@ -54,6 +54,20 @@ class RunFolder:
         return self.path / "weights" / f"{self.name}{suffix}.safetensors"
 
     @property
+    def best_path(self) -> Path:
+        """The file of the weights of the best evaluation."""
+        return self.path / "weights" / f"{self.name}-best.safetensors"
+
+    def evaluations(self) -> Iterator[dict[str, Any]]:
+        """Yield what evaluations have logged; a line that is damaged counts as none."""
+        if self.evaluations_path.exists():
+            for line in self.evaluations_path.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(*DAMAGED):
+                    values = dict(json.loads(line))
+                    if isinstance(values.get("step"), int):
+                        yield values
+
+    @property
     def exists(self) -> bool:
         """True if a run made a step here, whatever is left of its records."""
         return self.metrics_path.exists() or next(self.checkpoints.glob("step-*"), None) is not None

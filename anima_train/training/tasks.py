@@ -31,8 +31,9 @@ from anima_train.core.errors import Interrupted
 from anima_train.core.files import write_text
 from anima_train.core.format import count
 from anima_train.data.plan import EpochSchedule, Plan
-from anima_train.distributed.collectives import patient_barrier
+from anima_train.distributed.collectives import broadcast_from_main, patient_barrier
 from anima_train.distributed.signals import Abandoned
+from anima_train.evaluation.bounds import Bounds, history_of
 from anima_train.evaluation.evaluate import base_text, evaluate, read_base
 from anima_train.evaluation.previews import Previews
 from anima_train.evaluation.results import described, score, summary
@@ -74,6 +75,13 @@ class PeriodicTasks:
     def __post_init__(self) -> None:
         self.writer = self.context.stack.enter_context(AsyncWriter())  # closed with the run
         self.late = self.context.stack.enter_context(LateSteps(self.lag, self.log_step, self.check_skipped))
+        config = self.context.config
+        self.bounds = Bounds(
+            config.keep_best, config.early_stopping, config.forgetting_budget, config.at_budget == "stop",
+            tuple(f"{each.name}/drift_relative" for each in self.data.evals
+                  if each.role == "retention" and each.measures_drift),
+        )  # fmt: skip
+        self.ending = self.end_by_bounds()  # why the run ends now, before its last step; the same on all processes
         self.lockstep = None if self.state.shards is None else divided_passes(self.context, self.state)
         self.intervals = all_intervals(self.context.config, time.monotonic())
 
@@ -124,9 +132,11 @@ class PeriodicTasks:
         if looks:
             self.late.tell_all()
         pending = self.run(looks)
+        if due["evaluation"] and "evaluation" not in pending:
+            self.heed_bounds()
         writes = [context.is_main and due[name] for name in ("save", "training state")]  # the others' clocks differ
         request = context.signals.requested(context.accelerator, *writes)
-        is_last = state.step == self.schedule.num_steps
+        is_last = state.step == self.schedule.num_steps or self.ending is not None
         if request.waits or is_last:
             self.late.tell_all()  # not before the request: all processes do it in the same step
         if self.writes and request.waits:
@@ -197,6 +207,30 @@ class PeriodicTasks:
                 text = "the loss of the evaluation set %s is not finite%s"
                 logger.warning(text, result.name, kept, extra={"step": state.step})
 
+    def end_by_bounds(self) -> str | None:
+        """Return on all processes why the run has come to its end by what was evaluated; None: it has not."""
+        if not self.bounds.are_any:
+            return None
+        folder = self.context.folder
+        return broadcast_from_main(
+            self.context.accelerator, lambda: self.bounds.ending(history_of(folder.evaluations()))
+        )  # fmt: skip
+
+    def is_best(self) -> bool:
+        """Return on all processes whether the weights as they are now are the best until now."""
+        folder, step = self.context.folder, self.state.step
+        return bool(step) and broadcast_from_main(
+            self.context.accelerator, lambda: self.bounds.best(history_of(folder.evaluations())) == step
+        )  # fmt: skip
+
+    def heed_bounds(self) -> None:
+        """Keep the weights of an evaluation that is the best, and look whether the run ends by it."""
+        if not self.bounds.are_any:
+            return
+        if self.is_best() and self.writes:
+            self.save_weights(self.state.step, self.context.folder.best_path)
+        self.ending = self.end_by_bounds()
+
     def log_evaluation(self, values: Mapping[str, float]) -> None:
         """Log numbers of an evaluation, in the run's folder and to the trackers."""
         if values:
@@ -242,10 +276,10 @@ class PeriodicTasks:
         logger.info("step %d: %s in %s", state.step, count(len(paths), "preview"), previews.folder)
         self.log.trackers.show(pictures, self.log.x(state.step, state.samples_seen))
 
-    def save_weights(self, step: int | None) -> Path:
+    def save_weights(self, step: int | None, path: Path | None = None) -> Path:
         """Have the LoRA or the model written; None: after the last step. Return its path."""
-        path = self.context.folder.weights_path(step)
-        done = self.schedule.num_steps if step is None else step
+        path = self.context.folder.weights_path(step) if path is None else path
+        done = self.state.step if step is None else step
         epoch = self.schedule.locate(max(0, done - 1))[0] + 1
         config = self.context.config
         metadata = weights_metadata(
@@ -327,12 +361,14 @@ class PeriodicTasks:
     def finish(self) -> Path:
         """Save the weights after the last step, and note that the run has come to its end; return their path."""
         folder = self.context.folder
+        if self.ending is not None:
+            logger.info("the run ends after step %d: %s", self.state.step, self.ending)
         with self.log.progress.doing("saving"):
             if self.writes:
                 self.save_weights(None)
             self.writer.wait()
         if self.context.is_main:
-            seen = seen_facts(self.plan, self.schedule, self.schedule.num_steps)
+            seen = seen_facts(self.plan, self.schedule, self.state.step)
             folder.check()
             write_text(folder.seen_path, json.dumps(seen, indent=1))
             folder.finish()

@@ -129,6 +129,8 @@ def train(run: RunContext, lag: int | None = None) -> Path:
         log.start()
         run.signals.is_stepping = True
         for step, batches in prefetched:
+            if tasks.ending is not None:  # an evaluation of the run that is resumed, or of the step before, has said so
+                break
             tasks.late.add(train_step(run, state, step, batches, sums, guard))
             tasks.run_due(step)
     return tasks.finish()

@@ -39,6 +39,7 @@ from anima_train.data.loader import CachedData
 from anima_train.distributed.environment import read_environment
 from anima_train.distributed.signals import SignalHandler
 from anima_train.evaluation.base_drawn import split_undrawn
+from anima_train.evaluation.bounds import Bounds
 from anima_train.evaluation.evaluate import EvalSet
 from anima_train.model.attention_choice import AttentionShape, choose_attention
 from anima_train.model.compiled import CompiledBlocks
@@ -378,6 +379,7 @@ def of_data(config, train, evals, needed, plan):
     yield "steps", [len(plan.epoch(epoch)) for epoch in range(3)]
     yield "tags told", caption_metadata(samples, config.metadata.tag_frequencies).get("ss_tag_frequency")
     yield "kinds", sorted({sample.options.kind for sample in samples})
+    yield "bounds", decided(config)
     yield (
         "measured",
         [measured(config, entry, evals[entry.name]) for entry in config.eval_datasets if entry.name in evals],
@@ -393,6 +395,18 @@ def measured(config, entry, samples):
     levels = [found.points.t(level, config.timesteps(), 36) for level in range(len(found.points.names))]
     captions = [(sample.id, sample.options.kind, sample.evaluation_caption().text) for sample in samples]
     return entry.name, captions, found.batches(), entry.role, levels, len(found.points), found.measures_drift
+
+
+def decided(config):
+    """What a run keeps, and why it ends, after evaluations whose loss rises again while the drift grows."""
+    headline = [f"{each.name}/drift_relative" for each in config.eval_datasets if each.role == "retention"]
+    bounds = Bounds(config.keep_best, config.early_stopping, config.forgetting_budget, config.at_budget == "stop",
+                    tuple(headline))  # fmt: skip
+    history = [
+        (step, {"known/loss": abs(step - 3.2), "known/difference_from_base": -step, "known/drift_relative": step / 10})
+        for step in range(9)
+    ]
+    return [(bounds.best(history[:number]), bounds.ending(history[:number])) for number in range(1, 10)]
 
 
 def picture(request):

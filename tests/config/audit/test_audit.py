@@ -55,6 +55,7 @@ SAMPLING = {"prompts": ["a"], "width": 64, "height": 64, "steps": 3, "every_n_st
 ANCESTRAL, SDE = {"type": "euler_ancestral"}, {"type": "dpmpp_2m_sde"}
 EVAL = {"name": "held out", "config": {"resolutions": [96], "directory": [{"path": "$OTHERS"}]}}
 KEPT = {"name": "known", "role": "retention", "captions": "shipped"}
+RULE = {"metric": "known/loss", "patience": 3}
 LARGER = EVAL | {"config": {"resolutions": [128], "directory": [{"path": "$OTHERS"}]}}
 CLIPS = {"gradient_clipping": 0.0}
 FULL = {"type": "full", "rank": None}
@@ -163,6 +164,13 @@ ROWS: dict[str, Row] = dict((
     table("eval_every_n_steps", "due", 4, eval_datasets=[EVAL]),
     table("eval_every_n_examples", "due", 3, eval_datasets=[EVAL]),
     table("eval_before_first_step", "first", False, eval_datasets=[EVAL], eval_every_n_steps=4),
+    table("keep_best", "bounds", "known/difference_from_base", eval_datasets=[KEPT], keep_best="known/loss"),
+    table("forgetting_budget", "bounds", 0.5, eval_datasets=[KEPT], forgetting_budget=0.2),
+    table("at_budget", "bounds", "go_on", eval_datasets=[KEPT], forgetting_budget=0.2),
+    table("early_stopping", "bounds", {"metric": "known/loss"}, eval_datasets=[KEPT]),
+    table("early_stopping.metric", "bounds", "known/difference_from_base", eval_datasets=[KEPT], early_stopping=RULE),
+    table("early_stopping.patience", "bounds", 1, eval_datasets=[KEPT], early_stopping=RULE),
+    table("early_stopping.min_change", "bounds", 3.5, eval_datasets=[KEPT], early_stopping=RULE),
     table("eval_micro_batch_size_per_gpu", "measured", 3, eval_datasets=[{"name": "a", "config": {"resolutions": [96],
           "max_bad_fraction": 0.5, "directory": [{"path": "$PICTURES"}]}}]),
     table("save_every_n_epochs", "due", 1),

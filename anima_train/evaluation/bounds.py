@@ -1,0 +1,83 @@
+"""The bounds of a run: which of its evaluations is the best, and when it ends before its last step.
+
+All of it follows from what the evaluations have logged, so that a run that is resumed decides as one that was not.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from anima_train.config.sections import EarlyStopping
+
+HIGHER = ("evaluation/learning",)  # numbers of which the highest is the best
+History = Sequence[tuple[int, Mapping[str, float]]]  # what was logged after each step, in their order
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The number that a run keeps the best of, and the bounds that it may not pass."""
+
+    keep_best: str | None = None  # the number that the best evaluation has the best of
+    early_stopping: EarlyStopping | None = None
+    forgetting_budget: float | None = None
+    stops_at_budget: bool = True
+    headline: tuple[str, ...] = ()  # the numbers whose mean the budget is for
+
+    @property
+    def are_any(self) -> bool:
+        """True if there is anything to decide."""
+        return any(each is not None for each in (self.keep_best, self.early_stopping, self.forgetting_budget))
+
+    def is_within(self, values: Mapping[str, float]) -> bool:
+        """Return True if an evaluation is within the budget, if there is one."""
+        found = [values[name] for name in self.headline if name in values]
+        # Not finite is beyond any budget.
+        return self.forgetting_budget is None or not found or sum(found) / len(found) <= self.forgetting_budget
+
+    def best(self, history: History) -> int | None:
+        """Return the step of the best evaluation within the budget, the first of equals.
+
+        Without a number to choose by it is the last one within the budget.
+        """
+        within = [(step, values) for step, values in history if step and self.is_within(values)]
+        if self.keep_best is None:
+            return within[-1][0] if within and self.forgetting_budget is not None else None
+        steps = [step for step, values in within if math.isfinite(values.get(self.keep_best, math.nan))]
+        known = dict(within)
+        return min(steps, key=lambda step: cost(self.keep_best, known[step]), default=None)
+
+    def ending(self, history: History) -> str | None:
+        """Return why the run ends after the last of these evaluations; None if it goes on."""
+        if not history:
+            return None
+        step, values = history[-1]
+        if step and self.stops_at_budget and not self.is_within(values):
+            found = [values[name] for name in self.headline if name in values]
+            return f"forgetting_budget: {sum(found) / len(found):.4g} is above {self.forgetting_budget:g}"
+        rule = self.early_stopping
+        if rule is None:
+            return None
+        lowest, since = math.inf, 0
+        for _, each in history:
+            now = cost(rule.metric, each)
+            is_better = now < lowest - rule.min_change
+            lowest, since = (now, 0) if is_better else (lowest, since + 1)
+        if since < rule.patience:
+            return None
+        return f"early_stopping: {rule.metric} did not get better in {since} evaluations"
+
+
+def cost(metric: str | None, values: Mapping[str, float]) -> float:
+    """Return a number of an evaluation, the lower the better; infinite where it is missing or not finite."""
+    value = values.get(metric or "", math.nan)
+    if not math.isfinite(value):
+        return math.inf
+    return -value if metric in HIGHER else value
+
+
+def history_of(lines: Iterable[Mapping[str, float]]) -> History:
+    """Return what was logged after each step, of the lines of a run's evaluations."""
+    found: dict[int, dict[str, float]] = {}
+    for line in lines:
+        found.setdefault(int(line["step"]), {}).update(line)
+    return sorted(found.items())

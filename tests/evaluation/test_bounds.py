@@ -1,0 +1,184 @@
+"""What a run keeps of its evaluations, and where it ends: by rules on numbers, and in whole runs."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from anima_train.config.load import load_config
+from anima_train.config.sections import EarlyStopping
+from anima_train.core.errors import ConfigError
+from anima_train.evaluation.bounds import Bounds, history_of
+
+
+def course(**numbers):
+    """A history: each number's values, after steps 0, 10, 20, ..."""
+    length = max(map(len, numbers.values()))
+    return [
+        (10 * index, {name.replace("_", "/", 1): values[index] for name, values in numbers.items()})
+        for index in range(length)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "best"),
+    [
+        ("held/loss", [9, 3, 2, 2, 4], 20),
+        ("held/loss", [1, 3, 2], 20),  # the base is none
+        ("held/loss", [9, math.nan, 2], 20),
+        ("held/loss", [9, math.nan], None),
+        ("evaluation/learning", [0, 1, 3, 2], 20),
+    ],
+)
+def test_the_best_is_the_first_with_the_best_number(metric, values, best):
+    history = course(**{metric.replace("/", "_"): values})
+    assert Bounds(keep_best=metric).best(history) == best
+
+
+def test_the_best_stays_within_the_budget_which_is_the_mean_of_the_sets():
+    history = course(held_loss=[9, 3, 2, 1], a_drift=[0, 0.1, 0.2, 0.4], b_drift=[0, 0.1, 0.2, 0.2])
+    names = ("a/drift", "b/drift")
+    assert Bounds("held/loss", None, 0.25, True, names).best(history) == 20
+    assert Bounds("held/loss", None, 0.35, True, names).best(history) == 30
+    assert Bounds(None, None, 0.25, True, names).best(history) == 20  # the last within
+    assert Bounds(None, None, 0.01, True, names).best(history) is None
+    assert Bounds(None, None, None, True, names).best(history) is None
+
+
+def test_the_run_ends_beyond_the_budget_unless_it_is_to_go_on():
+    history = course(a_drift=[0, 0.1, 0.3])
+    assert Bounds(None, None, 0.2, True, ("a/drift",)).ending(history) == "forgetting_budget: 0.3 is above 0.2"
+    assert Bounds(None, None, 0.2, True, ("a/drift",)).ending(history[:2]) is None
+    assert Bounds(None, None, 0.2, False, ("a/drift",)).ending(history) is None
+    broken = course(a_drift=[0, math.nan])
+    assert Bounds(None, None, 0.2, True, ("a/drift",)).ending(broken) is not None
+    assert Bounds(None, None, 0.2, True, ("a/drift",)).ending([]) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "patience", "min_change", "ends"),
+    [
+        ([9, 5, 6, 6], 2, 0.0, True),
+        ([9, 5, 6, 4], 2, 0.0, False),
+        ([9, 5, 6], 2, 0.0, False),
+        ([9, 5, 4.9, 4.8], 2, 0.5, True),
+        ([9, 5, 4.9, 4.4], 2, 0.5, False),
+        ([9, 5, math.nan, math.nan], 2, 0.0, True),
+    ],
+)
+def test_early_stopping_counts_evaluations_without_a_better_one(values, patience, min_change, ends):
+    rule = EarlyStopping(metric="held/loss", patience=patience, min_change=min_change)
+    assert (Bounds(early_stopping=rule).ending(course(held_loss=values)) is not None) == ends
+
+
+def test_lines_of_one_step_are_one_evaluation():
+    lines = [{"step": 4, "a/loss": 1.0}, {"step": 4, "evaluation/learning": 2.0}, {"step": 2, "a/loss": 3.0}]
+    assert [step for step, _ in history_of(lines)] == [2, 4]
+    assert dict(history_of(lines))[4] == {"step": 4, "a/loss": 1.0, "evaluation/learning": 2.0}
+
+
+# In runs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sets(images_drawer, tmp_path):
+    """A retention set of other pictures, and a validation set."""
+    for name, width in (("known", 98), ("new", 104)):
+        images_drawer(tmp_path / name, [(width, 90), (width, 80)])
+    return {
+        "eval_datasets": [
+            {"name": name, "role": role, "quantiles": [0.5],
+             "config": {"resolutions": [96], "directory": [{"path": str(tmp_path / name)}]}}
+            for name, role in (("known", "retention"), ("new", "validation"))
+        ],
+        "eval_every_n_steps": 2,
+        "optimizer": {"lr": 1e-2},
+        "max_steps": 12,
+    }  # fmt: skip
+
+
+def step_of(path):
+    with safe_open(path, "pt") as file:
+        return int(file.metadata()["ss_steps"])
+
+
+def drifts(run):
+    return {line["step"]: line["known/drift_relative"] for line in run.evaluations if "known/drift_relative" in line}
+
+
+def test_a_run_ends_at_its_budget_keeps_what_was_within_and_resumes_exactly(trainer, sets, capsys, tmp_path):
+    whole = trainer("whole", **sets)
+    found = drifts(whole)
+    budget = (found[6] + found[8]) / 2  # it drifts on and on
+    assert sorted(found.values()) == list(found.values())
+    capsys.readouterr()
+    run = trainer("run", **sets, forgetting_budget=budget, checkpoint_every_n_steps=3)
+    assert "the run ends after step 8: forgetting_budget: " in capsys.readouterr().out
+    assert len(run.losses) == 8
+    assert run.losses == whole.losses[:8]
+    assert run.manifest["finished"]
+    best = run.path / "weights" / "run-best.safetensors"
+    assert step_of(best) == 6
+    assert step_of(run.path / "weights" / "run.safetensors") == 8
+    final, kept = run.weights, load_file(best)
+
+    # As a kill after step 7 leaves it.
+    (run.path / "weights" / "run.safetensors").unlink()
+    for path in (run.path / "checkpoints").iterdir():
+        if path.name > "step-000006":
+            shutil.rmtree(path)
+    (run.path / "manifest.json").write_text(json.dumps(run.manifest | {"finished": False}))
+    again = trainer("run", **sets, forgetting_budget=budget, checkpoint_every_n_steps=3)
+    assert again.losses == run.losses
+    assert again.evaluations == run.evaluations
+    assert all(torch.equal(tensor, again.weights[key]) for key, tensor in final.items())
+    assert all(torch.equal(tensor, load_file(best)[key]) for key, tensor in kept.items())
+
+
+def test_a_run_may_go_on_beyond_its_budget_and_keep_the_best_within(trainer, sets):
+    whole = trainer("whole", **sets)
+    budget = drifts(whole)[4] * 1.01
+    run = trainer("run", **sets, forgetting_budget=budget, at_budget="go_on", keep_best="new/loss")
+    assert run.losses == whole.losses
+    losses = {line["step"]: line["new/loss"] for line in run.evaluations if "new/loss" in line}
+    assert step_of(run.path / "weights" / "run-best.safetensors") == min((2, 4), key=losses.__getitem__)
+
+
+@pytest.mark.slow
+def test_two_processes_end_together(trainer, sets):
+    one = trainer("one", **sets, gradient_accumulation_steps=2)
+    budget = (drifts(one)[4] + drifts(one)[6]) / 2
+    two = trainer.processes(2, "two", **sets, forgetting_budget=budget)
+    assert len(two.losses) == 6
+    assert step_of(two.path / "weights" / "two-best.safetensors") == 4
+
+
+def test_early_stopping_ends_a_run_that_does_not_learn(trainer, sets, capsys):
+    rule = {"metric": "new/loss", "patience": 2, "min_change": 10.0}
+    run = trainer("run", **sets, early_stopping=rule)
+    assert "early_stopping: new/loss did not get better in 2 evaluations" in capsys.readouterr().out
+    assert len(run.losses) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"keep_best": "new/los"}, 'keep_best: found "new/los", which no evaluation logs; expected one of evaluation/'),
+        ({"keep_best": "new/drift"}, 'keep_best: found "new/drift"'),
+        ({"keep_best": "evaluation/memorization"}, 'keep_best: found "evaluation/memorization"'),
+        ({"keep_best": "a/loss", "eval_datasets": []}, "there are no eval_datasets that would log it"),
+        ({"early_stopping": {"metric": "loss"}}, 'early_stopping: metric: found "loss"'),
+        ({"at_budget": "go_on"}, "at_budget: has no effect without forgetting_budget"),
+        ({"forgetting_budget": 0.1, "eval_datasets": []}, 'needs a set in eval_datasets with role = "retention"'),
+        ({"forgetting_budget": 0.1, "adapter": None}, "remove forgetting_budget"),
+        ({"keep_best": "known/drift", "adapter": None}, "choose another number for keep_best"),
+    ],
+)
+def test_what_cannot_work_is_refused(trainer, sets, change, message):
+    with pytest.raises(ConfigError) as refused:
+        load_config(trainer.config(**sets | change))
+    assert message in str(refused.value)
