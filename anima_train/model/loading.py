@@ -1,6 +1,6 @@
 """The model's files: checked by their headers, and loaded."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX, is_buffer, key_pref
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
 from anima_train.model.quantized import Quantization, quantize_linear
 from anima_train.model.safetensors_io import TensorFile, load_into, match_keys, read_tensors
-from anima_train.model.text import Tokenizers, empty_text_encoder, open_text_encoder
+from anima_train.model.text import Tokenizers, check_text_encoder, empty_text_encoder, open_text_encoder
 from anima_train.model.text_quantized import TextQuantization, stored_bytes
 from anima_train.model.vae import open_vae
 
@@ -60,20 +60,12 @@ class ModelFiles:
         Raises:
             ModelFileError: every wrong file at once.
         """
-        problems: list[str] = []
-        checks: list[Callable[[], object]] = [
-            lambda: self.transformer_header,
-            lambda: self.llm_adapter_header,
-            lambda: validate_kind(open_slot(self.vae, "vae"), "vae"),
-        ]
-        if not self.llm.is_dir():
-            checks.append(lambda: validate_kind(open_slot(self.llm, "text_encoder"), "text_encoder"))
-        for check in checks:
-            try:
-                check()
-            except ModelFileError as error:
-                problems.extend(problem for problem in error.problems if problem not in problems)
-        if problems or (problems := list(self.incompatibilities())):
+        paths = {"transformer": self.transformer, "vae": self.vae, "text_encoder": self.llm}
+        if self.llm_adapter is not None:
+            paths["llm_adapter"] = self.llm_adapter
+        if (problems := header_problems(paths, self.llm_adapter is not None)) or (
+            problems := list(self.incompatibilities())
+        ):
             raise ModelFileError(problems)
 
     def check_keys(self, tokenizers: Tokenizers) -> None:
@@ -140,6 +132,26 @@ class ModelSpec:
     quantization: Quantization | None = None  # of the blocks' linears
     text_quantization: TextQuantization | None = None  # of the text encoder
     max_tokens: int = MAX_TOKENS  # of a caption that are read
+
+
+def header_problems(paths: Mapping[str, Path], has_llm_adapter: bool) -> list[str]:
+    """Return what is wrong with files by their headers, each looked at by itself.
+
+    Args:
+        paths: by slot, as `SLOT_KEYS` has it.
+        has_llm_adapter: the LLM adapter has a file of its own, so the transformer's needs none inside.
+    """
+    others = {"transformer": ["cosmos"] if has_llm_adapter else [], "llm_adapter": ["transformer"]}
+    problems: list[str] = []
+    for slot, path in paths.items():
+        try:
+            if slot == "text_encoder":
+                check_text_encoder(path)
+            else:
+                validate_kind(open_slot(path, slot), slot, *others.get(slot, ()))
+        except ModelFileError as error:
+            problems.extend(error.problems)
+    return problems
 
 
 def load_llm_adapter(files: ModelFiles, dtype: torch.dtype, device: torch.device) -> LLMAdapter:

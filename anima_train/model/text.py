@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config
 from anima_train.core.errors import ModelFileError
 from anima_train.core.files import sha256_file
 from anima_train.core.text_batch import MAX_TOKENS, QWEN_POSITIONS, EncodedText, length_mask
-from anima_train.model.file_kinds import is_buffer, open_slot, validate_kind
+from anima_train.model.file_kinds import SHARD, identify, is_buffer, open_slot, validate_kind
 from anima_train.model.hub import PICKLES
 from anima_train.model.safetensors_io import Entry, TensorFile, count_blocks, match_keys, open_header, read_tensors
 from anima_train.model.text_quantized import TextQuantization, TextQuantizer
@@ -276,6 +276,28 @@ def empty_text_encoder(path: Path, tokenizers: Tokenizers) -> tuple[list[TensorF
         raise ModelFileError(f"{KEY}: no Qwen3 model can be built as {path} describes it ({error})") from error
     match_keys(merged.entries, model.state_dict(), f"{KEY}: {path}")
     return files, model
+
+
+def check_text_encoder(path: Path) -> None:
+    """Check the header of the text encoder's file, or those of its folder, and the folder's `config.json`.
+
+    Raises:
+        ModelFileError: another kind of model, or a folder without settings, with the file to give instead of it.
+    """
+    if not path.is_dir():
+        validate_kind(open_slot(path, "text_encoder"), "text_encoder")
+        return
+    config = path / "config.json"
+    if not config.exists() and (inside := whole_text_encoders(path)):  # a folder of many models, as ComfyUI has it
+        raise ModelFileError(f"{KEY}: {path} has no config.json; give the file in it: {' or '.join(map(str, inside))}")
+    validate_kind(open_text_encoder(path), "text_encoder")
+    read_config(config)
+
+
+def whole_text_encoders(folder: Path) -> list[Path]:
+    """Return the files in the folder that are a Qwen3 text encoder each."""
+    whole = [path for path in weight_files(folder) if not SHARD.search(path.name)]
+    return [path for path in whole if identify(open_header(path)) == "text_encoder"]
 
 
 def open_text_encoder(path: Path) -> TensorFile:

@@ -1,6 +1,8 @@
 """What is given for a slot: bundles, compiled models, folders and models in several files."""
 
+import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -99,3 +101,32 @@ def test_a_model_in_several_files_is_answered_with_what_is_read(tmp_path, slot, 
 
 def test_an_empty_folder_is_said_to_hold_no_file(tmp_path):
     assert "is a folder without a .safetensors file; give one file" in fault(tmp_path, "transformer")
+
+
+def header_fault(tiny, **paths):
+    with pytest.raises(ModelFileError) as caught:
+        dataclasses.replace(tiny, **paths).check_headers()
+    (problem,) = caught.value.problems
+    return problem
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("net.x_embedder.proj.1.weight", "a Cosmos-Predict2 transformer"),
+        ("transformer_blocks.0.attn1.to_q.weight", "a transformer in diffusers names"),
+    ],
+)
+def test_a_folder_of_another_model_is_no_text_encoder(tiny, tmp_path, key, kind):
+    save_file({key: torch.ones(1)}, tmp_path / "x-00001-of-00002.safetensors")
+    save_file({"more": torch.ones(1)}, tmp_path / "x-00002-of-00002.safetensors")
+    text = header_fault(tiny, llm=tmp_path)
+    assert text.startswith(f"model.llm_path: expects a Qwen3 text encoder; {tmp_path} looks like {kind}")
+
+
+def test_a_folder_of_many_models_is_answered_with_the_text_encoder_in_it(tiny, tmp_path):
+    save_file({"encoder.block.0.layer.0.SelfAttention.q.weight": torch.ones(1)}, tmp_path / "t5.safetensors")
+    shutil.copy(tiny.llm, tmp_path / "qwen.safetensors")
+    assert header_fault(tiny, llm=tmp_path) == (
+        f"model.llm_path: {tmp_path} has no config.json; give the file in it: {tmp_path / 'qwen.safetensors'}"
+    )
