@@ -31,9 +31,10 @@ SLOT_KEYS = {
     "text_encoder": "model.llm_path",
     "vae": "model.vae_path",
 }
+A_LORA = "a LoRA"
 # Key pattern -> a key of `SLOTS`, or a description. The first pattern found in any name counts.
 SIGNATURES = (
-    (r"(^|[._])lora[._]|\.(lokr|hada|oft|boft|glora)_", "a LoRA"),
+    (r"(^|[._])lora[._]|\.(lokr|hada|oft|boft|glora)_", A_LORA),
     (r"(^|\.)blocks\.block0\.", "a Cosmos-Predict1 transformer"),
     (rf"^({'|'.join(map(re.escape, TRANSFORMER_PREFIXES))})x_embedder\.proj\.1\.weight$", "transformer"),
     (r"(^|\.)x_embedder\.proj\.1\.weight$", "a transformer like Anima's, but with another prefix to its keys"),
@@ -160,6 +161,8 @@ def validate_kind(file: TensorFile, slot: str, *others: str) -> str:
         remedy = f"; it belongs in {SLOT_KEYS[kind]}" if kind in SLOT_KEYS else ""
         if kind == "cosmos" and slot == "transformer":
             remedy = "; give the LLM adapter as model.llm_adapter_path, or a file with it inside"
+        elif kind == A_LORA and slot == "transformer":
+            remedy = "; a LoRA to begin with is init_from_existing, in [adapter]"
         raise ModelFileError(f"{key}: expects {SLOTS[slot]}; {file.path} looks like {SLOTS.get(kind, kind)}{remedy}")
     kinds = Counter(entry.dtype for entry in file.without(is_buffer).entries.values())
     if quantised := {dtype: number for dtype, number in kinds.items() if dtype not in FLOATS}:

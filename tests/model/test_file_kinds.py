@@ -130,3 +130,13 @@ def test_a_folder_of_many_models_is_answered_with_the_text_encoder_in_it(tiny, t
     assert header_fault(tiny, llm=tmp_path) == (
         f"model.llm_path: {tmp_path} has no config.json; give the file in it: {tmp_path / 'qwen.safetensors'}"
     )
+
+
+def test_a_lora_in_the_place_of_the_transformer_gets_its_key(tiny, tmp_path):
+    path = tmp_path / "lora.safetensors"
+    save_file({"diffusion_model.blocks.0.mlp.layer1.lora_A.weight": torch.ones(2, 4)}, path)
+    assert header_fault(tiny, transformer=path) == (
+        f"model.transformer_path: expects an Anima transformer; {path} looks like a LoRA; a LoRA to begin with is "
+        "init_from_existing, in [adapter]"
+    )
+    assert header_fault(tiny, vae=path).endswith("looks like a LoRA")
