@@ -10,7 +10,8 @@ from anima_train.config.load import ModelPart
 from anima_train.core.device import DTYPES
 from anima_train.core.errors import ConfigError, ModelFileError, UserError
 from anima_train.model import hub
-from anima_train.model.loading import ModelFiles, ModelSpec
+from anima_train.model.file_kinds import SLOT_KEYS
+from anima_train.model.loading import ModelFiles, ModelSpec, header_problems
 from anima_train.model.text import find_tokenizer_folder, num_positions
 from anima_train.model.text_quantized import check_library
 from anima_train.model.tiny import tiny_paths, write_tiny
@@ -20,7 +21,7 @@ def find_model_files(config: Config | ModelPart) -> ModelFiles:
     """Return every model file the configuration names or implies; missing official ones are downloaded.
 
     Raises:
-        ModelFileError: every file that is missing and cannot be downloaded, at once.
+        ModelFileError: every file that is missing and cannot be downloaded, with those that are wrong, at once.
     """
     model = config.model
     if model.tiny_path is not None:
@@ -56,7 +57,10 @@ def find_model_files(config: Config | ModelPart) -> ModelFiles:
     if model.llm_adapter_path is not None:
         resolve("llm_adapter_path", model.llm_adapter_path)
     if failures:
-        raise ModelFileError(hub.together(failures))
+        # The files that are here are looked at now, or what is wrong with them would come out after the next start.
+        here = {slot: found[name] for slot, key in SLOT_KEYS.items() if (name := key.partition(".")[2]) in found}
+        wrong = header_problems(here, model.llm_adapter_path is not None)
+        raise ModelFileError([*wrong, *hub.together(failures)])
     return ModelFiles(
         found["transformer_path"], found["vae_path"], found["llm_path"], found["tokenizer_path"],
         found["t5_tokenizer_path"], found.get("llm_adapter_path"),

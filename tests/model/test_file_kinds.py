@@ -8,7 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from anima_train.config.load import ModelPart
+from anima_train.config.model_files import build_model_spec
+from anima_train.config.model_settings import ModelSettings
 from anima_train.core.errors import ModelFileError
+from anima_train.model import hub
 from anima_train.model.file_kinds import open_slot
 from anima_train.model.loading import ModelFiles, load_transformer
 from anima_train.model.safetensors_io import read_tensors
@@ -140,3 +144,19 @@ def test_a_lora_in_the_place_of_the_transformer_gets_its_key(tiny, tmp_path):
         "init_from_existing, in [adapter]"
     )
     assert header_fault(tiny, vae=path).endswith("looks like a LoRA")
+
+
+@pytest.mark.parametrize("llm_adapter", [None, "hf://me/adapter/a.safetensors"])
+def test_wrong_files_are_told_together_with_those_that_the_hub_cannot_give(tiny, tmp_path, monkeypatch, llm_adapter):
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "llm"
+    folder.mkdir()
+    shutil.copy(tiny.llm, folder / "qwen.safetensors")
+    paths = {"transformer_path": str(tiny.vae), "llm_path": str(folder)}
+    model = ModelSettings(type="anima", **paths, llm_adapter_path=llm_adapter)
+    with pytest.raises(ModelFileError) as caught:
+        build_model_spec(ModelPart(model=model, offline=True), CPU)
+    transformer, llm, absent = caught.value.problems
+    assert transformer.endswith("looks like the Qwen-Image VAE in Wan names; it belongs in model.vae_path")
+    assert llm.startswith(f"model.llm_path: {folder} has no config.json")
+    assert absent.startswith(f"model: {3 + (llm_adapter is not None)} files are not in the local Hub cache")
