@@ -145,6 +145,7 @@ def test_every_name_of_ours_that_is_promised_exists():
         ("adapter.Rank", "; did you mean rank?"),
         ("max-steps", "; did you mean max_steps?"),
         ("Learning-Rate", "; it is called lr, in [optimizer]"),
+        ("guidance_scale", "; it is called cfg, in [sampling]"),
         ("sigmoid_scal", "; did you mean sigmoid_scale, in [model]?"),
         ("eval_dataset", "; did you mean eval_datasets?"),
         ("zzzzzz", ""),
