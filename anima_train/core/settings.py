@@ -151,8 +151,13 @@ def validation_problems(
         else:
             words = expected.setdefault(location, [])
             words.append(expectation(detail))
-            found = describe_found(location, value_at(data, location))
+            value = value_at(data, location)
+            found = describe_found(location, value)
             problems[location] = f"found {found}, expected {' or '.join(dict.fromkeys(words))}"
+            if words == [EXPECTED["list_type"]]:
+                problems[location] += list_example(spot.table, str(location[-1]), value)
+            elif detail["type"] == "too_long":
+                problems[location] += decimal_commas(value, detail["ctx"]["max_length"])
     # A value that could be a number or a list, and is a list, is wrong only where one of its items is.
     shallow = {location[:length] for location in problems for length in range(len(location))} & set(expected)
     return {key_path(location): text for location, text in problems.items() if location not in shallow}
@@ -163,6 +168,34 @@ def expectation(detail: ErrorDetails) -> str:
     if detail["type"] not in EXPECTED:
         return detail["msg"].removeprefix("Input should be ")
     return EXPECTED[detail["type"]].format(**detail.get("ctx", {})).replace("'", '"')
+
+
+def list_example(table: type[Settings], key: str, value: object) -> str:
+    """Return the list that someone may have meant who gave the only item of it; "" where none is right."""
+    if isinstance(value, int | float) and is_right(table, key, [value]):
+        return f", such as [{value}]"
+    if isinstance(value, str) and is_right(table, key, [value]):
+        return f", such as [{quoted(value)}]"
+    if isinstance(value, str) and is_right(table, key, [{"path": value}]):
+        return f", such as [{{ path = {quoted(value)} }}]"
+    return ""
+
+
+def is_right(table: type[Settings], key: str, value: object) -> bool:
+    """Return True if a key of a settings class takes a value, whatever the others have."""
+    try:
+        table.model_validate({key: value})
+    except ValidationError as error:
+        return all(each["loc"][:1] != (key,) for each in error.errors())
+    return True
+
+
+def decimal_commas(value: object, max_length: int) -> str:
+    """Return the advice about a list of integers that were meant in pairs, as in `0,9`; "" for other lists."""
+    if not isinstance(value, list) or len(value) != 2 * max_length or any(type(part) is not int for part in value):
+        return ""
+    numbers = [f"{value[place]}.{value[place + 1]}" for place in range(0, len(value), 2)]
+    return f"; the decimal sign is a point: [{', '.join(numbers)}]"
 
 
 def describe_found(location: Location, value: object) -> str:

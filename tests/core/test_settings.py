@@ -44,6 +44,13 @@ class Leaf(Settings):
     """Its sizes."""
 
 
+class Folder(Settings):
+    """An entry with a path."""
+
+    path: str | None = None
+    """Where it is."""
+
+
 Colour = Annotated[Red | Blue, Field(discriminator="type")]
 
 
@@ -62,6 +69,12 @@ class Tree(Settings):
     """A list of paths or tables."""
     number: Annotated[int | list[list[int]], AfterValidator(lambda value: value)] | None = None
     """A number or a list."""
+    names: list[str] = Field(default=[], min_length=0)
+    """A list of texts."""
+    pair: list[float] = Field(default=[0.5, 0.5], min_length=2, max_length=2)
+    """Two numbers."""
+    folders: list[Folder] = Field(default=[])
+    """A list of tables with a path."""
     wide: float = Field(default=0.5, ge=0, lt=1)
     """A share."""
 
@@ -100,6 +113,17 @@ def problems(**data: Any):
         ({"short": {"type": "red", "depth": True}}, {"short.depth": "found true, expected an integer"}),
         ({"foreign": 1, "FOREIGN": 2},
          {"foreign": "unknown key; it is called wide", "FOREIGN": "unknown key; it is called wide"}),
+        ({"names": "a", "leaves": [{"name": "b", "sizes": 4}]},
+         {"names": 'found "a" (text), expected a list, such as ["a"]',
+          "leaves[0].sizes": "found 4 (an integer), expected a list, such as [4]"}),
+        ({"names": {"a": 1}, "pair": 0.5, "folders": "data/cats"},
+         {"names": "found a table, expected a list",
+          "pair": "found 0.5 (a number), expected a list",
+          "folders": 'found "data/cats" (text), expected a list, such as [{ path = "data/cats" }]'}),
+        ({"pair": [0, 9, 0, 99]},
+         {"pair": "found [0, 9, 0, 99] (a list), expected a list of 2 or fewer; the decimal sign is a point: "
+                  "[0.9, 0.99]"}),
+        ({"pair": [0.5, 1, 2, 3]}, {"pair": "found [0.5, 1, 2, 3] (a list), expected a list of 2 or fewer"}),
         ({"depth": 1}, {"depth": "unknown key; it belongs in [colour] or in [short]"}),
         ({"sizes": 1}, {"sizes": "unknown key; it belongs in [leaf] or in [[leaves]] or in [[mixed]]"}),
         ({"leaves": [{"name": "a", "wide": 1}]},
@@ -195,6 +219,7 @@ def test_tables_are_named_as_they_are_written():
         ("in [leaf]", "Leaf"),
         ("in [[leaves]]", "Leaf"),
         ("in [[mixed]]", "Leaf"),
+        ("in [[folders]]", "Folder"),
     ]
 
 
