@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from anima_train.config.load import ModelPart
+from anima_train.config.paths import suggest
 from anima_train.config.prompt_files import HINTS, make_requests, read_lines, read_requests
 from anima_train.config.sections import Sampling
 from anima_train.core.device import choose_device, describe_device
-from anima_train.core.errors import ConfigError
+from anima_train.core.errors import ConfigError, ModelFileError
 from anima_train.core.format import printable
 from anima_train.core.settings import quoted
 from anima_train.reports.contact_sheet import save_sheet
@@ -121,8 +122,12 @@ def draw(model: ModelPart, cells: Sequence[Cell], out: Path) -> list[Path]:
 
     Raises:
         ConfigError: the folder cannot be made.
+        ModelFileError: LoRAs that are not there, all of them.
         UserError: as `anima_train.sampling.pipeline.sample`.
     """
+    paths = dict.fromkeys(lora.path for cell in cells for lora in cell.loras)
+    if absent := [path for path in paths if not path.exists()]:
+        raise ModelFileError(f"{path}: there is no such file{suggest(str(path), Path())}" for path in absent)
     # Not above: they import transformers and diffusers, and a wrong flag is told sooner without them.
     from anima_train.config.model_files import build_model_spec
     from anima_train.data.buckets import Size

@@ -217,6 +217,10 @@ def test_mistakes_are_sentences(sample, tmp_path, arguments, message):
 def test_a_lora_that_is_none_or_does_not_fit_is_refused_before_anything_is_drawn(sample, tiny, tmp_path):
     with pytest.raises(ModelFileError, match=r"style\.safetensors: there is no such file"):
         sample("--prompt", "a", "--lora", "style.safetensors:0.5")
+    (tmp_path / "styles.safetensors").touch()
+    near = r'style\.safetensor: there is no such file; did you mean "styles\.safetensors"\?'
+    with pytest.raises(ModelFileError, match=near):
+        sample("--prompt", "a", "--lora", "style.safetensor")
     with pytest.raises(ModelFileError, match="expected a LoRA; this looks like an Anima transformer"):
         sample("--prompt", "a", "--lora", tiny[1].transformer)
     with pytest.raises(ModelFileError, match=r"a:b\.safetensors: there is no such file"):
