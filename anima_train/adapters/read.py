@@ -39,7 +39,7 @@ class Update:
 
 # Key pattern -> the model of a LoRA that is not of Anima. The first pattern found in any unknown key counts.
 OTHER_LORAS = (
-    (r"lora_unet_(down|up|input|output|mid|middle)_block|(down|up|mid)_blocks?\.|lora_te[12]_", "of SDXL or SD 1"),
+    (r"lora_unet_(down|up|input|output|mid|middle)_block|(down|up|mid)_blocks?\.|lora_te\d?_text_", "of SDXL or SD 1"),
     (r"double_blocks|single_blocks|single_transformer_blocks", "of Flux or HunyuanVideo"),
     (r"joint_blocks|(add_[qkv]_proj|to_add_out)", "of Stable Diffusion 3 or Qwen-Image"),
     (r"cross_attn[._][qkvo][._]lora|cross_attn[._][qkv]_img", "of Wan"),
@@ -158,8 +158,9 @@ def kind_fault(unknown: list[str], num_known: int) -> str | None:
             if any(re.search(pattern, key) for key in unknown):
                 return f"is a LoRA {model}, not of Anima (it has {unknown[0]})"
     if keys := [key for key in unknown if TEXT_ENCODER.search(key)]:
+        what = "only the text encoder" if num_known == 0 and len(keys) == len(unknown) else "the text encoder, too"
         return (
-            f"changes the text encoder, too ({count(len(keys), 'key')} such as {keys[0]}), which anima-train cannot "
+            f"changes {what} ({count(len(keys), 'key')} such as {keys[0]}), which anima-train cannot "
             "apply; draw with it in ComfyUI, or train the LoRA again with network_train_unet_only"
         )
     return None

@@ -241,6 +241,7 @@ def test_what_is_no_plain_lora_is_refused_by_its_kind(write, trained, key, kind)
     ("key", "model"),
     [
         ("lora_unet_down_blocks_1_attentions_0_proj_in", "of SDXL or SD 1"),
+        ("lora_te_text_model_encoder_layers_0_mlp_fc1", "of SDXL or SD 1"),
         ("lora_te1_text_model_encoder_layers_0_mlp_fc1", "of SDXL or SD 1"),
         ("lora_unet_double_blocks_0_img_attn_proj", "of Flux or HunyuanVideo"),
         ("transformer.single_transformer_blocks.0.attn.to_q", "of Flux or HunyuanVideo"),
@@ -258,6 +259,15 @@ def test_a_lora_of_another_model_is_named_with_it(write, key, model):
 def test_parts_for_the_text_encoder_are_named(write, trained, stem):
     text = refused(write({**trained[1], f"{stem}.lora_A.weight": torch.ones(2, 4)}))
     assert "changes the text encoder, too (1 key such as " in text
+
+
+@pytest.mark.parametrize(
+    "stem", ["lora_te1_model_layers_0_self_attn_q_proj", "lora_te_layers_0_mlp_up_proj", "text_encoder.layers.0.mlp"]
+)
+def test_a_lora_of_the_text_encoder_alone_is_named_so(write, stem):
+    tensors = {f"{stem}.lora_down.weight": torch.ones(2, 4), f"{stem}.lora_up.weight": torch.ones(4, 2)}
+    text = refused(write(tensors))
+    assert f"changes only the text encoder (2 keys such as {stem}.lora_down.weight), which anima-train cannot" in text
 
 
 def test_a_lora_of_a_compiled_model_is_read(write, trained):
