@@ -17,10 +17,11 @@ from anima_train.core.errors import ModelFileError
 from anima_train.core.format import count
 from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX, SLOTS, identify, uncompiled
 from anima_train.model.loading import ModelFiles
-from anima_train.model.safetensors_io import Entry, TensorFile, first_five, open_header, read_tensors
+from anima_train.model.safetensors_io import Entry, TensorFile, open_header, read_tensors
 
 # PEFT's own state has the name of the adapter in its keys.
 KEY = re.compile(r"(.+)\.(?:(lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)(?:\.default)?\.weight|(alpha))")
+BLOCK = re.compile(r"(blocks[._])\d+")
 STATE_KEY = re.compile(r"(.+)\.(lora_A|lora_B)")  # the parameters of a training state, beside which is
 STATE_SCALE = "anima_train.scale"  # alpha / rank of all of them, in the file's metadata
 PARTS = {"lora_A": "down", "lora_down": "down", "lora.down": "down", "lora_B": "up", "lora_up": "up", "lora.up": "up"}
@@ -71,7 +72,7 @@ def read_lora(path: Path, shapes: Shapes) -> dict[str, Update]:
         shapes: of every linear's weight; names in the LLM adapter begin with `llm_adapter.`
 
     Raises:
-        ModelFileError: no LoRA, damaged, or of another model: how many keys do not fit, and the first five.
+        ModelFileError: no LoRA, damaged, or of another model: how many keys do not fit, and the first.
     """
     file = uncompiled(open_header(path))
     if (kind := identify(file)) != "a LoRA":
@@ -97,7 +98,7 @@ def keys_by_module(file: TensorFile, shapes: Shapes) -> Keys:
     """Return the keys of each module that the LoRA changes, all of them with tensors that fit.
 
     Raises:
-        ModelFileError: how many do not fit, and the first five of each kind.
+        ModelFileError: how many do not fit, and the first, of each kind.
     """
     modules = {stem: module for module in shapes for stem in lora_stems(module)}
     pattern = STATE_KEY if STATE_SCALE in file.metadata else KEY
@@ -124,14 +125,16 @@ def keys_by_module(file: TensorFile, shapes: Shapes) -> Keys:
     quantised = [key for key, entry in matrices.items() if not entry.dtype.is_floating_point]
     if (fault := kind_fault(unknown, len(found))) is not None:
         raise ModelFileError(f"{file.path}: {fault}")
+    deeper = [key for key in unknown if (match := pattern.fullmatch(key)) and BLOCK.sub(r"\g<1>0", match[1]) in modules]
     problems = [
-        f"{file.path}: {count(len(keys), 'key')} {what}: {first_five(keys)}"
-        for keys, what in (
-            (unknown, "unknown to this model"),
-            (repeated, "repeating another"),
-            (halves, "without a counterpart"),
-            (misshapen, "of another shape than the model's"),
-            (quantised, "without floating-point numbers"),
+        f"{file.path}: {count(len(keys), 'key')} {what}, such as {keys[0]}{remedy}"
+        for keys, what, remedy in (
+            (deeper, "for blocks that this model lacks", "; it was made for a model with more blocks"),
+            ([key for key in unknown if key not in deeper], "unknown to this model", ""),
+            (repeated, "repeating another", ""),
+            (halves, "without a counterpart", "; half of it is missing: save or download it again"),
+            (misshapen, "of another shape than the model's", ""),
+            (quantised, "without floating-point numbers", ""),
         )
         if keys
     ]

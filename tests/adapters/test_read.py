@@ -218,12 +218,29 @@ def refused(path):
     return str(caught.value)
 
 
-def test_keys_of_another_model_are_counted_and_the_first_five_named(write, trained):
+def test_keys_of_another_model_are_counted_and_the_first_is_named(write, trained):
     strangers = {f"lora_unet_down_blocks_{n}_attn.lora_down.weight": torch.ones(2, 4) for n in range(7)}
     text = refused(write({**trained[1], **strangers}))
-    assert "lora.safetensors: 7 keys unknown to this model" in text
-    assert text.count("down_blocks") == 5
-    assert "down_blocks_4_attn.lora_down.weight, ..." in text
+    first = min(strangers)
+    assert text.endswith(f"lora.safetensors: 7 keys unknown to this model, such as {first}")
+
+
+@pytest.mark.parametrize("form", ["ours", "kohya", "diffusers"])
+def test_a_lora_for_more_blocks_is_said_to_be_that(write, trained, form):
+    more = {key.replace("blocks.1.", "blocks.7."): value.clone() for key, value in trained[1].items()}
+    tensors = FORMS[form]({**trained[1], **more})
+    num_more = len(tensors) - len(FORMS[form](trained[1]))
+    text = refused(write(tensors))
+    assert f"lora.safetensors: {num_more} keys for blocks that this model lacks, such as " in text
+    assert text.endswith("; it was made for a model with more blocks")
+    assert "\n" not in text
+
+
+def test_a_lora_without_its_second_half_is_said_to_be_that(write, trained):
+    half = {key: value for key, value in trained[1].items() if "lora_A" in key}
+    text = refused(write(half))
+    assert f"lora.safetensors: {len(half)} keys without a counterpart, such as {min(half)}; half of it" in text
+    assert text.endswith("is missing: save or download it again")
 
 
 @pytest.mark.parametrize(
@@ -290,11 +307,12 @@ def test_halves_and_shapes_and_repetitions_and_dtypes_are_all_reported(write, tr
     tensors[f"{fourth}.alpha"] = torch.ones(2)
     tensors["diffusion_model.blocks.1.mlp.layer1.lora_A.weight"] = torch.ones(RANK, 48, dtype=torch.int8)
     text = refused(write(tensors))
-    assert f"1 key without a counterpart: {first}.lora_A.weight" in text
-    assert f"{second}.lora_A.weight (4, 5)" in text
-    assert f"{fourth}.alpha (2,)" in text
-    assert "1 key repeating another: " in text
-    assert "1 key without floating-point numbers: diffusion_model.blocks.1.mlp.layer1.lora_A.weight" in text
+    assert f"1 key without a counterpart, such as {first}.lora_A.weight" in text
+    # Of two modules: another width, and an alpha of two numbers.
+    assert "5 keys of another shape than the model's, such as " in text
+    assert f"{second}.lora_A.weight (4, 5)" in text or f"{fourth}.alpha (2,)" in text
+    assert "1 key repeating another, such as " in text
+    assert "1 key without floating-point numbers, such as diffusion_model.blocks.1.mlp.layer1.lora_A.weight" in text
 
 
 def test_a_file_that_is_no_lora_is_named(write, tmp_path):
