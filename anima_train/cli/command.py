@@ -4,12 +4,17 @@ import sys
 from typing import Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperOption
 
 from anima_train.core.errors import ConfigError
 
 # Of click, or of typer's own copy of it.
 NO_SUCH_OPTION: Any = sys.modules[typer.BadParameter.__module__].NoSuchOption
+
+
+def is_hidden(parameter: Any) -> bool:
+    """Return True for an option that no help shows."""
+    return isinstance(parameter, TyperOption) and parameter.hidden
 
 
 class Command(TyperCommand):
@@ -26,7 +31,10 @@ class Command(TyperCommand):
         except NO_SUCH_OPTION as error:
             from anima_train.config.flags import flag_fault  # imports all settings
 
-            own = [option for parameter in self.params for option in (*parameter.opts, *parameter.secondary_opts)]
+            hidden = {option for each in self.params if is_hidden(each) for option in each.opts}
+            own = [option for each in self.params for option in (*each.opts, *each.secondary_opts)]
+            own = [option for option in own if option not in hidden]
+            error.possibilities = [option for option in error.possibilities or () if option not in hidden]
             if (fault := flag_fault(error.option_name, own)) is None:
                 raise
             raise ConfigError(fault) from error

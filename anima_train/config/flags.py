@@ -6,6 +6,7 @@ from pathlib import Path
 
 from anima_train.config.compat import FLAGS, FOREIGN
 
+ELSEWHERE = {"json": "it is for anima check and anima report"}  # flags of some of our commands
 PACKAGE = Path(__file__).parents[1]
 
 
@@ -18,9 +19,10 @@ def flag_fault(flag: str, own: Sequence[str]) -> str | None:
     """
     name = flag.lstrip("-").replace("-", "_")
     in_our_spelling = "--" + name.replace("_", "-")
-    if in_our_spelling in own:
-        return f"{flag}: unknown flag; it is written {in_our_spelling}"
-    text = FLAGS.get(name)
+    for written in (in_our_spelling, in_our_spelling.lower()):
+        if written in own:
+            return f"{flag}: unknown flag; it is written {written}"
+    text = ELSEWHERE.get(name) or FLAGS.get(name)
     meant = None if text is None else re.match(r"write (--\w+)", text)
     if text is not None and (meant is None or meant[1] in own):
         return f"{flag}: unknown flag; {text}"

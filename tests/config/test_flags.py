@@ -26,6 +26,8 @@ OWN = ["--set", "--dry-run", "--resume", "--size", "--negative"]
         ("--tag_dropout", "settings stand in the TOML file, this one in the dataset's"),
         ("--lr_scheduler", "settings stand in the TOML file; for one run write --set lr_scheduler=VALUE"),
         ("--dry_run", "it is written --dry-run"),
+        ("--Resume", "it is written --resume"),
+        ("--json", "it is for anima check and anima report"),
         ("--width", "write --size WIDTHxHEIGHT, such as --size 832x1216"),
         ("--negative-prompt", "write --negative TEXT"),
     ],
@@ -53,3 +55,14 @@ def test_no_flag_of_ours_is_refused_and_commands_ask():
     for command in typer.main.get_command(app).commands.values():
         flags = {option for each in command.params for option in each.opts if option.startswith("-")}
         assert not {flag.lstrip("-").replace("-", "_") for flag in flags} & FLAGS.keys(), command.name
+
+
+@pytest.mark.parametrize("flag", ["--resume_path", "--resume-pat", "--resume-paths"])
+def test_an_option_that_no_help_shows_is_not_suggested(flag):
+    import typer
+
+    with pytest.raises((typer.BadParameter.__base__, ConfigError)) as caught:
+        application(COMMANDS, "")(args=["train", "x.toml", flag], standalone_mode=False)
+    text = str(caught.value) + getattr(caught.value, "format_message", str)()
+    assert "--resume-path" not in text.replace(flag, "")
+    assert "--resume" in text.replace(flag, "")
