@@ -46,7 +46,9 @@ def read_toml(path: Path) -> Table:
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise ConfigError(f"{path}: does not exist{suggest(str(path), Path())}") from None
+        whole = Path(f"{path}.toml")
+        remedy = f"; did you mean {quoted(str(whole))}?" if whole.is_file() else suggest(str(path), Path())
+        raise ConfigError(f"{path}: does not exist{remedy}") from None
     except (OSError, ValueError) as error:  # a zero character in the name is a ValueError
         raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from error
     if (kind := foreign_kind(data)) is not None:

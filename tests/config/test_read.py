@@ -262,3 +262,9 @@ def test_a_configuration_is_not_nested_too_deeply(tmp_path):
     path = tmp_path / "config.toml"
     path.write_text(f"a.b.c.d = {'[' * 20}{{ e = 1 }}{']' * 20}")
     assert read_toml(path)["a"]["b"]["c"]["d"]
+
+
+def test_a_name_without_its_ending_is_answered_with_it(project):
+    project.write("base.toml", "")
+    path = project.folder / "base"
+    assert problem(path) == f'{path}: does not exist; did you mean "{path}.toml"?'
