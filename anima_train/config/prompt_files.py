@@ -49,7 +49,9 @@ def make_requests(texts: list[str], settings: Mapping[str, Any], names: Mapping[
         shared = Request.model_validate(data)
     except ValidationError as error:
         problems = validation_problems(error, data, Request, {})
-        raise ConfigError([f"{names.get(key, key)}: {text}" for key, text in problems.items()]) from error
+        # Each once: width and height may have one name, and the same mistake.
+        lines = dict.fromkeys(f"{names.get(key, key)}: {text}" for key, text in problems.items())
+        raise ConfigError(lines) from error
     if faults := [
         f"prompt {quoted(text[:40])}: {fault}" for text in texts if (fault := prompt_fault(text)) is not None
     ]:

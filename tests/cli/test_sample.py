@@ -214,6 +214,13 @@ def test_mistakes_are_sentences(sample, tmp_path, arguments, message):
     assert not list(tmp_path.glob("**/*.png"))
 
 
+def test_a_mistake_of_width_and_height_is_told_once(sample):
+    with pytest.raises(ConfigError) as caught:
+        sample("--prompt", "a", size="130x130")
+    (problem,) = caught.value.problems
+    assert problem.startswith("--size: found 130 ")
+
+
 def test_a_lora_that_is_none_or_does_not_fit_is_refused_before_anything_is_drawn(sample, tiny, tmp_path):
     with pytest.raises(ModelFileError, match=r"style\.safetensors: there is no such file"):
         sample("--prompt", "a", "--lora", "style.safetensors:0.5")
