@@ -79,15 +79,20 @@ class Absent(ModelFileError):
         return cls(f"{source.reference}: {here}, and {reason}. {remedy}", slot, reason)
 
 
-def together(failures: Sequence[UserError]) -> list[str]:
-    """Return the problems of several files, with one for all that are absent for want of a connection."""
+def together(failures: Sequence[UserError], remedy: str = "run `anima download` once") -> list[str]:
+    """Return the problems of several files, with one for all that are absent for want of a connection.
+
+    Args:
+        failures: one for each file.
+        remedy: what to do with a connection.
+    """
     absent = [failure for failure in failures if isinstance(failure, Absent)]
     if len(absent) < 2:
         return [problem for failure in failures for problem in failure.problems]
     slots = ", ".join(failure.slot for failure in absent)
     return [
-        f"model: {len(absent)} files are not in the local Hub cache, and {absent[0].reason}: run `anima download` "
-        f"once with a connection, or set {slots} in [model]",
+        f"model: {len(absent)} files are not in the local Hub cache, and {absent[0].reason}: {remedy} "
+        f"with a connection, or set {slots} in [model]",
         *(problem for failure in failures if not isinstance(failure, Absent) for problem in failure.problems),
     ]
 
@@ -158,7 +163,7 @@ def download_all() -> dict[str, Path]:
             failures.append(error)
     if failures:
         kind = ModelFileError if isinstance(failures[0], Absent) else type(failures[0])
-        raise kind(together(failures))
+        raise kind(together(failures, "run this command again"))
     return paths
 
 

@@ -160,3 +160,4 @@ def test_wrong_files_are_told_together_with_those_that_the_hub_cannot_give(tiny,
     assert transformer.endswith("looks like the Qwen-Image VAE in Wan names; it belongs in model.vae_path")
     assert llm.startswith(f"model.llm_path: {folder} has no config.json")
     assert absent.startswith(f"model: {3 + (llm_adapter is not None)} files are not in the local Hub cache")
+    assert ": run `anima download` once with a connection, or set " in absent
