@@ -192,7 +192,7 @@ def test_a_run_whose_metrics_are_gone_goes_on_and_does_not_begin_again(trainer, 
     run = stopped(trainer, 2)
     (run / "metrics.jsonl").unlink()
     resumed = trainer("run", **STATES)
-    assert any("metrics.jsonl: missing" in text for text in caplog.messages)
+    assert any("metrics.jsonl: is missing" in text for text in caplog.messages)
     assert [line["step"] for line in resumed.metrics] == [3, 4]
     assert all(torch.equal(tensor, resumed.weights[key]) for key, tensor in whole.weights.items())
 
