@@ -282,7 +282,10 @@ def test_the_bar_gets_the_steps_in_the_order_in_which_pictures_are_drawn(sample,
     monkeypatch.setattr(draw, "DrawingBar", lambda *given, **more: bars.append(DrawingBar(*given, **more)) or bars[-1])
     axes = ("--grid", f"x=lora:none,{loras[0]}", "--grid", "y=steps:1,2")
     *pictures, _, _ = sample("--prompt", "1girl", *axes, size="16x16", steps=())
-    steps = [int(re.search(r"Steps: (\d+)", Image.open(path).info["parameters"])[1]) for path in pictures]
+    steps = []
+    for path in pictures:
+        with Image.open(path) as image:
+            steps.append(int(re.search(r"Steps: (\d+)", image.info["parameters"])[1]))
     assert bars[0].num_steps == steps == [1, 2, 1, 2]
 
 
