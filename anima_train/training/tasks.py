@@ -132,8 +132,6 @@ class PeriodicTasks:
         if looks:
             self.late.tell_all()
         pending = self.run(looks)
-        if due["evaluation"] and "evaluation" not in pending:
-            self.heed_bounds()
         writes = [context.is_main and due[name] for name in ("save", "training state")]  # the others' clocks differ
         request = context.signals.requested(context.accelerator, *writes)
         is_last = state.step == self.schedule.num_steps or self.ending is not None
@@ -166,6 +164,8 @@ class PeriodicTasks:
             try:
                 with self.log.progress.doing(name):
                     makers[name]()
+                    if name == "evaluation":  # also one that was left by the process before this one
+                        self.heed_bounds()
             except Abandoned:
                 left.append(name)
             patient_barrier(self.context.accelerator)  # one process draws

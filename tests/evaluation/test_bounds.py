@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import signal
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from safetensors.torch import load_file
 
 from anima_train.config.load import load_config
 from anima_train.config.sections import EarlyStopping
-from anima_train.core.errors import ConfigError
+from anima_train.core.errors import ConfigError, Interrupted
+from anima_train.evaluation import evaluate as evaluate_module
 from anima_train.evaluation.bounds import Bounds, history_of
 
 
@@ -137,6 +139,28 @@ def test_a_run_ends_at_its_budget_keeps_what_was_within_and_resumes_exactly(trai
     assert again.evaluations == run.evaluations
     assert all(torch.equal(tensor, again.weights[key]) for key, tensor in final.items())
     assert all(torch.equal(tensor, load_file(best)[key]) for key, tensor in kept.items())
+
+
+def test_an_evaluation_that_was_left_to_the_next_process_is_heeded_there(trainer, sets, monkeypatch):
+    budget = drifts(trainer("whole", **sets))[2] * 1.01
+    real, calls = evaluate_module.predict, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 7:  # the first of the second evaluation, after step 2
+            signal.raise_signal(signal.SIGTERM)
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate_module, "predict", interrupted)
+        with pytest.raises(Interrupted):
+            trainer("run", **sets, forgetting_budget=budget, eval_before_first_step=True)
+    run = trainer("run", **sets, forgetting_budget=budget)
+    straight = trainer("straight", **sets, forgetting_budget=budget)
+    assert run.losses == straight.losses
+    assert run.evaluations == straight.evaluations
+    for folder in (run.path, straight.path):
+        assert step_of(folder / "weights" / f"{folder.name}-best.safetensors") == 2
 
 
 def test_a_run_may_go_on_beyond_its_budget_and_keep_the_best_within(trainer, sets):
