@@ -66,9 +66,9 @@ def test_help_version_and_slips_are_answered_without_torch(started):
         "Missing argument 'CONFIG'", "'kohya' is not",
     ):  # fmt: skip
         assert text in errors
-    # Typer and click say it in one of two ways.
-    assert re.search(r"No such option:? '?--resum'?\.? \((Possible options|Did you mean one of): '?--resume", errors)
-    assert re.search(r"No such option:? '?--frobnicate", errors)
+    # Versions of Typer and click say it in other words each.
+    assert re.search(r"No such option\W+--resum\b.*--resume\b", errors)
+    assert re.search(r"No such option\W+--frobnicate\b", errors)
     assert len(errors.splitlines()) == 4 * len(wrong)  # usage, where to find help, an empty line, what is wrong
 
 
