@@ -11,6 +11,7 @@ from anima_train.core.files import sha256_file
 from anima_train.core.text_batch import MAX_TOKENS
 from anima_train.data.cache import Cache
 from anima_train.data.loader import Entry, Source, TextIdentity
+from anima_train.data.preservation import Preservation
 from anima_train.data.samples import Sample, View
 from anima_train.model.loading import ModelFiles, ModelSpec
 from anima_train.model.safetensors_io import fingerprint
@@ -86,7 +87,7 @@ def model_text_identity(spec: ModelSpec) -> TextIdentity:
 
 def needed_entries(
     train: Iterable[Sample], evals: Iterable[Sample], vae_id: str, text_id: TextIdentity, seed: int,
-    empty_caption: bool, cache_texts: bool,
+    empty_caption: bool, cache_texts: bool, preservation: Preservation | None = None,
 ) -> CacheEntries:  # fmt: skip
     """Return the entries that these samples need.
 
@@ -98,6 +99,7 @@ def needed_entries(
         seed: of the run.
         empty_caption: True if samples may be trained with the empty caption.
         cache_texts: False if all captions are encoded during training.
+        preservation: the captions with which training images keep the base.
     """
     latents: dict[tuple[Path, str], Entry[View]] = {}
     masks: dict[tuple[Path, str], Entry[View]] = {}
@@ -117,8 +119,10 @@ def needed_entries(
             texts.setdefault((cache.folder, key), Entry(cache, "text", key, caption))
             owners[caption].append(sample)
 
+    shared = [""] if empty_caption else []
     for sample in train:
-        need(sample, sample.views(), [*sample.fixed_captions(seed), *([""] if empty_caption else [])])
+        kept = preservation.captions if preservation is not None and sample.role == "train" else ()
+        need(sample, sample.views(), [*sample.fixed_captions(seed), *shared, *kept])
     for sample in evals:
         need(sample, sample.views()[:1], [sample.evaluation_caption().text])
     return CacheEntries(list(latents.values()), list(masks.values()), list(texts.values()), owners)

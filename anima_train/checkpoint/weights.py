@@ -91,9 +91,10 @@ def caption_metadata(samples: Sequence[Sample], counts_tags: bool) -> dict[str, 
     """Return the safetensors metadata that come from captions: the trigger words and, if wanted, the tags.
 
     Args:
-        samples: that are trained.
+        samples: that are trained; what only keeps the base is not told.
         counts_tags: also tell how many images have each tag, in the form in which kohya's scripts do.
     """
+    samples = [sample for sample in samples if not sample.is_preserved]
     words = [word for word in dict.fromkeys(sample.options.prefix_word for sample in samples) if word]
     metadata = {"modelspec.trigger_phrase": ", ".join(words)} if words else {}
     if counts_tags:

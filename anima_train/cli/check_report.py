@@ -90,8 +90,8 @@ def check_all(loaded: LoadedConfig, title: str, measure_steps: int | None, page:
     """Do what `report_check` does, where nothing is wrong."""
     config, device = loaded.config, choose_device()
     spec = build_model_spec(config, device)
-    evals, undrawn = split_undrawn(loaded.evals)
-    scans = scan_all((loaded.train, *evals), config.seed, write=True)
+    ready, undrawn = split_undrawn(loaded.datasets)
+    scans = scan_all(ready, config.seed, write=True)
     lines = describe_run(loaded, spec, scans, num_processes=1)
     show([describe_device(device, spec.dtype), *undrawn, *lines])
     plan, schedule = plan_run(config, scans["train"].samples, num_processes=1)
@@ -121,8 +121,8 @@ def check_all(loaded: LoadedConfig, title: str, measure_steps: int | None, page:
         "warnings": list(dict.fromkeys([*scan_warnings(checked.scans), *checked.warnings, *memory.warnings])),
         "notes": checked.notes,
         "datasets": {
-            name: {"images": len({sample.picture.path for sample in scan.samples}), "found": scan.num_images,
-                   "unusable": scan.bad, "skipped": scan.skipped}
+            name: {"images": len({each.picture.path for each in scan.samples if not each.is_preserved}),
+                   "found": scan.num_images, "unusable": scan.bad, "skipped": scan.skipped}
             for name, scan in scans.items()
         },
         "buckets": [
@@ -208,7 +208,7 @@ def make_report(title: str, checked: Checked, max_thumbnails: int, measured: Seq
     stats = model_stats(config.adapter, spec, transformer, has_text_encoder)
     entries = needed_entries(
         plan.samples, chain.from_iterable(evaluated(scans).values()), "", ANY_MODEL, config.seed,
-        config.uncond_fraction > 0, config.model.cache_text_embeddings,
+        config.uncond_fraction > 0, config.model.cache_text_embeddings, checked.loaded.preservation,
     )  # fmt: skip
     seen = times_seen(plan, schedule, num_steps)
     num_tokens = sum(times * sample.size.num_tokens for times, sample in zip(seen, plan.samples, strict=True))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from anima_train.config.load import ModelPart
+from anima_train.config.model_part import ModelPart
 from anima_train.config.paths import suggest
 from anima_train.config.prompt_files import HINTS, make_requests, read_lines, read_requests
 from anima_train.config.sections import Sampling

@@ -52,7 +52,7 @@ def sample(
     quietly: Quiet = False,
 ) -> None:
     """Draw pictures with the model of a config, with or without LoRAs, as ComfyUI does; print their paths, always."""
-    from anima_train.config.load import load_model_part
+    from anima_train.config.model_part import load_model_part
 
     model = load_model_part(config, overrides or [], checkpoint)
 

@@ -61,7 +61,7 @@ def next_steps(loaded: "LoadedConfig", weights: Path, file: Path, overrides: Seq
         file: of the configuration.
         overrides: of --set; those that `anima sample` reads hold for the pictures, too.
     """
-    from anima_train.config.load import ModelPart
+    from anima_train.config.model_part import ModelPart
 
     config = loaded.config
     flag, folder = ("--checkpoint", "diffusion_models") if config.adapter.type == "full" else ("--lora", "loras")

@@ -18,6 +18,7 @@ from anima_train.sampling.generate import PictureSettings, Request
 
 SHIPPED = "shipped"  # the name of the captions that come with the package
 SHIPPED_CAPTIONS = Path(__file__).with_name("retention_captions.toml")
+PRESERVED_CAPTIONS = Path(__file__).with_name("preservation_captions.toml")  # none of which is among those
 FOLDER = "base_drawn"  # in the cache's folder, or that of the runs
 EXPECTED = 'a list of captions for a kind, as {} = ["...", "..."]'
 KIND_LENGTH = 40
@@ -67,12 +68,15 @@ def read_captions(path: Path, name: str) -> Mapping[str, list[str]]:
         ConfigError: everything in it that is no list of captions of a kind.
     """
     table = read_toml(path)
-    problems = [f"{name}: {problem}" for kind, texts in table.items() for problem in kind_problems(kind, texts)]
-    if not table:
-        problems.append(f"{name}: holds no captions; expected {EXPECTED.format('manner')}")
-    if problems:
-        raise ConfigError(problems)
+    if problems := caption_problems(table):
+        raise ConfigError([f"{name}: {problem}" for problem in problems])
     return table
+
+
+def caption_problems(table: Mapping[str, object]) -> list[str]:
+    """Return what is wrong with captions by their kind."""
+    problems = [problem for kind, texts in table.items() for problem in kind_problems(kind, texts)]
+    return problems or ([] if table else [f"holds no captions; expected {EXPECTED.format('manner')}"])
 
 
 def kind_problems(kind: str, texts: object) -> Iterator[str]:

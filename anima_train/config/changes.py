@@ -68,6 +68,7 @@ MAY_NOT_CHANGE = {
     **dict.fromkeys(("model.dtype", "model.transformer_dtype"), DTYPE),
     **dict.fromkeys(("optimizer.type", "optimizer.betas", "optimizer.moments_dtype", "optimizer.rounding"), MOMENTS),
     **dict.fromkeys(("optimizer.momentum", "optimizer.d0"), MOMENTS),
+    **dict.fromkeys(("preservation", "preservation.*"), SEEN),
     "ema": "the average has to follow the weights from the first step on",
 }
 FOLLOWS = (("adapter", "alpha", "rank"), ("model", "transformer_dtype", "dtype"))  # table, key, which it is if absent

@@ -8,7 +8,15 @@ from anima_train.adapters.full import Full
 from anima_train.adapters.lora import Lora
 from anima_train.config.combinations import average_fault, checkpointed_blocks_fault, optimizer_fault
 from anima_train.config.model_settings import ModelSettings
-from anima_train.config.sections import EarlyStopping, EvalDataset, Metadata, Monitoring, Sampling, metric_fault
+from anima_train.config.sections import (
+    EarlyStopping,
+    EvalDataset,
+    Metadata,
+    Monitoring,
+    PreservationSettings,
+    Sampling,
+    metric_fault,
+)  # fmt: skip
 from anima_train.config.values import BatchSizes, Dtype, Folder, plain_name  # fmt: skip
 from anima_train.core.settings import Settings, quoted
 from anima_train.data.settings import DatasetSettings
@@ -161,6 +169,8 @@ class Config(Settings):
     """The thing to train: a LoRA, or (absent) the whole model."""
     optimizer: AnyOptimizer
     """The optimizer."""
+    preservation: PreservationSettings | None = None
+    """Samples that keep the base model as it is. Absent: none."""
     ema: Ema | None = None
     """Save, evaluate and draw an average of the trained weights. Absent: the weights as they are."""
     monitoring: Monitoring = Monitoring()
@@ -214,8 +224,8 @@ class Config(Settings):
     def own_names(cls, value: list[EvalDataset]) -> list[EvalDataset]:
         """Require a name for every set that no other curves have."""
         names = [dataset.name for dataset in value]
-        if "train" in names:
-            raise ValueError('found the name "train", which is that of the training set')
+        for name in {"train", "preservation"} & set(names):
+            raise ValueError(f"found the name {quoted(name)}, which is that of samples that are trained")
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two sets are called {', '.join(map(quoted, repeated))}, and would share a curve")
         return value
@@ -281,6 +291,19 @@ class Config(Settings):
             raise ValueError("a full fine-tune has no base model beside it; choose another number for keep_best")
         if isinstance(value, Full) and drifts:
             raise ValueError(f"a full fine-tune has no base model beside it; remove drift of eval_datasets {drifts[0]}")
+        return value
+
+    @field_validator("preservation")
+    @classmethod
+    def asks_its_base(cls, value: PreservationSettings | None, earlier: ValidationInfo) -> PreservationSettings | None:
+        """Refuse to keep a base that is not there, or that one process cannot ask for alone."""
+        if value is not None and isinstance(earlier.data.get("adapter"), Full):
+            raise ValueError(
+                "needs [adapter]: a full fine-tune has no base beside it; add a [[directory]] with "
+                'role = "regularization" instead'
+            )
+        if value is not None and earlier.data.get("sharding") is not None:
+            raise ValueError("excludes sharding: a process asks the base alone; remove one of them")
         return value
 
     @field_validator("adapter")

@@ -20,11 +20,13 @@ from anima_train.config.model_settings import ModelSettings
 from anima_train.config.notes import optimizer_advice, rate_warnings, without_effect
 from anima_train.config.other_files import is_kohya, lifted, whole_file_fault
 from anima_train.config.paths import find_path, path_fault
+from anima_train.config.preserved import Preserved, load_preserved, measured_too
 from anima_train.config.read import Table, apply_override, read_toml
-from anima_train.config.sections import Role, Sampling
+from anima_train.config.sections import Role
 from anima_train.core.errors import ConfigError
 from anima_train.core.settings import Settings, nearest, quoted, validation_problems
 from anima_train.data.cache import CACHE_FOLDER, Cache
+from anima_train.data.preservation import Preservation
 from anima_train.data.settings import DatasetSettings, Directory
 from anima_train.model.hub import is_reference, parse_reference
 from anima_train.sampling.generate import PictureSettings
@@ -52,8 +54,9 @@ class Dataset:
     masks: tuple[Path | None, ...]
     caches: tuple[Cache, ...]
     offline: bool  # nothing may be looked up on the Hub
-    role: Role = "validation"  # of an evaluation set
+    role: Role | Literal["preservation"] = "validation"  # of all but the training set
     drawn: BaseDrawn | None = None  # the captions that the base model draws it from
+    share: float = 0.0  # of the samples that are trained, where it is added to them
 
 
 @dataclass(frozen=True)
@@ -67,15 +70,18 @@ class LoadedConfig:
     notes: tuple[str, ...]  # one for each key that changes nothing
     missing: tuple[str, ...] = ()  # problems of files that a resumed run does not read
     warnings: tuple[str, ...] = ()  # one for each that is probably a mistake
+    preserved: Preserved | None = None  # what keeps the base
 
+    @property
+    def datasets(self) -> tuple[Dataset, ...]:
+        """All sets, that which is trained first."""
+        added = None if self.preserved is None else self.preserved.dataset
+        return (self.train, *self.evals, *([] if added is None else [added]))
 
-class ModelPart(Settings):
-    """The keys of a configuration that say which model it is about, and what to draw with it."""
-
-    model: ModelSettings
-    offline: bool = False
-    attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = "auto"
-    sampling: Sampling | None = None
+    @property
+    def preservation(self) -> Preservation | None:
+        """The samples that keep the base; None: none do."""
+        return None if self.preserved is None else self.preserved.samples
 
 
 @dataclass(frozen=True)
@@ -211,23 +217,46 @@ class Loader:
         key = f"eval_datasets[{index}]"
         if entry.get("captions") is None or config is None:
             return self.load_dataset(str(entry.get("name")), entry.get("config"), f"{key}.config", config)
-        checked = config.eval_datasets[index]
-        text, path = str(checked.captions), SHIPPED_CAPTIONS
-        if text != SHIPPED:
-            path = self.find(self.main.inside(key), "captions", text, "file")
+        checked, place = config.eval_datasets[index], self.main.inside(key)
+        captions = self.find_captions(place, str(checked.captions), SHIPPED_CAPTIONS)
+        return None if captions is None else self.load_drawn(checked.name, captions, checked.pictures, place, config)
+
+    def find_captions(
+        self, place: Place, given: str | Mapping[str, list[str]], shipped: Path
+    ) -> Mapping[str, list[str]] | None:
+        """Return captions by their kind: given as a table, as a file, or as those shipped; or None, with why filed."""
+        if not isinstance(given, str):
+            return given
+        path = shipped if given == SHIPPED else self.find(place, "captions", given, "file")
         if not path.is_file():
             return None
         try:
-            captions = read_captions(path, text)
+            return read_captions(path, given)
         except ConfigError as error:
             self.problems.extend(error.problems)
             return None
-        settings = self.validate(PictureSettings, checked.pictures, self.main.inside(f"{key}.pictures"), {})
+
+    def load_drawn(
+        self, name: str, captions: Mapping[str, list[str]], pictures: Mapping[str, Any], place: Place, config: Config,
+        first_seed: int = 0,
+    ) -> Dataset | None:  # fmt: skip
+        """Return a set of pictures that the base model draws; or None with its problems filed.
+
+        Args:
+            name: of the set.
+            captions: by their kind.
+            pictures: the settings of the pictures that differ from the defaults.
+            place: of the keys.
+            config: the main file.
+            first_seed: added to the seed.
+        """
+        settings = self.validate(PictureSettings, dict(pictures), place.inside("pictures"), {})
         if settings is None:
             return None
+        settings = settings.model_copy(update={"seed": (settings.seed + first_seed) % 2**64})
         base = config.model.model_dump(include={"tiny_path", *MODEL_PATHS}, mode="json")
         drawn = BaseDrawn(captions, settings, Path(config.cache_dir or config.output_dir), base)
-        return self.find_folders(checked.name, drawn.dataset(), self.main, config, drawn)
+        return self.find_folders(name, drawn.dataset(), self.main, config, drawn)
 
     def find_folders(
         self, name: str, settings: DatasetSettings, place: Place, config: Config | None, drawn: BaseDrawn | None = None
@@ -294,6 +323,14 @@ class Loader:
             return adapter
         return adapter.model_copy(update={"init_from_existing": str(find_path(text, self.main.folder).absolute())})
 
+    def note_unused(self, dataset: Dataset) -> None:
+        """Note the keys of an evaluation set that only training heeds."""
+        for key in dataset.settings.unused_in_evaluation():
+            self.notes.append(
+                f"evaluation set {dataset.name}: {key} has no effect, as each image is shown once, with its first "
+                "caption as it is"
+            )
+
     def check_folder(self, key: str, text: str | None) -> None:
         """File a folder that would be made if it were missing, but is something else, or cannot be."""
         if text is not None and any(len(os.fsencode(part)) > MAX_NAME for part in Path(text).parts):
@@ -336,28 +373,23 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     evals = [loader.load_eval(index, entry, config) for index, entry in tables.items()]
     for entry, dataset in zip(tables.values(), evals, strict=True):
         if dataset is not None and entry.get("config") != data.get("dataset"):  # else they are meant for training
-            loader.notes.extend(
-                f"evaluation set {dataset.name}: {key} has no effect, as each image is shown once, with its first "
-                "caption as it is"
-                for key in dataset.settings.unused_in_evaluation()
-            )
+            loader.note_unused(dataset)
     if config is not None:
         for key, text in (("output_dir", config.output_dir), ("cache_dir", config.cache_dir)):
             loader.check_folder(key, text)
         found_files = {"model": loader.find_model_files(config.model), "adapter": loader.find_initial(config.adapter)}
         config = config.model_copy(update=found_files)
         loader.check_library(config.optimizer.type, config.optimizer.needs_library)
+    kept = None if config is None else load_preserved(loader, config)
     if loader.problems or config is None or train is None:
         raise ConfigError(loader.problems)
 
-    found = tuple(
-        replace(dataset, role=entry.role)
-        for entry, dataset in zip(config.eval_datasets, evals, strict=True)
-        if dataset is not None
-    )
+    pairs = zip(config.eval_datasets, evals, strict=True)
+    found = tuple(replace(dataset, role=entry.role) for entry, dataset in pairs if dataset is not None)
     sets = zip(config.eval_datasets, found, strict=True)
     config = config.model_copy(
         update={
+            "preservation": None if kept is None else kept.settings,
             "dataset": train.settings,
             "eval_datasets": [
                 entry.model_copy(update={"config": dataset.settings} if dataset.drawn is None else {})
@@ -370,41 +402,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     loader.notes.extend(
         f"{loader.key_name(loader.main, key)}: {advice}" for key, advice in optimizer_advice(config)
     )  # fmt: skip
-    run_name = config.run_name or name_by_time(path)
-    notes = tuple(dict.fromkeys(loader.notes))
+    run_name, notes = config.run_name or name_by_time(path), tuple(dict.fromkeys(loader.notes))
     warnings = tuple(f"{loader.key_name(loader.main, key)}: {text}" for key, text in rate_warnings(config))
-    return LoadedConfig(config, run_name, train, found, notes, tuple(loader.missing), warnings)
-
-
-def load_model_part(path: Path, overrides: Sequence[str] = (), transformer: Path | None = None) -> ModelPart:
-    """Read what a configuration says about its model, with its files found; its datasets need not exist.
-
-    Args:
-        path: the main TOML.
-        overrides: `key.path=value` from --set, later ones win.
-        transformer: a file to use instead of the configuration's.
-
-    Raises:
-        ConfigError: everything that is wrong in [model], at once; or an override of something else.
-    """
-    loader = Loader(path)
-    data = {key: value for key, value in loader.read(path, overrides).items() if key in ModelPart.model_fields}
-    for made in loader.overridden:
-        if made.partition(".")[0] not in ModelPart.model_fields:
-            loader.problems.append(
-                f"--set {made}: has no effect here; only [model], [sampling], attention and offline are read"
-            )
-    if transformer is not None and isinstance(data.get("model"), dict):
-        data["model"] = {key: value for key, value in data["model"].items() if key != "transformer_path"}
-    part = loader.validate(ModelPart, loader.translate(data, MAIN, loader.main), loader.main, MAIN_HINTS)
-    if part is not None:
-        model = loader.find_model_files(part.model)
-        if transformer is not None:
-            model = model.model_copy(update={"transformer_path": str(transformer)})
-        part = part.model_copy(update={"model": model})
-    if loader.problems or part is None:
-        raise ConfigError(loader.problems)
-    return part
+    shared = () if kept is None else measured_too(kept, found)
+    warnings += tuple(f"{loader.key_name(loader.main, 'preservation.captions')}: {text}" for text in shared)
+    return LoadedConfig(config, run_name, train, found, notes, tuple(loader.missing), warnings, kept)
 
 
 def name_by_time(path: Path) -> str:

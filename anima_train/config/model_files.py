@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from anima_train.config.config import Config
-from anima_train.config.load import ModelPart
+from anima_train.config.model_part import ModelPart
 from anima_train.core.device import DTYPES
 from anima_train.core.errors import ConfigError, ModelFileError, UserError
 from anima_train.model import hub

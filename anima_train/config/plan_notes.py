@@ -34,17 +34,18 @@ def plan_notes(
         schedule: of its epochs.
         evals: the samples of each evaluation set, by its name.
     """
+    learned = [sample for sample in plan.samples if not sample.is_preserved]
     notes = [
         *without_effect_in_time(config, plan, schedule),
         *without_effect_on_schedule(config, schedule.num_steps),
         *without_effect_on_loss(config, plan.samples, list(chain.from_iterable(evals.values()))),
         *without_effect_here(config, spec),
-        *unmeasured_kinds(plan.samples, chain.from_iterable(evals.values())),
+        *unmeasured_kinds(learned, chain.from_iterable(evals.values())),
         *unused_sizes("micro_batch_size_per_gpu", plan.batch_sizes, plan.samples),
         *unused_sizes("eval_micro_batch_size_per_gpu", config.eval_micro_batch_size_per_gpu, chain(*evals.values())),
     ]
     if isinstance(config.dataset, DatasetSettings):
-        notes += without_effect_on_data(config.dataset, plan.samples)
+        notes += without_effect_on_data(config.dataset, learned)
     for each in config.eval_datasets:
         # The training set's own keys are meant for training.
         if isinstance(each.config, DatasetSettings) and each.config != config.dataset and each.name in evals:

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
+from anima_train.config.base_drawn import caption_problems
 from anima_train.config.values import printable_name
 from anima_train.core.settings import Settings, quoted
 from anima_train.data.settings import DatasetSettings
@@ -92,6 +93,61 @@ class EvalDataset(Settings):
     def points(self) -> Points:
         """Return the noise levels and their noises."""
         return Points(tuple(self.quantiles), tuple(self.sigmas), self.repeats)
+
+
+class PreservationSettings(Settings):
+    """Keep what the base model does with other captions: on a share of the samples the target of the loss is the base's
+    own velocity, from the same weights without the LoRA. It needs no pictures. Such a sample takes a second pass
+    without gradients, about a third of a step, and teaches nothing new; both are told. The loss is logged apart, as
+    loss/preservation."""
+
+    on: Literal["retention", "training_latents", "class_caption", "empty_caption"] = "retention"
+    """The samples. "retention": pictures that the base model draws from captions, once, are added: in trials on a toy a
+    share of 0.2 left 0.6 of what was forgotten without it, 0.5 a third. "training_latents": the training images with
+    such captions instead of their own (0.66, nothing is drawn); "class_caption": with one caption of your own;
+    "empty_caption": with the empty one, as other trainers have it (0.88)."""
+    share: float = Field(default=0.2, gt=0, lt=1)
+    """Share of all samples seen. Drawn pictures are added to each epoch, which gets longer by them; of the training
+    images it is a share of the times they are seen."""
+    weight: float = Field(default=1.0, gt=0)
+    """Factor on the loss of these samples."""
+    captions: str | dict[str, list[str]] = Field(default="shipped", min_length=1)
+    """The captions, for "retention" and "training_latents". "shipped": 36 that come with this program, none of which is
+    among the 30 that eval_datasets measure on; or a TOML file of your own, or its table: {manner = ["...", "..."]}."""
+    pictures: dict[str, int | float | str] = Field(default={})
+    """The way the pictures of "retention" are drawn, as pictures of eval_datasets. Those in `base_drawn` of cache_dir,
+    or else of output_dir, are used again by later runs."""
+    class_caption: str | None = Field(default=None, min_length=1)
+    """The caption of "class_caption", such as "1girl"."""
+
+    @field_validator("captions")
+    @classmethod
+    def are_used(cls, value: str | dict[str, list[str]], earlier: ValidationInfo) -> str | dict[str, list[str]]:
+        """Refuse captions where others are used, and those that cannot be drawn from."""
+        if value != "shipped" and earlier.data.get("on") in ("class_caption", "empty_caption"):
+            raise ValueError(f"has no effect with on = {quoted(earlier.data['on'])}; remove one of them")
+        if isinstance(value, dict) and (problems := caption_problems(value)):
+            raise ValueError("\n".join(problems))
+        return value
+
+    @field_validator("pictures")
+    @classmethod
+    def are_drawn(cls, value: dict[str, int | float | str], earlier: ValidationInfo) -> dict[str, int | float | str]:
+        """Refuse the settings of pictures where none is drawn."""
+        if value and earlier.data.get("on", "retention") != "retention":
+            raise ValueError(f"has no effect with on = {quoted(earlier.data['on'])}, where nothing is drawn")
+        return value
+
+    @field_validator("class_caption")
+    @classmethod
+    def is_the_one(cls, value: str | None, earlier: ValidationInfo) -> str | None:
+        """Require the caption where it is used, and refuse it elsewhere."""
+        if "on" in earlier.data and (value is None) == (earlier.data["on"] == "class_caption"):
+            raise ValueError(
+                'missing, with on = "class_caption"; write one such as "1girl"' if value is None
+                else 'has no effect without on = "class_caption"'
+            )  # fmt: skip
+        return value
 
 
 class EarlyStopping(Settings):

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Generic, TypeVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -25,7 +25,8 @@ from anima_train.core.text_batch import (
 )
 from anima_train.data.cache import Cache, DamagedEntry, Kind, entry_key
 from anima_train.data.plan import MicroBatch, SampleRef
-from anima_train.data.samples import EMPTY, Caption, Sample, View
+from anima_train.data.preservation import Preservation
+from anima_train.data.samples import EMPTY, ROLES, Caption, Sample, View
 
 NUM_THREADS = 2
 READ_AHEAD = 4  # items
@@ -46,12 +47,20 @@ class Batch(TensorFields):
     mask: Float[Tensor, "B 1 1 H W"] | None
     names: tuple[str, ...]  # of the samples, for messages
     is_padding: bool = False  # True: repeats another one, to keep processes in step, and has no weight
-    is_regularization: Bool[Tensor, " B"] | None = None  # where roles matter
+    roles: Int[Tensor, " B"] | None = None  # indices into `ROLES`, where they matter
+    preserved: Int[Tensor, " P"] | None = None  # the samples whose target is the base's velocity; None: no sample
+    base_velocity: Float[Tensor, "P 16 1 H W"] | None = None  # theirs, once it is known
+    weights: Float[Tensor, " B"] | None = None  # of the samples' losses; None: 1
 
     @property
     def size(self) -> int:
         """The number of samples in the batch."""
         return self.latents.shape[0]
+
+    def at(self, rows: Int[Tensor, " P"]) -> "Batch":
+        """Return these samples, as far as the model sees them; the rows are on the device of the batch."""
+        latents, noise, t = (each.index_select(0, rows) for each in (self.latents, self.noise, self.t))
+        return Batch(latents, noise, t, self.text.changed(lambda each: each.index_select(0, rows)), None, self.names)
 
 
 @dataclass(frozen=True)
@@ -106,6 +115,7 @@ class CachedData:
     seed: int
     caches_texts: bool = True  # False: every caption is encoded when it is needed
     encode: Encode | None = None  # for captions that are not in the cache
+    preservation: Preservation | None = None  # the samples whose target is the base's velocity; None: there are none
 
     def read(self, entry: Entry) -> dict[str, Tensor]:
         """Return an entry's tensors; remove a damaged one, so that the next start makes it again.
@@ -143,6 +153,12 @@ class CachedData:
             return torch.ones(1, 1, sample.size.height // LATENT_PIXELS, sample.size.width // LATENT_PIXELS)
         return self.read(Entry(sample.cache, "mask", view.mask_key(), view))["mask"][:, None]
 
+    def weights(self, roles: Sequence[str]) -> Float[Tensor, " B"] | None:
+        """Return the weights of samples, by their roles; None where all are 1."""
+        if self.preservation is None or self.preservation.weight == 1:
+            return None
+        return torch.tensor([self.preservation.weight if role == "preservation" else 1.0 for role in roles])
+
     def text(self, captions: Sequence[tuple[Cache, Caption]]) -> TextContext | TextStates:
         """Return the captions' conditions, padded to a batch."""
         entries = [self.text_entry(cache, caption) for cache, caption in captions]
@@ -165,8 +181,26 @@ class CachedData:
         t: Sequence[float],
         noise: Sequence[torch.Generator],
         is_padding: bool = False,
+        keeps: Sequence[bool] = (),
     ) -> Batch:
-        """Return a batch with these captions, noise levels and generators of the noise, one for each view."""
+        """Return a batch with these captions, noise levels and generators of the noise, one for each view.
+
+        Args:
+            views: of the samples.
+            captions: as they are conditioned on.
+            t: noise levels.
+            noise: generators of it.
+            is_padding: as in `Batch`.
+            keeps: of each, True if its target is the base's velocity, whatever the sample is for; (): of none.
+        """
+        roles = [
+            "preservation" if kept else view.sample.role
+            for view, kept in zip(views, keeps or [False] * len(views), strict=True)
+        ]
+        preserved = [index for index, role in enumerate(roles) if role == "preservation"]
+        mask = self.masks(views)
+        if mask is not None and preserved:
+            mask[preserved] = 1
         latents = torch.stack([self.latents(view) for view in views])
         samples = [view.sample for view in views]
         return Batch(
@@ -174,10 +208,12 @@ class CachedData:
             noise=torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in noise]),
             t=torch.tensor(t, dtype=torch.float32),
             text=self.text([(sample.cache, caption) for sample, caption in zip(samples, captions, strict=True)]),
-            mask=self.masks(views),
+            mask=mask,
             names=tuple(sample.id for sample in samples),
             is_padding=is_padding,
-            is_regularization=torch.tensor([sample.is_regularization for sample in samples]),
+            roles=torch.tensor([ROLES.index(role) for role in roles]),
+            preserved=torch.tensor(preserved) if preserved else None,
+            weights=self.weights(roles) if preserved else None,
         )
 
     def training_batch(
@@ -201,16 +237,24 @@ class CachedData:
         def address(kind: str, ref: SampleRef) -> tuple[str, int, str, int]:
             return kind, epoch, self.samples[ref.sample].id, ref.repeat
 
+        def kept_caption(ref: SampleRef) -> Caption | None:
+            if self.preservation is None:
+                return None
+            return self.preservation.caption(self.samples[ref.sample], self.seed, ref.repeat)
+
+        kept = [kept_caption(ref) for ref in micro_batch.refs]
+
         def caption(ref: SampleRef) -> Caption:
             dropped = uniform(self.seed, *address("uncond", ref)) < uncond_fraction
             return EMPTY if dropped else self.samples[ref.sample].caption(self.seed, ref.repeat)
 
         return self.batch(
             [self.samples[ref.sample].view(self.seed, ref.repeat) for ref in micro_batch.refs],
-            [caption(ref) for ref in micro_batch.refs],
+            [own or caption(ref) for ref, own in zip(micro_batch.refs, kept, strict=True)],
             [timestep(uniform(self.seed, *address("t", ref)), micro_batch.size.num_tokens) for ref in micro_batch.refs],
             [stream(self.seed, *address("noise", ref)) for ref in micro_batch.refs],
             is_padding,
+            [own is not None for own in kept],
         )
 
 

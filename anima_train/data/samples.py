@@ -48,6 +48,7 @@ class Caption:
 
 
 EMPTY = Caption("")
+ROLES: tuple[Literal["train", "regularization", "preservation"], ...] = ("train", "regularization", "preservation")
 WAYS: tuple[Literal["nl", "tags_nl", "nl_tags", "tags"], ...] = ("nl", "tags_nl", "nl_tags", "tags")  # to use captions
 
 
@@ -69,6 +70,7 @@ class Sample:
     options: DirectoryOptions
     cache: Cache
     repeat_factor: Fraction = Fraction(1)  # on num_repeats, by the weight of the directory
+    is_preserved: bool = False  # True: it shows no more than what the base model does with it, and that is its target
 
     @property
     def name(self) -> str:
@@ -91,9 +93,9 @@ class Sample:
         return exact(self.options.num_repeats) * self.repeat_factor
 
     @property
-    def is_regularization(self) -> bool:
-        """True if it shows what the model should not forget."""
-        return self.options.role == "regularization"
+    def role(self) -> Literal["train", "regularization", "preservation"]:
+        """Its purpose: only images of "train" show something new."""
+        return "preservation" if self.is_preserved else self.options.role
 
     # Captions. A picture has T captions of tags, each in S = max(1, cache_shuffle_num) orders, and N in natural
     # language. Its repeats 0, 1, 2 ... are its variants. Of those before repeat k, floor(k * share + phase) use

@@ -179,7 +179,7 @@ def missing_words(samples: Iterable[Sample]) -> Iterator[Missing]:
     """
     directories: dict[int, dict[str, Sample]] = defaultdict(dict)
     for sample in samples:
-        if not sample.is_regularization:  # once, not for every resolution
+        if sample.role == "train":  # once, not for every resolution
             directories[sample.directory].setdefault(str(sample.picture.path), sample)
     for directory, images in sorted(directories.items()):
         options = next(iter(images.values())).options

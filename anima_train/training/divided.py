@@ -47,12 +47,14 @@ def divide(run: RunContext, transformer: MiniTrainDIT, compute_dtype: torch.dtyp
     return Shards(transformer, run.device.type, compute_dtype)
 
 
-def check_can_divide(optimizer: AnyOptimizer, blocks_to_swap: int, quantization: str | None) -> None:
+def check_can_divide(optimizer: AnyOptimizer, blocks_to_swap: int, quantization: str | None, preserves: bool) -> None:
     """Refuse to divide what an optimizer has to see as a whole, and weights that are not plain ones on the device.
 
     Raises:
         ConfigError: something of that is configured.
     """
+    if preserves:
+        raise ConfigError("sharding: excludes [preservation]: a process asks the base alone; remove one of them")
     if blocks_to_swap:
         raise ConfigError("sharding: excludes blocks_to_swap: each weight is in one place alone; remove one of them")
     if quantization is not None:

@@ -46,7 +46,7 @@ from anima_train.training.build import (
 from anima_train.training.divided import check_can_divide
 from anima_train.training.ladder import choose_here, model_ladder, num_blocks
 from anima_train.training.memory_check import extremes
-from anima_train.training.summary import data_messages, groups_text, plan_text, trained_text
+from anima_train.training.summary import data_messages, groups_text, plan_text, preservation_text, trained_text
 
 
 def describe_run(
@@ -76,7 +76,7 @@ def describe_run(
     check_compiler(config.compile, spec.device)
     check_blocks(config.blocks_to_swap, config.checkpointed_blocks, config.adapter, spec, num_processes)
     if divides:
-        check_can_divide(config.optimizer, config.blocks_to_swap, config.model.quantization)
+        check_can_divide(config.optimizer, config.blocks_to_swap, config.model.quantization, bool(config.preservation))
     lines = trained_text(config.adapter, config.learning_rates(), spec)
     lines.extend((*(f"warning: {text}" for text in loaded.warnings), *(f"note: {text}" for text in loaded.notes)))
     told = (message for name, found in scans.items() for message in data_messages(name, found))
@@ -97,7 +97,7 @@ def describe_run(
     ladder = model_ladder(rungs(config, num_blocks(spec), num_processes, divides), saved)
     choice = choose_here(ladder, spec, plan, schedule)
     lines.extend((*choice.lines, *choice.card_lines))
-    lines.extend(plan_text(plan, schedule, config.epochs, config.ema))
+    lines.extend((*plan_text(plan, schedule, config.epochs, config.ema), *preservation_text(plan, loaded.preservation)))
     evals = {name: scan.samples for name, scan in scans.items() if name != "train"}
     lines.extend(f"warning: {warning}" for warning in plan_warnings(config, schedule.num_steps))
     lines.extend(f"note: {note}" for note in plan_notes(config, spec, plan, schedule, evals))
@@ -148,7 +148,7 @@ def check_start(loaded: LoadedConfig, spec: ModelSpec, plan: Plan, evaluated: It
     )
     needed = needed_entries(
         plan.samples, evaluated, vae_identity(spec.files), model_text_identity(spec), config.seed,
-        config.uncond_fraction > 0, config.model.cache_text_embeddings,
+        config.uncond_fraction > 0, config.model.cache_text_embeddings, loaded.preservation,
     )  # fmt: skip
     first_files = first_requirements(folder.path, file_sizes(config, spec, plan.samples), config.saves_states)
     require_room(missing_entries(needed), spec, tokenizers, first_files)

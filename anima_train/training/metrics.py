@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from anima_train.core.transfers import HostCopy
 from anima_train.data.loader import Batch
+from anima_train.data.samples import ROLES
 from anima_train.objective.timesteps import T_BINS
 from anima_train.run.log import is_quiet
 from anima_train.run.progress import ProgressBar
@@ -25,8 +26,6 @@ from anima_train.training.prefetch import RankStep
 from anima_train.training.setup import TrainState
 
 logger = logging.getLogger(__name__)
-
-ROLES = ("train", "regularization")
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class StepLosses:
         loss, *values = sums
         pairs = list(zip(values[::2], values[1::2], strict=True))
         roles, ranges = pairs[: len(ROLES)], pairs[len(ROLES) :]
-        by_role = {role: total / number for role, (total, number) in zip(ROLES, roles, strict=True) if number}
+        by_role = {str(role): total / number for role, (total, number) in zip(ROLES, roles, strict=True) if number}
         by_t = [(place, total / number, int(number)) for place, (total, number) in enumerate(ranges) if number]
         return cls(loss, by_role, by_t)
 
@@ -71,8 +70,8 @@ class StepSums:
             return
         values = torch.stack([losses.detach(), torch.ones_like(losses)], dim=1)
         self.ranges.index_add_(0, (batch.t * T_BINS).long().clamp(0, T_BINS - 1), values)
-        if self.has_roles and batch.is_regularization is not None:
-            self.roles.index_add_(0, batch.is_regularization.long(), values)
+        if self.has_roles and batch.roles is not None:
+            self.roles.index_add_(0, batch.roles, values)
 
     def take(self, accelerator: Accelerator) -> Float[Tensor, " N"]:
         """Return the step's sums over all processes, which all call this, and begin anew; the loss is the first."""
@@ -155,6 +154,11 @@ class StepLogger:
         self.started, self.seen_before = time.monotonic(), self.state.samples_seen
         start_peak(self.run.device)
 
+    @property
+    def seconds(self) -> float:
+        """The seconds since the first step of this process."""
+        return time.monotonic() - self.started
+
     def x(self, step: int, samples_seen: int) -> int:
         """Return the place on the curves' axis."""
         return samples_seen if self.run.config.x_axis_examples else step
@@ -163,7 +167,7 @@ class StepLogger:
         """Log a step."""
         if not self.run.is_main:
             return
-        seconds = time.monotonic() - self.started
+        seconds = self.seconds
         speed = (made.samples_seen - self.seen_before) / seconds
         values: dict[str, Any] = {
             "step": made.number,
@@ -176,6 +180,7 @@ class StepLogger:
             "grad_norm": result.grad_norm,
             "share_moved": result.share_moved,
             "share_moved_in_run": result.share_moved_in_run,
+            **({} if self.state.base_passes is None else {"preservation_seconds": self.state.base_passes.seconds()}),
             "images_per_second": speed,
             "seconds": seconds,
             "memory_bytes": peak_bytes(self.run.device),

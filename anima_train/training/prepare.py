@@ -36,7 +36,7 @@ from anima_train.core.format import Listing, count, prefixed
 from anima_train.data.cache import SCHEMA, Cache
 from anima_train.data.loader import CachedData
 from anima_train.data.plan import BatchSizes
-from anima_train.data.samples import Sample
+from anima_train.data.samples import Sample, exact
 from anima_train.data.scan import Scan, scan
 from anima_train.distributed.collectives import broadcast_from_main, main_process_first, patient_barrier
 from anima_train.distributed.consistency import check_same_data
@@ -81,7 +81,7 @@ def prepare_data(
         DataError: the dataset is not that of the state; nothing is encoded.
     """
     config, is_main = loaded.config, bool(accelerator.is_main_process)
-    datasets = (loaded.train, *loaded.evals)
+    datasets = loaded.datasets
     caches = list({cache.folder: cache for dataset in datasets for cache in dataset.caches}.values())  # each once
     with main_process_first(accelerator):  # one process downloads and reads the images, the others find it done
         spec = build_model_spec(config, accelerator.device)
@@ -98,8 +98,7 @@ def prepare_data(
     check_same_data(scans, accelerator)
     note_newer_entries(caches)
 
-    vae_id = vae_identity(spec.files)
-    samples = scans["train"].samples
+    vae_id, samples = vae_identity(spec.files), scans["train"].samples
     if saved is not None:
         known, _ = without_rejected(samples, vae_id)
         broadcast_from_main(accelerator, partial(check_same_samples, saved, known, config.adapter, spec.files))
@@ -108,6 +107,7 @@ def prepare_data(
         samples,
         chain.from_iterable(found.samples for name, found in scans.items() if name != "train"),
         vae_id, text_id, config.seed, config.uncond_fraction > 0, config.model.cache_text_embeddings,
+        loaded.preservation,
     )  # fmt: skip
     ranks = rank_info(accelerator)
     clean(caches if prune and is_main else (), needed, verify, ranks, accelerator)
@@ -121,7 +121,8 @@ def prepare_data(
     rest = (vae_id, text_id, config.seed, config.model.cache_text_embeddings)
     data = {name: CachedData(kept, *rest) for name, kept in sets.items()}
     evals = eval_sets(config.eval_datasets, data, config.eval_batch_sizes(), config.measures_drift)
-    return Prepared(spec, data["train"], evals, warnings + bad, left_out(samples, sets["train"]))
+    train = replace(data["train"], preservation=loaded.preservation)
+    return Prepared(spec, train, evals, warnings + bad, left_out(samples, sets["train"]))
 
 
 def look_at_all(datasets: Sequence[Dataset], seed: int, spec: ModelSpec, is_main: bool) -> dict[str, Scan]:
@@ -266,6 +267,8 @@ def usable_sets(
     """
     sets, warnings = {}, []
     for dataset in datasets:
+        if dataset.name not in scans:  # its samples are among those that are trained
+            continue
         sets[dataset.name], bad = usable(
             dataset.name, scans[dataset.name], dataset.settings.max_bad_fraction, vae_id
         )  # fmt: skip
@@ -306,6 +309,8 @@ class RefusedData(DataError):
 def scan_all(datasets: Sequence[Dataset], seed: int, write: bool) -> dict[str, Scan]:
     """Look at every image of the training set, which is the first, and the evaluation sets.
 
+    Pictures that keep the base are counted among the samples of the training set.
+
     Raises:
         RefusedData: a set is empty, or too many of its images are bad; for all sets at once.
     """
@@ -314,6 +319,11 @@ def scan_all(datasets: Sequence[Dataset], seed: int, write: bool) -> dict[str, S
     for each in datasets:
         try:
             found = scan(each.settings, each.folders, each.masks, each.caches, seed, write, each.offline)
+            if each.role == "preservation":
+                found.check(each.settings.max_bad_fraction)
+                if not problems:
+                    scans["train"] = with_preserved(scans["train"], found, each.share)
+                continue
             if "train" in scans:
                 found = replace(
                     found, warnings=[*found.warnings, *overlap(each.role, scans["train"].samples, found.samples)]
@@ -325,6 +335,21 @@ def scan_all(datasets: Sequence[Dataset], seed: int, write: bool) -> dict[str, S
     if problems:
         raise RefusedData(problems, scans)
     return scans
+
+
+def with_preserved(train: Scan, preserved: Scan, share: float) -> Scan:
+    """Return the training set with the pictures that keep the base, as often as is their share of all samples."""
+    first = 1 + max(sample.directory for sample in train.samples)
+    part = exact(share)
+    factor = part / (1 - part) * sum(sample.repeats for sample in train.samples) / len(preserved.samples)
+    added = [
+        replace(
+            sample, id=f"preservation/{sample.options.kind}/{sample.id.partition('/')[2]}",
+            directory=first + sample.directory, repeat_factor=factor, is_preserved=True,
+        )
+        for sample in preserved.samples
+    ]  # fmt: skip
+    return replace(train, samples=[*train.samples, *added], warnings=[*train.warnings, *preserved.warnings])
 
 
 def overlap(role: Role, train: Iterable[Sample], evaluation: Iterable[Sample]) -> list[str]:

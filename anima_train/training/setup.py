@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.optim import Optimizer
 
+from anima_train.adapters.full import Full
 from anima_train.adapters.initial import InitialLora
 from anima_train.caching.text_encoding import encodes_online
 from anima_train.checkpoint.training_state import trained_parameters
@@ -30,6 +31,7 @@ from anima_train.optim.moved import MovedShare
 from anima_train.optim.release import GradientRelease
 from anima_train.optim.schedule_free import averages_in_place
 from anima_train.training.anomalies import SkippedUpdates, SpikeDetector
+from anima_train.training.base_passes import BasePasses
 from anima_train.training.build import (
     begins_with_lora,
     block_runner,
@@ -44,7 +46,7 @@ from anima_train.training.divided import divide
 from anima_train.training.memory import MicroBatchShape, memory_errors
 from anima_train.training.memory_check import largest_shapes
 from anima_train.training.prepare import Prepared
-from anima_train.training.summary import groups_text, plan_text
+from anima_train.training.summary import groups_text, plan_text, preservation_text
 
 if TYPE_CHECKING:
     from anima_train.model.sharding import Shards  # takes long to import
@@ -65,6 +67,7 @@ class TrainState:
     step: int = 0  # optimizer steps that are done
     samples_seen: int = 0  # in them
     release: GradientRelease | None = None  # where the update is a part of the backward pass
+    base_passes: BasePasses | None = None  # where samples keep the base
     skipped: SkippedUpdates = field(default_factory=SkippedUpdates)
     spikes: SpikeDetector = field(default_factory=SpikeDetector)
 
@@ -102,6 +105,8 @@ def build_plan(run: RunContext, data: Prepared) -> tuple[Plan, EpochSchedule]:
     run.resume_point.check_length("epochs", schedule.num_steps)
     check_same_plan(data.train, plan, schedule.num_steps, run.accelerator)
     for line in plan_text(plan, schedule, run.config.epochs, run.config.ema):
+        logger.info("%s", line)
+    for line in preservation_text(plan, data.train.preservation):
         logger.info("%s", line)
     evals = {each.name: each.data.samples for each in data.evals}
     for warning in plan_warnings(run.config, schedule.num_steps):
@@ -230,4 +235,10 @@ def build_model(run: RunContext, spec: ModelSpec, num_steps: int, initial: Initi
             return 1.0
         return lr_factor(config.lr_scheduler, step, num_steps, config.warmup_steps)
 
-    return TrainState(transformer, model, optimizer, ema, factor, shards, release=release)
+    passes = None
+    if run.loaded.preservation is not None:
+        assert not isinstance(config.adapter, Full)
+        # Without what exchanges gradients, but with autocast.
+        plain = run.accelerator.unwrap_model(model, keep_fp32_wrapper=True)
+        passes = BasePasses(plain, partial(config.adapter.as_base, transformer), run.device)
+    return TrainState(transformer, model, optimizer, ema, factor, shards, release=release, base_passes=passes)

@@ -8,6 +8,7 @@ from anima_train.adapters.full import Full
 from anima_train.adapters.lora import Lora
 from anima_train.core.format import Listing, count, prefixed
 from anima_train.data.plan import EpochSchedule, Plan, batch_size_for, short_by
+from anima_train.data.preservation import Preservation
 from anima_train.data.scan import Scan
 from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX
 from anima_train.model.loading import ModelSpec
@@ -44,12 +45,26 @@ def groups_text(rows: Sequence[GroupRow]) -> list[str]:
 
 def data_messages(name: str, found: Scan) -> list[str]:
     """Return what a scan found."""
-    pictures = {sample.picture.path for sample in found.samples}
+    pictures = {sample.picture.path for sample in found.samples if not sample.is_preserved}
     messages = [f"dataset {name}: {count(len(pictures), 'image')} of {found.num_images:,} found"]
     for title, files in (("cannot be used", found.bad), ("skipped", found.skipped)):
         if files:
             messages.append(Listing(f"dataset {name}: {title}: {len(files):,}", files))
     return [*messages, *(prefixed(f"warning: dataset {name}: ", warning) for warning in found.warnings)]
+
+
+def preservation_text(plan: Plan, preservation: Preservation | None) -> list[str]:
+    """Return a line about the samples that keep the base, and what they cost."""
+    if preservation is None:
+        return []
+    pictures = {sample.picture.path for sample in plan.samples if sample.is_preserved}
+    what = f"{count(len(pictures), 'picture')} that it has drawn" if pictures else "training images with other captions"
+    if not pictures and not preservation.captions:
+        what = "pictures that it draws when the run starts, which are not in this plan"
+    return [
+        f"preservation: for {preservation.share:.0%} of the samples the target is the base's velocity, on {what}; they "
+        "teach nothing new, and each takes a second pass without gradients, about a third of its step"
+    ]
 
 
 def plan_text(plan: Plan, timetable: EpochSchedule, epochs: int | None, ema: Ema | None) -> list[str]:

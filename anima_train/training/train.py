@@ -73,8 +73,8 @@ def run_training(
         with logged_to(terminal(is_main=True)):
             spec = build_model_spec(config, device)
             logger.info("%s", describe_device(device, spec.dtype))
-            evals, undrawn = split_undrawn(loaded.evals)
-            scans = scan_all((loaded.train, *evals), config.seed, write=True)
+            ready, undrawn = split_undrawn(loaded.datasets)
+            scans = scan_all(ready, config.seed, write=True)
             lines = describe_run(
                 loaded, spec, scans, world_size(), launch.shards, starts=True, point=point
             )  # fmt: skip
@@ -97,7 +97,7 @@ def train(run: RunContext, lag: int | None = None) -> Path:
     config = run.config
     check_compiler(config.compile, run.device)
     if run.divides:
-        check_can_divide(config.optimizer, config.blocks_to_swap, config.model.quantization)
+        check_can_divide(config.optimizer, config.blocks_to_swap, config.model.quantization, bool(config.preservation))
     # Data: everything into the cache, then the plan of every batch.
     data = prepare_data(run.loaded, run.accelerator, trains=True, saved=run.resume_point.saved)
     plan, schedule = build_plan(run, data)
@@ -120,7 +120,8 @@ def train(run: RunContext, lag: int | None = None) -> Path:
 
     tasks.run(tasks.before_first_step())
 
-    sums = StepSums(run.device, has_roles=len({sample.is_regularization for sample in plan.samples}) > 1)
+    has_roles = data.train.preservation is not None or len({sample.role for sample in plan.samples}) > 1
+    sums = StepSums(run.device, has_roles)
     guard = UpdateGuard(run.device, state.skipped.in_a_row)
     steps = rank_steps(plan, schedule, state.step, run.accelerator.process_index, run.accelerator.num_processes)
     with prefetch_steps(
@@ -133,6 +134,8 @@ def train(run: RunContext, lag: int | None = None) -> Path:
                 break
             tasks.late.add(train_step(run, state, step, batches, sums, guard))
             tasks.run_due(step)
+    if state.base_passes is not None:
+        logger.info("%s", state.base_passes.cost(log.seconds))
     return tasks.finish()
 
 
@@ -151,12 +154,15 @@ def train_step(
     state.moved.before_update()
     for mine, batch in zip(step.micro_batches, batches, strict=True):
         run.memory.doing, run.memory.shape = f"step {step.index + 1}", mine.shape
-        torch.manual_seed(derive(config.seed, "dropout", step.index, mine.address))
         is_last = mine is step.micro_batches[-1]
         on_device = batch.to(run.device, non_blocking=True)
+        if state.base_passes is not None:
+            on_device = state.base_passes.complete(on_device)
+        torch.manual_seed(derive(config.seed, "dropout", step.index, mine.address))
         with contextlib.nullcontext() if is_last else accelerator.no_sync(state.model):
             losses = compute_loss(state.model, on_device, loss_function)
-            share = losses.sum() / step.planned.num_samples * (0.0 if mine.is_padding else 1.0)
+            weighted = losses if on_device.weights is None else losses * on_device.weights
+            share = weighted.sum() / step.planned.num_samples * (0.0 if mine.is_padding else 1.0)
             if state.release is not None:
                 state.release.begin(guard.must_skip(share.detach()))
             accelerator.backward(share * accelerator.num_processes)  # DDP averages, and a sum is wanted

@@ -177,7 +177,7 @@ class RandomData:
         """Return the batch of a planned micro-batch."""
         batch = random_batch(micro_batch.size, len(micro_batch.refs), self.spec)
         mask = torch.ones(batch.latents[:, :1].shape)
-        return replace(batch, mask=mask, is_regularization=torch.tensor([False, True]))
+        return replace(batch, mask=mask, roles=torch.tensor([0, 1]))
 
 
 def load(folder: Path, changes: Mapping[str, Any]) -> LoadedConfig:

@@ -14,8 +14,8 @@ from anima_train.adapters.read import linear_shapes
 from anima_train.cli import draw
 from anima_train.cli.draw import choose_sheet
 from anima_train.cli.main import COMMANDS, application
-from anima_train.config.load import load_model_part
 from anima_train.config.model_files import find_model_files
+from anima_train.config.model_part import load_model_part
 from anima_train.core.errors import ConfigError, ModelFileError, NumericError
 from anima_train.model.loading import load_transformer
 from anima_train.model.tiny import write_tiny

@@ -102,7 +102,7 @@ FROZEN = {f"model.{name}_lr": 0.0 for name in ("self_attn", "cross_attn", "mlp",
         ),
         (
             {"eval_datasets": [EVAL["eval_datasets"][0] | {"name": "train"}]},
-            'eval_datasets: found the name "train", which is that of the training set',
+            'eval_datasets: found the name "train", which is that of samples that are trained',
         ),
         (
             {"keep_last": 5},

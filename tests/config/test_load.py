@@ -111,6 +111,8 @@ def test_no_table_swallows_an_unknown_key(project, table):
         given[table] = {"type": types[table.rpartition(".")[2]]}
     if table == "early_stopping":  # which needs something to watch
         given[table] = {"metric": "a/loss"}
+    if table == "preservation":  # which needs a LoRA
+        given["adapter"] = {"type": "lora"}
     path = f"{table}.zzzzzz" if table else "zzzzzz"
     (problem,) = project.problems(given | {path: 1})
     assert problem.partition("; ")[0] == f"main.toml: {path.replace('.0', '[0]')}: unknown key"

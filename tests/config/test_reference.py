@@ -89,6 +89,8 @@ def complete(header, lines):
     if header == "[early_stopping]":  # needs what is evaluated
         sets = [{"name": "a", "config": "b"}]
         return data | {"eval_datasets": sets, "early_stopping": {"metric": "a/loss"} | shown}
+    if header == "[preservation]":  # needs a LoRA
+        return data | {"adapter": {"type": "lora"}, "preservation": shown}
     name, *inside = header.strip("[]").split(".")
     if name != "sampling":
         return data | {name: REQUIRED.get(header, {}) | shown}
@@ -115,7 +117,7 @@ def test_all_uncommented_defaults_load_together():
     data = complete("", BLOCKS[0][1])
     del data["lr_scheduler"]  # which is shown as a table too
     for header, lines in BLOCKS[1:]:
-        if header not in ("[[eval_datasets]]", "[early_stopping]") and "." not in header:
+        if header not in ("[[eval_datasets]]", "[early_stopping]", "[preservation]") and "." not in header:
             name = header.strip("[]")
             data[name] = REQUIRED.get(header, {}) | value_of(header, lines)
     Config.model_validate(data)

@@ -142,8 +142,8 @@ def test_a_first_tag_that_begins_with_the_trigger_word_stays_first():
 
 def test_regularization_images_get_no_trigger_word():
     drawn = sample(role="regularization", trigger_word="sks")
-    assert (texts(drawn, 1), drawn.is_regularization) == ([TAGS], True)
-    assert not sample(trigger_word="sks").is_regularization
+    assert (texts(drawn, 1), drawn.role) == ([TAGS], "regularization")
+    assert sample(trigger_word="sks").role == "train"
 
 
 def test_evaluation_uses_the_first_caption_as_it_is_in_the_file():

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from anima_train.config.load import ModelPart
 from anima_train.config.model_files import build_model_spec
+from anima_train.config.model_part import ModelPart
 from anima_train.config.model_settings import ModelSettings
 from anima_train.core.errors import ModelFileError
 from anima_train.model import hub

@@ -201,13 +201,13 @@ class Audit:
         """Yield (name, value) for each observation."""
         loaded = load_config(path)
         config, spec = loaded.config, build_model_spec(loaded.config, CPU)
-        known, _ = split_undrawn(loaded.evals)  # what is to be drawn from captions is not there
-        scans = scan_all((loaded.train, *known), config.seed, write=False)
+        known, _ = split_undrawn(loaded.datasets)  # what is to be drawn from captions is not there
+        scans = scan_all(known, config.seed, write=False)
         yield (
             "drawn",
             [
                 (path.name, path.parent.name, caption, request.model_dump())
-                for each in loaded.evals
+                for each in loaded.datasets
                 if each.drawn is not None
                 for path, caption, request in each.drawn.pictures()
             ],
@@ -219,8 +219,9 @@ class Audit:
         vae_id = vae_identity(spec.files)
         needed = needed_entries(
             train.samples, [sample for found in evals.values() for sample in found], vae_id, texts, config.seed,
-            config.uncond_fraction > 0, config.model.cache_text_embeddings,
+            config.uncond_fraction > 0, config.model.cache_text_embeddings, loaded.preservation,
         )  # fmt: skip
+        yield "preserved", loaded.preservation
         yield "notes", (*loaded.notes, *plan_notes(config, spec, plan, schedule, evals))
         yield from of_settings(config, loaded, spec, plan, schedule)
         yield from of_data(config, train, evals, needed, plan)
@@ -238,7 +239,10 @@ class Audit:
             yield "memory", (choice.rungs[-1].settings.keys(), str(choice.budget.is_cap))
         if steps:
             fill_cache(needed, spec, RankInfo(0, 1, 0, 1), config.caching_batch_size, lambda: None)
-            data = CachedData(train.samples, vae_id, texts, config.seed, config.model.cache_text_embeddings)
+            data = CachedData(
+                train.samples, vae_id, texts, config.seed, config.model.cache_text_embeddings,
+                preservation=loaded.preservation,
+            )  # fmt: skip
             prepared = with_online_text_encoder(
                 Prepared(spec, data, [], [], []), config.model.cache_text_embeddings, config.seed
             )
@@ -369,7 +373,7 @@ def of_data(config, train, evals, needed, plan):
     yield "captions", [[sample.caption(config.seed, repeat).text for repeat in range(REPEATS)] for sample in samples]
     yield "views", [[sample.view(config.seed, repeat).crop for repeat in range(2)] for sample in samples]
     yield "masks", [(sample.has_mask, sample.views()[0].mask_key()) for sample in samples if sample.has_mask]
-    yield "roles", [sample.is_regularization for sample in samples]
+    yield "roles", [sample.role for sample in samples]
     yield "cache", sorted({str(cache.folder) for cache in needed.caches()})
     yield "latents", sorted(entry.key for entry in needed.latents)
     yield "texts", sorted(entry.key for entry in needed.texts)

@@ -55,6 +55,8 @@ SAMPLING = {"prompts": ["a"], "width": 64, "height": 64, "steps": 3, "every_n_st
 ANCESTRAL, SDE = {"type": "euler_ancestral"}, {"type": "dpmpp_2m_sde"}
 EVAL = {"name": "held out", "config": {"resolutions": [96], "directory": [{"path": "$OTHERS"}]}}
 KEPT = {"name": "known", "role": "retention", "captions": "shipped"}
+HELD = {"on": "empty_caption", "share": 0.8}
+OF_CLASS = {"on": "class_caption", "class_caption": "1girl"}
 RULE = {"metric": "known/loss", "patience": 3}
 LARGER = EVAL | {"config": {"resolutions": [128], "directory": [{"path": "$OTHERS"}]}}
 CLIPS = {"gradient_clipping": 0.0}
@@ -166,6 +168,13 @@ ROWS: dict[str, Row] = dict((
     table("eval_before_first_step", "first", False, eval_datasets=[EVAL], eval_every_n_steps=4),
     table("keep_best", "bounds", "known/difference_from_base", eval_datasets=[KEPT], keep_best="known/loss"),
     table("forgetting_budget", "bounds", 0.5, eval_datasets=[KEPT], forgetting_budget=0.2),
+    table("preservation", "computed,preserved", HELD, kind="steps"),
+    table("preservation.on", "drawn,preserved,texts", "training_latents", preservation={"on": "retention"}),
+    table("preservation.share", "computed,preserved", 0.01, kind="steps", preservation=HELD),
+    table("preservation.weight", f"preserved,{MADE}", 9.0, kind="steps:4", preservation=HELD),
+    table("preservation.captions", "drawn", {"manner": ["ink"]}, preservation={"share": 0.5}),
+    table("preservation.pictures", "drawn", {"steps": 2}, preservation={"share": 0.5}),
+    table("preservation.class_caption", "preserved,texts", "1boy", preservation=OF_CLASS),
     table("at_budget", "bounds", "go_on", eval_datasets=[KEPT], forgetting_budget=0.2),
     table("early_stopping", "bounds", {"metric": "known/loss"}, eval_datasets=[KEPT]),
     table("early_stopping.metric", "bounds", "known/difference_from_base", eval_datasets=[KEPT], early_stopping=RULE),

@@ -1,0 +1,61 @@
+"""The samples that keep the base, as [preservation] asks for them, and the pictures that it draws for them."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from anima_train.config.base_drawn import PRESERVED_CAPTIONS
+from anima_train.config.config import Config
+from anima_train.config.sections import PreservationSettings
+from anima_train.core.format import count
+from anima_train.data.preservation import Preservation
+
+if TYPE_CHECKING:
+    from anima_train.config.load import Dataset, Loader
+
+FIRST_SEED = 2**40  # far from the seeds of pictures that are measured
+
+
+@dataclass(frozen=True)
+class Preserved:
+    """The samples that keep the base, and where they come from."""
+
+    settings: PreservationSettings  # with the captions of a file in them, so that others are noticed
+    samples: Preservation
+    dataset: "Dataset | None"  # of pictures that are added to the training set
+    captions: frozenset[str]
+
+
+def load_preserved(loader: "Loader", config: Config) -> Preserved | None:
+    """Return what keeps the base; None where nothing does, or with its problems filed."""
+    settings, place = config.preservation, loader.main.inside("preservation")
+    if settings is None:
+        return None
+    part = Preservation(settings.share, settings.weight)
+    if settings.on in ("class_caption", "empty_caption"):
+        caption = settings.class_caption or ""
+        return Preserved(settings, replace(part, captions=(caption,)), None, frozenset([caption]))
+    by_kind = loader.find_captions(place, settings.captions, PRESERVED_CAPTIONS)
+    if by_kind is None:
+        return None
+    captions = tuple(chain.from_iterable(by_kind.values()))
+    if settings.on == "training_latents":
+        settings = settings.model_copy(update={"captions": dict(by_kind)})
+        return Preserved(settings, replace(part, captions=captions), None, frozenset(captions))
+    drawn = loader.load_drawn("preservation", by_kind, settings.pictures, place, config, FIRST_SEED)
+    if drawn is None:
+        return None
+    return Preserved(settings, part, replace(drawn, role="preservation", share=settings.share), frozenset(captions))
+
+
+def measured_too(kept: Preserved, evals: Iterable["Dataset"]) -> Iterator[str]:
+    """Yield a warning for each set that measures on what is protected."""
+    for each in evals:
+        drawn = each.drawn
+        shared = [] if drawn is None else [
+            caption for caption in chain.from_iterable(drawn.captions.values()) if caption in kept.captions
+        ]  # fmt: skip
+        if shared:
+            noun = count(len(shared), "caption")
+            yield f"the evaluation set {each.name} measures on {noun} of them; of others more is forgotten"
