@@ -8,6 +8,10 @@ from anima_train.core.settings import describe_value
 from anima_train.optim.ema import Ema
 from anima_train.optim.optimizers import SCHEDULE_FREE, AnyOptimizer
 
+BASE_IS_LOST = (
+    "needs eval_before_first_step = true in a full fine-tune: what the base does is measured then, and never again"
+)
+
 
 def optimizer_fault(optimizer: AnyOptimizer, earlier: Mapping[str, Any]) -> str | None:
     """Return what an optimizer cannot work with, and what to do; None if it can with all of it.
@@ -58,6 +62,11 @@ def average_fault(average: Ema | None, earlier: Mapping[str, Any]) -> str | None
     if getattr(earlier.get("optimizer"), "type", "") in SCHEDULE_FREE:
         return "excludes a schedule-free optimizer, which has an average of its own; remove [ema]"
     return None
+
+
+def base_is_lost(earlier: Mapping[str, Any]) -> bool:
+    """Return True for a full fine-tune that does not look at its base before it changes."""
+    return isinstance(earlier.get("adapter"), Full) and not earlier.get("eval_before_first_step", True)
 
 
 def swaps_what_is_trained(earlier: Mapping[str, Any]) -> bool:

@@ -6,7 +6,13 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from anima_train.adapters.full import Full
 from anima_train.adapters.lora import Lora
-from anima_train.config.combinations import average_fault, checkpointed_blocks_fault, optimizer_fault
+from anima_train.config.combinations import (
+    BASE_IS_LOST,
+    average_fault,
+    base_is_lost,
+    checkpointed_blocks_fault,
+    optimizer_fault,
+)  # fmt: skip
 from anima_train.config.model_settings import ModelSettings
 from anima_train.config.sections import (
     EarlyStopping,
@@ -270,6 +276,8 @@ class Config(Settings):
         sets = earlier.data.get("eval_datasets", ())
         if value is not None and (fault := metric_fault(value.metric, sets)) is not None:
             raise ValueError(f"metric: {fault}")
+        if value is not None and "/drift" in value.metric and base_is_lost(earlier.data):
+            raise ValueError(f"metric: {BASE_IS_LOST}")
         return value
 
     @field_validator("keep_last")
@@ -283,14 +291,14 @@ class Config(Settings):
     @field_validator("adapter")
     @classmethod
     def has_its_base(cls, value: AnyAdapter, earlier: ValidationInfo) -> AnyAdapter:
-        """Refuse to measure drift where the base model is no longer in memory."""
-        drifts = [entry.name for entry in earlier.data.get("eval_datasets", ()) if entry.drift]
-        if isinstance(value, Full) and earlier.data.get("forgetting_budget") is not None:
-            raise ValueError("a full fine-tune has no base model beside it; remove forgetting_budget")
-        if isinstance(value, Full) and "/drift" in (earlier.data.get("keep_best") or ""):
-            raise ValueError("a full fine-tune has no base model beside it; choose another number for keep_best")
-        if isinstance(value, Full) and drifts:
-            raise ValueError(f"a full fine-tune has no base model beside it; remove drift of eval_datasets {drifts[0]}")
+        """Refuse to measure drift where the base model is gone before it is measured."""
+        drifts = [f"drift of eval_datasets {each.name}" for each in earlier.data.get("eval_datasets", ()) if each.drift]
+        if "/drift" in (earlier.data.get("keep_best") or ""):
+            drifts.append("keep_best")
+        if earlier.data.get("forgetting_budget") is not None:
+            drifts.append("forgetting_budget")
+        if drifts and base_is_lost({**earlier.data, "adapter": value}):
+            raise ValueError(f"{drifts[-1]} {BASE_IS_LOST}")
         return value
 
     @field_validator("preservation")
@@ -392,7 +400,8 @@ class Config(Settings):
 
     def measures_drift(self, entry: EvalDataset) -> bool:
         """Return True if the drift on an evaluation set is measured."""
-        return isinstance(self.adapter, Lora) and entry.measures_drift
+        keeps = isinstance(self.adapter, Lora) or self.eval_before_first_step
+        return keeps and entry.measures_drift
 
     def eval_batch_sizes(self) -> int | list[list[int]]:
         """Return the micro-batch sizes for evaluation."""

@@ -44,14 +44,15 @@ class EvalDataset(Settings):
     """Noises at each level, fixed ones for each image: more of them make the numbers of few images more certain."""
 
     drift: bool | None = None
-    """Measure how far the predicted velocity is from the base model's, on the same noise, with a second pass of the
-    LoRA's own base: almost all of what is forgotten, from far fewer images than the loss needs. With
-    init_from_existing, too, the base is the model without any LoRA. Not in a full fine-tune. Absent: for "train" and
-    "retention" of a LoRA."""
+    """Measure how far the predicted velocity is from the base model's, on the same noise: almost all of what is
+    forgotten, from far fewer images than the loss needs. A LoRA has its base beside it, for a second pass; with
+    init_from_existing, too, the base is the model without any LoRA. A full fine-tune keeps the base's velocities, as
+    they are before the first step, in the run's folder: 0.25 MiB at 512 pixels for each image, level and repeat.
+    Absent: for "train" and "retention"."""
 
     @property
     def measures_drift(self) -> bool:
-        """True if the drift of a LoRA is measured on it."""
+        """True if drift is measured on it, where the base model is at hand."""
         return self.role in ("train", "retention") if self.drift is None else self.drift
 
     @field_validator("captions")

@@ -24,6 +24,7 @@ from anima_train.core.random import stream
 from anima_train.data.loader import Batch, CachedData, read_ahead
 from anima_train.data.plan import BatchSizes, batch_size_for
 from anima_train.distributed.signals import Abandoned, SignalHandler
+from anima_train.evaluation.base_velocities import BaseVelocity, place_name
 from anima_train.evaluation.results import Drift, Evaluation
 from anima_train.objective.flow import velocity_target
 from anima_train.objective.losses import Loss
@@ -56,9 +57,14 @@ class EvalSet:
         kinds = tuple(sample.options.kind for sample in self.data.samples)
         return Evaluation(self.name, self.role, self.points.names, kinds, losses, drift)
 
+    @property
+    def places(self) -> list[str]:
+        """The name of every sample at every point."""
+        return [place_name(*each) for each in itertools.product(range(len(self.data.samples)), range(len(self.points)))]
+
     def gathered(self, found: Sequence[tuple[int, int, list[float]]]) -> Evaluation:
         """Return the evaluation of (sample, point, what `measure` returns for it), of all samples and points."""
-        num_values = 4 if self.measures_drift else 1
+        num_values = max((len(row) for _, _, row in found), default=1)
         table = torch.full((num_values, len(self.data.samples), len(self.points)), torch.nan, dtype=torch.float64)
         for index, column, row in found:
             table[:, index, column] = torch.tensor(row, dtype=torch.float64)
@@ -88,7 +94,7 @@ def evaluate(
     num_workers: int,
     stopping: SignalHandler,
     idle_pass: Callable[[], object] | None = None,
-    as_base: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    base: BaseVelocity | None = None,
 ) -> Evaluation:
     """Measure the losses of one set, of which each process takes its share of the batches.
 
@@ -105,7 +111,7 @@ def evaluate(
         stopping: the signals.
         idle_pass: what a process does in a round that has no batch for it: all have to take part in the passes of a
             divided model; None: nothing.
-        as_base: makes the transformer the base model while its context is open; called where drift is measured.
+        base: the base model's velocity, where drift is measured.
 
     Raises:
         Abandoned: on all processes, as one of them is to stop.
@@ -117,7 +123,7 @@ def evaluate(
     mine = batches[accelerator.process_index :: accelerator.num_processes]
     make = partial(make_batch, eval_set.data, points, timesteps)
     found: list[tuple[int, int, list[float]]] = []
-    num_passes = 2 if eval_set.measures_drift else 1
+    num_passes = 1 if base is None else 1 + base.num_passes
     made = read_ahead(itertools.product(mine, range(len(points))), make, num_threads=num_workers)
     num_rounds = math.ceil(len(batches) / accelerator.num_processes) * len(points)
     try:
@@ -130,7 +136,8 @@ def evaluate(
                     idle_pass()
             if point is not None:
                 indices, column, batch = point
-                values = measure(transformer, batch.to(accelerator.device), loss, as_base if num_passes == 2 else None)
+                places = [place_name(index, column) for index in indices]
+                values = measure(transformer, batch.to(accelerator.device), loss, places, base)
                 rows = values.T.tolist()
                 found.extend((index, column, row) for index, row in zip(indices, rows, strict=True))
     finally:
@@ -140,20 +147,16 @@ def evaluate(
 
 
 def measure(
-    transformer: nn.Module,
-    batch: Batch,
-    loss: Loss,
-    as_base: Callable[[], contextlib.AbstractContextManager[None]] | None,
+    transformer: nn.Module, batch: Batch, loss: Loss, places: Sequence[str], base: BaseVelocity | None
 ) -> Float[Tensor, "V B"]:
-    """Return the loss of each sample of a batch; with `as_base` the parts of `Drift` below it, float32."""
+    """Return the loss of each sample of a batch; with `base` the parts of `Drift` below it, float32."""
     velocity, target = predict(transformer, batch), velocity_target(batch.latents, batch.noise)
     losses = loss(velocity, target, batch.mask)
-    if as_base is None:
+    if base is None:
         return losses[None]
-    with as_base():
-        base = predict(transformer, batch)
-    moved = velocity - base
-    parts = (moved.square(), 2 * moved * (base - target), base.square())
+    before = base(batch, places, velocity)
+    moved = velocity - before
+    parts = (moved.square(), 2 * moved * (before - target), before.square())
     return torch.stack([losses, *(part.flatten(1).mean(dim=1) for part in parts)])
 
 

@@ -29,6 +29,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"  # the training states
         self.manifest_path = self.path / "manifest.json"
         self.base_path = self.path / "base_evaluations.json"  # of the base model, which later ones are compared with
+        self.base_velocities = self.path / "base_velocities"  # of a full fine-tune, in which the base itself changes
         self.metrics_path = self.path / "metrics.jsonl"
         self.evaluations_path = self.path / EVALUATIONS
         self.warnings_path = self.path / WARNINGS

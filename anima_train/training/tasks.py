@@ -33,8 +33,9 @@ from anima_train.core.format import count
 from anima_train.data.plan import EpochSchedule, Plan
 from anima_train.distributed.collectives import broadcast_from_main, patient_barrier
 from anima_train.distributed.signals import Abandoned
+from anima_train.evaluation.base_velocities import BaseVelocity, FromWeights, Recording, recorded
 from anima_train.evaluation.bounds import Bounds, history_of
-from anima_train.evaluation.evaluate import base_text, evaluate, read_base
+from anima_train.evaluation.evaluate import EvalSet, base_text, evaluate, read_base
 from anima_train.evaluation.previews import Previews
 from anima_train.evaluation.results import described, score, summary
 from anima_train.model.safetensors_io import open_header, read_tensors
@@ -179,16 +180,17 @@ class PeriodicTasks:
         """
         context, config, state = self.context, self.context.config, self.state
         idle = None if state.shards is None else partial(whole_pass, state.transformer, context.device)
-        adapter = config.adapter
-        as_base = partial(adapter.as_base, state.transformer) if isinstance(adapter, Lora) else contextlib.nullcontext
         with state.averaged():
-            results = [
-                evaluate(
+            results = []
+            for eval_set in self.data.evals:
+                velocities = self.base_velocity(eval_set)
+                results.append(evaluate(
                     state.model, eval_set, config.loss(), config.timesteps(), context.accelerator, config.num_workers,
-                    context.signals, idle, as_base,
-                )
-                for eval_set in self.data.evals
-            ]  # fmt: skip
+                    context.signals, idle, velocities,
+                ))  # fmt: skip
+                if isinstance(velocities, Recording):
+                    rank = context.accelerator.process_index
+                    velocities.save(context.folder.base_velocities, eval_set.name, eval_set.identity, rank)
         if not context.is_main or not results:
             return
         folder = context.folder
@@ -206,6 +208,22 @@ class PeriodicTasks:
             if not math.isfinite(result.loss):
                 text = "the loss of the evaluation set %s is not finite%s"
                 logger.warning(text, result.name, kept, extra={"step": state.step})
+
+    def base_velocity(self, eval_set: EvalSet) -> BaseVelocity | None:
+        """Return the base model's velocity on a set; None where drift is not measured, or the base was not kept."""
+        config, state = self.context.config, self.state
+        if not eval_set.measures_drift:
+            return None
+        if isinstance(config.adapter, Lora):
+            return FromWeights(state.model, partial(config.adapter.as_base, state.transformer))
+        if state.step == 0:
+            return Recording()
+        folder = self.context.folder.base_velocities
+        found = recorded(folder, eval_set.name, eval_set.identity, eval_set.places)
+        if found is None:
+            text = "no drift of the evaluation set %s: what the base does with these pictures is not in %s"
+            logger.warning(text, eval_set.name, folder, extra={"step": state.step})
+        return found
 
     def end_by_bounds(self) -> str | None:
         """Return on all processes why the run has come to its end by what was evaluated; None: it has not."""

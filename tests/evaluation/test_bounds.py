@@ -188,6 +188,9 @@ def test_early_stopping_ends_a_run_that_does_not_learn(trainer, sets, capsys):
     assert len(run.losses) == 4
 
 
+LATE = {"adapter": None, "eval_before_first_step": False, "eval_every_n_steps": 1}  # a base that is gone
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -198,8 +201,12 @@ def test_early_stopping_ends_a_run_that_does_not_learn(trainer, sets, capsys):
         ({"early_stopping": {"metric": "loss"}}, 'early_stopping: metric: found "loss"'),
         ({"at_budget": "go_on"}, "at_budget: has no effect without forgetting_budget"),
         ({"forgetting_budget": 0.1, "eval_datasets": []}, 'needs a set in eval_datasets with role = "retention"'),
-        ({"forgetting_budget": 0.1, "adapter": None}, "remove forgetting_budget"),
-        ({"keep_best": "known/drift", "adapter": None}, "choose another number for keep_best"),
+        (
+            {"forgetting_budget": 0.1, **LATE},
+            "adapter: forgetting_budget needs eval_before_first_step = true in a full",
+        ),
+        ({"keep_best": "known/drift", **LATE}, "adapter: keep_best needs eval_before_first_step = true"),
+        ({"early_stopping": {"metric": "known/drift"}, **LATE}, "early_stopping: metric: needs eval_before_first_step"),
     ],
 )
 def test_what_cannot_work_is_refused(trainer, sets, change, message):

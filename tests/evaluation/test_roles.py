@@ -70,6 +70,42 @@ def test_two_processes_measure_the_drift_of_one(trainer, other, sharding):
     assert one.evaluations[-1]["known/drift"] > 0
 
 
+FULL = {"adapter": None, "optimizer": {"lr": 1e-4}}
+
+
+def test_a_full_fine_tune_is_measured_against_the_base_that_it_was(trainer, other, caplog):
+    sets = [held("known", other / "text", role="retention", quantiles=[0.5, 0.9])]
+    keys = {"eval_datasets": sets, "eval_every_n_steps": 2, "checkpoint_every_n_steps": 2, **FULL}
+    run = trainer("run", **keys)
+    ends = [line for line in run.evaluations if "known/drift" in line]
+    assert [line["step"] for line in ends] == [0, 2, 4]
+    assert ends[0]["known/drift"] == 0
+    assert 0 < ends[1]["known/drift"] < ends[2]["known/drift"]
+    for line in ends:
+        expected = line["known/drift"] + line["known/drift_cross_term"]
+        assert line["known/difference_from_base"] == pytest.approx(expected, rel=1e-3, abs=1e-9)
+    evaluations, state = run.evaluations, run.path / "checkpoints" / "step-000002"
+    assert trainer("run", resume=state, **keys).evaluations == evaluations
+    assert not [record for record in caplog.records if record.levelname == "WARNING" and "drift" in record.message]
+    shutil.rmtree(run.path / "base_velocities")
+    last = trainer("run", resume=state, **keys).evaluations[-1]
+    assert "known/difference_from_base" in last
+    assert "known/drift" not in last
+    assert "no drift of the evaluation set known: what the base does with these pictures is not in" in caplog.text
+
+
+@pytest.mark.slow
+def test_processes_keep_the_base_together_and_one_reads_what_two_have_kept(trainer, other):
+    sets = {"eval_datasets": [held("known", other / "text", role="retention")], "eval_every_n_steps": 2, **FULL}
+    sets |= {"checkpoint_every_n_steps": 2}
+    one = trainer("one", gradient_accumulation_steps=2, **sets)
+    two = trainer.processes(2, "two", **sets)
+    assert two.evaluations[-1]["known/drift"] == pytest.approx(one.evaluations[-1]["known/drift"], rel=1e-3)
+    drift = two.evaluations[-1]["known/drift"]
+    again = trainer("two", resume=two.path / "checkpoints" / "step-000002", gradient_accumulation_steps=2, **sets)
+    assert again.evaluations[-1]["known/drift"] == pytest.approx(drift, rel=1e-3)
+
+
 def test_as_the_base_a_transformer_predicts_what_it_did_before_and_then_what_it_has_learned():
     model, rates = MiniTrainDIT(TransformerShape(2, 48, 24, 16, 20, 8)), LearningRates(dict.fromkeys(COMPONENTS, 1e-3))
     for parameter in model.parameters():
@@ -119,7 +155,11 @@ def test_training_pictures_that_are_not_trained_are_told(trainer, other):
         ({"sigmas": [0.0]}, {}, "sigmas"),
         ({"repeats": 0}, {}, "repeats: found 0"),
         ({"role": "held-out"}, {}, 'role: found "held-out"'),
-        ({"drift": True}, {"adapter": None}, "adapter: a full fine-tune has no base model beside it; remove drift of"),
+        (
+            {"drift": True},
+            {"adapter": None, "eval_before_first_step": False, "eval_every_n_steps": 1},
+            "adapter: drift of eval_datasets known needs eval_before_first_step = true in a full fine-tune",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused(trainer, pictures, keys, changes, problem):
