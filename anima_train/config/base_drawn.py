@@ -12,6 +12,7 @@ from typing import Any
 from anima_train.config.read import read_toml
 from anima_train.core.errors import ConfigError
 from anima_train.core.settings import describe_value, quoted
+from anima_train.data.buckets import Size
 from anima_train.data.settings import DatasetSettings, Directory
 from anima_train.sampling.elsewhere import prompt_fault
 from anima_train.sampling.generate import PictureSettings, Request
@@ -39,6 +40,11 @@ class BaseDrawn:
         """The folder of the pictures: another one for other captions, settings, or another model's files."""
         facts = [self.captions, self.settings.model_dump(mode="json"), self.model]
         return self.parent / FOLDER / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+    @property
+    def size(self) -> Size:
+        """The size of each picture."""
+        return Size(self.settings.width, self.settings.height)
 
     def __len__(self) -> int:
         return sum(map(len, self.captions.values()))

@@ -25,8 +25,10 @@ from anima_train.config.read import Table, apply_override, read_toml
 from anima_train.config.sections import Role
 from anima_train.core.errors import ConfigError
 from anima_train.core.settings import Settings, nearest, quoted, validation_problems
+from anima_train.data.buckets import Size
 from anima_train.data.cache import CACHE_FOLDER, Cache
 from anima_train.data.preservation import Preservation
+from anima_train.data.samples import Sample
 from anima_train.data.settings import DatasetSettings, Directory
 from anima_train.model.hub import is_reference, parse_reference
 from anima_train.sampling.generate import PictureSettings
@@ -77,6 +79,21 @@ class LoadedConfig:
         """All sets, that which is trained first."""
         added = None if self.preserved is None else self.preserved.dataset
         return (self.train, *self.evals, *([] if added is None else [added]))
+
+    def passes(self, evals: Mapping[str, Sequence[Sample]]) -> list[tuple[Size, int]]:
+        """Return the size of each image of the evaluation sets, those to be drawn too, with its number of passes.
+
+        Args:
+            evals: the samples of each set that is not to be drawn first, by its name.
+        """
+        found: list[tuple[Size, int]] = []
+        for entry, dataset in zip(self.config.eval_datasets, self.evals, strict=True):
+            asks_base = isinstance(self.config.adapter, Lora) and entry.measures_drift
+            sizes = [sample.size for sample in evals.get(dataset.name, ())]
+            if dataset.name not in evals and dataset.drawn is not None:
+                sizes = [dataset.drawn.size] * len(dataset.drawn)
+            found.extend((size, len(entry.points()) * (1 + asks_base)) for size in sizes)
+        return found
 
     @property
     def preservation(self) -> Preservation | None:

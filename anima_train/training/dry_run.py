@@ -35,6 +35,7 @@ from anima_train.run.trackers import check_trackers
 from anima_train.sampling.pipeline import texts_of
 from anima_train.sampling.prompts import tokenize_prompt
 from anima_train.training.build import (
+    all_intervals,
     check_blocks,
     check_compiler,
     disk_plan,
@@ -46,7 +47,14 @@ from anima_train.training.build import (
 from anima_train.training.divided import check_can_divide
 from anima_train.training.ladder import choose_here, model_ladder, num_blocks
 from anima_train.training.memory_check import extremes
-from anima_train.training.summary import data_messages, groups_text, plan_text, preservation_text, trained_text
+from anima_train.training.summary import (
+    data_messages,
+    evaluation_text,
+    groups_text,
+    plan_text,
+    preservation_text,
+    trained_text,
+)  # fmt: skip
 
 
 def describe_run(
@@ -79,8 +87,7 @@ def describe_run(
         check_can_divide(config.optimizer, config.blocks_to_swap, config.model.quantization, bool(config.preservation))
     lines = trained_text(config.adapter, config.learning_rates(), spec)
     lines.extend((*(f"warning: {text}" for text in loaded.warnings), *(f"note: {text}" for text in loaded.notes)))
-    told = (message for name, found in scans.items() for message in data_messages(name, found))
-    lines.extend(line for message in told for line in message_lines(message))
+    lines.extend(line for each in scans.items() for message in data_messages(*each) for line in message_lines(message))
     plan, schedule = plan_run(config, scans["train"].samples, num_processes)
     transformer = trainable_transformer(spec, config.adapter, config.learning_rates(), config.seed)
     rows = group_rows(transformer, config.learning_rates())
@@ -89,16 +96,17 @@ def describe_run(
         check_same_samples(saved, known, config.adapter, spec.files)
         point.check_length("epochs", schedule.num_steps)
         data = CachedData(known, vae_id, model_text_identity(spec), config.seed, config.model.cache_text_embeddings)
-        facts = manifest(
+        check_same_run(saved, manifest(
             loaded.run_name, spec.files, data, rows, config.seed, schedule.num_steps, num_processes,
             config.gradient_accumulation_steps, attention="",
-        )  # fmt: skip
-        check_same_run(saved, facts)
+        ))  # fmt: skip
     ladder = model_ladder(rungs(config, num_blocks(spec), num_processes, divides), saved)
     choice = choose_here(ladder, spec, plan, schedule)
     lines.extend((*choice.lines, *choice.card_lines))
-    lines.extend((*plan_text(plan, schedule, config.epochs, config.ema), *preservation_text(plan, loaded.preservation)))
     evals = {name: scan.samples for name, scan in scans.items() if name != "train"}
+    lines.extend((*plan_text(plan, schedule, config.epochs, config.ema), *preservation_text(plan, loaded.preservation)))
+    due = all_intervals(config)["evaluation"], config.eval_before_first_step
+    lines.extend(evaluation_text(*due, loaded.passes(evals), plan, schedule))
     lines.extend(f"warning: {warning}" for warning in plan_warnings(config, schedule.num_steps))
     lines.extend(f"note: {note}" for note in plan_notes(config, spec, plan, schedule, evals))
     lines.extend(groups_text(rows))

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from anima_train.adapters.full import Full
 from anima_train.adapters.lora import Lora
 from anima_train.core.format import Listing, count, prefixed
-from anima_train.data.plan import EpochSchedule, Plan, batch_size_for, short_by
+from anima_train.data.buckets import Size
+from anima_train.data.plan import EpochSchedule, Plan, batch_size_for, short_by, times_seen
 from anima_train.data.preservation import Preservation
 from anima_train.data.scan import Scan
 from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX
 from anima_train.model.loading import ModelSpec
 from anima_train.optim.ema import Ema
 from anima_train.optim.groups import GroupRow, LearningRates
+from anima_train.run.intervals import Interval
 
 
 def lr_text(row: GroupRow) -> str:
@@ -51,6 +53,33 @@ def data_messages(name: str, found: Scan) -> list[str]:
         if files:
             messages.append(Listing(f"dataset {name}: {title}: {len(files):,}", files))
     return [*messages, *(prefixed(f"warning: dataset {name}: ", warning) for warning in found.warnings)]
+
+
+def evaluation_text(
+    due: Interval, begins: bool, passes: Sequence[tuple[Size, int]], plan: Plan, schedule: EpochSchedule
+) -> list[str]:
+    """Return a line about the evaluations: how many, of how many passes, and their share of the run's work.
+
+    A pass forward counts 1, one forward and backward 3, each times its image tokens.
+
+    Args:
+        due: when they are made.
+        begins: True if one is made before the first step.
+        passes: (size, number of passes) of each image.
+        plan: of the batches.
+        schedule: of the epochs.
+    """
+    end = schedule.num_steps
+    seen = times_seen(plan, schedule, end)
+    times = due.count(range(end), range(schedule.locate(end)[0]), range(sum(seen))) + begins
+    work = times * sum(number * size.num_tokens for size, number in passes)
+    trained = 3 * sum(number * sample.size.num_tokens for number, sample in zip(seen, plan.samples, strict=True))
+    if not work:
+        return []
+    return [
+        f"evaluations: {times:,} with {sum(number for _, number in passes):,} passes of an image each, about "
+        f"{work / (work + trained):.0%} of the work of the run; fewer quantiles or images make them shorter"
+    ]
 
 
 def preservation_text(plan: Plan, preservation: Preservation | None) -> list[str]:

@@ -93,3 +93,18 @@ def test_a_prompt_that_cannot_be_read(trainer):
 def test_nothing_to_resume(trainer):
     with pytest.raises(ConfigError, match="no run to resume"):
         run_training(load_config(trainer.config()), dry_run=True, resume=True)
+
+
+def test_the_share_of_the_evaluations_in_the_work_is_told(trainer, pictures, capsys):
+    seen = {"name": "seen", "role": "train", "quantiles": [0.5, 0.9]}
+    seen["config"] = {"resolutions": [96], "num_ar_buckets": 3, "directory": [{"path": str(pictures)}]}
+    drawn = {"name": "known", "role": "retention", "captions": "shipped", "quantiles": [0.5], "repeats": 2}
+    drawn["pictures"] = {"width": 96, "height": 96}
+    run_training(
+        load_config(trainer.config(epochs=3, max_steps=None, eval_every_n_steps=6, eval_datasets=[seen])), True
+    )
+    # 4 evaluations of 6 images at 2 levels with the base, and 18 images forward and backward
+    assert "evaluations: 4 with 24 passes of an image each, about 64% of the work of" in capsys.readouterr().out
+    keys = {"max_steps": 4, "eval_datasets": [drawn], "eval_before_first_step": False, "eval_every_n_steps": 4}
+    run_training(load_config(trainer.config(**keys)), dry_run=True)
+    assert "evaluations: 1 with 120 passes of an image each, about 91% of the work of" in capsys.readouterr().out
