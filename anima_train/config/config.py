@@ -269,6 +269,15 @@ class Config(Settings):
             raise ValueError("has no effect without forgetting_budget")
         return value
 
+    @field_validator("sampling")
+    @classmethod
+    def draws_the_thumbnail(cls, value: Sampling | None, earlier: ValidationInfo) -> Sampling | None:
+        """Require the pictures of which one goes into saved files."""
+        metadata = earlier.data.get("metadata")
+        if value is None and metadata is not None and metadata.thumbnail:
+            raise ValueError("missing, from whose previews metadata.thumbnail is taken; add it, or remove thumbnail")
+        return value
+
     @field_validator("early_stopping")
     @classmethod
     def watches_what_is_logged(cls, value: EarlyStopping | None, earlier: ValidationInfo) -> EarlyStopping | None:

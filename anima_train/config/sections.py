@@ -195,8 +195,24 @@ class Monitoring(Settings):
 
 
 class Metadata(Settings):
-    """The texts in saved files that come from captions. trigger_word is always among them."""
+    """The metadata of saved files, as ModelSpec 1.0.1 and kohya's scripts have them: title, date, hashes, sizes, how it
+    was trained. No path is in them, and of captions trigger_word alone."""
 
+    level: Literal["full", "minimal", "none"] = "full"
+    """"minimal" leaves out how it was trained (`ss_...`) and keeps what programs need to know the file, and the texts
+    here; "none" writes nothing."""
+    author: str = ""
+    """You, as the file shall name you."""
+    description: str = ""
+    """A text about the file."""
+    usage_hint: str = ""
+    """A short text for those who use it, such as "strength 0.8"."""
+    tags: list[str] = Field(default=[])
+    """Words by which it can be found, such as "style"."""
+    license: str = "CircleStone Labs Non-Commercial License v1.2; NVIDIA Open Model License"
+    """The licence, by default those of the base model, which what is made of it has to follow. Empty: not named."""
+    thumbnail: bool = False
+    """Put the first of the last previews into the file, 256 pixels large; needs [sampling]."""
     tag_frequencies: bool = False
     """Write into saved files how many images have each tag, as `ss_tag_frequency`, which managers of LoRA files show.
     Off: whoever gets the file learns nothing about the captions."""

@@ -20,6 +20,7 @@ from anima_train.core.divided import whole
 from anima_train.core.errors import ModelFileError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+PLACEHOLDER = "#" * 64  # in metadata: of the hash of the content, which is known once it is written
 MAX_NAME_LENGTH = 500
 PICKLE = re.compile(rb"PK\x03\x04|\x80[\x01-\x05]|c[\w.]+\n[\w.]+\n|\(d")  # torch's zip; binary; text of protocol 0
 MAX_DIMS = 16
@@ -263,10 +264,11 @@ def write_tensors(
     Args:
         path: of the file.
         tensors: by name. While one is written of which each process holds a part, the others `take_part`.
-        metadata: of the file.
+        metadata: of the file. `PLACEHOLDER` in it becomes the SHA-256 of all bytes behind the header.
         look: called with each name and its tensor on the host before that is written; it may raise.
     """
     header, ordered = header_bytes(tensors, metadata)
+    content = hashlib.sha256() if any(PLACEHOLDER in value for value in metadata.values()) else None
     with open(path, "wb") as stream:
         stream.write(header)
         for name, tensor in ordered:
@@ -274,6 +276,11 @@ def write_tensors(
             if look is not None:
                 look(name, found)
             stream.write(byte_view(found))
+            if content is not None:
+                content.update(byte_view(found))
+        if content is not None:
+            stream.seek(0)
+            stream.write(header.replace(PLACEHOLDER.encode(), content.hexdigest().encode()))
 
 
 def take_part(tensors: Mapping[str, Tensor]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from anima_train.adapters.lora import Lora
 from anima_train.checkpoint.async_writer import AsyncWriter, Groups
 from anima_train.checkpoint.manifest import StateManifest
+from anima_train.checkpoint.metadata import at_level, data_metadata, thumbnail, weights_metadata
 from anima_train.checkpoint.samples import sample_records
 from anima_train.checkpoint.training_state import (
     START,
@@ -24,8 +25,9 @@ from anima_train.checkpoint.training_state import (
     state_tensors,
     take_part_in,
 )  # fmt: skip
-from anima_train.checkpoint.weights import caption_metadata, save_weights, weights_metadata, weights_to_save
+from anima_train.checkpoint.weights import save_weights, weights_to_save
 from anima_train.config.resolved import plain
+from anima_train.config.saved_settings import settings_metadata
 from anima_train.core.device import DTYPES
 from anima_train.core.errors import Interrupted
 from anima_train.core.files import write_text
@@ -106,9 +108,9 @@ class PeriodicTasks:
         return sample_records(self.data.train.samples, self.data.unusable)
 
     @cached_property
-    def caption_metadata(self) -> dict[str, str]:
-        """The metadata that come from captions: of many they take long; made once, where weights are written."""
-        return caption_metadata(self.plan.samples, self.context.config.metadata.tag_frequencies)
+    def data_metadata(self) -> dict[str, str]:
+        """The metadata that come from the data: they may take long; made once, where weights are written."""
+        return data_metadata(self.plan.samples, self.context.config.metadata.tag_frequencies)
 
     def before_first_step(self) -> list[str]:
         """Return the names of what is to be done before the first step, or was left by a process that had to stop."""
@@ -300,14 +302,14 @@ class PeriodicTasks:
         done = self.state.step if step is None else step
         epoch = self.schedule.locate(max(0, done - 1))[0] + 1
         config = self.context.config
-        metadata = weights_metadata(
-            self.context.folder.name, done, epoch, len(self.plan.samples), config.seed, config.adapter,
-            config.optimizer, config.lr_scheduler.type,
-        )  # fmt: skip
+        base, settings = self.manifest["model_files"].get("transformer", {}), settings_metadata(config)
+        metadata = weights_metadata(self.context.folder.name, done, epoch, config.adapter, settings, base)
 
         def write(groups: Groups) -> None:
             self.context.folder.check()  # or it would be made again, without what it held
-            save_weights(path, groups["weights"], metadata | self.caption_metadata)
+            picture = thumbnail(self.context.folder.path / "samples", done) if config.metadata.thumbnail else {}
+            told = at_level(metadata | self.data_metadata | picture, config.metadata.level)
+            save_weights(path, groups["weights"], told)
             if config.adapter.is_without_effect(read_tensors(open_header(path))):
                 has_masks = any(sample.has_mask for sample in self.plan.samples)
                 asked = (

@@ -1,5 +1,8 @@
 """Saved weights: whole or not there, and exact."""
 
+import base64
+import hashlib
+import io
 import json
 import os
 import stat
@@ -7,13 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
 from anima_train.adapters.lora import Lora
-from anima_train.checkpoint.weights import caption_metadata, save_weights, weights_metadata
+from anima_train.checkpoint.metadata import at_level, data_metadata, thumbnail, weights_metadata
+from anima_train.checkpoint.weights import save_weights
 from anima_train.config.config import Config
+from anima_train.config.saved_settings import settings_metadata
 from anima_train.core.errors import ModelFileError, NumericError, SpaceError
 from anima_train.data.buckets import Size
 from anima_train.data.cache import Cache
@@ -112,10 +118,8 @@ def test_metadata_has_what_file_managers_read_and_no_path_or_secret(tmp_path):
         optimizer=AdamWKahan(lr=2e-5),
         monitoring={"wandb_api_key": "s3cret"},
     )
-    metadata = weights_metadata(
-        "style", step=40, epoch=2, num_samples=12, seed=config.seed, adapter=config.adapter, optimizer=config.optimizer,
-        lr_schedule=config.lr_scheduler.type,
-    )  # fmt: skip
+    base = {"name": "anima.safetensors", "sha256": "ab12"}
+    metadata = weights_metadata("style", 40, 2, config.adapter, settings_metadata(config), base)
     assert all(isinstance(key, str) and isinstance(value, str) and value for key, value in metadata.items())
     required = {"sai_model_spec", "architecture", "implementation", "title"}  # by ModelSpec 1.0.1
     assert {f"modelspec.{key}" for key in required} <= set(metadata)
@@ -124,12 +128,47 @@ def test_metadata_has_what_file_managers_read_and_no_path_or_secret(tmp_path):
     assert (metadata["ss_steps"], metadata["ss_epoch"], metadata["ss_seed"]) == ("40", "2", "5")
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("8", "8")
     assert (metadata["ss_optimizer"], metadata["ss_learning_rate"]) == ("adamw_optimi", "2e-05")
+    assert (metadata["ss_sd_model_name"], metadata["ss_new_sd_model_hash"]) == ("anima.safetensors", "ab12")
+    assert "CircleStone Labs Non-Commercial License v1.2" in metadata["modelspec.license"]
+    assert "NVIDIA Open Model License" in metadata["modelspec.license"]
     text = json.dumps(metadata)
     assert str(tmp_path) not in text
     assert "s3cret" not in text
     save_weights(tmp_path / "style.safetensors", tensors(), metadata)
+    content = (tmp_path / "style.safetensors").read_bytes()
+    header_bytes = int.from_bytes(content[:8], "little")
+    digest = hashlib.sha256(content[8 + header_bytes :]).hexdigest()  # as ModelSpec and sd-webui-additional-networks do
+    hashes = {"modelspec.hash_sha256": f"0x{digest}", "sshs_model_hash": digest}
     with safe_open(tmp_path / "style.safetensors", framework="pt") as file:
-        assert file.metadata() == {"format": "pt", **metadata}
+        assert file.metadata() == {"format": "pt", **metadata, **hashes}
+    for name, tensor in load_file(tmp_path / "style.safetensors").items():
+        assert torch.equal(tensor, tensors()[name])
+
+
+def test_less_is_told_where_less_is_wished():
+    metadata = {
+        "modelspec.title": "a",
+        "ss_seed": "1",
+        "ss_network_dim": "8",
+        "sshs_model_hash": "b",
+        "anima_train.version": "1",
+    }
+    assert at_level(metadata, "full") == metadata
+    assert at_level(metadata, "minimal").keys() == {"modelspec.title", "ss_network_dim", "sshs_model_hash"}
+    assert at_level(metadata, "none") == {}
+
+
+def test_the_thumbnail_is_the_first_of_the_last_previews(tmp_path):
+    assert thumbnail(tmp_path, 10) == {}
+    for name, color in (("s000000_00", "red"), ("s000004_00", "lime"), ("s000004_01", "black"), ("s000012_00", "blue")):
+        Image.new("RGB", (600, 300), color).save(tmp_path / f"{name}.png")
+    (url,) = thumbnail(tmp_path, 10).values()
+    kind, _, text = url.partition(",")
+    assert kind == "data:image/jpeg;base64"
+    with Image.open(io.BytesIO(base64.b64decode(text))) as picture:
+        assert (picture.size, picture.format) == ((256, 128), "JPEG")
+        red, green, blue = picture.getpixel((9, 9))
+    assert green > 200 > 60 > max(red, blue)
 
 
 def sample_of(name, tags, **options):
@@ -144,7 +183,12 @@ def test_trigger_words_are_told_and_tags_only_on_request():
         sample_of("b.png", ("1girl, smile\nA sentence about her.",), trigger_word="other"),
         sample_of("c.png", ("scenery",), trigger_word="unused", role="regularization"),
     ]
-    assert caption_metadata(samples, False) == {"modelspec.trigger_phrase": "mychara, other"}
-    found = json.loads(caption_metadata(samples, True)["ss_tag_frequency"])
+    told = data_metadata(samples, False)
+    assert told["modelspec.trigger_phrase"] == "mychara, other"
+    assert "ss_tag_frequency" not in told
+    assert (told["ss_num_train_images"], told["ss_num_reg_images"]) == ("2", "1")
+    assert (told["modelspec.resolution"], told["ss_resolution"]) == ("64x64", "(64, 64)")
+    assert json.loads(told["ss_bucket_info"]) == {"buckets": {"0": {"resolution": [64, 64], "count": 4}}}
+    found = json.loads(data_metadata(samples, True)["ss_tag_frequency"])
     assert found == {"train": {"1girl": 2, "mychara": 1, "solo": 1, "smile": 1, "scenery": 1}}
-    assert caption_metadata([sample_of("a.png", ("",))], False) == {}
+    assert "modelspec.trigger_phrase" not in data_metadata([sample_of("a.png", ("",))], False)

@@ -101,6 +101,10 @@ FROZEN = {f"model.{name}_lr": 0.0 for name in ("self_attn", "cross_attn", "mlp",
             'eval_datasets: two sets are called "a", and would share a curve',
         ),
         (
+            {"metadata.thumbnail": True},
+            "sampling: missing, from whose previews metadata.thumbnail is taken; add it, or remove thumbnail",
+        ),
+        (
             {"eval_datasets": [EVAL["eval_datasets"][0] | {"name": "train"}]},
             'eval_datasets: found the name "train", which is that of samples that are trained',
         ),

@@ -559,11 +559,11 @@ def test_a_set_that_does_not_decide_which_state_is_best_does_not_say_so(trainer,
 def test_what_weights_say_of_captions_is_made_once_and_not_by_the_steps(trainer, monkeypatch):
     threads = []
 
-    def caption_metadata(*arguments):
+    def data_metadata(*arguments):
         threads.append(threading.current_thread().name)
         return {"modelspec.trigger_phrase": "xyz"}
 
-    monkeypatch.setattr(tasks_module, "caption_metadata", caption_metadata)
+    monkeypatch.setattr(tasks_module, "data_metadata", data_metadata)
     run = trainer(save_every_n_steps=1, max_steps=2)
     assert threads == ["writer"]
     assert run.metadata()["modelspec.trigger_phrase"] == "xyz"

@@ -26,13 +26,15 @@ from anima_train.adapters.lora import Lora
 from anima_train.caching.batches import caption_batch_size, image_batch_size
 from anima_train.caching.entries import model_text_identity, needed_entries, vae_identity
 from anima_train.caching.fill import RankInfo, fill_cache
+from anima_train.checkpoint.metadata import at_level, data_metadata, weights_metadata
 from anima_train.checkpoint.resume import ResumePoint
-from anima_train.checkpoint.weights import caption_metadata, weights_metadata, weights_to_save
+from anima_train.checkpoint.weights import weights_to_save
 from anima_train.config.ladder import rungs
 from anima_train.config.launch import launch_settings
 from anima_train.config.load import load_config
 from anima_train.config.model_files import build_model_spec
 from anima_train.config.plan_notes import plan_notes
+from anima_train.config.saved_settings import settings_metadata
 from anima_train.core.determinism import deterministic_kernels
 from anima_train.core.errors import UserError
 from anima_train.data.loader import CachedData
@@ -311,8 +313,10 @@ def of_settings(config, loaded, spec, plan, schedule):
     yield "at once", [size.number(9000) for size in sizes]
     yield "offline", loaded.train.offline
     yield "axis", StepLogger.x(SimpleNamespace(run=SimpleNamespace(config=config)), 5, 50)
-    metadata = weights_metadata("t", 1, 1, 1, config.seed, config.adapter, config.optimizer, config.lr_scheduler.type)
-    yield "metadata", {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    metadata = weights_metadata("t", 1, 1, config.adapter, settings_metadata(config), {})
+    times = ("modelspec.date", "ss_training_finished_at")
+    told = at_level({key: value for key, value in metadata.items() if key not in times}, config.metadata.level)
+    yield "metadata", told | {"thumbnail": config.metadata.thumbnail}
 
 
 def of_machine(config, loaded, spec, plan, schedule):
@@ -381,7 +385,7 @@ def of_data(config, train, evals, needed, plan):
               for batch in step.micro_batches] for epoch in range(3)]  # fmt: skip
     yield "order", order
     yield "steps", [len(plan.epoch(epoch)) for epoch in range(3)]
-    yield "tags told", caption_metadata(samples, config.metadata.tag_frequencies).get("ss_tag_frequency")
+    yield "tags told", data_metadata(samples, config.metadata.tag_frequencies).get("ss_tag_frequency")
     yield "kinds", sorted({sample.options.kind for sample in samples})
     yield "bounds", decided(config)
     yield (
