@@ -7,6 +7,7 @@ from pathlib import Path
 
 from anima_train.core.errors import ModelFileError
 from anima_train.core.format import count
+from anima_train.model.comfy_quantized import dequantized
 from anima_train.model.safetensors_io import FLOATS, Entry, TensorFile, first_five, open_header
 
 TRANSFORMER_PREFIXES = ("net.", "model.diffusion_model.", "diffusion_model.", "")
@@ -93,7 +94,7 @@ def open_slot(path: Path, slot: str) -> TensorFile:
     """
     if (fault := several_files_fault(path, slot)) is not None:
         raise ModelFileError(f"{SLOT_KEYS[slot]}: {fault}")
-    return bundle_part(uncompiled(open_header(path)), slot)
+    return bundle_part(dequantized(uncompiled(open_header(path))), slot)
 
 
 def several_files_fault(path: Path, slot: str) -> str | None:

@@ -59,6 +59,14 @@ class Entry:
     start: int  # byte offset in the file
     end: int
 
+    def read(self, stream: BufferedReader, what: str) -> Tensor:
+        """Read the tensor from its file, which is open; `what` is its name in messages."""
+        tensor = torch.empty(self.shape, dtype=self.dtype)
+        stream.seek(self.start)
+        if stream.readinto(byte_view(tensor)) < self.end - self.start:
+            raise ModelFileError(f"{what}: the file ends in the middle of it; download it again")
+        return tensor
+
 
 @dataclass(frozen=True)
 class TensorFile:
@@ -217,11 +225,7 @@ def read_tensors(file: TensorFile, names: Iterable[str] | None = None) -> Iterat
 
 def read_entry(stream: BufferedReader, entry: Entry, what: str) -> Tensor:
     """Read one tensor from an open file."""
-    tensor = torch.empty(entry.shape, dtype=entry.dtype)
-    stream.seek(entry.start)
-    if stream.readinto(byte_view(tensor)) < entry.end - entry.start:
-        raise ModelFileError(f"{what}: the file ends in the middle of it; download it again")
-    return tensor
+    return entry.read(stream, what)
 
 
 def byte_view(tensor: Tensor) -> memoryview:

@@ -11,8 +11,11 @@ from anima_train.data.buckets import Size
 from anima_train.data.plan import EpochSchedule, Plan, batch_size_for, short_by, times_seen
 from anima_train.data.preservation import Preservation
 from anima_train.data.scan import Scan
+from anima_train.model.comfy_quantized import quantization_text
+from anima_train.model.dit import TransformerShape
 from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX
 from anima_train.model.loading import ModelSpec
+from anima_train.model.variants import variant_warnings
 from anima_train.optim.ema import Ema
 from anima_train.optim.groups import GroupRow, LearningRates
 from anima_train.run.intervals import Interval
@@ -24,15 +27,19 @@ def lr_text(row: GroupRow) -> str:
 
 
 def trained_text(adapter: Lora | Full, rates: LearningRates, spec: ModelSpec) -> list[str]:
-    """Return a line where no adapter is trained: it may have been forgotten."""
+    """Return lines about what is trained that may be a surprise: the base's file, and that there is no adapter."""
+    header = spec.files.transformer_header
+    lines = [] if (text := quantization_text(header)) is None else [text]
+    blocks = TransformerShape.of(header.entries).num_blocks
+    lines.extend(f"warning: {text}" for text in variant_warnings(spec.files.transformer, blocks))
     if isinstance(adapter, Lora):
-        return []
+        return lines
     entries = [*spec.files.transformer_header.entries.items()]
     entries += [(LLM_ADAPTER_PREFIX + name, entry) for name, entry in spec.files.llm_adapter_header.entries.items()]
     trained = sum(math.prod(entry.shape) for name, entry in entries if not rates.is_frozen(name))
     of_all = "" if any(rates.is_frozen(name) for name, _ in entries) else "all "
     number = f"{trained / 1e9:.2f} B" if trained >= 1e7 else f"{trained:,}"
-    return [f'no [adapter]: {of_all}{number} weights are trained; a LoRA would be [adapter] with type = "lora"']
+    return [*lines, f'no [adapter]: {of_all}{number} weights are trained; a LoRA would be [adapter] with type = "lora"']
 
 
 def groups_text(rows: Sequence[GroupRow]) -> list[str]:

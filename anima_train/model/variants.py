@@ -1,0 +1,35 @@
+"""The variants of Anima, told apart by the names and sizes of their files, and what to know before training on them."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+BASE_BLOCKS = 28
+BY_BLOCKS = {40: "the 2.9B", 52: "the 3.8B"}  # by others: the base's blocks with copies between them
+DISTILLED = re.compile(r"(?<![a-z])turbo(?![a-z])", re.IGNORECASE)
+TUNED = re.compile(r"(?<![a-z])aesthetic(?![a-z])", re.IGNORECASE)
+EARLY = re.compile(r"(?<![a-z])preview\d*(?![a-z])", re.IGNORECASE)
+
+
+def variant_warnings(transformer: Path, num_blocks: int) -> Iterator[str]:
+    """Yield what to know of the transformer that a run begins with, by its file's name and its number of blocks."""
+    name = transformer.name
+    if DISTILLED.search(name):
+        yield (
+            f"{name} looks like Turbo, which was distilled to draw in few steps: training on the plain objective "
+            "unlearns that; train on the base, use the LoRA with Turbo, and draw previews of Turbo with few steps and "
+            "cfg = 1"
+        )
+    elif TUNED.search(name):
+        yield (
+            f"{name} looks like Aesthetic, which was tuned to one taste: what is trained on it carries that along, and "
+            "fits the base less; train on the base, and use the LoRA with Aesthetic"
+        )
+    elif EARLY.search(name):
+        yield f"{name} looks like a preview of Anima: a LoRA of it may not fit the final weights; train on the base"
+    if num_blocks == BASE_BLOCKS or num_blocks < BASE_BLOCKS:
+        return
+    known = BY_BLOCKS.get(num_blocks, "a variant")
+    yield f"{name} has {num_blocks} blocks ({known}): a LoRA of it does not fit Anima's {BASE_BLOCKS}, nor theirs this"
+    if num_blocks == 52:
+        yield f"{name}: its second text encoder is not used here; the context is that of Qwen3 and the LLM adapter"

@@ -1,0 +1,28 @@
+"""The variants of Anima, and what a run on them says first."""
+
+from pathlib import Path
+
+import pytest
+
+from anima_train.model.variants import variant_warnings
+
+
+@pytest.mark.parametrize(
+    ("name", "num_blocks", "words"),
+    [
+        ("anima-base-v1.0.safetensors", 28, []),
+        ("anima-tiny.safetensors", 10, []),
+        ("Anima_Turbo-v1.safetensors", 28, ["distilled to draw in few steps"]),
+        ("anima-aesthetic-v1.0.safetensors", 28, ["tuned to one taste"]),
+        ("anima-preview3-base.safetensors", 28, ["may not fit the final weights"]),
+        ("turboprop.safetensors", 28, []),
+        ("anima-2.9b.safetensors", 40, ["has 40 blocks (the 2.9B)"]),
+        ("anima.safetensors", 52, ["has 52 blocks (the 3.8B)", "its second text encoder is not used"]),
+        ("mine.safetensors", 33, ["has 33 blocks (a variant)"]),
+    ],
+)
+def test_what_to_know_of_a_variant_is_told(name, num_blocks, words):
+    found = list(variant_warnings(Path("models") / name, num_blocks))
+    assert len(found) == len(words)
+    assert all(word in text for word, text in zip(words, found, strict=True))
+    assert "models" not in "".join(found)
