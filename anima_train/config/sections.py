@@ -26,8 +26,8 @@ class EvalDataset(Settings):
     role: Role = "validation"
     """The purpose: "validation" measures what is learned, on images of the same subject that are not trained;
     "retention" what is forgotten, on images that have nothing to do with it; "train" what is memorized, on some of the
-    training images. Logged together as evaluation/learning, forgetting and memorization. The best training state is
-    chosen by the validation sets."""
+    training images. Logged together as evaluation/learning, forgetting and memorization, with their errors. The best
+    training state is chosen by the validation sets."""
     captions: str | None = Field(default=None, min_length=1)
     """Instead of config, captions alone, for role = "retention": the base model draws a picture for each, once, and
     what is forgotten is measured on these. "shipped": 30 captions of manners, characters, text and composition that
@@ -169,8 +169,9 @@ def metric_fault(metric: str, sets: Sequence[EvalDataset]) -> str | None:
     names |= {f"{each.name}/{number}" for each in drifts for number in ("drift", "drift_relative")}
     roles = {each.role for each in sets}
     if len(roles) > 1:
-        names |= {"evaluation/learning"} if "validation" in roles else set()
-        names |= {"evaluation/forgetting"} if "retention" in roles else set()
+        names |= {"evaluation/learning", "evaluation/learning_at_highest_t"} if "validation" in roles else set()
+        names |= {"evaluation/forgetting", "evaluation/forgetting_relative"} if "retention" in roles else set()
+        names |= {"evaluation/drift_relative"} if "retention" in {each.role for each in drifts} else set()
         names |= {"evaluation/memorization"} if {"validation", "train"} <= roles else set()
     if metric in names:
         return None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from anima_train.config.sections import EarlyStopping
 
-HIGHER = ("evaluation/learning",)  # numbers of which the highest is the best
+HIGHER = ("evaluation/learning", "evaluation/learning_at_highest_t")  # numbers of which the highest is the best
 History = Sequence[tuple[int, Mapping[str, float]]]  # what was logged after each step, in their order
 
 

@@ -70,6 +70,28 @@ def paired_difference(values: Float[Tensor, " S"], kinds: Sequence[str]) -> Diff
     return Difference(float(mean), error, kind_error)
 
 
+def combined(parts: Sequence[tuple[float, Difference]]) -> Difference:
+    """Return the sum of differences of sets that have no sample in common, each multiplied by a factor."""
+
+    def error_of(errors: Sequence[float | None]) -> float | None:
+        known = [abs(factor) * error for (factor, _), error in zip(parts, errors, strict=True) if error is not None]
+        return math.hypot(*known) if len(known) == len(parts) else None
+
+    kind_errors = [part.error if part.kind_error is None else part.kind_error for _, part in parts]
+    has_kinds = any(part.kind_error is not None for _, part in parts)
+    return Difference(
+        sum(factor * part.mean for factor, part in parts),
+        error_of([part.error for _, part in parts]),
+        error_of(kind_errors) if has_kinds else None,
+    )
+
+
+def rows_by_kind(kinds: Sequence[str]) -> Iterator[tuple[str, list[bool]]]:
+    """Yield each kind, and which samples are of it."""
+    for kind in sorted(set(kinds) - {""}):
+        yield kind, [each == kind for each in kinds]
+
+
 @dataclass(frozen=True)
 class Drift:
     """The distance of the velocity v from the base model's, v0, on the same noise: means over latents, (S, L) each.
@@ -82,11 +104,18 @@ class Drift:
     cross: Float[Tensor, "S L"]  # 2 (v - v0) (v0 - target)
     base: Float[Tensor, "S L"]  # |v0|^2
 
+    def relative(self, kinds: Sequence[str]) -> Difference:
+        """Return the drift in parts of the base's mean square, which is taken as exact."""
+        return combined([(float(1 / self.base.mean()), paired_difference(self.squared.mean(dim=1), kinds))])
+
     def metrics(self, name: str, kinds: Sequence[str]) -> dict[str, float]:
         """Return the numbers to log under a name."""
         values = paired_difference(self.squared.mean(dim=1), kinds).metrics(name)
-        values[f"{name}_relative"] = float(self.squared.mean() / self.base.mean())
-        values[f"{name}_cross_term"] = float(self.cross.mean())
+        values |= self.relative(kinds).metrics(f"{name}_relative")
+        values |= paired_difference(self.cross.mean(dim=1), kinds).metrics(f"{name}_cross_term")
+        for kind, rows in rows_by_kind(kinds):
+            part = self.squared[rows].mean(dim=1)
+            values |= paired_difference(part, [""] * len(part)).metrics(name, f"_of_{kind}")
         return values
 
 
@@ -110,47 +139,71 @@ class Evaluation:
         """Return how much the loss is above the base model's, on the same samples and noise."""
         return paired_difference((self.losses - base.losses).mean(dim=1), self.kinds)
 
+    @property
+    def highest_level(self) -> int:
+        """The place of the noise level with the most noise."""
+        return max(range(len(self.levels)), key=lambda place: float(self.levels[place].rpartition("_")[2]))
+
+    def differences_by_level(self, base: "Evaluation") -> list[Difference]:
+        """Return the same at each noise level."""
+        return [paired_difference(each, self.kinds) for each in (self.losses - base.losses).T]
+
     def metrics(self, base: "Evaluation | None") -> dict[str, float]:
         """Return the numbers to log: the mean, at each noise level, and of each kind, beside the base model's."""
         values = {f"{self.name}/loss": self.loss}
         for level, loss in zip(self.levels, self.losses.mean(dim=0), strict=True):
             values[f"{self.name}/loss_{level}"] = float(loss)
+        for kind, rows in rows_by_kind(self.kinds):
+            values[f"{self.name}/loss_of_{kind}"] = float(self.losses[rows].mean())
         if self.drift is not None:
             values |= self.drift.metrics(f"{self.name}/drift", self.kinds)
         if base is not None:
-            values |= self.difference(base).metrics(f"{self.name}/difference_from_base")
-            for level, change in zip(self.levels, (self.losses - base.losses).mean(dim=0), strict=True):
-                values[f"{self.name}/difference_from_base_{level}"] = float(change)
-            for kind, part in self.by_kind():
-                base_part = base.losses[[each == kind for each in self.kinds]]
-                change = paired_difference((part - base_part).mean(dim=1), [""] * len(part))
-                values |= change.metrics(f"{self.name}/difference_from_base", f"_of_{kind}")
+            name = f"{self.name}/difference_from_base"
+            values |= self.difference(base).metrics(name)
+            for level, change in zip(self.levels, self.differences_by_level(base), strict=True):
+                values |= change.metrics(name, f"_{level}")
+            for kind, rows in rows_by_kind(self.kinds):
+                part = (self.losses - base.losses)[rows].mean(dim=1)
+                values |= paired_difference(part, [""] * len(part)).metrics(name, f"_of_{kind}")
         return values
 
-    def by_kind(self) -> Iterator[tuple[str, Float[Tensor, "s L"]]]:
-        """Yield each kind of sample with its losses."""
-        for kind in sorted(set(self.kinds) - {""}):
-            yield kind, self.losses[[each == kind for each in self.kinds]]
+
+def mean_of(differences: Sequence[Difference], factor: float = 1.0) -> Difference:
+    """Return the mean of several sets' differences, each set weighing the same, multiplied by a factor."""
+    return combined([(factor / len(differences), each) for each in differences])
 
 
 def summary(results: Sequence[Evaluation], base: Mapping[str, Evaluation]) -> dict[str, float]:
     """Return what sets of several roles say together: the means over the sets of a role. Nothing where all have one.
 
-    "learning": by how much the loss on validation pictures fell below the base model's; "forgetting": by how much that
-    on retention pictures rose; "memorization": by how much more it fell on training pictures than on validation ones.
+    "learning": by how much the loss on validation pictures fell below the base model's, and "learning_at_highest_t"
+    by how much at the level with the most noise; "forgetting": by how much that on retention pictures rose, and
+    "forgetting_relative" in parts of the base's; "drift_relative": that of the retention sets; "memorization": by how
+    much more the loss fell on training pictures than on validation ones.
     """
-    found: dict[Role, list[float]] = defaultdict(list)
+    found: dict[Role, list[Evaluation]] = defaultdict(list)
     for result in results:
         if result.name in base:
-            found[result.role].append(result.difference(base[result.name]).mean)
-    change = {role: sum(values) / len(values) for role, values in found.items()} if len(found) > 1 else {}
-    values = {}
+            found[result.role].append(result)
+    if len(found) < 2:
+        return {}
+    change = {role: mean_of([each.difference(base[each.name]) for each in sets]) for role, sets in found.items()}
+    values: dict[str, float] = {}
     if "validation" in change:
-        values["evaluation/learning"] = -change["validation"]
+        values |= combined([(-1, change["validation"])]).metrics("evaluation/learning")
+        highest = [each.differences_by_level(base[each.name])[each.highest_level] for each in found["validation"]]
+        values |= mean_of(highest, -1).metrics("evaluation/learning_at_highest_t")
         if "train" in change:
-            values["evaluation/memorization"] = change["validation"] - change["train"]
+            parts = [(1.0, change["validation"]), (-1.0, change["train"])]
+            values |= combined(parts).metrics("evaluation/memorization")
     if "retention" in change:
-        values["evaluation/forgetting"] = change["retention"]
+        values |= change["retention"].metrics("evaluation/forgetting")
+        base_loss = sum(base[each.name].loss for each in found["retention"]) / len(found["retention"])
+        if base_loss > 0:
+            values |= combined([(1 / base_loss, change["retention"])]).metrics("evaluation/forgetting_relative")
+    drifts = [each.drift.relative(each.kinds) for each in found["retention"] if each.drift is not None]
+    if drifts:
+        values |= mean_of(drifts).metrics("evaluation/drift_relative")
     return values
 
 

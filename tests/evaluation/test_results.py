@@ -73,6 +73,8 @@ def test_differences_are_logged_by_level_and_by_kind():
     assert values["validation/difference_from_base_of_artist"] == pytest.approx(0.5)
     assert values["validation/difference_from_base_of_text"] == pytest.approx(-1.0)
     assert values["validation/difference_from_base_stderr_of_artist"] == pytest.approx(0.25)
+    assert values["validation/difference_from_base_stderr_quantile_0.30"] == pytest.approx(1 / 6)
+    assert values["validation/loss_of_artist"] == pytest.approx(2.0)
     assert not any("from_base" in name for name in now.metrics(None))
 
 
@@ -82,6 +84,12 @@ def test_drift_and_cross_term_are_logged_beside_the_base():
     assert values["validation/drift"] == pytest.approx(0.5)
     assert values["validation/drift_relative"] == pytest.approx(0.125)
     assert values["validation/drift_cross_term"] == pytest.approx(-0.1)
+    squared = torch.tensor([[1.0, 1.0], [2.0, 2.0], [6.0, 6.0]])
+    values = evaluation([[1.0, 1.0]] * 3, kinds=["text", "text", "hands"], drift=Drift(squared, squared, squared))
+    values = values.metrics(None)
+    assert (values["validation/drift_of_text"], values["validation/drift_of_hands"]) == (1.5, 6.0)
+    assert values["validation/drift_stderr_of_text"] == pytest.approx(0.5)
+    assert values["validation/drift_relative_stderr"] == pytest.approx(values["validation/drift_stderr"] / 3)
 
 
 def test_sets_of_several_roles_tell_what_was_learned_memorized_and_forgotten():
@@ -91,10 +99,45 @@ def test_sets_of_several_roles_tell_what_was_learned_memorized_and_forgotten():
     ]
     found = summary(now, base)
     assert found == pytest.approx(
-        {"evaluation/learning": 0.25, "evaluation/memorization": 0.25, "evaluation/forgetting": 0.1}
-    )
+        {
+            "evaluation/learning": 0.25, "evaluation/learning_at_highest_t": 0.25, "evaluation/memorization": 0.25,
+            "evaluation/forgetting": 0.1, "evaluation/forgetting_relative": 0.1,
+        }
+    )  # fmt: skip
     assert summary(now[1:2], base) == {}  # it is the set's own difference
     assert summary(now, {}) == {}
+
+
+def test_what_sets_say_together_has_the_errors_of_independent_samples():
+    source = torch.Generator().manual_seed(0)
+    roles = {"seen": "train", "new": "validation", "newer": "validation", "known": "retention"}
+    base = {name: evaluation([[2.0, 4.0]] * 5, role, name=name) for name, role in roles.items()}
+    changes = {name: torch.randn(5, 2, generator=source, dtype=torch.float64) for name in roles}
+    drift = Drift(changes["known"].square(), changes["known"], torch.full((5, 2), 4.0))
+    now = [
+        Evaluation(name, role, LEVELS, ("",) * 5, base[name].losses + changes[name], drift if name == "known" else None)
+        for name, role in roles.items()
+    ]
+    found = summary(now, base)
+    means = {name: change.mean(dim=1) for name, change in changes.items()}
+    squares = {name: float(each.var() / 5) for name, each in means.items()}  # of the errors
+    assert found["evaluation/learning"] == pytest.approx(-float(means["new"].mean() + means["newer"].mean()) / 2)
+    assert found["evaluation/learning_stderr"] == pytest.approx(math.sqrt(squares["new"] + squares["newer"]) / 2)
+    assert found["evaluation/memorization_stderr"] == pytest.approx(
+        math.sqrt((squares["new"] + squares["newer"]) / 4 + squares["seen"])
+    )
+    highest = torch.stack([changes["new"][:, 1], changes["newer"][:, 1]])  # at quantile 0.70
+    assert found["evaluation/learning_at_highest_t"] == pytest.approx(-float(highest.mean()))
+    assert found["evaluation/learning_at_highest_t_stderr"] == pytest.approx(
+        math.sqrt(float((highest.var(dim=1) / 5).sum())) / 2
+    )
+    assert found["evaluation/forgetting_relative"] == pytest.approx(found["evaluation/forgetting"] / 3)
+    assert found["evaluation/forgetting_relative_stderr"] == pytest.approx(math.sqrt(squares["known"]) / 3)
+    assert found["evaluation/drift_relative"] == pytest.approx(float(drift.squared.mean()) / 4)
+    assert found["evaluation/drift_relative_stderr"] == pytest.approx(
+        float(drift.squared.mean(dim=1).std()) / math.sqrt(5) / 4
+    )
+    assert not any(name.endswith("_kinds") for name in found)
 
 
 def test_the_best_state_is_that_of_the_validation_sets():
