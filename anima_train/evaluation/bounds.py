@@ -6,8 +6,10 @@ All of it follows from what the evaluations have logged, so that a run that is r
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from anima_train.config.sections import EarlyStopping
+if TYPE_CHECKING:  # pages are made without torch
+    from anima_train.config.sections import EarlyStopping
 
 HIGHER = ("evaluation/learning", "evaluation/learning_at_highest_t")  # numbers of which the highest is the best
 History = Sequence[tuple[int, Mapping[str, float]]]  # what was logged after each step, in their order
@@ -18,7 +20,7 @@ class Bounds:
     """The number that a run keeps the best of, and the bounds that it may not pass."""
 
     keep_best: str | None = None  # the number that the best evaluation has the best of
-    early_stopping: EarlyStopping | None = None
+    early_stopping: "EarlyStopping | None" = None
     forgetting_budget: float | None = None
     stops_at_budget: bool = True
     headline: tuple[str, ...] = ()  # the numbers whose mean the budget is for

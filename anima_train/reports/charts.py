@@ -1,4 +1,4 @@
-"""Curves over steps as SVG inside a page, made from `chart.html`."""
+"""Curves over steps, and points in a plane, as SVG inside a page, made from `chart.html` and `plane.html`."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,6 +11,8 @@ from anima_train.reports.html import TEMPLATES, finalize
 from anima_train.reports.series import Series
 
 WIDTH, HEIGHT = 640, 180
+PLANE_WIDTH, PLANE_HEIGHT = 420, 260
+LABEL = (44, 16)  # width and height that a step takes beside its point
 NUM_COLOURS = 8  # in charts.css
 NUM_TICKS = 5
 MAX_POWERS = 8  # of ten, on a logarithmic axis
@@ -133,3 +135,63 @@ def stretches(points: Sequence[tuple]) -> Iterator[list[tuple]]:
     for is_finite, stretch in groupby(points, lambda point: all(map(math.isfinite, point))):
         if is_finite:
             yield list(stretch)
+
+
+# Points in a plane
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A point with its standard errors, NaN where they are not known."""
+
+    step: int
+    x: float
+    y: float
+    x_error: float
+    y_error: float
+    is_marked: bool  # it is drawn full, with its step beside it, and a line leads through those that are
+    words: str  # all that is to be told of it
+
+
+def plane(label: str, x_label: str, y_label: str, dots: Sequence[Dot]) -> Markup:
+    """Return points in a plane with zero on both axes; nothing if there is none.
+
+    Args:
+        label: for those who do not see the points.
+        x_label: the words for the axis to the right.
+        y_label: those for the axis upwards.
+        dots: the points, whose x and y are finite.
+    """
+    if not dots:
+        return Markup("")
+    x_axis = padded_axis([(dot.x, dot.x_error) for dot in dots], PLANE_WIDTH)
+    y_axis = padded_axis([(dot.y, dot.y_error) for dot in dots], PLANE_HEIGHT)
+    html = TEMPLATES.get_template("plane.html").render(
+        label=label, x_label=x_label, y_label=y_label, x_axis=x_axis, y_axis=y_axis, isfinite=math.isfinite,
+        dots=sorted(dots, key=lambda dot: dot.is_marked), marked=sorted((d for d in dots if d.is_marked), key=by_place),
+        named={dot.step for dot in named_dots(dots, x_axis, y_axis)},
+    )  # fmt: skip
+    return Markup(html)
+
+
+def by_place(dot: Dot) -> tuple[float, float]:
+    """Return the order of points along a front."""
+    return dot.x, dot.y
+
+
+def padded_axis(values: Iterable[tuple[float, float]], length: int) -> Axis:
+    """Return the axis for (value, error), with zero on it and room at its ends."""
+    edges = [value + side * (error if math.isfinite(error) else 0) for value, error in values for side in (-1, 1)]
+    low, high = min(0.0, *edges), max(0.0, *edges)
+    margin = (high - low) / 20 or 1.0
+    return Axis(low - margin, high + margin, length)
+
+
+def named_dots(dots: Sequence[Dot], x_axis: Axis, y_axis: Axis) -> list[Dot]:
+    """Return the marked points that have room for their step beside them, the last ones first."""
+    found: list[Dot] = []
+    for dot in sorted((dot for dot in dots if dot.is_marked), key=lambda dot: -dot.step):
+        x, y = x_axis.place(dot.x), y_axis.place(dot.y)
+        if all(abs(x - x_axis.place(o.x)) > LABEL[0] or abs(y - y_axis.place(o.y)) > LABEL[1] for o in found):
+            found.append(dot)
+    return found

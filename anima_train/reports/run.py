@@ -21,6 +21,14 @@ from anima_train.core.settings import nearest
 from anima_train.data.image_headers import BadImage
 from anima_train.data.images import decode
 from anima_train.objective.timesteps import T_BINS
+from anima_train.reports.evaluations import (
+    Checkpoint,
+    Evaluated,
+    best_steps,
+    checkpoints_of,
+    evaluations_by_set,
+    kept_step,
+)
 from anima_train.reports.html import small_jpeg
 from anima_train.reports.key_settings import key_settings, named_text, table_of, value_text
 from anima_train.reports.places import shared_config, shared_text
@@ -53,19 +61,6 @@ class Share:
     def mean(self) -> float:
         """The mean; NaN of no samples."""
         return self.total / self.num_samples if self.num_samples else math.nan
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """The evaluation of one set at one step; NaN where a number is missing."""
-
-    step: int
-    loss: float
-    difference: float  # from the base
-    error: float  # standard error of the difference, over samples or over kinds, whichever is larger
-    drift: float  # mean squared distance of the velocity from the base's
-    levels: Mapping[str, float]  # loss by noise level: "q 0.10", a quantile of t's distribution, or "t 0.10"
-    kinds: Mapping[str, tuple[float, float]]  # difference and its error by the kind of the images
 
 
 @dataclass(frozen=True)
@@ -107,6 +102,8 @@ class RunReport:
     name: str
     metrics: Metrics
     evaluations: Mapping[str, Sequence[Evaluated]]  # by the set's name
+    checkpoints: Sequence[Checkpoint]  # those that were evaluated on sets of several roles
+    best: Mapping[str, int]  # steps by what they are the best of them by
     buckets: Sequence[tuple[str, int]]  # (bucket, samples seen)
     seen: Sequence[tuple[str, int]]  # (sample, times seen), the least first
     previews: Sequence[Preview]  # by name, then step
@@ -136,12 +133,16 @@ def collect_run(run: Path) -> RunReport:
     written = read_text(run / "config.toml", notes)
     config, paths = shared_config(written)
     warnings = read_warnings(run / "warnings.jsonl", notes)
+    evaluated = list(read_lines(run / "evaluations.jsonl", notes))
+    checkpoints = checkpoints_of(evaluated)
     # The page may be shown to others, so it names no folder of this machine.
     places = [str(Path.home() / "x"), str(run.resolve()), *paths]
     return RunReport(
         run.resolve().name,
         metrics,
-        read_evaluations(run / "evaluations.jsonl", notes),
+        evaluations_by_set(evaluated),
+        checkpoints,
+        best_steps(checkpoints) | kept_step(evaluated, parsed_toml(written)),
         sorted(counts(seen.get("buckets")).items()),
         sorted(counts(seen.get("samples")).items(), key=lambda item: (item[1], item[0])),
         previews,
@@ -167,6 +168,8 @@ def run_facts(report: RunReport) -> dict[str, Any]:
         "seconds": metrics.seconds,
         "last": {key: series.points[-1].smooth for key, series in metrics.curves.items() if series.points},
         "evaluations": report.evaluations,
+        "checkpoints": report.checkpoints,
+        "best": report.best,
         "num_previews": report.num_previews,
         "warnings": report.warnings,
         "notes": report.notes,
@@ -311,42 +314,6 @@ def loss_by_t(entries: object) -> Iterator[tuple[int, float, int]]:
                 yield place, mean, num_samples
 
 
-def read_evaluations(path: Path, notes: list[str]) -> dict[str, list[Evaluated]]:
-    """Return the evaluations of each set, in the order of their steps."""
-    found: dict[str, list[Evaluated]] = defaultdict(list)
-    for step, values in read_lines(path, notes):
-        for name in (key.removesuffix("/loss") for key in values if key.endswith("/loss")):
-            found[name].append(read_evaluation(step, name, values))
-    return found
-
-
-def read_evaluation(step: int, name: str, values: Mapping[str, object]) -> Evaluated:
-    """Return the evaluation of a set out of what was logged after a step."""
-    change = f"{name}/difference_from_base"
-    errors = [number(values.get(f"{change}_{each}")) for each in ("stderr", "stderr_kinds")]
-    levels = {
-        f"{short} {key.removeprefix(start)}": number(values[key])
-        for short, start in (("q", f"{name}/loss_quantile_"), ("t", f"{name}/loss_sigma_"))
-        for key in values
-        if key.startswith(start)
-    }
-    kinds = {
-        kind: (number(value), number(values.get(f"{change}_stderr_of_{kind}")))
-        for key, value in values.items()
-        if key.startswith(f"{change}_of_")
-        for kind in [key.removeprefix(f"{change}_of_")]
-    }
-    return Evaluated(
-        step,
-        number(values[f"{name}/loss"]),
-        number(values.get(change)),
-        max((error for error in errors if not math.isnan(error)), default=math.nan),
-        number(values.get(f"{name}/drift")),
-        levels,
-        kinds,
-    )
-
-
 def read_warnings(path: Path, notes: list[str]) -> list[str]:
     """Return the run's warnings, each once: every start of a run finds those of its data again."""
     found = []
@@ -355,6 +322,14 @@ def read_warnings(path: Path, notes: list[str]) -> list[str]:
         text = Listing(str(values.get("text")), map(str, entries if isinstance(entries, list) else ()), num_shown=0)
         found.append(text.prefixed(f"step {step:,}: ") if step else text)
     return list(dict.fromkeys(found))
+
+
+def parsed_toml(text: str) -> dict[str, Any]:
+    """Return a run's configuration; an empty one of text that is none."""
+    try:
+        return tomllib.loads(text)
+    except ValueError:
+        return {}
 
 
 def settings_of(text: str, manifest: Mapping[str, Any]) -> list[tuple[str, str]]:

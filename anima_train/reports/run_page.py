@@ -10,8 +10,10 @@ from markupsafe import Markup
 
 from anima_train.core.files import write_text
 from anima_train.reports.charts import Line, chart, line_of
+from anima_train.reports.checkpoints_page import kinds_chart, parts_chart, tradeoff
+from anima_train.reports.evaluations import Evaluated
 from anima_train.reports.html import TEMPLATES
-from anima_train.reports.run import Evaluated, Preview, RunReport, collect_run
+from anima_train.reports.run import Preview, RunReport, collect_run
 from anima_train.reports.series import MAX_POINTS, Series, evenly_to_last
 
 MAX_RANGES = 20  # of a histogram
@@ -41,6 +43,7 @@ def render_run(report: RunReport) -> str:
     rates = {key.removeprefix("lr/"): series for key, series in curves.items() if key.startswith("lr/")}
     if not rates and "lr" in curves:
         rates = {"all": curves["lr"]}
+    rows = preview_rows(report.previews)
     return TEMPLATES.get_template("run.html").render(
         title=f"Run {report.name}",
         report=report,
@@ -55,9 +58,12 @@ def render_run(report: RunReport) -> str:
         difference_chart=difference_chart,
         evenly_to_last=evenly_to_last,
         histogram=histogram,
+        kinds_chart=kinds_chart,
         loss_chart=loss_chart,
         lowest_loss=lowest_loss,
-        preview_rows=preview_rows(report.previews),
+        parts_chart=parts_chart,
+        preview_rows=rows,
+        tradeoff=tradeoff(report.checkpoints, report.best, rows),
     )
 
 

@@ -350,11 +350,18 @@ def test_an_evaluation_shows_its_levels_the_drift_and_the_kinds(run):
         "known/difference_from_base_stderr_kinds": 0.04, "known/difference_from_base_in_stderr": 2.5,
         "known/difference_from_base_of_text": 0.3, "known/difference_from_base_stderr_of_text": 0.02,
         "known/difference_from_base_in_stderr_of_text": 15.0, "known/difference_from_base_of_an artist_stderr": -0.1,
+        "known/drift_relative": 0.2, "known/drift_cross_term": -0.025, "known/loss_of_text": 0.75,
+        "known/drift_of_text": 0.5, "known/drift_stderr_of_text": 0.25, "known/loss_of_a/loss": 1.0,
     }  # fmt: skip
     jsonl(run / "evaluations.jsonl", [{"step": 4, **values}, {"step": 4, "evaluation/forgetting": 0.1}])
     text = page_of(run).text
-    assert "step loss difference standard error drift t 0.50 t 0.90 4 0.5 0.1 0.04 0.125 0.25 0.75" in text
-    assert "kind, after step 4 difference standard error an artist_stderr -0.1 text 0.3 0.02" in text
+    assert "error drift cross term drift, relative t 0.50 t 0.90 4 0.5 0.1 0.04 0.125 -0.025 0.2 0.25 0.75" in text
+    assert (
+        "kind, after step 4 loss difference standard error drift standard error "
+        "an artist_stderr -0.1 text 0.75 0.3 0.02 0.5 0.25 "
+    ) in text
+    assert "Evaluation on known " in text
+    assert "Evaluation on known/" not in text
 
 
 def test_everything_a_run_leaves_is_on_the_page(run):

@@ -1,5 +1,5 @@
 "use strict";
-for (const svg of document.querySelectorAll("svg.chart")) {
+for (const svg of document.querySelectorAll("svg.chart:not(.plane)")) {
   const { left, right, low, high, log, width, height } = Object.fromEntries(
     Object.entries(svg.dataset).map(([key, value]) => [key, Number(value)]));
   const cursor = svg.querySelector(".cursor"), lines = [...svg.querySelectorAll("polyline")];
@@ -45,4 +45,17 @@ for (const part of document.querySelectorAll(".timeline")) {
   slider.addEventListener("input", show);
   box.addEventListener("input", show);
   show();
+}
+for (const part of document.querySelectorAll(".front")) {
+  const beside = part.querySelector(".beside"), points = [...part.querySelectorAll(".point")];
+  const show = (point) => {
+    const card = part.querySelector(`.checkpoint[data-step="${point.dataset.step}"] .pictures`);
+    const words = document.createElement("p");
+    words.textContent = point.querySelector("title").textContent;
+    beside.replaceChildren(words, ...(card ? [card.cloneNode(true)] : []));
+    for (const each of points) each.classList.toggle("chosen", each.dataset.step === point.dataset.step);
+  };
+  for (const point of points) {
+    for (const event of ["pointerenter", "click", "focus"]) point.addEventListener(event, () => show(point));
+  }
 }
