@@ -133,6 +133,26 @@ def checkpoints_of(lines: Iterable[tuple[int, Values]]) -> list[Checkpoint]:
     ]
 
 
+@dataclass(frozen=True)
+class UpdateNorm:
+    """The size of what was added to the base weights of a component, after a step; NaN where it was not logged."""
+
+    step: int
+    norm: float
+    relative: float  # in parts of the base weights' norm
+    share_moved: float  # of the weights, if they are trained themselves
+
+
+def update_norms(lines: Iterable[tuple[int, Values]]) -> dict[str, list[UpdateNorm]]:
+    """Return what was logged of each component, in its order."""
+    found: dict[str, list[UpdateNorm]] = defaultdict(list)
+    for step, values in lines:
+        for component in (key.removeprefix("update_norm/") for key in values if key.startswith("update_norm/")):
+            names = ("update_norm", "update_norm_relative", "share_moved_in_run")
+            found[component].append(UpdateNorm(step, *(number(values.get(f"{name}/{component}")) for name in names)))
+    return dict(found)
+
+
 def cost_of(checkpoints: Iterable[Checkpoint]) -> str:
     """Return the name of the number that tells what was forgotten: the drift, if it was measured."""
     return "drift_relative" if any(each.drift_relative.is_known for each in checkpoints) else "forgetting_relative"

@@ -24,10 +24,12 @@ from anima_train.objective.timesteps import T_BINS
 from anima_train.reports.evaluations import (
     Checkpoint,
     Evaluated,
+    UpdateNorm,
     best_steps,
     checkpoints_of,
     evaluations_by_set,
     kept_step,
+    update_norms,
 )
 from anima_train.reports.html import small_jpeg
 from anima_train.reports.key_settings import key_settings, named_text, table_of, value_text
@@ -104,6 +106,7 @@ class RunReport:
     evaluations: Mapping[str, Sequence[Evaluated]]  # by the set's name
     checkpoints: Sequence[Checkpoint]  # those that were evaluated on sets of several roles
     best: Mapping[str, int]  # steps by what they are the best of them by
+    updates: Mapping[str, Sequence[UpdateNorm]]  # by component
     buckets: Sequence[tuple[str, int]]  # (bucket, samples seen)
     seen: Sequence[tuple[str, int]]  # (sample, times seen), the least first
     previews: Sequence[Preview]  # by name, then step
@@ -143,6 +146,7 @@ def collect_run(run: Path) -> RunReport:
         evaluations_by_set(evaluated),
         checkpoints,
         best_steps(checkpoints) | kept_step(evaluated, parsed_toml(written)),
+        update_norms(evaluated),
         sorted(counts(seen.get("buckets")).items()),
         sorted(counts(seen.get("samples")).items(), key=lambda item: (item[1], item[0])),
         previews,
@@ -170,6 +174,7 @@ def run_facts(report: RunReport) -> dict[str, Any]:
         "evaluations": report.evaluations,
         "checkpoints": report.checkpoints,
         "best": report.best,
+        "updates": report.updates,
         "num_previews": report.num_previews,
         "warnings": report.warnings,
         "notes": report.notes,

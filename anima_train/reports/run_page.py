@@ -11,7 +11,7 @@ from markupsafe import Markup
 from anima_train.core.files import write_text
 from anima_train.reports.charts import Line, chart, line_of
 from anima_train.reports.checkpoints_page import kinds_chart, parts_chart, tradeoff
-from anima_train.reports.evaluations import Evaluated
+from anima_train.reports.evaluations import Evaluated, UpdateNorm
 from anima_train.reports.html import TEMPLATES
 from anima_train.reports.run import Preview, RunReport, collect_run
 from anima_train.reports.series import MAX_POINTS, Series, evenly_to_last
@@ -51,7 +51,7 @@ def render_run(report: RunReport) -> str:
         curves=curves,
         roles=roles,
         rates=rates,
-        charts=run_charts(curves, roles, rates),
+        charts=run_charts(curves, roles, rates, report.updates),
         facts=[(key, fact_text(value)) for key, value in report.manifest.items() if not is_table(value)],
         fact_tables=[(key, *fact_table(value)) for key, value in report.manifest.items() if is_table(value)],
         max_points=MAX_POINTS,
@@ -79,7 +79,10 @@ def preview_rows(previews: Sequence[Preview]) -> list[list[Preview]]:
 
 
 def run_charts(
-    curves: Mapping[str, Series], roles: Mapping[str, Series], rates: Mapping[str, Series]
+    curves: Mapping[str, Series],
+    roles: Mapping[str, Series],
+    rates: Mapping[str, Series],
+    updates: Mapping[str, Sequence[UpdateNorm]],
 ) -> dict[str, Markup]:
     """Return the charts of those curves that there are, by key."""
     found = {}
@@ -90,6 +93,10 @@ def run_charts(
         found["roles"] = chart("loss by role", [average_of(name, series) for name, series in roles.items()])
     if rates:
         found["rates"] = chart("learning rate", [highest_of(*item) for item in rates.items()], from_zero=True)
+    if updates:
+        shown = {component: evenly_to_last(points, MAX_POINTS) for component, points in updates.items()}
+        lines = [Line(key, [(each.step, each.relative) for each in points]) for key, points in shown.items()]
+        found["updates"] = chart("update relative to the base weights", lines, from_zero=True)
     if "grad_norm" in curves:
         found["grad_norm"] = chart("gradient norm", [line_of("gradient norm", curves["grad_norm"])])
     if "speed" in curves:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from anima_train.adapters.full import Full
 from anima_train.adapters.initial import InitialLora
+from anima_train.adapters.update_norms import UpdateNorms
 from anima_train.caching.text_encoding import encodes_online
 from anima_train.checkpoint.training_state import trained_parameters
 from anima_train.config.memory_advice import memory_suggestions
@@ -68,6 +69,7 @@ class TrainState:
     samples_seen: int = 0  # in them
     release: GradientRelease | None = None  # where the update is a part of the backward pass
     base_passes: BasePasses | None = None  # where samples keep the base
+    norms: UpdateNorms | None = None  # of what is added to the base weights; where there are evaluations
     skipped: SkippedUpdates = field(default_factory=SkippedUpdates)
     spikes: SpikeDetector = field(default_factory=SpikeDetector)
 
@@ -241,4 +243,7 @@ def build_model(run: RunContext, spec: ModelSpec, num_steps: int, initial: Initi
         # Without what exchanges gradients, but with autocast.
         plain = run.accelerator.unwrap_model(model, keep_fp32_wrapper=True)
         passes = BasePasses(plain, partial(config.adapter.as_base, transformer), run.device)
-    return TrainState(transformer, model, optimizer, ema, factor, shards, release=release, base_passes=passes)
+    norms = UpdateNorms(transformer) if config.eval_datasets else None
+    return TrainState(
+        transformer, model, optimizer, ema, factor, shards, release=release, base_passes=passes, norms=norms
+    )

@@ -193,6 +193,7 @@ class PeriodicTasks:
                 if isinstance(velocities, Recording):
                     rank = context.accelerator.process_index
                     velocities.save(context.folder.base_velocities, eval_set.name, eval_set.identity, rank)
+            norms = state.norms.metrics() if state.norms is not None and self.writes else {}
         if not context.is_main or not results:
             return
         folder = context.folder
@@ -200,7 +201,8 @@ class PeriodicTasks:
             write_text(folder.base_path, base_text(results, self.data.evals))
         base = read_base(folder.base_path, self.data.evals)
         for result in results:
-            self.log_evaluation(result.metrics(base.get(result.name)))
+            numbers = result.metrics(base.get(result.name))
+            self.log_evaluation(numbers | norms if result is results[0] else numbers)
             logger.info("step %d: %s", state.step, described(result, base.get(result.name)))
         self.log_evaluation(summary(results, base))
         found = score(results)

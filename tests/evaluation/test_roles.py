@@ -68,6 +68,9 @@ def test_two_processes_measure_the_drift_of_one(trainer, other, sharding):
     two = trainer.processes(2, "two", sharding=sharding, **sets)
     assert two.evaluations[-1]["known/drift"] == pytest.approx(one.evaluations[-1]["known/drift"], rel=1e-3)
     assert one.evaluations[-1]["known/drift"] > 0
+    norms = [{key: each for key, each in run.evaluations[-1].items() if "update" in key} for run in (one, two)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+    assert norms[0]["update_norm_relative/mlp"] > 0
 
 
 FULL = {"adapter": None, "optimizer": {"lr": 1e-4}}

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import pytest
 from jinja2 import ChoiceLoader, DictLoader
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from anima_train.reports.charts import HEIGHT, PLANE_HEIGHT, PLANE_WIDTH, WIDTH, Dot, named_dots, padded_axis, plane
 from anima_train.reports.checkpoints_page import MAX_CHECKPOINTS, chosen, nearest_previews
@@ -303,6 +304,7 @@ def test_a_run_with_every_role_leaves_the_whole_section(trainer, pictures, image
             held("known", kinds, role="retention", sigmas=[0.5, 0.9]),
         ],
         eval_every_n_steps=2, max_steps=4, optimizer={"lr": 1e-2}, keep_best="evaluation/learning",
+        monitoring={"tensorboard": True},
         sampling={"every_n_steps": 2, "width": 32, "height": 32, "steps": 1, "prompts": ["a cat"]},
     )  # fmt: skip
     page = Page((left.path / "report.html").read_text())
@@ -310,6 +312,7 @@ def test_a_run_with_every_role_leaves_the_whole_section(trainer, pictures, image
     for label in (
         "learning and forgetting", "memorization", "learning at the highest t against drift from the base, relative",
         "difference, drift and cross term on known", "difference from base by kind on known",
+        "update relative to the base weights",
     ):  # fmt: skip
         assert label in labels, label
     assert [section["data-step"] for section in page.all("section", **{"class": "checkpoint"})] == ["0", "2", "4"]
@@ -321,8 +324,13 @@ def test_a_run_with_every_role_leaves_the_whole_section(trainer, pictures, image
         errors = [lines[4].get(f"evaluation/{name}_{which}", 0.0) for which in ("stderr", "stderr_kinds")]
         assert getattr(shown, name) == Estimate(lines[4][f"evaluation/{name}"], max(errors)), name
         assert getattr(shown, name).text in page.text
+    assert f"mlp {lines[4]['update_norm/mlp']:.5g} {lines[4]['update_norm_relative/mlp']:.5g} " in page.text
     high = lines[4]["new/loss_quantile_0.80"] - lines[0]["new/loss_quantile_0.80"]
     assert shown.learning_at_highest_t.value == pytest.approx(-high)
+    events = EventAccumulator(str(next(left.path.rglob("events.out.tfevents*")).parent), {"scalars": 0}).Reload()
+    for tag in lines[4].keys() - {"step", "examples"}:
+        (last,) = (each.value for each in events.Scalars(tag) if each.step == 4)
+        assert last == pytest.approx(lines[4][tag], rel=1e-5), tag
     best = max((2, 4), key=lambda step: lines[step]["evaluation/learning"])
     assert collect_run(left.path).best["kept: best by evaluation/learning"] == best
 
