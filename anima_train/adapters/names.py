@@ -27,6 +27,44 @@ COSMOS_RENAMES: tuple[tuple[str, str], ...] = (
     (r"\.mlp\.layer2\.", ".ff.net.2."),
 )
 
+# What a transformer's modules with weights are called: of one block, outside of the blocks, and in the LLM adapter.
+BLOCK_MODULES: tuple[str, ...] = (
+    *(f"adaln_modulation_{part}.{layer}" for part in ("self_attn", "cross_attn", "mlp") for layer in (1, 2)),
+    *(
+        f"{part}.{name}"
+        for part in ("self_attn", "cross_attn")
+        for name in ("q_proj", "k_proj", "v_proj", "output_proj", "q_norm", "k_norm")
+    ),
+    "mlp.layer1", "mlp.layer2",
+)  # fmt: skip
+OUTER_MODULES = (
+    "x_embedder.proj.1", "t_embedder.1.linear_1", "t_embedder.1.linear_2", "t_embedding_norm", "final_layer.linear",
+    "final_layer.adaln_modulation.1", "final_layer.adaln_modulation.2",
+)  # fmt: skip
+LLM_ADAPTER_BLOCK_MODULES: tuple[str, ...] = (
+    *(
+        f"{part}.{name}"
+        for part in ("self_attn", "cross_attn")
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+    ),
+    "norm_self_attn", "norm_cross_attn", "norm_mlp", "mlp.0", "mlp.2",
+)  # fmt: skip
+LLM_ADAPTER_MODULES = ("embed", "in_proj", "out_proj", "norm")
+
+
+def anima_modules(num_blocks: int, num_llm_adapter_blocks: int) -> list[str]:
+    """Return the full names of all modules with weights in a transformer with so many blocks, LLM adapter included."""
+    return [
+        *OUTER_MODULES,
+        *(f"blocks.{number}.{name}" for number in range(num_blocks) for name in BLOCK_MODULES),
+        *(LLM_ADAPTER_PREFIX + name for name in LLM_ADAPTER_MODULES),
+        *(
+            f"{LLM_ADAPTER_PREFIX}blocks.{number}.{name}"
+            for number in range(num_llm_adapter_blocks)
+            for name in LLM_ADAPTER_BLOCK_MODULES
+        ),
+    ]
+
 
 def lora_key(module: str, part: str) -> str:
     """Return the key of `lora_A` or `lora_B` of a module, by its full name in the transformer."""
@@ -50,6 +88,10 @@ def diffusers_name(module: str) -> str:
     if module.startswith(LLM_ADAPTER_PREFIX):
         return "text_conditioner." + module.removeprefix(LLM_ADAPTER_PREFIX)
     return "transformer." + cosmos_key(f"{module}.").removesuffix(".")
+
+
+# Whose names these are, in the order of `lora_stems`.
+STEM_FORMS = ("ComfyUI", "kohya", "diffusers", "PEFT", "PEFT", "bare", "bare")
 
 
 def lora_stems(module: str) -> tuple[str, ...]:

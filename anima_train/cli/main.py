@@ -26,13 +26,14 @@ from anima_train.cli.sample import sample
 from anima_train.cli.streams import outlive_readers
 from anima_train.cli.tiny import tiny
 from anima_train.cli.train import train, with_resume_path
+from anima_train.cli.verify import verify
 from anima_train.core.errors import ConfigError
 from anima_train.core.interrupts import ctrl_c_in_one_line
 from anima_train.distributed.failures import run_program
 from anima_train.distributed.launcher import rank
 
 COMMANDS: tuple[Callable[..., None], ...] = (
-    train, check, report, sample, cache, convert, diff, tiny, download, reference,
+    train, check, report, sample, cache, convert, diff, verify, tiny, download, reference,
 )  # fmt: skip
 NAMES = [command.__name__ for command in COMMANDS]
 USAGE_ERROR: Any = typer.BadParameter.__base__  # click's, or that of typer's own copy of click

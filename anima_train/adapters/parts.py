@@ -1,0 +1,169 @@
+"""The keys of adapter files of any kind: the module that each is of, and which part of its change it is."""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from anima_train.adapters.names import STEM_FORMS, anima_modules, lora_stems
+from anima_train.adapters.read import DIFFUSERS_METADATA, PARTS, STATE_SCALE, peft_config, peft_scale, state_scale
+from anima_train.adapters.updates import kind_of
+from anima_train.core.errors import ModelFileError
+from anima_train.core.format import count
+from anima_train.model.file_kinds import uncompiled
+from anima_train.model.safetensors_io import TensorFile, first_five, open_header, read_tensors
+
+# PEFT's own state has the name of the adapter in its keys; a training state's keys end without `.weight`.
+HALF = r"(?P<half>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)(?:\.default)?(?:\.weight)?"
+OTHERS = (
+    "alpha", "dora_scale", r"lokr_w[12](?:_[ab])?", "lokr_t2", r"hada_w[12]_[ab]", r"hada_t[12]", "diff", "diff_b",
+    "set_weight", "w_norm", "b_norm", "oft_blocks", "rescale", "reshape_weight", r"lora_mid\.weight",
+    r"[ab][12]\.weight", r"lora_magnitude_vector(?:\.default)?(?:\.weight)?",
+)  # fmt: skip
+PART_KEY = re.compile(rf"(?P<stem>.+)\.(?:{HALF}|(?P<other>{'|'.join(OTHERS)}))")
+LLLITE = re.compile(r"lllite_")  # what all keys of an LLLite begin with, which changes no weight
+OF_BIAS = ("diff_b", "b_norm")  # differences of the module's bias
+DIFFERENCES = ("diff", "w_norm", *OF_BIAS)
+BLOCK_NUMBER = re.compile(r"(?<!llm_adapter[._])(?:^|[._])(?:transformer_)?blocks[._](\d+)[._]")
+LLM_ADAPTER_BLOCK_NUMBER = re.compile(r"(?:llm_adapter|text_conditioner)[._]blocks[._](\d+)[._]")
+
+
+@dataclass(frozen=True)
+class AdapterKey:
+    """One key of an adapter file."""
+
+    key: str
+    stem: str  # what comes before the part; "" where the part is unknown
+    part: str  # `down`, `up`, or the name in the file
+    module: str | None  # full name in the transformer; None where it is none of its modules
+    form: str | None  # whose names they are, of `STEM_FORMS`
+
+    @property
+    def parameter(self) -> str:
+        """The full name of the parameter that it changes."""
+        return f"{self.module}.{'bias' if self.part in OF_BIAS else 'weight'}"
+
+    @property
+    def change_part(self) -> str:
+        """The part as `adapters/updates.py` calls it."""
+        return "diff" if self.part in DIFFERENCES else self.part
+
+
+def adapter_keys(names: Iterable[str], modules: Iterable[str] | None = None) -> list[AdapterKey]:
+    """Return what every key of a file is.
+
+    Args:
+        names: the keys.
+        modules: full names of the model's modules. None: those of an Anima with as many blocks as the keys name.
+    """
+    names = list(names)
+    if modules is None:
+        modules = anima_modules(num_blocks(names, BLOCK_NUMBER), num_blocks(names, LLM_ADAPTER_BLOCK_NUMBER))
+    stems: dict[str, tuple[str, str]] = {}
+    for module in modules:
+        for stem, form in zip(lora_stems(module), STEM_FORMS, strict=True):
+            stems.setdefault(stem, (module, form))
+    found = []
+    for name in names:
+        match = PART_KEY.fullmatch(name)
+        stem = "" if match is None else match["stem"]
+        part = "" if match is None else PARTS[match["half"]] if match["half"] else match["other"]
+        found.append(AdapterKey(name, stem, part, *stems.get(stem, (None, None))))
+    return found
+
+
+def num_blocks(names: Iterable[str], pattern: re.Pattern[str]) -> int:
+    """Return how many blocks a model has at least in which there are modules of these names."""
+    return 1 + max((int(match[1]) for name in names if (match := pattern.search(name))), default=-1)
+
+
+def is_adapter(file: TensorFile) -> bool:
+    """Return True if a file holds an addition to a model, whatever model, rather than a model."""
+    return any(PART_KEY.fullmatch(name) or LLLITE.match(name) for name in file.entries)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The changes of a file."""
+
+    path: Path
+    changes: Mapping[str, Mapping[str, Tensor]]  # full name of a parameter -> part -> tensor
+    metadata: Mapping[str, str]
+
+
+def read_adapter(path: Path, parameters: Iterable[str] | None = None) -> Adapter:
+    """Read a file of changes of the kinds that `adapters/updates.py` knows, in anybody's keys.
+
+    Args:
+        path: a safetensors file.
+        parameters: full names of those of the model that it is for. None: an Anima with as many blocks as it needs.
+
+    Raises:
+        ModelFileError: it is none, or a key of it would be left out: which, and why.
+    """
+    file = uncompiled(open_header(path))
+    if not is_adapter(file):
+        raise ModelFileError(f"{path}: expected a LoRA or another adapter; it has no key of one")
+    modules = None if parameters is None else {name.rpartition(".")[0] for name in parameters}
+    keys = adapter_keys(file.entries, modules)
+    expect_all_known(file, keys)
+    tensors = dict(read_tensors(file))
+    changes: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key in keys:
+        if key.change_part in changes[key.parameter]:
+            raise ModelFileError(f"{path}: {key.key} repeats another key of {key.parameter}")
+        changes[key.parameter][key.change_part] = tensors[key.key]
+    broken = [name for name, parts in changes.items() if kind_of(parts) is None]
+    if broken:
+        parts = ", ".join(sorted(changes[broken[0]]))
+        raise ModelFileError(
+            f"{path}: {count(len(broken), 'weight')} with parts that make no change that is known, such as {broken[0]} "
+            f"({parts}); `anima verify` tells what the file is"
+        )
+    give_alphas(file, keys, changes)
+    return Adapter(path, changes, file.metadata)
+
+
+def expect_all_known(file: TensorFile, keys: Iterable[AdapterKey]) -> None:
+    """Raise ModelFileError if a key is of no module, with how many there are, and the first."""
+    if unknown := [key.key for key in keys if key.module is None]:
+        raise ModelFileError(
+            f"{file.path}: {count(len(unknown), 'key')} for no module of the transformer: {first_five(unknown)}; "
+            "`anima verify` tells what the file is"
+        )
+
+
+def give_alphas(file: TensorFile, keys: Iterable[AdapterKey], changes: Mapping[str, dict[str, Tensor]]) -> None:
+    """Add to the changes the alpha that the file has in its metadata, or beside it, instead of tensors."""
+    if STATE_SCALE not in file.metadata and not (DIFFUSERS_METADATA in file.metadata or has_peft_keys(file)):
+        return
+    config = {} if STATE_SCALE in file.metadata else peft_config(file)
+    for key in keys:
+        parts = changes[key.parameter]
+        if key.part == "down" and "alpha" not in parts:
+            rank = len(parts["down"])
+            scale = state_scale(file) if STATE_SCALE in file.metadata else peft_scale(config, key.key, rank)
+            if scale != 1:
+                parts["alpha"] = torch.tensor(scale * rank)
+
+
+def has_peft_keys(file: TensorFile) -> bool:
+    """Return True for the keys that PEFT itself saves."""
+    return any(name.startswith("base_model.model.") for name in file.entries)
+
+
+def declared_alpha(metadata: Mapping[str, str]) -> str | None:
+    """Return alpha as a file's metadata tell it; None where they do not."""
+    if alpha := metadata.get("ss_network_alpha"):
+        return alpha
+    try:
+        config = json.loads(metadata.get(DIFFUSERS_METADATA, "{}"))
+    except (ValueError, RecursionError):
+        return None
+    found = [value for key, value in config.items() if key.endswith("lora_alpha")] if isinstance(config, dict) else []
+    return str(found[0]) if found else None

@@ -1,0 +1,44 @@
+"""`anima verify`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from anima_train.cli.options import Argument, Json, Option
+from anima_train.cli.output import print_json
+from anima_train.core.format import printable
+
+
+def verify(
+    path: Annotated[Path, Argument(metavar="FILE", help="A .safetensors file.")],
+    base: Annotated[Path | None, Option(help="A checkpoint that it is for: names and shapes are compared.")] = None,
+    program: Annotated[
+        Literal["ComfyUI", "diffusers"],
+        Option(help="Whose ignoring a key makes the exit code 1. Absent: ComfyUI.", case_sensitive=False),
+    ] = "ComfyUI",
+    as_json: Json = False,
+) -> None:
+    """Tell what a file is, and which of its keys ComfyUI and diffusers would use.
+
+    Exit code 1: something is missing in it, or a key would be ignored. Only the header is read, whatever the size.
+    """
+    from anima_train.tools import verdict, verify
+
+    found = None
+
+    def look() -> dict[str, object]:
+        nonlocal found
+        found = verify.verify(path, base)
+        return vars(found)
+
+    if as_json:
+        print_json(look)
+    else:
+        look()
+        assert found is not None
+        for line in verdict.lines(found):
+            print(printable(line))
+    assert found is not None
+    if not found.is_good_for(program):
+        raise typer.Exit(1)

@@ -1,0 +1,64 @@
+"""The kind of a file, and which of its keys ComfyUI and diffusers would use, by its header."""
+
+from pathlib import Path
+
+from anima_train.adapters.parts import is_adapter
+from anima_train.model.file_kinds import SLOTS, bundle_part, identify, is_buffer, key_prefix, open_slot, validate_kind
+from anima_train.model.safetensors_io import TensorFile, open_header
+from anima_train.tools.verdict import Reading, Verdict
+from anima_train.tools.verify_adapter import adapter_verdict
+from anima_train.tools.verify_checkpoint import NEEDS_FOLDER, checkpoint_verdict, renamed_verdict
+
+RENAMED_TRANSFORMER = "a transformer in diffusers names, not in ComfyUI's"  # as `identify` calls it
+RENAMED_VAE = "a VAE in diffusers names, not in Wan's"
+# Files that ComfyUI loads beside the transformer: it takes them whole, and their keys are not looked at one by one.
+OTHER_PARTS = ("text_encoder", "vae")
+
+
+def verify(path: Path, base: Path | None = None) -> Verdict:
+    """Return what a file is, and what programs would use of it.
+
+    Only headers are read, and the numbers called alpha.
+
+    Args:
+        path: any safetensors file.
+        base: a transformer, with which names and shapes are compared.
+
+    Raises:
+        ModelFileError: a file cannot be read, or the base is no transformer.
+    """
+    file = open_header(path)
+    base_file = None if base is None else open_base(base)
+    if is_adapter(file):
+        return adapter_verdict(file, base_file)
+    kind = identify(bundle_part(file, "transformer"))
+    if kind in ("transformer", "cosmos"):
+        return checkpoint_verdict(file, kind, base_file)
+    if kind == RENAMED_TRANSFORMER or is_text_conditioner(file, kind):
+        return renamed_verdict(file, kind)
+    apart = Reading(refusal=NEEDS_FOLDER)
+    whole = Reading(len(file.entries))
+    comfy = diffusers = Reading(refusal="it is no file for Anima, or has names that are not known")
+    if kind in OTHER_PARTS:
+        comfy, diffusers = whole, whole if (path.parent / "config.json").is_file() else apart
+    elif kind == RENAMED_VAE:
+        diffusers = whole
+    facts = {"tensors": f"{len(file.entries):,}"}
+    notes = ["its keys are not looked at one by one"] if diffusers is not comfy else []
+    readings = {"ComfyUI": comfy, "diffusers": diffusers}
+    return Verdict(path.name, SLOTS.get(kind, kind), facts, readings, notes=notes)
+
+
+def is_text_conditioner(file: TensorFile, kind: str) -> bool:
+    """Return True for an LLM adapter without a prefix to its keys, as diffusers has it."""
+    return kind == "llm_adapter" and key_prefix(file, kind) == ""
+
+
+def open_base(path: Path) -> TensorFile:
+    """Return the tensors of a transformer to compare with, without prefix and buffers.
+
+    Raises:
+        ModelFileError: it cannot be read, or is none.
+    """
+    file = open_slot(path, "transformer")
+    return file.stripped(key_prefix(file, validate_kind(file, "transformer", "cosmos"))).without(is_buffer)

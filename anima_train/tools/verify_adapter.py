@@ -1,0 +1,243 @@
+"""The kind of an adapter file, and which of its keys ComfyUI and diffusers would use."""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from anima_train.adapters.names import LORA_PREFIX
+from anima_train.adapters.parts import LLLITE, AdapterKey, adapter_keys, declared_alpha
+from anima_train.adapters.read import OTHER_LORAS, STATE_SCALE
+from anima_train.adapters.updates import kind_of
+from anima_train.core.format import count
+from anima_train.model.safetensors_io import TensorFile, read_tensors
+from anima_train.optim.groups import COMPONENTS, component_of
+from anima_train.tools.verdict import Reading, Verdict
+
+# Stems of text-encoder changes that ComfyUI loads for Anima since May 2026.
+COMFY_TEXT_ENCODER = re.compile(r"lora_te_layers_\d+_|text_encoders\.qwen3_06b\.transformer\.model\.layers\.\d+\.")
+TEXT_ENCODER = re.compile(r"lora_te\d?_|text_encoders?\.|te\d?\.")
+FORM_NAMES = {
+    "ComfyUI": f"ComfyUI's ({LORA_PREFIX}...)",
+    "kohya": "kohya's (lora_unet_...)",
+    "diffusers": "diffusers' (transformer..., text_conditioner...)",
+    "PEFT": "PEFT's (base_model.model...)",
+    "bare": "the model's own",
+}
+KIND_NAMES = {"difference": "whole differences of weights", "replacement": "whole weights"}
+BY_NAME = {"oft_blocks": "OFT", "a1.weight": "GLoRA"}  # kinds that ComfyUI reads, and nothing here computes
+MAGNITUDE = "lora_magnitude_vector"
+VARIANTS = {28: "Anima 2B", 40: "Anima 2.9B", 52: "Anima 3.8B"}  # by the number of blocks
+TRAINED_ON = ("ss_sd_model_name", "ss_base_model_version", "modelspec.architecture")
+TRAINED_WITH = ("modelspec.implementation", "ss_network_module")
+
+Groups = Mapping[str, Sequence[AdapterKey]]  # stem -> its keys; those of a bias apart
+
+
+def adapter_verdict(file: TensorFile, base: TensorFile | None) -> Verdict:
+    """Return what an adapter file is; with a base, its names and shapes are those that count."""
+    modules = None if base is None else {name.rpartition(".")[0] for name in base.entries}
+    keys = adapter_keys(file.entries, modules)
+    groups: dict[str, list[AdapterKey]] = defaultdict(list)
+    for key in keys:
+        groups[key.parameter if key.module else key.stem].append(key)
+    misfits = {} if base is None else shape_faults(file, groups, base)
+    kinds = Counter(group_kind(parts) or "" for parts in groups.values() if parts[0].stem)
+    comfy = Reading.of((key.key, comfy_reason(key, groups, misfits)) for key in keys)
+    refusal = diffusers_refusal(file.entries)
+    diffusers = Reading.of(((key.key, diffusers_reason(key, groups, misfits)) for key in keys), refusal)
+    problems = [*dict.fromkeys(misfits.values()), *halves(groups)]
+    return Verdict(
+        file.path.name, kind_text(file, keys, kinds), facts(file, keys, groups, kinds),
+        {"ComfyUI": comfy, "diffusers": diffusers}, problems, list(notes(file, keys)),
+    )  # fmt: skip
+
+
+def group_kind(parts: Sequence[AdapterKey]) -> str | None:
+    """Return the kind of change that the keys of one weight make; None if some of it is missing."""
+    names = {key.change_part for key in parts}
+    known = next((kind for part, kind in BY_NAME.items() if part in names), None)
+    magnitude = {name for name in names if name.startswith(MAGNITUDE)}
+    kind = known or kind_of(names - magnitude)
+    return "DoRA in PEFT's keys" if magnitude and kind else kind
+
+
+def kind_text(file: TensorFile, keys: Sequence[AdapterKey], kinds: Counter[str]) -> str:
+    """Return the kind of a file in words."""
+    names = list(file.entries)
+    if any(LLLITE.match(name) for name in names):
+        return "an LLLite, which steers with a control image"
+    text = " and ".join(sorted(KIND_NAMES.get(kind, kind) for kind in kinds if kind)) or "parts of an adapter"
+    if STATE_SCALE in file.metadata:
+        return f"{text} of a training state"
+    if not any(key.module for key in keys):
+        if any(COMFY_TEXT_ENCODER.match(name) for name in names):
+            return f"{text} of Anima's text encoder"
+        others = (model for pattern, model in OTHER_LORAS if any(re.search(pattern, name) for name in names))
+        return f"{text} {next(others, 'of another model')}, not of Anima"
+    return f"{text} of Anima"
+
+
+def facts(file: TensorFile, keys: Sequence[AdapterKey], groups: Groups, kinds: Counter[str]) -> dict[str, str]:
+    """Return what the header tells, and the numbers called alpha."""
+    modules = {key.module for key in keys if key.module}
+    by_component = Counter(component_of(f"{name}.") for name in modules)
+    numbers = ", ".join(f"{key} {by_component[key]}" for key in COMPONENTS if by_component[key])
+    forms = sorted({key.form for key in keys if key.form})
+    ranks = Counter(rank for parts in groups.values() if (rank := rank_of(file, parts)) is not None)
+    dtypes = Counter(str(entry.dtype).removeprefix("torch.") for entry in file.entries.values() if entry.shape)
+    found = {
+        "kinds": ", ".join(f"{kind} {number:,}" for kind, number in sorted(kinds.items()) if kind),
+        "rank": ", ".join(str(rank) for rank in sorted(ranks)),
+        "alpha": alpha_text(file),
+        "modules": f"{len(modules):,} ({numbers})" if modules else "",
+        "blocks": blocks_text(modules),
+        "keys": " and ".join(FORM_NAMES[form] for form in forms),
+        "dtype": ", ".join(dtypes),
+        "trained on": first_of(file.metadata, TRAINED_ON),
+        "trained with": first_of(file.metadata, TRAINED_WITH),
+    }
+    return {name: text for name, text in found.items() if text}
+
+
+def alpha_text(file: TensorFile) -> str:
+    """Return the values of alpha, and from where they are."""
+    names = [name for name, entry in file.entries.items() if name.endswith(".alpha") and entry.end - entry.start <= 8]
+    if names:
+        return ", ".join(f"{value:g}" for value in sorted({float(value) for _, value in read_tensors(file, names)}))
+    if STATE_SCALE in file.metadata:
+        return f"scale {file.metadata[STATE_SCALE]} (metadata)"
+    declared = declared_alpha(file.metadata)
+    return "none in tensors: scale 1" + (f" (metadata: {declared})" if declared else "")
+
+
+def rank_of(file: TensorFile, parts: Iterable[AdapterKey]) -> int | None:
+    """Return the rank of the change of one weight; None where it has none."""
+    shapes = {key.part: file.entries[key.key].shape for key in parts}
+    for part in ("down", "lokr_w2_b", "lokr_w1_b", "hada_w1_b"):
+        if shapes.get(part):
+            return shapes[part][0]
+    return None
+
+
+def blocks_text(modules: Collection[str | None]) -> str:
+    """Return how many blocks are changed, and which variant has so many."""
+    numbers = {int(match[1]) for name in modules if name and (match := re.match(r"blocks\.(\d+)\.", name))}
+    if not numbers:
+        return ""
+    least = next((f"; {name} has {number}" for number, name in VARIANTS.items() if max(numbers) < number), "")
+    return f"{len(numbers)}, up to number {max(numbers)}{least}"
+
+
+def first_of(metadata: Mapping[str, str], names: Iterable[str]) -> str:
+    """Return the metadata under these names that are there."""
+    return ", ".join(dict.fromkeys(metadata[name] for name in names if metadata.get(name)))
+
+
+def comfy_reason(key: AdapterKey, groups: Groups, misfits: Mapping[str, str]) -> str | None:
+    """Return why ComfyUI would ignore a key; None if it uses it."""
+    if LLLITE.match(key.key) or (key.stem and COMFY_TEXT_ENCODER.match(f"{key.stem}.")):
+        return None
+    if not key.stem:
+        return "they are no part of an adapter that it knows"
+    if key.module is None:
+        return "Anima has no such module"
+    if key.form not in ("ComfyUI", "kohya"):
+        return f"their names are {FORM_NAMES[key.form or 'bare']}, and it looks for {LORA_PREFIX} and lora_unet_"
+    if key.part.startswith(MAGNITUDE):
+        return "it does not read PEFT's DoRA; it wants dora_scale"
+    return incompleteness(key, groups, misfits)
+
+
+def diffusers_reason(key: AdapterKey, groups: Groups, misfits: Mapping[str, str]) -> str | None:
+    """Return why diffusers would ignore a key; None if it uses it."""
+    if key.form not in ("ComfyUI", "diffusers"):
+        return f"it looks for {LORA_PREFIX}, transformer. and text_conditioner. in its own names, and ignores others"
+    if key.part == "dora_scale":
+        return "it leaves DoRA's scales out"
+    if key.part.startswith(MAGNITUDE):
+        return None
+    if "lora_A" not in key.key and "lora_B" not in key.key:
+        return "it reads lora_A and lora_B alone"
+    return incompleteness(key, groups, misfits)
+
+
+def diffusers_refusal(names: Iterable[str]) -> str | None:
+    """Return why diffusers would refuse a file with these keys; None if it would not."""
+    if strangers := [name for name in names if "lora" not in name and "dora_scale" not in name]:
+        return f"it takes no key without `lora` in it, such as {strangers[0]}"
+    return None
+
+
+def incompleteness(key: AdapterKey, groups: Groups, misfits: Mapping[str, str]) -> str | None:
+    """Return why nothing can be made of a key with those beside it; None if something can."""
+    if key.parameter in misfits:
+        return "they do not fit the weight"
+    return None if group_kind(groups[key.parameter]) else "what belongs to them is missing"
+
+
+def halves(groups: Groups) -> list[str]:
+    """Return what is missing of changes that are not whole."""
+    lonely = [parts[0] for parts in groups.values() if parts[0].stem and group_kind(parts) is None]
+    lonely = [key for key in lonely if not LLLITE.match(key.key)]
+    if not lonely:
+        return []
+    return [f"{count(len(lonely), 'weight')} with some parts missing, such as those beside {lonely[0].key}"]
+
+
+def shape_faults(file: TensorFile, groups: Groups, base: TensorFile) -> dict[str, str]:
+    """Return what does not fit the base, by the full names of parameters."""
+    found = {}
+    for name, parts in groups.items():
+        if parts[0].module is None or (shape := implied_shape(file, parts)) is None:
+            continue
+        if name not in base.entries:
+            found[name] = f"{name}: {base.path.name} has no such tensor"
+        elif base.entries[name].shape != shape:
+            found[name] = f"{name}: the change has the shape {shape}, and {base.path.name} {base.entries[name].shape}"
+    return found
+
+
+def implied_shape(file: TensorFile, parts: Iterable[AdapterKey]) -> tuple[int, ...] | None:
+    """Return the shape of the change that keys make; () where they do not fit each other, None where it is unknown."""
+    shapes = {key.change_part: file.entries[key.key].shape for key in parts}
+    kind = kind_of(shapes)
+    if kind in ("LoRA", "DoRA"):
+        return product_shape(shapes["up"], shapes["down"])
+    if kind == "LoHa":
+        first, second = (product_shape(shapes[f"hada_{side}_a"], shapes[f"hada_{side}_b"]) for side in ("w1", "w2"))
+        return first if first == second else ()
+    if kind == "LoKr":
+        factors = [
+            shapes[f"lokr_{side}"]
+            if f"lokr_{side}" in shapes
+            else product_shape(shapes[f"lokr_{side}_a"], shapes[f"lokr_{side}_b"])
+            for side in ("w1", "w2")
+        ]
+        return tuple(a * b for a, b in zip(*factors, strict=False))
+    return shapes["diff" if kind == "difference" else "set_weight"] if kind else None
+
+
+def product_shape(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of a product of matrices; () if they do not fit."""
+    return (left[0], right[1]) if len(left) == len(right) == 2 and left[1] == right[0] else ()
+
+
+def notes(file: TensorFile, keys: Sequence[AdapterKey]) -> Iterable[str]:
+    """Yield what users run into later."""
+    numbers = [int(match[1]) for key in keys if key.module and (match := re.match(r"blocks\.(\d+)\.", key.module))]
+    first = min(VARIANTS)
+    if numbers and max(numbers) >= first:
+        beyond = sum(number >= first for number in numbers)
+        yield (
+            f"made for a model with more than {first} blocks: with {VARIANTS[first]} {count(beyond, 'key')} would be "
+            "left out, and the others would change other blocks than they were trained for"
+        )
+    if STATE_SCALE in file.metadata:
+        yield "it is for resuming; the run's folder `weights` has the file to load elsewhere"
+    if any(TEXT_ENCODER.match(key.key) for key in keys):
+        yield "ComfyUI loads changes of Anima's text encoder since May 2026; diffusers and anima-train do not"
+    alpha = declared_alpha(file.metadata)
+    if alpha and "ss_network_alpha" not in file.metadata and not any(key.part == "alpha" for key in keys):
+        yield f"alpha ({alpha}) is in diffusers' metadata alone: ComfyUI applies the file at scale 1"
+    if any(key.part.startswith("dora_scale") for key in keys):
+        yield "ComfyUI computes DoRA from the weights of the model it is loaded on: it is right on its own base only"

@@ -1,0 +1,144 @@
+"""The kind of a checkpoint, and which of its keys ComfyUI and diffusers would use."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from anima_train.adapters.names import anima_modules, cosmos_key
+from anima_train.adapters.parts import BLOCK_NUMBER, num_blocks
+from anima_train.core.format import count
+from anima_train.model.dit import MiniTrainDIT, TransformerShape
+from anima_train.model.file_kinds import (
+    BUNDLE_KEY,
+    LLM_ADAPTER_PREFIX,
+    SLOTS,
+    bundle_part,
+    is_buffer,
+    key_prefix,
+    layout_problems,
+)
+from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
+from anima_train.model.safetensors_io import FLOATS, TensorFile, first_five
+from anima_train.tools.verdict import Reading, Verdict
+from anima_train.tools.verify_adapter import TRAINED_ON, TRAINED_WITH, VARIANTS, first_of
+
+COMFY_PREFIXES = ("net.", "model.diffusion_model.", "")
+COMFY_BLOCKS = {2048: 28, 5120: 36}  # by the width, up to ComfyUI 0.33.0; other widths
+COMFY_OTHER_BLOCKS = 10
+QUANTIZATION = re.compile(r"\.(comfy_quant|weight_scale(_2)?|scale_weight|input_scale)$|^scaled_fp8$")
+NEEDS_FOLDER = "it takes a model as a folder, which `anima convert CONFIG OUT --to diffusers` writes"
+BUNDLED = re.compile(r"vae\.|text_encoders\.")
+
+
+def checkpoint_verdict(file: TensorFile, kind: str, base: TensorFile | None) -> Verdict:
+    """Return what a transformer file is.
+
+    Args:
+        file: its header, with the prefix.
+        kind: "transformer" or "cosmos".
+        base: another transformer's, without prefix, whose names and shapes are compared.
+    """
+    part = bundle_part(file, "transformer")
+    prefix = key_prefix(part, kind)
+    own = part.without(lambda name: is_buffer(name) or QUANTIZATION.search(name) or not name.startswith(prefix))
+    tensors = own.stripped(prefix)
+    faults = list(layout_problems(own, kind))
+    wanted = base_shapes(base) if base is not None else {} if faults else expected_shapes(tensors, kind)
+    missing = [name for name in wanted if name not in tensors.entries]
+    whose = f"of {base.path.name} " if base is not None else ""
+    problems = faults + ([f"{count(len(missing), 'tensor')} {whose}missing: {first_five(missing)}"] if missing else [])
+    reasons = [
+        (name, comfy_reason(name, prefix, tensors, wanted)) for name in file.entries if not is_buffer(name) and wanted
+    ]
+    facts = shape_facts(tensors, kind, prefix) if not faults else {}
+    dtypes = Counter(str(entry.dtype).removeprefix("torch.") for entry in own.entries.values())
+    facts |= {
+        "dtype": ", ".join(f"{name} ({number:,})" for name, number in dtypes.most_common()),
+        "trained on": first_of(file.metadata, TRAINED_ON),
+        "trained with": first_of(file.metadata, TRAINED_WITH),
+    }
+    unreadable = "the dimensions of the model cannot be read off its tensors" if faults else None
+    programs = {"ComfyUI": Reading.of(reasons, unreadable), "diffusers": Reading(refusal=NEEDS_FOLDER)}
+    bundled = "a bundle with " if BUNDLE_KEY in file.entries and any(map(BUNDLED.match, file.entries)) else ""
+    told = {name: text for name, text in facts.items() if text}
+    notes = [] if faults else list(checkpoint_notes(tensors, kind, file))
+    return Verdict(file.path.name, bundled + SLOTS[kind], told, programs, problems, notes)
+
+
+def comfy_reason(name: str, prefix: str, tensors: TensorFile, wanted: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Return why ComfyUI would ignore a key of a checkpoint; None if it uses it."""
+    if prefix == "model.diffusion_model." and BUNDLED.match(name):
+        return None
+    if prefix not in COMFY_PREFIXES:
+        return f"their prefix is {prefix}, and it knows {', '.join(filter(None, COMFY_PREFIXES))} or none"
+    if not name.startswith(prefix):
+        return f"they lack the prefix {prefix} of the others"
+    bare = name.removeprefix(prefix)
+    if QUANTIZATION.search(bare):
+        return None
+    if bare not in wanted:
+        return "the model has no such tensor"
+    return None if tensors.entries[bare].shape == wanted[bare] else "the model's have another shape"
+
+
+def base_shapes(base: TensorFile) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of a base."""
+    return {name: entry.shape for name, entry in base.entries.items()}
+
+
+def expected_shapes(tensors: TensorFile, kind: str) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of the model whose dimensions these tensors (without prefix) have."""
+    adapter = tensors.stripped(LLM_ADAPTER_PREFIX)
+    with torch.device("meta"):
+        wanted = dict(MiniTrainDIT(TransformerShape.of(tensors.entries)).state_dict())
+        if kind == "transformer":
+            parts = LLMAdapter(LLMAdapterShape.of(adapter.entries)).state_dict()
+            wanted |= {LLM_ADAPTER_PREFIX + name: tensor for name, tensor in parts.items()}
+    return {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+
+
+def shape_facts(tensors: TensorFile, kind: str, prefix: str) -> dict[str, str]:
+    """Return the dimensions of a transformer in words."""
+    shape = TransformerShape.of(tensors.entries)
+    variant = VARIANTS.get(shape.num_blocks) if shape.width == 2048 and kind == "transformer" else None
+    return {
+        "variant": f"{variant or 'none of those known'} ({shape.num_blocks} blocks, width {shape.width})",
+        "parameters": f"{tensors.num_values:,} in {count(len(tensors.entries), 'tensor')}",
+        "channels": "17, one of them a mask" if shape.in_channels == 17 else "",
+        "keys": f"prefix {prefix}" if prefix else "no prefix",
+    }
+
+
+def checkpoint_notes(tensors: TensorFile, kind: str, file: TensorFile) -> Iterable[str]:
+    """Yield what users run into later."""
+    shape = TransformerShape.of(tensors.entries)
+    built = COMFY_BLOCKS.get(shape.width, COMFY_OTHER_BLOCKS)
+    if built != shape.num_blocks:
+        yield (
+            f"ComfyUI up to 0.33.0 makes {built} blocks of this width, and the file has {shape.num_blocks}; later ones "
+            "count them"
+        )
+    if kind == "cosmos":
+        yield "without an LLM adapter ComfyUI takes it for Cosmos-Predict2"
+    if any(map(QUANTIZATION.search, file.entries)) or any(
+        entry.dtype not in FLOATS for entry in tensors.entries.values()
+    ):
+        yield "it is quantised: ComfyUI draws with it, and training needs the original in bf16 or fp32"
+
+
+def renamed_verdict(file: TensorFile, kind: str) -> Verdict:
+    """Return what a part of a diffusers model is: the transformer, or the LLM adapter."""
+    if kind == "llm_adapter":
+        text, wanted = "an Anima LLM adapter, as diffusers' AnimaTextConditioner has it", set(file.entries)
+    else:
+        text = "a transformer in the names of diffusers' CosmosTransformer3DModel"
+        modules = anima_modules(num_blocks(file.entries, BLOCK_NUMBER), 0)
+        wanted = {cosmos_key(f"{name}.weight") for name in modules if not name.startswith(LLM_ADAPTER_PREFIX)}
+    reasons = ((name, None if name in wanted else "the model has no such tensor") for name in file.entries)
+    missing = sorted(wanted - file.entries.keys())
+    problems = [f"{count(len(missing), 'tensor')} missing: {first_five(missing)}"] if missing else []
+    comfy = Reading(refusal="it knows the names of the official file, not diffusers'")
+    facts = {"tensors": f"{len(file.entries):,}", "parameters": f"{file.num_values:,}"}
+    return Verdict(file.path.name, text, facts, {"ComfyUI": comfy, "diffusers": Reading.of(reasons)}, problems)

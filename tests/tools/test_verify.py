@@ -1,0 +1,231 @@
+"""What `anima verify` says of every kind of file that is saved here, and of others' formats made by hand."""
+
+import json
+import struct
+import sys
+
+import pytest
+import torch
+from diffusers.loaders.lora_pipeline import AnimaLoraLoaderMixin
+from safetensors.torch import load_file, save_file
+
+from anima_train.cli.main import main
+from anima_train.core.errors import ModelFileError
+from anima_train.model.tiny import tiny_paths
+from anima_train.tools.convert import to_diffusers
+from anima_train.tools.verdict import lines
+from anima_train.tools.verify import verify
+
+Q, OUT, IN = "blocks.1.self_attn.q_proj", 64, 64  # of the tiny model
+OURS = f"diffusion_model.{Q}"
+KOHYA = "lora_unet_blocks_1_self_attn_q_proj"
+
+
+def pair(stem, down="lora_A", up="lora_B", rank=4):
+    return {f"{stem}.{down}.weight": torch.ones(rank, IN), f"{stem}.{up}.weight": torch.ones(OUT, rank)}
+
+
+LOKR = {"lokr_w1": torch.ones(4, 4), "lokr_w2_a": torch.ones(16, 2), "lokr_w2_b": torch.ones(2, 16)}
+LOHA = {
+    f"hada_{side}_{half}": torch.ones((OUT, 4) if half == "a" else (4, IN)) for side in ("w1", "w2") for half in "ab"
+}
+ALPHA = torch.tensor(2.0)
+
+
+def under(stem, parts):
+    return {f"{stem}.{name}": tensor for name, tensor in parts.items()}
+
+
+# name -> tensors, words of the kind, whether ComfyUI and diffusers use all
+FORMATS = {
+    "kohya": (pair(KOHYA, "lora_down", "lora_up") | {f"{KOHYA}.alpha": ALPHA}, "LoRA of Anima", True, False),
+    "diffusers": (pair("transformer.transformer_blocks.1.attn1.to_q"), "LoRA of Anima", False, True),
+    "peft": (pair(f"base_model.model.{Q}"), "LoRA of Anima", False, False),
+    "comfy with alpha": (pair(OURS) | {f"{OURS}.alpha": ALPHA}, "LoRA of Anima", True, False),
+    "lokr": (under(OURS, LOKR | {"alpha": ALPHA}), "LoKr of Anima", True, False),
+    "loha": (under(KOHYA, LOHA | {"alpha": ALPHA}), "LoHa of Anima", True, False),
+    "dora": (pair(OURS) | {f"{OURS}.dora_scale": torch.ones(OUT, 1)}, "DoRA of Anima", True, False),
+    "peft dora": (pair(OURS) | {f"{OURS}.lora_magnitude_vector": torch.ones(OUT)}, "DoRA in PEFT's keys", False, True),
+    "diff": (under(OURS, {"diff": torch.ones(OUT, IN)}), "whole differences of weights of Anima", True, False),
+    "set_weight": (
+        {"diffusion_model.t_embedding_norm.set_weight": torch.ones(OUT)}, "whole weights of Anima", True, False,
+    ),
+    "text encoder of kohya": (
+        pair("lora_te_layers_3_mlp_up_proj", "lora_down", "lora_up"), "of Anima's text encoder", True, False,
+    ),
+    "text encoder of comfy": (
+        pair("text_encoders.qwen3_06b.transformer.model.layers.3.mlp.up_proj"), "of Anima's text encoder", True, False,
+    ),
+    "lllite": ({"lllite_unet_blocks_1_self_attn_q_proj.down.0.weight": torch.ones(4, 4)}, "an LLLite", True, False),
+    "sdxl": (pair("lora_unet_input_blocks_4_1_proj_in", "lora_down", "lora_up"), "LoRA of SDXL or SD 1", False, False),
+    "half": ({f"{OURS}.lora_A.weight": torch.ones(4, IN)}, "parts of an adapter of Anima", False, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_files_of_others_are_known_and_what_each_program_uses(name, tmp_path, tiny):
+    tensors, kind, in_comfy, in_diffusers = FORMATS[name]
+    path = tmp_path / "file.safetensors"
+    save_file(tensors, path)
+    for base in (None, tiny_paths(tiny).transformer):
+        found = verify(path, base)
+        assert kind in found.kind
+        assert found.is_good_for("ComfyUI") == in_comfy
+        assert found.is_good_for("diffusers") == in_diffusers
+    reading = found.programs["ComfyUI"]
+    assert reading.num_used + sum(map(len, reading.ignored.values())) == len(tensors)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_diffusers_rules_are_those_of_diffusers(name, tmp_path):
+    tensors, *_ = FORMATS[name]
+    path = tmp_path / "file.safetensors"
+    save_file(tensors, path)
+    reading = verify(path).programs["diffusers"]
+    kept = AnimaLoraLoaderMixin.lora_state_dict(dict(tensors))
+    assert (reading.refusal is not None) == (not all("lora" in key for key in kept))
+    if reading.refusal is None and name != "half":
+        assert reading.num_used == sum(key.startswith(("transformer.", "text_conditioner.")) for key in kept)
+
+
+def test_a_lora_that_is_saved_here_is_used_by_both_and_described(plain_run, tiny):
+    path = plain_run.path / "weights" / "plain.safetensors"
+    found = verify(path, tiny_paths(tiny).transformer)
+    assert found.kind == "LoRA of Anima"
+    assert all(found.is_good_for(program) for program in ("ComfyUI", "diffusers"))
+    assert found.facts["rank"] == "4"
+    assert found.facts["modules"].startswith("32 (self_attn 8, cross_attn 8, mlp 4, mod 12")
+    assert found.facts["trained on"] == "anima, anima-2b/lora"
+    assert found.facts["trained with"].startswith("anima-train")
+
+
+def test_the_weights_of_a_training_state_are_no_file_to_load(tmp_path):
+    path = tmp_path / "trained.safetensors"
+    save_file({f"{Q}.lora_A": torch.ones(4, IN), f"{Q}.lora_B": torch.ones(OUT, 4)}, path, {"anima_train.scale": "0.5"})
+    found = verify(path)
+    assert found.kind == "LoRA of a training state"
+    assert found.facts["alpha"] == "scale 0.5 (metadata)"
+    assert not found.is_good_for("ComfyUI")
+    assert any("for resuming" in note for note in found.notes)
+
+
+def test_a_whole_model_is_used_by_comfyui_and_its_folder_by_diffusers(tiny, tmp_path):
+    files = tiny_paths(tiny)
+    found = verify(files.transformer)
+    assert found.kind == "an Anima transformer"
+    assert found.is_good_for("ComfyUI")
+    assert not found.is_good_for("diffusers")
+    assert "anima convert" in found.programs["diffusers"].refusal
+    assert found.facts["variant"] == "none of those known (2 blocks, width 64)"
+    assert any("makes 10 blocks of this width, and the file has 2" in note for note in found.notes)
+    for path in (files.vae, files.llm):
+        assert verify(path).is_good_for("ComfyUI")
+    to_diffusers(files, tmp_path / "folder")
+    parts = sorted((tmp_path / "folder").rglob("*.safetensors"))
+    assert len(parts) == 4
+    for path in parts:
+        assert verify(path).is_good_for("diffusers"), path
+    assert not verify(tmp_path / "folder" / "transformer" / parts[0].name).is_good_for("ComfyUI")
+
+
+def changed(tiny, path, change):
+    tensors = load_file(tiny_paths(tiny).transformer)
+    change(tensors)
+    save_file(tensors, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda tensors: tensors.pop("net.blocks.1.mlp.layer1.weight"), "1 tensor missing: blocks.1.mlp.layer1.weight"),
+        (lambda tensors: tensors.update({"net.some.weight": ALPHA}), "ComfyUI ignores 1 key: the model has no such"),
+        (lambda tensors: tensors.update({"other": ALPHA}), "they lack the prefix net."),
+        (lambda tensors: tensors.pop("net.blocks.0.self_attn.q_norm.weight"), "q_norm.weight is missing"),
+        (
+            lambda tensors: tensors.update({"net.final_layer.linear.weight": torch.ones(3, 3)}),
+            "the model's have another shape",
+        ),
+    ],
+)
+def test_what_a_checkpoint_lacks_or_has_besides_is_told(tiny, tmp_path, change, words):
+    found = verify(changed(tiny, tmp_path / "model.safetensors", change))
+    assert not found.is_good_for("ComfyUI")
+    assert words in "\n".join(lines(found))
+
+
+def test_prefixes_bundles_quantised_files_and_those_without_an_adapter_are_told_apart(tiny, tmp_path):
+    bare = {name.removeprefix("net."): tensor for name, tensor in load_file(tiny_paths(tiny).transformer).items()}
+
+    def look(tensors):
+        save_file(tensors, tmp_path / "model.safetensors")
+        return verify(tmp_path / "model.safetensors")
+
+    assert look(bare).is_good_for("ComfyUI")
+    other = look({f"diffusion_model.{name}": tensor for name, tensor in bare.items()})
+    assert not other.is_good_for("ComfyUI")
+    bundle = {f"model.diffusion_model.{name}": tensor for name, tensor in bare.items()} | {"vae.conv1.weight": ALPHA}
+    found = look(bundle)
+    assert found.kind == "a bundle with an Anima transformer"
+    assert found.is_good_for("ComfyUI")
+    cosmos = look({name: tensor for name, tensor in bare.items() if not name.startswith("llm_adapter.")})
+    assert cosmos.is_good_for("ComfyUI")
+    assert any("Cosmos-Predict2" in note for note in cosmos.notes)
+    name = "blocks.0.mlp.layer1.weight"
+    scaled = bare | {name: bare[name].to(torch.float8_e4m3fn), f"{name}_scale": torch.ones(1)}
+    scaled["blocks.0.pos_embedder.seq"] = ALPHA
+    found = look(scaled)
+    assert found.is_good_for("ComfyUI")
+    assert any("quantised" in note for note in found.notes)
+
+
+def test_a_lora_for_more_blocks_is_told_and_does_not_fit_a_smaller_base(tmp_path, tiny):
+    path = tmp_path / "big.safetensors"
+    save_file(pair("diffusion_model.blocks.39.self_attn.q_proj"), path)
+    found = verify(path)
+    assert found.is_good_for("ComfyUI")
+    assert "Anima 2.9B has 40" in found.facts["blocks"]
+    assert any("more than 28 blocks" in note for note in found.notes)
+    assert not verify(path, tiny_paths(tiny).transformer).is_good_for("ComfyUI")
+    save_file(pair(OURS) | {f"{OURS}.lora_B.weight": torch.ones(OUT + 1, 4)}, path)
+    found = verify(path, tiny_paths(tiny).transformer)
+    assert "the change has the shape (65, 64), and anima-tiny.safetensors (64, 64)" in found.problems[0]
+    with pytest.raises(ModelFileError, match="looks like a LoRA"):
+        verify(path, path)
+
+
+def test_a_huge_file_takes_no_time_because_its_tensors_are_not_read(tmp_path):
+    path, size = tmp_path / "huge.safetensors", 100_000_000_000
+    header = {
+        f"{OURS}.lora_A.weight": {"dtype": "U8", "shape": [1, size], "data_offsets": [0, size]},
+        f"{OURS}.lora_B.weight": {"dtype": "U8", "shape": [1, 1], "data_offsets": [size, size + 1]},
+    }
+    text = json.dumps(header).encode()
+    with open(path, "wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        stream.truncate(8 + len(text) + size + 1)  # a hole, which takes no room on the disk
+    assert verify(path).kind == "LoRA of Anima"
+
+
+def test_the_command_ends_with_1_and_a_list_where_a_key_would_be_ignored(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "file.safetensors"
+    save_file(pair(f"base_model.model.{Q}"), path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["anima", "verify", str(path), *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code or 0, capsys.readouterr().out
+
+    code, text = run()
+    assert code == 1
+    assert "ComfyUI ignores 2 keys: their names are PEFT's" in text
+    assert f"  base_model.model.{Q}.lora_A.weight" in text
+    code, text = run("--json")
+    assert code == 1
+    assert sum(map(len, json.loads(text)["programs"]["ComfyUI"]["ignored"].values())) == 2
+    save_file(pair("transformer.transformer_blocks.1.attn1.to_q"), path)
+    assert run()[0] == 1
+    assert run("--program", "diffusers")[0] == 0
+    path.write_bytes(b"PK\3\4")
+    assert run("--json")[0] == 4
