@@ -287,6 +287,26 @@ def write_tensors(
             stream.write(header.replace(PLACEHOLDER.encode(), content.hexdigest().encode()))
 
 
+def write_streamed(
+    path: Path, shapes: Mapping[str, Tensor], metadata: Mapping[str, str], make: Callable[[str], Tensor]
+) -> None:
+    """Write a safetensors file whose tensors are made one after the other, each when it is written.
+
+    Args:
+        path: a temporary one.
+        shapes: by name, on the meta device.
+        metadata: of the file.
+        make: returns the tensor of a name, on the CPU, with the shape and dtype that are told.
+    """
+    header, ordered = header_bytes(shapes, metadata)
+    with open(path, "wb") as stream:
+        stream.write(header)
+        for name, like in ordered:
+            tensor = make(name).contiguous()
+            assert (tensor.shape, tensor.dtype) == (like.shape, like.dtype), name
+            stream.write(byte_view(tensor))
+
+
 def take_part(tensors: Mapping[str, Tensor]) -> None:
     """Give the parts that this process holds of tensors that another one writes, one tensor after the other."""
     for _, tensor in in_order(tensors):

@@ -1,6 +1,7 @@
 """Singular values of the changes in adapter files, and low-rank factors of matrices."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -70,21 +71,33 @@ def rank_of_energy(values: Float[Tensor, " k"], energy: float) -> int:
     return int(held.int().argmax()) + 1 if bool(held.any()) else len(values)
 
 
-def truncated(matrix: Float[Tensor, "m n"], rank: int | None, energy: float = 1.0) -> Factors:
+@dataclass(frozen=True)
+class LowRank:
+    """A matrix of low rank in the place of another one."""
+
+    up: Float[Tensor, "m r"]
+    down: Float[Tensor, "r n"]
+    error: float  # |D - up down| / |D|
+
+
+def truncated(matrix: Float[Tensor, "m n"], rank: int | None, energy: float = 1.0) -> LowRank:
     """Return the best factors of a matrix of at most this rank, or of the rank that holds this share of its energy."""
     values, vectors = gram_spectrum(matrix)
     number = min(rank or rank_of_energy(values, energy), len(values))
     vectors = vectors[:, :number]
-    if len(matrix) <= matrix.shape[1]:
-        return balanced(vectors, vectors.T @ matrix)
-    return balanced(matrix @ vectors, vectors.T)
+    is_wide = len(matrix) <= matrix.shape[1]
+    up, down = balanced(vectors, vectors.T @ matrix) if is_wide else balanced(matrix @ vectors, vectors.T)
+    size = float(matrix.norm())
+    return LowRank(up, down, float((matrix - up @ down).norm()) / size if size else 0.0)
 
 
-def truncated_product(factors: Factors, rank: int | None, energy: float = 1.0) -> Factors:
+def truncated_product(factors: Factors, rank: int | None, energy: float = 1.0) -> LowRank:
     """Return the same of `up @ down`, without making the product."""
     left, values, right = core_of(factors)
     number = min(rank or rank_of_energy(values, energy), len(values))
-    return balanced(left[:, :number] * values[:number], right[:number])
+    up, down = balanced(left[:, :number] * values[:number], right[:number])
+    size = float(values.norm())
+    return LowRank(up, down, float(values[number:].norm()) / size if size else 0.0)
 
 
 def balanced(up: Float[Tensor, "m r"], down: Float[Tensor, "r n"]) -> Factors:

@@ -44,17 +44,20 @@ def test_factors_of_lower_rank_are_the_best_ones(shape):
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(shape, generator=generator)
     values = torch.linalg.svdvals(matrix)
-    up, down = truncated(matrix, 5)
-    assert up.shape == (shape[0], 5)
-    assert float((matrix - up @ down).norm()) == pytest.approx(float(values[5:].norm()), rel=1e-4)
-    assert float(up.norm()) == pytest.approx(float(down.norm()), rel=1e-4)
-    up, down = truncated(matrix, None, 0.9)
-    rest = 1 - float((matrix - up @ down).square().sum() / matrix.square().sum())
-    assert 0.9 <= rest < 0.97
+    found = truncated(matrix, 5)
+    assert found.up.shape == (shape[0], 5)
+    expected = float(values[5:].norm())
+    assert float((matrix - found.up @ found.down).norm()) == pytest.approx(expected, rel=1e-4)
+    assert found.error == pytest.approx(expected / float(matrix.norm()), rel=1e-4)
+    assert float(found.up.norm()) == pytest.approx(float(found.down.norm()), rel=1e-4)
+    held = 1 - truncated(matrix, None, 0.9).error ** 2
+    assert 0.9 <= held < 0.97
     factors = torch.randn(shape[0], 8, generator=generator), torch.randn(8, shape[1], generator=generator)
     whole = factors[0] @ factors[1]
-    up, down = truncated_product(factors, 3)
-    assert float((whole - up @ down).norm()) == pytest.approx(float(torch.linalg.svdvals(whole)[3:].norm()), rel=1e-4)
+    short = truncated_product(factors, 3)
+    expected = float(torch.linalg.svdvals(whole)[3:].norm())
+    assert float((whole - short.up @ short.down).norm()) == pytest.approx(expected, rel=1e-4)
+    assert short.error == pytest.approx(expected / float(whole.norm()), rel=1e-4)
 
 
 def test_adapters_are_added_up_by_component_and_block_and_dead_ones_named(golden, tmp_path):

@@ -1,0 +1,104 @@
+"""The files that tools write: whole or not at all, with metadata that say how they came about."""
+
+import json
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anima_train import __version__
+from anima_train.adapters.names import lora_key
+from anima_train.core.errors import ConfigError, NumericError
+from anima_train.core.files import atomic_path
+from anima_train.model.safetensors_io import file_bytes, write_streamed
+from anima_train.tools.spectra import LowRank
+
+ARCHITECTURES = {"model": "anima-2b", "lora": "anima-2b/lora"}
+
+
+def expect_new_file(path: Path) -> None:
+    """Raise ConfigError if a file that is to be written is there, or is no safetensors file by its name."""
+    if path.suffix != ".safetensors":
+        raise ConfigError(f"{path}: the name of a file to write ends with .safetensors; write {path}.safetensors")
+    if path.exists() or path.is_symlink():
+        raise ConfigError(f"{path} already exists; give a name that does not, or remove it")
+
+
+def metadata_of(kind: str, path: Path, origin: Mapping[str, Any], others: Mapping[str, str]) -> dict[str, str]:
+    """Return the metadata of a file.
+
+    Args:
+        kind: "model" or "lora".
+        path: of the file.
+        origin: how it came about; kept as JSON.
+        others: of a file that it was made from, which are kept where they still hold.
+    """
+    kept = {name: text for name, text in others.items() if not name.startswith(("sshs_", "modelspec.hash"))}
+    return kept | {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": ARCHITECTURES[kind],
+        "modelspec.implementation": "anima-train",
+        "modelspec.title": path.stem,
+        "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "modelspec.prediction_type": "rectified_flow",
+        "ss_base_model_version": "anima",
+        "anima_train.version": __version__,
+        "anima_train.origin": json.dumps(origin, ensure_ascii=False),
+    }
+
+
+def save_streamed(
+    path: Path, shapes: Mapping[str, Tensor], metadata: Mapping[str, str], make: Callable[[str], Tensor]
+) -> None:
+    """Write a file whose tensors are made one after the other.
+
+    Args:
+        path: of the file.
+        shapes: by name, on the meta device.
+        metadata: of the file.
+        make: returns the tensor of a name.
+
+    Raises:
+        NumericError: a tensor is not finite; nothing is left.
+        SpaceError: the disk is full; nothing is left.
+    """
+
+    def finite(name: str) -> Tensor:
+        tensor = make(name)
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise NumericError(f"{path}: not written, because {name} is not finite in {kind}; choose another dtype")
+        return tensor
+
+    with atomic_path(path, file_bytes(shapes, metadata)) as temporary:
+        write_streamed(temporary, shapes, metadata, finite)
+
+
+def save_lora(
+    path: Path, found: Mapping[str, LowRank], dtype: torch.dtype, origin: Mapping[str, Any], others: Mapping[str, str]
+) -> None:
+    """Write a LoRA of scale 1, under keys that ComfyUI and diffusers load.
+
+    Args:
+        path: of the file.
+        found: factors by the full names of modules.
+        dtype: of the file.
+        origin: as of `metadata_of`.
+        others: as of `metadata_of`.
+
+    Raises:
+        NumericError: a tensor is not finite; nothing is left.
+        SpaceError: the disk is full; nothing is left.
+    """
+    tensors = {}
+    for module, factors in found.items():
+        tensors[lora_key(module, "lora_A")] = factors.down.to(dtype)
+        tensors[lora_key(module, "lora_B")] = factors.up.to(dtype)
+    ranks = {factors.down.shape[0] for factors in found.values()}
+    rank = str(max(ranks, default=0))
+    facts = {"ss_network_module": "networks.lora_anima", "ss_network_dim": rank, "ss_network_alpha": rank}
+    save_streamed(path, tensors, metadata_of("lora", path, origin, dict(others) | facts), tensors.__getitem__)

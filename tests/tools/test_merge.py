@@ -1,0 +1,187 @@
+"""Merges, against the arithmetic on whole matrices and ComfyUI's own merged weights."""
+
+import json
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from anima_train.cli.main import main
+from anima_train.core.errors import ConfigError, ModelFileError
+from anima_train.model.tiny import tiny_paths
+from anima_train.tools.inspect import inspect
+from anima_train.tools.merge import Source, merge
+from anima_train.tools.verify import verify
+
+CASES = ("lora", "lora_alpha", "lokr_full", "lokr_w2_low", "lokr_both_low", "loha", "dora_in", "dora_out", "diff")
+NAME = "blocks.{}.self_attn.q_proj"
+
+
+def adapter(golden, path, cases, scale=1.0):
+    """An adapter file with a golden case for each block."""
+    tensors = golden("adapters.safetensors")
+    file = {
+        f"diffusion_model.{NAME.format(number)}.{key.split('.file.')[1]}": tensor.clone()
+        for number, case in enumerate(cases)
+        for key, tensor in tensors.items()
+        if key.startswith(f"{case}.file.")
+    }
+    save_file({key: tensor * scale if "lora_B" in key else tensor for key, tensor in file.items()}, path)
+    return path
+
+
+@pytest.fixture
+def checkpoint(golden, tiny, tmp_path):
+    """The tiny model with more blocks, whose first attention weights are those of the golden cases."""
+    tensors = load_file(tiny_paths(tiny).transformer)
+    block = {name: tensor for name, tensor in tensors.items() if name.startswith("net.blocks.0.")}
+    for number, case in enumerate(CASES):
+        tensors |= {name.replace(".0.", f".{number}.", 1): tensor.clone() for name, tensor in block.items()}
+        tensors[f"net.{NAME.format(number)}.weight"] = golden("adapters.safetensors")[f"{case}.weight"]
+    save_file(tensors, tmp_path / "base.safetensors", {"modelspec.title": "base"})
+    return tmp_path / "base.safetensors"
+
+
+@pytest.mark.parametrize(("strength", "expected"), [(None, "merged"), (0.5, "merged_half")])
+def test_adapters_of_every_kind_become_the_weights_that_comfyui_makes(golden, checkpoint, tmp_path, strength, expected):
+    path, out = adapter(golden, tmp_path / "all.safetensors", CASES), tmp_path / "out.safetensors"
+    found = merge([Source(path, strength)], out, into=checkpoint)
+    assert found.num_changed == len(CASES)
+    before, after = load_file(checkpoint), load_file(out)
+    assert before.keys() == after.keys()
+    for number, case in enumerate(CASES):
+        name = f"net.{NAME.format(number)}.weight"
+        wanted = golden("adapters.safetensors")[f"{case}.{expected}"]
+        torch.testing.assert_close(after.pop(name), wanted, rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    with safe_open(out, "pt") as file:
+        origin = json.loads(file.metadata()["anima_train.origin"])
+    assert origin == {"merge": [{"file": "all.safetensors", "strength": strength}], "into": "base.safetensors"}
+
+
+def test_several_adapters_are_added_one_after_the_other(golden, checkpoint, tmp_path):
+    first = adapter(golden, tmp_path / "a.safetensors", ["lora"])
+    second = adapter(golden, tmp_path / "b.safetensors", ["diff"])
+    out = tmp_path / "out.safetensors"
+    merge([Source(first), Source(second, -0.5)], out, into=checkpoint, dtype=torch.float32)
+    tensors = golden("adapters.safetensors")
+    expected = tensors["lora.merged"] - 0.5 * tensors["diff.file.diff"]
+    found = load_file(out)
+    torch.testing.assert_close(found[f"net.{NAME.format(0)}.weight"], expected, rtol=1e-5, atol=1e-6)
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+
+
+def product(path, module):
+    tensors = load_file(path)
+    up, down = (tensors[f"diffusion_model.{module}.lora_{side}.weight"].float() for side in "BA")
+    return up @ down
+
+
+def test_loras_beside_each_other_are_their_sum(golden, tmp_path):
+    first = adapter(golden, tmp_path / "a.safetensors", ["lora", "lora"])
+    second = adapter(golden, tmp_path / "b.safetensors", ["lora_alpha"])
+    out = tmp_path / "out.safetensors"
+    found = merge([Source(first, 0.8), Source(second, 0.3)], out)
+    assert found.kind == "a LoRA of rank 8"
+    tensors = golden("adapters.safetensors")
+    deltas = {case: tensors[f"{case}.merged"] - tensors[f"{case}.weight"] for case in ("lora", "lora_alpha")}
+    expected = 0.8 * deltas["lora"] + 0.3 * deltas["lora_alpha"]
+    torch.testing.assert_close(product(out, NAME.format(0)), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(product(out, NAME.format(1)), 0.8 * deltas["lora"], rtol=1e-4, atol=1e-5)
+    assert all(verify(out).is_good_for(program) for program in ("ComfyUI", "diffusers"))
+
+
+def test_a_rank_gives_the_best_factors_of_the_sum_and_tells_the_error(golden, tmp_path):
+    kinds = ["loha", "lokr_w2_low", "lora"]
+    first = adapter(golden, tmp_path / "a.safetensors", kinds)
+    second = adapter(golden, tmp_path / "b.safetensors", ["lora"] * 3)
+    out = tmp_path / "out.safetensors"
+    found = merge([Source(first), Source(second, 0.5)], out, rank=3)
+    tensors = golden("adapters.safetensors")
+    for number, kind in enumerate(kinds):
+        expected = sum(
+            strength * (tensors[f"{case}.merged"] - tensors[f"{case}.weight"])
+            for case, strength in ((kind, 1.0), ("lora", 0.5))
+        )
+        rest = float((product(out, NAME.format(number)) - expected).norm())
+        assert rest == pytest.approx(float(torch.linalg.svdvals(expected)[3:].norm()), rel=1e-3, abs=1e-4)
+        assert found.errors[NAME.format(number)] == pytest.approx(rest / float(expected.norm()), rel=1e-2, abs=1e-4)
+    assert {part.rank for part in inspect(out).parameters} == {3}
+
+
+def test_checkpoints_are_added_up_by_weights_whatever_their_prefixes(checkpoint, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    before = load_file(checkpoint)
+    others = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in before.items()}
+    renamed = {name.replace("net.", "model.diffusion_model.", 1): tensor for name, tensor in others.items()}
+    save_file(renamed, tmp_path / "b.safetensors")
+    out = tmp_path / "out.safetensors"
+    merge([Source(checkpoint, 0.7), Source(tmp_path / "b.safetensors", 0.3)], out, dtype=torch.float32)
+    found = load_file(out)
+    for name, tensor in before.items():
+        torch.testing.assert_close(found[name], 0.7 * tensor.float() + 0.3 * others[name])
+    equal = tmp_path / "equal.safetensors"
+    merge([Source(checkpoint), Source(checkpoint)], equal)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in load_file(equal).items())
+
+
+@pytest.mark.parametrize(
+    ("cases", "strengths", "options", "words"),
+    [
+        (["lora"], [None], {"rank": 2, "into": True}, "--rank has no effect with --into"),
+        (["loha"], [None], {}, "is a LoHa, which has no factors to put beside others; give --rank"),
+        (["dora_out"], [None], {"rank": 2}, "anima extract"),
+        ([], [0.5, 0.6], {}, r"found of 1\.1"),
+        ([], [0.5, None], {}, "found for 1 of 2"),
+        ([], [None], {}, "one checkpoint alone"),
+        ([], [None, None], {"rank": 3}, "--rank is for adapters"),
+        (["lora"], [None, None], {}, "give the checkpoint to which adapters are added as --into"),
+    ],
+)
+def test_a_merge_that_cannot_be_is_refused_with_a_way_out(
+    golden, checkpoint, tmp_path, cases, strengths, options, words
+):
+    paths = [adapter(golden, tmp_path / "a.safetensors", cases)] if cases else [checkpoint]
+    sources = [Source(path, strength) for path, strength in zip([*paths, checkpoint], strengths, strict=False)]
+    into = checkpoint if options.pop("into", False) else None
+    with pytest.raises(ConfigError, match=words):
+        merge(sources, tmp_path / "out.safetensors", into, **options)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_files_that_do_not_fit_are_refused_and_leave_nothing(golden, checkpoint, tiny, tmp_path):
+    path, out = adapter(golden, tmp_path / "a.safetensors", ["lora"] * 12), tmp_path / "out.safetensors"
+    with pytest.raises(ModelFileError, match="keys for no module of the transformer"):
+        merge([Source(path)], out, into=checkpoint)
+    path = adapter(golden, tmp_path / "b.safetensors", ["lora"])
+    with pytest.raises(ModelFileError, match=r"the change has the shape \(24, 16\), and the weight \(64, 64\)"):
+        merge([Source(path)], out, into=tiny_paths(tiny).transformer)
+    with pytest.raises(ModelFileError, match="only checkpoints of one shape can be merged"):
+        merge([Source(checkpoint), Source(tiny_paths(tiny).transformer)], out)
+    assert {found.name for found in tmp_path.iterdir()} == {"a.safetensors", "b.safetensors", "base.safetensors"}
+
+
+def test_the_command_takes_strengths_behind_names(golden, checkpoint, tmp_path, monkeypatch, capsys):
+    path, out = adapter(golden, tmp_path / "a.safetensors", ["lora"]), tmp_path / "out.safetensors"
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["anima", "merge", *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code or 0, capsys.readouterr()
+
+    code, streams = run(f"{path}:0.5", "--into", str(checkpoint), "--out", str(out))
+    assert code == 0
+    assert streams.out.splitlines() == [f"{out}: a checkpoint, with 1 weight changed"]
+    expected = golden("adapters.safetensors")["lora.merged_half"]
+    torch.testing.assert_close(load_file(out)[f"net.{NAME.format(0)}.weight"], expected, rtol=1e-5, atol=1e-6)
+    code, streams = run(str(path), "--out", str(out))
+    assert code == 2
+    assert "already exists" in streams.err
+    code, streams = run(f"{path}:strong", "--out", str(tmp_path / "new.safetensors"))
+    assert code == 2
+    assert "is no strength" in streams.err
+    code, streams = run(str(path), str(path), "--rank", "2", "--out", str(tmp_path / "new.safetensors"), "--json")
+    assert json.loads(streams.out)["errors"].keys() == {NAME.format(0)}
