@@ -19,6 +19,7 @@ from anima_train.cli.command import Command
 from anima_train.cli.convert import convert
 from anima_train.cli.diff import diff
 from anima_train.cli.download import download
+from anima_train.cli.extract import extract, resize
 from anima_train.cli.inspect import inspect
 from anima_train.cli.merge import merge
 from anima_train.cli.options import Version
@@ -35,7 +36,8 @@ from anima_train.distributed.failures import run_program
 from anima_train.distributed.launcher import rank
 
 COMMANDS: tuple[Callable[..., None], ...] = (
-    train, check, report, sample, cache, convert, diff, verify, inspect, merge, tiny, download, reference,
+    train, check, report, sample, cache, convert, diff, verify, inspect, merge, extract, resize, tiny,
+    download, reference,
 )  # fmt: skip
 NAMES = [command.__name__ for command in COMMANDS]
 USAGE_ERROR: Any = typer.BadParameter.__base__  # click's, or that of typer's own copy of click

@@ -15,7 +15,7 @@ from anima_train.core.format import count
 from anima_train.model.file_kinds import is_buffer, key_prefix, open_slot, validate_kind
 from anima_train.model.safetensors_io import TensorFile, first_five, open_header, read_tensors
 from anima_train.tools.outputs import metadata_of, save_lora, save_streamed
-from anima_train.tools.spectra import LowRank, truncated, truncated_product
+from anima_train.tools.spectra import Limit, LowRank, truncated, truncated_product
 
 Tell = Callable[[str], object]  # gets the name of each weight before it is worked on
 
@@ -30,7 +30,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge has written."""
+    """The file that a merge has written."""
 
     kind: str  # "a checkpoint", "a LoRA of rank 32"
     num_changed: int  # weights that the sources change
@@ -66,7 +66,7 @@ def merge(
             raise ConfigError("--rank has no effect with --into, which merges adapters as they are; leave it out")
         return merge_into(into, sources, out, dtype, tell)
     if all(adapters):
-        return merge_adapters(sources, out, rank, dtype, tell)
+        return merge_adapters(sources, out, None if rank is None else Limit(rank), dtype, tell)
     if into is not None or rank is not None:
         option = "--into" if into is not None else "--rank"
         raise ConfigError(f"{option} is for adapters, and {sources[0].path} is none; leave it out")
@@ -200,9 +200,9 @@ def expect_same(base: TensorFile, other: TensorFile) -> None:
 
 
 def merge_adapters(
-    sources: Sequence[Source], out: Path, rank: int | None, dtype: torch.dtype | None, tell: Tell = lambda name: None
+    sources: Sequence[Source], out: Path, limit: Limit | None, dtype: torch.dtype | None, tell: Tell = lambda name: None
 ) -> Merged:
-    """Make one LoRA of adapters, by concatenation or the best of a rank; arguments as of `merge`."""
+    """Make one LoRA of adapters, beside each other or the best within a limit of rank; arguments as of `merge`."""
     adapters = [(read_adapter(source.path), strength_of(source)) for source in sources]
     found, errors = {}, {}
     for name in dict.fromkeys(name for adapter, _ in adapters for name in adapter.changes):
@@ -211,26 +211,26 @@ def merge_adapters(
             (adapter.path, adapter.changes[name], strength) for adapter, strength in adapters if name in adapter.changes
         ]
         module = name.removesuffix(".weight")
-        found[module] = joined(name, changes, rank)
-        if rank is not None:
+        found[module] = joined(name, changes, limit)
+        if limit is not None:
             errors[module] = found[module].error
     precision = dtype or max(
         (t.dtype for a, _ in adapters for parts in a.changes.values() for key, t in parts.items() if key != "alpha"),
         key=lambda kind: kind.itemsize,
     )
-    origin = {"merge": told(sources), "rank": rank}
+    origin = {"merge": told(sources)} | ({} if limit is None else vars(limit))
     save_lora(out, found, precision, origin, adapters[0][0].metadata if len(adapters) == 1 else {})
     largest = max(len(factors.down) for factors in found.values())
     return Merged(f"a LoRA of rank {largest}", len(found), errors)
 
 
-def joined(name: str, changes: Sequence[tuple[Path, Parts, float]], rank: int | None) -> LowRank:
+def joined(name: str, changes: Sequence[tuple[Path, Parts, float]], limit: Limit | None) -> LowRank:
     """Return the factors of the sum of changes of one weight.
 
     Args:
         name: of the parameter.
         changes: file, parts and strength of each.
-        rank: of the factors; None: those of all beside each other.
+        limit: of the rank; None: the factors of all beside each other.
 
     Raises:
         ConfigError: a change is of a kind that a LoRA of this rank cannot hold.
@@ -242,18 +242,18 @@ def joined(name: str, changes: Sequence[tuple[Path, Parts, float]], rank: int | 
                 f"{path}: {name} is a {kind}, whose values hold for its base alone; merge it --into that checkpoint, "
                 "and take the difference with `anima extract`"
             )
-        if kind != "LoRA" and rank is None:
+        if kind != "LoRA" and limit is None:
             raise ConfigError(f"{path}: {name} is a {kind}, which has no factors to put beside others; give --rank")
     try:
         if all(kind == "LoRA" for kind in kinds):
             pairs = [(low_rank_factors(parts), strength) for _, parts, strength in changes]
             up = torch.cat([strength * up for (up, _), strength in pairs], dim=1)
             down = torch.cat([down for (_, down), _ in pairs])
-            return LowRank(up, down, 0.0) if rank is None else truncated_product((up, down), rank)
+            return LowRank(up, down, 0.0) if limit is None else truncated_product((up, down), limit)
         total = sum((strength * product(parts) for _, parts, strength in changes), start=torch.zeros(()))
     except (ValueError, RuntimeError) as error:
         files = ", ".join(str(path) for path, _, _ in changes)
         raise ModelFileError(f"{files}: {name}: the changes do not fit each other ({error})") from error
     if total.dim() != 2:
         raise ConfigError(f"{changes[0][0]}: {name} is no matrix, and a LoRA holds none but those; merge it --into one")
-    return truncated(total, rank)
+    return truncated(total, limit or Limit(), name)

@@ -11,7 +11,7 @@ from anima_train.adapters.updates import change, product
 from anima_train.cli.main import main
 from anima_train.model.tiny import tiny_paths
 from anima_train.tools.inspect import inspect, table
-from anima_train.tools.spectra import effective_rank, singular_values, truncated, truncated_product
+from anima_train.tools.spectra import Limit, effective_rank, singular_values, truncated, truncated_product
 
 NAMES = {"lora_A.weight": "down", "lora_down.weight": "down", "lora_B.weight": "up", "lora_up.weight": "up"}
 STEM = "diffusion_model.blocks.{}.self_attn.q_proj"
@@ -44,17 +44,17 @@ def test_factors_of_lower_rank_are_the_best_ones(shape):
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(shape, generator=generator)
     values = torch.linalg.svdvals(matrix)
-    found = truncated(matrix, 5)
+    found = truncated(matrix, Limit(5), "some")
     assert found.up.shape == (shape[0], 5)
     expected = float(values[5:].norm())
     assert float((matrix - found.up @ found.down).norm()) == pytest.approx(expected, rel=1e-4)
     assert found.error == pytest.approx(expected / float(matrix.norm()), rel=1e-4)
     assert float(found.up.norm()) == pytest.approx(float(found.down.norm()), rel=1e-4)
-    held = 1 - truncated(matrix, None, 0.9).error ** 2
+    held = 1 - truncated(matrix, Limit(energy=0.9), "some").error ** 2
     assert 0.9 <= held < 0.97
     factors = torch.randn(shape[0], 8, generator=generator), torch.randn(8, shape[1], generator=generator)
     whole = factors[0] @ factors[1]
-    short = truncated_product(factors, 3)
+    short = truncated_product(factors, Limit(3))
     expected = float(torch.linalg.svdvals(whole)[3:].norm())
     assert float((whole - short.up @ short.down).norm()) == pytest.approx(expected, rel=1e-4)
     assert short.error == pytest.approx(expected / float(whole.norm()), rel=1e-4)
@@ -113,3 +113,11 @@ def test_the_command_prints_a_table_writes_a_page_and_json(plain_run, tmp_path, 
     found = json.loads(capsys.readouterr().out)
     assert found["by_component"]["mlp"]["effective_rank"] <= 4.001
     assert len(found["parameters"]) == found["whole"]["number"] == 32
+
+
+def test_a_small_rank_is_found_by_iteration_and_as_good():
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(200, 160, generator=generator)
+    expected = float(torch.linalg.svdvals(matrix)[8:].norm() / matrix.norm())
+    assert expected <= truncated(matrix, Limit(8), "some").error < 1.01 * expected
+    assert truncated(matrix, Limit(8, 0.01), "some").up.shape[1] < 8
