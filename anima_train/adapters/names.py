@@ -90,6 +90,11 @@ def diffusers_name(module: str) -> str:
     return "transformer." + cosmos_key(f"{module}.").removesuffix(".")
 
 
+def kohya_name(module: str) -> str:
+    """Return kohya's name of a module."""
+    return "lora_unet_" + module.replace(".", "_")
+
+
 # Whose names these are, in the order of `lora_stems`.
 STEM_FORMS = ("ComfyUI", "kohya", "diffusers", "PEFT", "PEFT", "bare", "bare")
 
@@ -98,7 +103,7 @@ def lora_stems(module: str) -> tuple[str, ...]:
     """Return the names that LoRA files have for a module, by its full name in the transformer."""
     return (
         LORA_PREFIX + module,  # ours, and ComfyUI's
-        "lora_unet_" + module.replace(".", "_"),  # kohya
+        kohya_name(module),
         diffusers_name(module),
         "base_model.model." + module,  # PEFT
         "base_model.model." + LORA_PREFIX + module,

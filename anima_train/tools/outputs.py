@@ -11,11 +11,14 @@ from torch import Tensor
 
 from anima_train import __version__
 from anima_train.adapters.names import lora_key
+from anima_train.adapters.read import DIFFUSERS_METADATA, STATE_SCALE
 from anima_train.core.errors import ConfigError, NumericError
 from anima_train.core.files import atomic_path
 from anima_train.model.safetensors_io import file_bytes, write_streamed
 from anima_train.tools.spectra import LowRank
 
+# Metadata of a file that do not hold for one that is made of it: hashes, and scales that go into its tensors.
+NO_LONGER_TRUE = ("sshs_", "modelspec.hash", DIFFUSERS_METADATA, STATE_SCALE)
 ARCHITECTURES = {"model": "anima-2b", "lora": "anima-2b/lora"}
 
 
@@ -36,7 +39,7 @@ def metadata_of(kind: str, path: Path, origin: Mapping[str, Any], others: Mappin
         origin: how it came about; kept as JSON.
         others: of a file that it was made from, which are kept where they still hold.
     """
-    kept = {name: text for name, text in others.items() if not name.startswith(("sshs_", "modelspec.hash"))}
+    kept = {name: text for name, text in others.items() if not name.startswith(NO_LONGER_TRUE)}
     return kept | {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",

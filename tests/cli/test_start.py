@@ -54,7 +54,7 @@ def test_help_version_and_slips_are_answered_without_torch(started):
     ]  # fmt: skip
     wrong = [
         ("anima", "trian", "x"), ("anima-train", "chekc", "x"), ("anima-train", "--resum"), ("anima-train",),
-        ("anima", "check", "x.toml", "--frobnicate"), ("anima-train", "convert", "x.toml", "out", "--to", "kohya"),
+        ("anima", "check", "x.toml", "--frobnicate"), ("anima-train", "convert", "x.toml", "out", "--to", "onnx"),
     ]  # fmt: skip
     codes, output, errors, imported = started([*right, *wrong], ["torch", "rich", "numpy", *MODELS])
     assert imported == []
@@ -63,7 +63,7 @@ def test_help_version_and_slips_are_answered_without_torch(started):
     assert output.count("er_sde") == 2
     for text in (
         "No such command 'trian'. Did you mean 'train'", "No such command 'chekc'. Did you mean 'check'",
-        "Missing argument 'CONFIG'", "'kohya' is not",
+        "Missing argument 'CONFIG'", "'onnx' is not",
     ):  # fmt: skip
         assert text in errors
     # Versions of Typer and click say it in other words each.
