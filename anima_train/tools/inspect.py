@@ -24,7 +24,7 @@ class ParameterStats:
     kind: str  # of change; "" in a checkpoint
     rank: int | None
     num_values: int
-    squared: float  # |D|^2
+    norm: float  # |D|
     spectral: float | None  # the largest singular value
     effective_rank: float | None
     is_dead: bool  # all zero
@@ -39,11 +39,6 @@ class ParameterStats:
         """The block: a number, "llm_adapter" or "" for what is in none."""
         parts = self.name.split(".")
         return "llm_adapter" if self.component == "llm_adapter" else parts[1] if parts[0] == "blocks" else ""
-
-    @property
-    def norm(self) -> float:
-        """|D|."""
-        return float(self.squared**0.5)
 
 
 @dataclass(frozen=True)
@@ -60,7 +55,7 @@ class GroupStats:
     @classmethod
     def of(cls, parts: Sequence[ParameterStats]) -> "GroupStats":
         """Return the statistics of these together."""
-        squared, values = sum(part.squared for part in parts), sum(part.num_values for part in parts)
+        squared, values = sum(part.norm**2 for part in parts), sum(part.num_values for part in parts)
         ranks = [part.effective_rank for part in parts if part.effective_rank is not None]
         return cls(
             len(parts),
@@ -132,11 +127,11 @@ def change_stats(name: str, parts: Parts) -> ParameterStats:
     values = singular_values(parts)
     if values is None:
         return tensor_stats(name, product(parts), kind)
-    squared = float(values.double().square().sum())
+    norm = float(values.double().norm())
     shapes = [parts[key].shape[0] for key in ("down", "lokr_w2_b", "lokr_w1_b", "hada_w1_b") if key in parts]
     return ParameterStats(
-        name, kind, shapes[0] if shapes else None, num_values(parts), squared, float(values.max()),
-        effective_rank(values), squared == 0,
+        name, kind, shapes[0] if shapes else None, num_values(parts), norm, float(values.max()),
+        effective_rank(values), norm == 0,
     )  # fmt: skip
 
 
@@ -148,8 +143,8 @@ def num_values(parts: Parts) -> int:
 
 def tensor_stats(name: str, tensor: Tensor, kind: str = "") -> ParameterStats:
     """Return the statistics of a tensor by itself."""
-    squared = float(tensor.float().square().sum())
-    return ParameterStats(name, kind, None, tensor.numel(), squared, None, None, squared == 0)
+    norm = float(tensor.float().norm())
+    return ParameterStats(name, kind, None, tensor.numel(), norm, None, None, norm == 0)
 
 
 def table(found: Inspection, num_shown: int = 10) -> Iterator[str]:

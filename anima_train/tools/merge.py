@@ -220,8 +220,9 @@ def merge_adapters(
     )
     origin = {"merge": told(sources)} | ({} if limit is None else vars(limit))
     save_lora(out, found, precision, origin, adapters[0][0].metadata if len(adapters) == 1 else {})
-    largest = max(len(factors.down) for factors in found.values())
-    return Merged(f"a LoRA of rank {largest}", len(found), errors)
+    ranks = sorted({len(factors.down) for factors in found.values()})
+    kind = f"a LoRA of rank {ranks[0]}" if len(ranks) == 1 else f"a LoRA of ranks {ranks[0]} to {ranks[-1]}"
+    return Merged(kind, len(found), errors)
 
 
 def joined(name: str, changes: Sequence[tuple[Path, Parts, float]], limit: Limit | None) -> LowRank:

@@ -66,6 +66,7 @@ def save_streamed(
         make: returns the tensor of a name.
 
     Raises:
+        ConfigError: no file can be there.
         NumericError: a tensor is not finite; nothing is left.
         SpaceError: the disk is full; nothing is left.
     """
@@ -77,8 +78,11 @@ def save_streamed(
             raise NumericError(f"{path}: not written, because {name} is not finite in {kind}; choose another dtype")
         return tensor
 
-    with atomic_path(path, file_bytes(shapes, metadata)) as temporary:
-        write_streamed(temporary, shapes, metadata, finite)
+    try:
+        with atomic_path(path, file_bytes(shapes, metadata)) as temporary:
+            write_streamed(temporary, shapes, metadata, finite)
+    except OSError as error:  # a file where its folder should be, or a name that is none
+        raise ConfigError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
 
 
 def save_lora(

@@ -17,11 +17,11 @@ from anima_train.tools.verdict import Reading, Verdict
 COMFY_TEXT_ENCODER = re.compile(r"lora_te_layers_\d+_|text_encoders\.qwen3_06b\.transformer\.model\.layers\.\d+\.")
 TEXT_ENCODER = re.compile(r"lora_te\d?_|text_encoders?\.|te\d?\.")
 FORM_NAMES = {
-    "ComfyUI": f"ComfyUI's ({LORA_PREFIX}...)",
-    "kohya": "kohya's (lora_unet_...)",
-    "diffusers": "diffusers' (transformer..., text_conditioner...)",
-    "PEFT": "PEFT's (base_model.model...)",
-    "bare": "the model's own",
+    "ComfyUI": f"ComfyUI's ({LORA_PREFIX}MODULE)",
+    "kohya": "kohya's (lora_unet_MODULE)",
+    "diffusers": "diffusers' (transformer.MODULE, text_conditioner.MODULE)",
+    "PEFT": "PEFT's (base_model.model.MODULE)",
+    "bare": "the model's own (MODULE)",
 }
 KIND_NAMES = {"difference": "whole differences of weights", "replacement": "whole weights"}
 BY_NAME = {"oft_blocks": "OFT", "a1.weight": "GLoRA"}  # kinds that ComfyUI reads, and nothing here computes

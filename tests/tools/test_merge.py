@@ -84,7 +84,7 @@ def test_loras_beside_each_other_are_their_sum(golden, tmp_path):
     second = adapter(golden, tmp_path / "b.safetensors", ["lora_alpha"])
     out = tmp_path / "out.safetensors"
     found = merge([Source(first, 0.8), Source(second, 0.3)], out)
-    assert found.kind == "a LoRA of rank 8"
+    assert found.kind == "a LoRA of ranks 4 to 8"
     tensors = golden("adapters.safetensors")
     deltas = {case: tensors[f"{case}.merged"] - tensors[f"{case}.weight"] for case in ("lora", "lora_alpha")}
     expected = 0.8 * deltas["lora"] + 0.3 * deltas["lora_alpha"]
@@ -160,6 +160,10 @@ def test_files_that_do_not_fit_are_refused_and_leave_nothing(golden, checkpoint,
         merge([Source(path)], out, into=tiny_paths(tiny).transformer)
     with pytest.raises(ModelFileError, match="only checkpoints of one shape can be merged"):
         merge([Source(checkpoint), Source(tiny_paths(tiny).transformer)], out)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be written"):
+        merge([Source(path)], tmp_path / "file" / "out.safetensors")
+    (tmp_path / "file").unlink()
     assert {found.name for found in tmp_path.iterdir()} == {"a.safetensors", "b.safetensors", "base.safetensors"}
 
 
