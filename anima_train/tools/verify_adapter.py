@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from anima_train.adapters.names import LORA_PREFIX
-from anima_train.adapters.parts import LLLITE, AdapterKey, adapter_keys, declared_alpha
+from anima_train.adapters.parts import BLOCK_NUMBER, LLLITE, AdapterKey, adapter_keys, declared_alpha, num_blocks
 from anima_train.adapters.read import OTHER_LORAS, STATE_SCALE
 from anima_train.adapters.updates import kind_of
 from anima_train.core.format import count
@@ -48,7 +48,7 @@ def adapter_verdict(file: TensorFile, base: TensorFile | None) -> Verdict:
     problems = [*dict.fromkeys(misfits.values()), *halves(groups)]
     return Verdict(
         file.path.name, kind_text(file, keys, kinds), facts(file, keys, groups, kinds),
-        {"ComfyUI": comfy, "diffusers": diffusers}, problems, list(notes(file, keys)),
+        {"ComfyUI": comfy, "diffusers": diffusers}, problems, [*misalignment(keys, base), *notes(file, keys)],
     )  # fmt: skip
 
 
@@ -220,6 +220,20 @@ def implied_shape(file: TensorFile, parts: Iterable[AdapterKey]) -> tuple[int, .
 def product_shape(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape of a product of matrices; () if they do not fit."""
     return (left[0], right[1]) if len(left) == len(right) == 2 and left[1] == right[0] else ()
+
+
+def misalignment(keys: Sequence[AdapterKey], base: TensorFile | None) -> Iterable[str]:
+    """Yield a warning if an adapter has just as many blocks as a variant other than its base.
+
+    The variants have copies of blocks inserted between those of the first, which shift the numbers of all behind them.
+    """
+    made_for = num_blocks((f".{key.module}." for key in keys if key.module), BLOCK_NUMBER)
+    found = 0 if base is None else num_blocks(base.entries, BLOCK_NUMBER)
+    if base is not None and made_for in VARIANTS and found in VARIANTS and made_for < found:
+        yield (
+            f"it has changes for {made_for} blocks, as {VARIANTS[made_for]} has, and {base.path.name} {found}: if it "
+            "was made for the former, it loads without a word and changes blocks that it was not trained on"
+        )
 
 
 def notes(file: TensorFile, keys: Sequence[AdapterKey]) -> Iterable[str]:

@@ -194,6 +194,23 @@ def test_a_lora_for_more_blocks_is_told_and_does_not_fit_a_smaller_base(tmp_path
         verify(path, path)
 
 
+def test_a_lora_of_another_variant_than_its_base_is_warned_of(tmp_path, tiny):
+    bare = {name.removeprefix("net."): tensor for name, tensor in load_file(tiny_paths(tiny).transformer).items()}
+    block = {name: tensor for name, tensor in bare.items() if name.startswith("blocks.1.")}
+    for number in range(2, 40):
+        bare |= {name.replace("blocks.1.", f"blocks.{number}.", 1): tensor.clone() for name, tensor in block.items()}
+    save_file(bare, tmp_path / "long.safetensors")
+    for number, is_warned in ((28, True), (40, False), (27, False)):
+        path = tmp_path / f"{number}.safetensors"
+        tensors: dict[str, torch.Tensor] = {}
+        for index in range(number):
+            tensors |= pair(f"diffusion_model.blocks.{index}.self_attn.q_proj")
+        save_file(tensors, path)
+        found = verify(path, tmp_path / "long.safetensors")
+        assert found.is_good_for("ComfyUI")
+        assert any("was not trained on" in note for note in found.notes) == is_warned
+
+
 def test_a_huge_file_takes_no_time_because_its_tensors_are_not_read(tmp_path):
     path, size = tmp_path / "huge.safetensors", 100_000_000_000
     header = {
