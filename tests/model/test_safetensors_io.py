@@ -7,6 +7,7 @@ import pickle
 import random
 import struct
 import time
+import weakref
 
 import pytest
 import torch
@@ -18,7 +19,15 @@ from anima_train.core.errors import ModelFileError
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX, TRANSFORMER_PREFIXES, identify, key_prefix, validate_kind
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
-from anima_train.model.safetensors_io import DTYPES, fingerprint, load_into, open_header, read_tensors, write_tensors
+from anima_train.model.safetensors_io import (
+    DTYPES,
+    fingerprint,
+    load_into,
+    open_header,
+    read_tensors,
+    write_streamed,
+    write_tensors,
+)
 
 CPU = torch.device("cpu")
 
@@ -623,6 +632,24 @@ def test_finite_values_with_an_infinite_sum_are_read(tmp_path):
 
 
 # Fingerprints --------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_written_of_tensors_of_which_two_at_most_are_there_at_once(tmp_path):
+    tensors = {f"t{number}": torch.full((4, number + 1), number, dtype=torch.bfloat16) for number in range(6)}
+    tensors["wide"] = torch.randn(3)
+    made: list[weakref.ref] = []
+
+    def make(name):
+        assert sum(each() is not None for each in made) <= 1
+        tensor = tensors[name].clone()
+        made.append(weakref.ref(tensor))
+        return tensor
+
+    shapes = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    write_streamed(tmp_path / "streamed.safetensors", shapes, {"a": "b"}, make)
+    write_tensors(tmp_path / "whole.safetensors", tensors, {"a": "b"})
+    assert len(made) == len(tensors)
+    assert (tmp_path / "streamed.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 
 
 def test_fingerprint_is_of_names_and_values_whatever_file_they_are_in(tmp_path):
