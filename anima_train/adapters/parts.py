@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from anima_train.adapters.names import STEM_FORMS, anima_modules, lora_stems
-from anima_train.adapters.read import DIFFUSERS_METADATA, PARTS, STATE_SCALE, peft_config, peft_scale, state_scale
+from anima_train.adapters.read import DIFFUSERS_METADATA, PARTS, STATE_SCALE, peft_config, peft_scale
 from anima_train.adapters.updates import kind_of
 from anima_train.core.errors import ModelFileError
 from anima_train.core.format import count
@@ -109,6 +109,10 @@ def read_adapter(path: Path, parameters: Iterable[str] | None = None) -> Adapter
     file = uncompiled(open_header(path))
     if not is_adapter(file):
         raise ModelFileError(f"{path}: expected a LoRA or another adapter; it has no key of one")
+    if STATE_SCALE in file.metadata:
+        raise ModelFileError(
+            f"{path}: belongs to a training state; give the file in the run's folder `weights` instead"
+        )
     modules = None if parameters is None else {name.rpartition(".")[0] for name in parameters}
     keys = adapter_keys(file.entries, modules)
     expect_all_known(file, keys)
@@ -140,15 +144,14 @@ def expect_all_known(file: TensorFile, keys: Iterable[AdapterKey]) -> None:
 
 def give_alphas(file: TensorFile, keys: Iterable[AdapterKey], changes: Mapping[str, dict[str, Tensor]]) -> None:
     """Add to the changes the alpha that the file has in its metadata, or beside it, instead of tensors."""
-    if STATE_SCALE not in file.metadata and not (DIFFUSERS_METADATA in file.metadata or has_peft_keys(file)):
+    if DIFFUSERS_METADATA not in file.metadata and not has_peft_keys(file):
         return
-    config = {} if STATE_SCALE in file.metadata else peft_config(file)
+    config = peft_config(file)
     for key in keys:
         parts = changes[key.parameter]
         if key.part == "down" and "alpha" not in parts:
             rank = len(parts["down"])
-            scale = state_scale(file) if STATE_SCALE in file.metadata else peft_scale(config, key.key, rank)
-            if scale != 1:
+            if (scale := peft_scale(config, key.key, rank)) != 1:
                 parts["alpha"] = torch.tensor(scale * rank)
 
 

@@ -30,7 +30,7 @@ def verify(
     def look() -> dict[str, object]:
         nonlocal found
         found = verify.verify(path, base)
-        return vars(found)
+        return vars(found) | {"good_for": {name: found.is_good_for(name) for name in found.programs}}
 
     if as_json:
         print_json(look)

@@ -106,6 +106,6 @@ def save_lora(
         tensors[lora_key(module, "lora_A")] = factors.down.to(dtype)
         tensors[lora_key(module, "lora_B")] = factors.up.to(dtype)
     ranks = {factors.down.shape[0] for factors in found.values()}
-    rank = str(max(ranks, default=0))
+    rank = str(*ranks) if len(ranks) == 1 else "Dynamic"  # kohya's word where modules differ
     facts = {"ss_network_module": "networks.lora_anima", "ss_network_dim": rank, "ss_network_alpha": rank}
     save_streamed(path, tensors, metadata_of("lora", path, origin, dict(others) | facts), tensors.__getitem__)

@@ -105,7 +105,7 @@ def alpha_text(file: TensorFile) -> str:
     if names:
         return ", ".join(f"{value:g}" for value in sorted({float(value) for _, value in read_tensors(file, names)}))
     if STATE_SCALE in file.metadata:
-        return f"scale {file.metadata[STATE_SCALE]} (metadata)"
+        return "in the metadata of the state"
     declared = declared_alpha(file.metadata)
     return "none in tensors: scale 1" + (f" (metadata: {declared})" if declared else "")
 

@@ -9,6 +9,7 @@ import torch
 from diffusers.loaders.lora_pipeline import AnimaLoraLoaderMixin
 from safetensors.torch import load_file, save_file
 
+from anima_train.adapters.parts import read_adapter
 from anima_train.cli.main import main
 from anima_train.core.errors import ModelFileError
 from anima_train.model.tiny import tiny_paths
@@ -104,9 +105,11 @@ def test_the_weights_of_a_training_state_are_no_file_to_load(tmp_path):
     save_file({f"{Q}.lora_A": torch.ones(4, IN), f"{Q}.lora_B": torch.ones(OUT, 4)}, path, {"anima_train.scale": "0.5"})
     found = verify(path)
     assert found.kind == "LoRA of a training state"
-    assert found.facts["alpha"] == "scale 0.5 (metadata)"
+    assert found.facts["alpha"] == "in the metadata of the state"
     assert not found.is_good_for("ComfyUI")
     assert any("for resuming" in note for note in found.notes)
+    with pytest.raises(ModelFileError, match="belongs to a training state"):
+        read_adapter(path)
 
 
 def test_a_whole_model_is_used_by_comfyui_and_its_folder_by_diffusers(tiny, tmp_path):
@@ -240,7 +243,9 @@ def test_the_command_ends_with_1_and_a_list_where_a_key_would_be_ignored(tmp_pat
     assert f"  base_model.model.{Q}.lora_A.weight" in text
     code, text = run("--json")
     assert code == 1
-    assert sum(map(len, json.loads(text)["programs"]["ComfyUI"]["ignored"].values())) == 2
+    found = json.loads(text)
+    assert sum(map(len, found["programs"]["ComfyUI"]["ignored"].values())) == 2
+    assert found["good_for"] == {"ComfyUI": False, "diffusers": False}
     save_file(pair("transformer.transformer_blocks.1.attn1.to_q"), path)
     assert run()[0] == 1
     assert run("--program", "diffusers")[0] == 0
