@@ -3,7 +3,7 @@
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from anima_train.adapters.names import STEM_FORMS, anima_modules, lora_stems
 from anima_train.adapters.read import DIFFUSERS_METADATA, PARTS, STATE_SCALE, peft_config, peft_scale
-from anima_train.adapters.updates import kind_of
+from anima_train.adapters.updates import change, kind_of, updated
 from anima_train.core.errors import ModelFileError
 from anima_train.core.format import count
 from anima_train.model.file_kinds import uncompiled
@@ -95,6 +95,29 @@ class Adapter:
     changes: Mapping[str, Mapping[str, Tensor]]  # full name of a parameter -> part -> tensor
     metadata: Mapping[str, str]
 
+    def updated(self, name: str, weight: Tensor, strength: float = 1.0) -> Tensor:
+        """Return a weight in float32 after its change at this strength; name is the parameter's.
+
+        Raises:
+            ModelFileError: they do not fit each other.
+        """
+        return self.computed(name, lambda: updated(weight, self.changes[name], strength))
+
+    def change(self, name: str, weight: Tensor) -> Tensor:
+        """Return the change of a weight at strength 1, in float32.
+
+        Raises:
+            ModelFileError: they do not fit each other.
+        """
+        return self.computed(name, lambda: change(weight, self.changes[name]))
+
+    def computed(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        """Return what is computed, or raise ModelFileError with the file and the parameter where shapes do not fit."""
+        try:
+            return compute()
+        except ValueError as error:
+            raise ModelFileError(f"{self.path}: {name}: {error}") from error
+
 
 def read_adapter(path: Path, parameters: Iterable[str] | None = None) -> Adapter:
     """Read a file of changes of the kinds that `adapters/updates.py` knows, in anybody's keys.
@@ -113,9 +136,9 @@ def read_adapter(path: Path, parameters: Iterable[str] | None = None) -> Adapter
         raise ModelFileError(
             f"{path}: belongs to a training state; give the file in the run's folder `weights` instead"
         )
-    modules = None if parameters is None else {name.rpartition(".")[0] for name in parameters}
-    keys = adapter_keys(file.entries, modules)
-    expect_all_known(file, keys)
+    known = None if parameters is None else set(parameters)
+    keys = adapter_keys(file.entries, None if known is None else {name.rpartition(".")[0] for name in known})
+    expect_all_known(file, keys, known)
     tensors = dict(read_tensors(file))
     changes: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key in keys:
@@ -133,11 +156,20 @@ def read_adapter(path: Path, parameters: Iterable[str] | None = None) -> Adapter
     return Adapter(path, changes, file.metadata)
 
 
-def expect_all_known(file: TensorFile, keys: Iterable[AdapterKey]) -> None:
-    """Raise ModelFileError if a key is of no module, with how many there are, and the first."""
-    if unknown := [key.key for key in keys if key.module is None]:
+def expect_all_known(file: TensorFile, keys: Iterable[AdapterKey], parameters: Collection[str] | None) -> None:
+    """Raise ModelFileError if a key is of nothing in the model, with how many there are, and the first.
+
+    Args:
+        file: the adapter.
+        keys: of it.
+        parameters: of the model; None: all that its modules may have.
+    """
+    unknown = [
+        key.key for key in keys if key.module is None or (parameters is not None and key.parameter not in parameters)
+    ]
+    if unknown:
         raise ModelFileError(
-            f"{file.path}: {count(len(unknown), 'key')} for no module of the transformer: {first_five(unknown)}; "
+            f"{file.path}: {count(len(unknown), 'key')} for nothing in the transformer: {first_five(unknown)}; "
             "`anima verify` tells what the file is"
         )
 

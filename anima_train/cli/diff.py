@@ -11,14 +11,14 @@ from anima_train.core.format import printable
 
 def diff(
     base: Annotated[Path, Argument(metavar="A", help="A checkpoint: a transformer's .safetensors file.")],
-    other: Annotated[Path, Argument(metavar="B", help="Another one, or a LoRA of it.")],
+    other: Annotated[Path, Argument(metavar="B", help="Another one, or a LoRA or another adapter.")],
     html: Annotated[Path | None, Option(dir_okay=False, help="A page to write, with a picture of the blocks.")] = None,
     directions: Annotated[
         int, Option(min=0, help="Leading directions of each matrix in which changes count as interference; 0: none.")
     ] = 16,
     as_json: Json = False,
 ) -> None:
-    """Show what changed between two checkpoints, or what a LoRA adds: how much, where, and along which directions.
+    """Show what changed between two checkpoints, or what an adapter adds: how much, where, and along which directions.
 
     relative: the size of the change over that of the weights. moved: share of the values that are others in the
     checkpoint's own precision. rank: effective, |D|^4 / |D'D|^2, mean over the matrices. in top k: share of the change

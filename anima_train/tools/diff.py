@@ -1,4 +1,4 @@
-"""The difference of two checkpoints, or what a LoRA adds to one: how much, where, and along which directions."""
+"""The difference of two checkpoints, or what an adapter adds to one: how much, where, and along which directions."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from anima_train.adapters.read import Update, read_lora, weight_shapes
+from anima_train.adapters.parts import Adapter, is_adapter, read_adapter
 from anima_train.core.errors import ModelFileError
 from anima_train.core.format import count
 from anima_train.core.random import stream
-from anima_train.model.file_kinds import identify, is_buffer, key_prefix, open_slot, uncompiled, validate_kind
+from anima_train.model.file_kinds import is_buffer, key_prefix, open_slot, validate_kind
 from anima_train.model.safetensors_io import TensorFile, first_five, open_header, read_tensors
 from anima_train.optim.groups import COMPONENTS, Component, component_of
 
@@ -95,11 +95,11 @@ def difference(
     base_path: Path, other_path: Path, directions: int = 16, num_largest: int = 20,
     tell: Callable[[str], object] = lambda name: None,
 ) -> Difference:  # fmt: skip
-    """Compare two checkpoints tensor by tensor, or look at what a LoRA adds to one.
+    """Compare two checkpoints tensor by tensor, or look at what an adapter adds to one.
 
     Args:
         base_path: a transformer, with the LLM adapter inside or without.
-        other_path: another one with the same tensors, or a LoRA in any keys that are read.
+        other_path: another one with the same tensors, or an adapter of any kind.
         directions: leading ones of each base matrix in which changes count as interference; 0 leaves that out.
         num_largest: tensors to name.
         tell: gets the name of each tensor before it is compared.
@@ -137,9 +137,9 @@ def open_transformer(path: Path) -> TensorFile:
 
 
 def delta_of(base: TensorFile, path: Path) -> Delta:
-    """Return what computes the change of a tensor: of the other checkpoint, or of a LoRA."""
-    if identify(uncompiled(open_header(path))) == "a LoRA":
-        return lora_delta(read_lora(path, weight_shapes(base.entries)))
+    """Return what computes the change of a tensor: of the other checkpoint, or of an adapter."""
+    if is_adapter(open_header(path)):
+        return adapter_delta(read_adapter(path, base.entries))
     other = open_transformer(path)
     for problem, names in (
         ("lacks", base.entries.keys() - other.entries.keys()),
@@ -162,14 +162,13 @@ def delta_of(base: TensorFile, path: Path) -> Delta:
     return delta
 
 
-def lora_delta(updates: Mapping[str, Update]) -> Delta:
-    """Return what computes the change of a tensor by a LoRA at strength 1, as if it were merged."""
+def adapter_delta(adapter: Adapter) -> Delta:
+    """Return what computes the change of a tensor by an adapter at strength 1, as if it were merged."""
 
     def delta(name: str, value: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
-        update = updates.get(name.removesuffix(".weight"))
-        if update is None:
+        if name not in adapter.changes:
             return torch.zeros_like(value), 0
-        found = update.scale * (update.up.float() @ update.down.float())
+        found = adapter.change(name, value)
         return found, int(((value + found).to(dtype) != value.to(dtype)).sum())
 
     return delta

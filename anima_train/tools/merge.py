@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anima_train.adapters.parts import Adapter, is_adapter, read_adapter
-from anima_train.adapters.updates import Parts, kind_of, low_rank_factors, product, updated
+from anima_train.adapters.parts import is_adapter, read_adapter
+from anima_train.adapters.updates import Parts, kind_of, low_rank_factors, product
 from anima_train.core.errors import ConfigError, ModelFileError
 from anima_train.core.format import count
 from anima_train.model.file_kinds import is_buffer, key_prefix, open_slot, validate_kind
@@ -95,7 +95,6 @@ def merge_into(
     parameters = [name.removeprefix(prefix) for name in file.entries]
     adapters = [(read_adapter(source.path, parameters), strength_of(source)) for source in sources]
     changed = {name for adapter, _ in adapters for name in adapter.changes}
-    expect_present(file, prefix, adapters)
     shapes = shapes_of(file, dtype)
 
     def make(name: str) -> Tensor:
@@ -106,33 +105,12 @@ def merge_into(
             return tensor.to(shapes[name].dtype)
         for adapter, strength in adapters:
             if bare in adapter.changes:
-                tensor = changed_by(adapter.path, bare, tensor, adapter.changes[bare], strength)
+                tensor = adapter.updated(bare, tensor, strength)
         return tensor.to(shapes[name].dtype)
 
     metadata = metadata_of("model", out, {"merge": told(sources), "into": base.name}, file.metadata)
     save_streamed(out, shapes, metadata, make)
     return Merged("a checkpoint", len(changed), {})
-
-
-def changed_by(path: Path, name: str, tensor: Tensor, parts: Parts, strength: float) -> Tensor:
-    """Return a weight after the change of one file.
-
-    Raises:
-        ModelFileError: they do not fit.
-    """
-    try:
-        return updated(tensor, parts, strength)
-    except ValueError as error:
-        raise ModelFileError(f"{path}: {name}: {error}") from error
-
-
-def expect_present(file: TensorFile, prefix: str, adapters: Sequence[tuple[Adapter, float]]) -> None:
-    """Raise ModelFileError if an adapter changes a tensor that a checkpoint lacks."""
-    for adapter, _ in adapters:
-        if missing := [name for name in adapter.changes if prefix + name not in file.entries]:
-            raise ModelFileError(
-                f"{adapter.path}: changes {count(len(missing), 'tensor')} that {file.path} lacks: {first_five(missing)}"
-            )
 
 
 def strength_of(source: Source) -> float:

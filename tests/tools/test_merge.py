@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from anima_train.cli.main import main
 from anima_train.core.errors import ConfigError, ModelFileError
 from anima_train.model.tiny import tiny_paths
+from anima_train.tools.diff import difference
 from anima_train.tools.inspect import inspect
 from anima_train.tools.merge import Source, merge
 from anima_train.tools.verify import verify
@@ -59,6 +60,17 @@ def test_adapters_of_every_kind_become_the_weights_that_comfyui_makes(golden, ch
     with safe_open(out, "pt") as file:
         origin = json.loads(file.metadata()["anima_train.origin"])
     assert origin == {"merge": [{"file": "all.safetensors", "strength": strength}], "into": "base.safetensors"}
+
+
+def test_the_difference_that_an_adapter_makes_is_that_of_the_merged_checkpoint(golden, checkpoint, tmp_path):
+    path, out = adapter(golden, tmp_path / "all.safetensors", CASES), tmp_path / "out.safetensors"
+    merge([Source(path)], out, into=checkpoint)
+    of_adapter, of_merged = (difference(checkpoint, other, directions=0) for other in (path, out))
+    for number in range(len(CASES)):
+        changes = [found.by_block[str(number)]["self_attn"] for found in (of_adapter, of_merged)]
+        assert changes[0].relative == pytest.approx(changes[1].relative, rel=1e-4)
+        assert changes[0].moved == pytest.approx(changes[1].moved)
+        assert changes[0].effective_rank == pytest.approx(changes[1].effective_rank, rel=1e-2)
 
 
 def test_several_adapters_are_added_one_after_the_other(golden, checkpoint, tmp_path):
@@ -153,7 +165,7 @@ def test_a_merge_that_cannot_be_is_refused_with_a_way_out(
 
 def test_files_that_do_not_fit_are_refused_and_leave_nothing(golden, checkpoint, tiny, tmp_path):
     path, out = adapter(golden, tmp_path / "a.safetensors", ["lora"] * 12), tmp_path / "out.safetensors"
-    with pytest.raises(ModelFileError, match="keys for no module of the transformer"):
+    with pytest.raises(ModelFileError, match="keys for nothing in the transformer"):
         merge([Source(path)], out, into=checkpoint)
     path = adapter(golden, tmp_path / "b.safetensors", ["lora"])
     with pytest.raises(ModelFileError, match=r"the change has the shape \(24, 16\), and the weight \(64, 64\)"):
