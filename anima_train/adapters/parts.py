@@ -12,7 +12,7 @@ from torch import Tensor
 
 from anima_train.adapters.names import STEM_FORMS, anima_modules, lora_stems
 from anima_train.adapters.read import DIFFUSERS_METADATA, PARTS, STATE_SCALE, peft_config, peft_scale
-from anima_train.adapters.updates import change, kind_of, updated
+from anima_train.adapters.updates import change, change_shape, updated
 from anima_train.core.errors import ModelFileError
 from anima_train.core.format import count
 from anima_train.model.file_kinds import uncompiled
@@ -145,15 +145,23 @@ def read_adapter(path: Path, parameters: Iterable[str] | None = None) -> Adapter
         if key.change_part in changes[key.parameter]:
             raise ModelFileError(f"{path}: {key.key} repeats another key of {key.parameter}")
         changes[key.parameter][key.change_part] = tensors[key.key]
-    broken = [name for name, parts in changes.items() if kind_of(parts) is None]
-    if broken:
-        parts = ", ".join(sorted(changes[broken[0]]))
-        raise ModelFileError(
-            f"{path}: {count(len(broken), 'weight')} with parts that make no change that is known, such as {broken[0]} "
-            f"({parts}); `anima verify` tells what the file is"
-        )
+    expect_whole(path, changes)
     give_alphas(file, keys, changes)
     return Adapter(path, changes, file.metadata)
+
+
+def expect_whole(path: Path, changes: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raise ModelFileError if some parts make no change that is known, or do not fit each other."""
+    for name, parts in changes.items():
+        shape = change_shape({part: tuple(tensor.shape) for part, tensor in parts.items()})
+        found = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in sorted(parts.items()))
+        if shape is None:
+            raise ModelFileError(
+                f"{path}: {name} has parts that make no change that is known ({found}); `anima verify` tells what the "
+                "file is"
+            )
+        if (shape == () and "diff" not in parts) or ("alpha" in parts and parts["alpha"].numel() != 1):
+            raise ModelFileError(f"{path}: {name} has parts that do not fit each other: {found}; the file is damaged")
 
 
 def expect_all_known(file: TensorFile, keys: Iterable[AdapterKey], parameters: Collection[str] | None) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 Parts = Mapping[str, Tensor]  # name of a part -> its tensor
 LOHA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
+MIDDLES = {"lora_mid.weight", "lokr_t2", "hada_t1", "hada_t2"}  # third factors, of convolutions
 EPS = torch.finfo(torch.float32).eps  # on DoRA's norms
 
 
@@ -22,6 +23,8 @@ def kind_of(names: Collection[str]) -> str | None:
         names: of the parts of one weight.
     """
     found = set(names)
+    if found & MIDDLES:
+        return None
     if {"down", "up"} <= found:
         return "DoRA" if "dora_scale" in found else "LoRA"
     if all(f"lokr_{side}" in found or {f"lokr_{side}_a", f"lokr_{side}_b"} <= found for side in ("w1", "w2")):
@@ -31,6 +34,33 @@ def kind_of(names: Collection[str]) -> str | None:
     if found in ({"diff"}, {"set_weight"}):
         return "difference" if "diff" in found else "replacement"
     return None
+
+
+def change_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | None:
+    """Return the shape of the change that parts make; () where they do not fit each other, None for an unknown kind.
+
+    Args:
+        shapes: of the parts of one weight, by name.
+    """
+    kind = kind_of(shapes)
+    if kind in ("LoRA", "DoRA"):
+        return product_shape(shapes["up"], shapes["down"])
+    if kind == "LoHa":
+        first, second = (product_shape(shapes[f"hada_{side}_a"], shapes[f"hada_{side}_b"]) for side in ("w1", "w2"))
+        return first if first == second else ()
+    if kind == "LoKr":
+        first, second = (
+            shapes.get(f"lokr_{side}")
+            or product_shape(shapes.get(f"lokr_{side}_a", ()), shapes.get(f"lokr_{side}_b", ()))
+            for side in ("w1", "w2")
+        )
+        return tuple(a * b for a, b in zip(first, second, strict=True)) if len(first) == len(second) else ()
+    return shapes["diff" if kind == "difference" else "set_weight"] if kind else None
+
+
+def product_shape(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of a product of matrices; () if they do not fit."""
+    return (left[0], right[1]) if len(left) == len(right) == 2 and left[1] == right[0] else ()
 
 
 def updated(weight: Tensor, parts: Parts, strength: float = 1.0) -> Tensor:

@@ -1,5 +1,6 @@
 """The kind of an adapter file, and which of its keys ComfyUI and diffusers would use."""
 
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -7,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from anima_train.adapters.names import LORA_PREFIX
 from anima_train.adapters.parts import BLOCK_NUMBER, LLLITE, AdapterKey, adapter_keys, declared_alpha, num_blocks
 from anima_train.adapters.read import OTHER_LORAS, STATE_SCALE
-from anima_train.adapters.updates import kind_of
+from anima_train.adapters.updates import MIDDLES, change_shape, kind_of
 from anima_train.core.format import count
 from anima_train.model.safetensors_io import TensorFile, read_tensors
 from anima_train.optim.groups import COMPONENTS, component_of
@@ -24,7 +25,8 @@ FORM_NAMES = {
     "bare": "the model's own (MODULE)",
 }
 KIND_NAMES = {"difference": "whole differences of weights", "replacement": "whole weights"}
-BY_NAME = {"oft_blocks": "OFT", "a1.weight": "GLoRA"}  # kinds that ComfyUI reads, and nothing here computes
+# Kinds that ComfyUI reads, and nothing here computes.
+BY_NAME = {"oft_blocks": "OFT", "a1.weight": "GLoRA", **dict.fromkeys(MIDDLES, "LyCORIS for convolutions")}
 MAGNITUDE = "lora_magnitude_vector"
 VARIANTS = {28: "Anima 2B", 40: "Anima 2.9B", 52: "Anima 3.8B"}  # by the number of blocks
 TRAINED_ON = ("ss_sd_model_name", "ss_base_model_version", "modelspec.architecture")
@@ -101,7 +103,7 @@ def facts(file: TensorFile, keys: Sequence[AdapterKey], groups: Groups, kinds: C
 
 def alpha_text(file: TensorFile) -> str:
     """Return the values of alpha, and from where they are."""
-    names = [name for name, entry in file.entries.items() if name.endswith(".alpha") and entry.end - entry.start <= 8]
+    names = [name for name, entry in file.entries.items() if name.endswith(".alpha") and math.prod(entry.shape) == 1]
     if names:
         return ", ".join(f"{value:g}" for value in sorted({float(value) for _, value in read_tensors(file, names)}))
     if STATE_SCALE in file.metadata:
@@ -188,38 +190,14 @@ def shape_faults(file: TensorFile, groups: Groups, base: TensorFile) -> dict[str
     """Return what does not fit the base, by the full names of parameters."""
     found = {}
     for name, parts in groups.items():
-        if parts[0].module is None or (shape := implied_shape(file, parts)) is None:
+        shapes = {key.change_part: file.entries[key.key].shape for key in parts}
+        if parts[0].module is None or (shape := change_shape(shapes)) is None:
             continue
         if name not in base.entries:
             found[name] = f"{name}: {base.path.name} has no such tensor"
         elif base.entries[name].shape != shape:
             found[name] = f"{name}: the change has the shape {shape}, and {base.path.name} {base.entries[name].shape}"
     return found
-
-
-def implied_shape(file: TensorFile, parts: Iterable[AdapterKey]) -> tuple[int, ...] | None:
-    """Return the shape of the change that keys make; () where they do not fit each other, None where it is unknown."""
-    shapes = {key.change_part: file.entries[key.key].shape for key in parts}
-    kind = kind_of(shapes)
-    if kind in ("LoRA", "DoRA"):
-        return product_shape(shapes["up"], shapes["down"])
-    if kind == "LoHa":
-        first, second = (product_shape(shapes[f"hada_{side}_a"], shapes[f"hada_{side}_b"]) for side in ("w1", "w2"))
-        return first if first == second else ()
-    if kind == "LoKr":
-        factors = [
-            shapes[f"lokr_{side}"]
-            if f"lokr_{side}" in shapes
-            else product_shape(shapes[f"lokr_{side}_a"], shapes[f"lokr_{side}_b"])
-            for side in ("w1", "w2")
-        ]
-        return tuple(a * b for a, b in zip(*factors, strict=False))
-    return shapes["diff" if kind == "difference" else "set_weight"] if kind else None
-
-
-def product_shape(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of a product of matrices; () if they do not fit."""
-    return (left[0], right[1]) if len(left) == len(right) == 2 and left[1] == right[0] else ()
 
 
 def misalignment(keys: Sequence[AdapterKey], base: TensorFile | None) -> Iterable[str]:

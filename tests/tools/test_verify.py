@@ -59,6 +59,11 @@ FORMATS = {
     ),
     "lllite": ({"lllite_unet_blocks_1_self_attn_q_proj.down.0.weight": torch.ones(4, 4)}, "an LLLite", True, False),
     "sdxl": (pair("lora_unet_input_blocks_4_1_proj_in", "lora_down", "lora_up"), "LoRA of SDXL or SD 1", False, False),
+    "oft": (under(OURS, {"oft_blocks": torch.ones(4, 16, 16)}), "OFT of Anima", True, False),
+    "glora": (
+        under(OURS, {f"{name}.weight": torch.full((4, 4), len(name)) for name in ("a1", "a2", "b1", "b2")}),
+        "GLoRA of Anima", True, False,
+    ),
     "half": ({f"{OURS}.lora_A.weight": torch.ones(4, IN)}, "parts of an adapter of Anima", False, False),
 }  # fmt: skip
 
