@@ -14,11 +14,12 @@ from anima_train.adapters.names import lora_key
 from anima_train.adapters.read import DIFFUSERS_METADATA, STATE_SCALE
 from anima_train.core.errors import ConfigError, NumericError
 from anima_train.core.files import atomic_path
+from anima_train.model.comfy_quantized import TABLE
 from anima_train.model.safetensors_io import file_bytes, write_streamed
 from anima_train.tools.spectra import LowRank
 
-# Metadata of a file that do not hold for one that is made of it: hashes, and scales that go into its tensors.
-NO_LONGER_TRUE = ("sshs_", "modelspec.hash", DIFFUSERS_METADATA, STATE_SCALE)
+# Metadata of a file that do not hold for one that is made of it: hashes, and scales and formats of its tensors.
+NO_LONGER_TRUE = ("sshs_", "modelspec.hash", DIFFUSERS_METADATA, STATE_SCALE, TABLE)
 ARCHITECTURES = {"model": "anima-2b", "lora": "anima-2b/lora"}
 
 

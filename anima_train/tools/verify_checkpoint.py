@@ -9,6 +9,7 @@ import torch
 from anima_train.adapters.names import anima_modules, cosmos_key
 from anima_train.adapters.parts import BLOCK_NUMBER, num_blocks
 from anima_train.core.format import count
+from anima_train.model.comfy_quantized import BESIDE, MARK
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.file_kinds import (
     BUNDLE_KEY,
@@ -27,7 +28,6 @@ from anima_train.tools.verify_adapter import TRAINED_ON, TRAINED_WITH, VARIANTS,
 COMFY_PREFIXES = ("net.", "model.diffusion_model.", "")
 COMFY_BLOCKS = {2048: 28, 5120: 36}  # by the width, up to ComfyUI 0.33.0; other widths
 COMFY_OTHER_BLOCKS = 10
-QUANTIZATION = re.compile(r"\.(comfy_quant|weight_scale(_2)?|scale_weight|input_scale)$|^scaled_fp8$")
 NEEDS_FOLDER = "it takes a model as a folder, which `anima convert CONFIG OUT --to diffusers` writes"
 BUNDLED = re.compile(r"vae\.|text_encoders\.")
 
@@ -42,7 +42,7 @@ def checkpoint_verdict(file: TensorFile, kind: str, base: TensorFile | None) -> 
     """
     part = bundle_part(file, "transformer")
     prefix = key_prefix(part, kind)
-    own = part.without(lambda name: is_buffer(name) or QUANTIZATION.search(name) or not name.startswith(prefix))
+    own = part.without(lambda name: is_buffer(name) or is_beside(name) or not name.startswith(prefix))
     tensors = own.stripped(prefix)
     faults = list(layout_problems(own, kind))
     wanted = base_shapes(base) if base is not None else {} if faults else expected_shapes(tensors, kind)
@@ -76,11 +76,16 @@ def comfy_reason(name: str, prefix: str, tensors: TensorFile, wanted: Mapping[st
     if not name.startswith(prefix):
         return f"they lack the prefix {prefix} of the others"
     bare = name.removeprefix(prefix)
-    if QUANTIZATION.search(bare):
+    if is_beside(bare):
         return None
     if bare not in wanted:
         return "the model has no such tensor"
     return None if tensors.entries[bare].shape == wanted[bare] else "the model's have another shape"
+
+
+def is_beside(name: str) -> bool:
+    """Return True for what a quantised file of ComfyUI has beside weights."""
+    return name.endswith(BESIDE) or name == MARK
 
 
 def base_shapes(base: TensorFile) -> dict[str, tuple[int, ...]]:
@@ -122,10 +127,8 @@ def checkpoint_notes(tensors: TensorFile, kind: str, file: TensorFile) -> Iterab
         )
     if kind == "cosmos":
         yield "without an LLM adapter ComfyUI takes it for Cosmos-Predict2"
-    if any(map(QUANTIZATION.search, file.entries)) or any(
-        entry.dtype not in FLOATS for entry in tensors.entries.values()
-    ):
-        yield "it is quantised: ComfyUI draws with it, and training needs the original in bf16 or fp32"
+    if any(map(is_beside, file.entries)) or any(entry.dtype not in FLOATS for entry in tensors.entries.values()):
+        yield "it is quantised: anima-train reads it as bfloat16, with the rounding that it has"
 
 
 def renamed_verdict(file: TensorFile, kind: str) -> Verdict:

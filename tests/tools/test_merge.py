@@ -91,6 +91,20 @@ def product(path, module):
     return up @ down
 
 
+def test_a_quantised_checkpoint_becomes_one_in_bfloat16(golden, checkpoint, tmp_path):
+    path, out = adapter(golden, tmp_path / "a.safetensors", ["lora"]), tmp_path / "out.safetensors"
+    tensors, name = load_file(checkpoint), "net.blocks.1.mlp.layer1.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    tensors[name.replace(".weight", ".weight_scale")] = torch.tensor(0.5)
+    layers = json.dumps({"layers": {name.removesuffix(".weight"): {"format": "float8_e4m3fn"}}})
+    save_file(tensors, tmp_path / "small.safetensors", {"_quantization_metadata": layers})
+    merge([Source(path)], out, into=tmp_path / "small.safetensors")
+    assert torch.equal(load_file(out)[name], (tensors[name].float() * 0.5).bfloat16())
+    assert load_file(out).keys() == load_file(checkpoint).keys()
+    with safe_open(out, "pt") as file:
+        assert "_quantization_metadata" not in file.metadata()
+
+
 def test_loras_beside_each_other_are_their_sum(golden, tmp_path):
     first = adapter(golden, tmp_path / "a.safetensors", ["lora", "lora"])
     second = adapter(golden, tmp_path / "b.safetensors", ["lora_alpha"])
