@@ -56,7 +56,9 @@ def faults(tree: ast.AST) -> list[str]:
             value = node.value.value if isinstance(node.value, ast.Constant) else ...
             if node.arg == "trust_remote_code" and value is not False:
                 found.append("trust_remote_code")
-            if node.arg in ("shell", "allow_pickle", "use_safetensors", "weights_only") and value is not False:
+            if node.arg in ("shell", "allow_pickle") and value is not False:
+                found.append(f"{node.arg}=")
+            if node.arg in ("use_safetensors", "weights_only") and value is not True:
                 found.append(f"{node.arg}=")
     return found
 
@@ -74,6 +76,7 @@ def test_source_runs_nothing_that_comes_from_a_file():
         "eval('1')", "os.system('ls')", "torch.load('x', weights_only=True)", "np.load(x)", "accelerator.load_state(x)",
         "subprocess.run('ls', shell=True)", "subprocess.run('ls', shell=on)", "yaml.load(x)", "Image.open(x)",
         "AutoModel.from_pretrained(x, trust_remote_code=True)", "f(trust_remote_code=setting)",
+        "AutoModel.from_pretrained(x, use_safetensors=False)",
     ],
 )  # fmt: skip
 def test_each_of_these_would_be_found(code):

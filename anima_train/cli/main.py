@@ -16,6 +16,7 @@ import typer
 from anima_train.cli.cache import cache
 from anima_train.cli.check import check
 from anima_train.cli.command import Command
+from anima_train.cli.compare import compare
 from anima_train.cli.convert import convert
 from anima_train.cli.diff import diff
 from anima_train.cli.download import download
@@ -36,7 +37,7 @@ from anima_train.distributed.failures import run_program
 from anima_train.distributed.launcher import rank
 
 COMMANDS: tuple[Callable[..., None], ...] = (
-    train, check, report, sample, cache, convert, diff, verify, inspect, merge, extract, resize, tiny,
+    train, check, report, sample, compare, cache, convert, diff, verify, inspect, merge, extract, resize, tiny,
     download, reference,
 )  # fmt: skip
 NAMES = [command.__name__ for command in COMMANDS]

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from anima_train.adapters.read import Shapes, linear_shapes, merge_loras, read_lora
+from anima_train.adapters.read import Shapes, Updates, linear_shapes, merge_loras, read_lora
 from anima_train.core.device import release_memory
 from anima_train.core.files import sha256_file
 from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX
@@ -40,6 +40,7 @@ class LoraSwitch:
         self.prefix = prefix
         self.keeps = keeps
         self.loras: Loras = ()
+        self.updates: dict[Path, Updates] = {}  # of these LoRAs
         self.originals: dict[str, Tensor] = {}  # by the full names of the modules that were changed
 
     @torch.no_grad()
@@ -52,7 +53,9 @@ class LoraSwitch:
         if loras == self.loras:
             return
         assert self.keeps or not self.loras
-        updates = [(read_lora(lora.path, self.shapes), lora.strength) for lora in loras]
+        # Another strength of the same LoRA reads no file.
+        self.updates = {lora.path: self.updates.get(lora.path) or read_lora(lora.path, self.shapes) for lora in loras}
+        updates = [(self.updates[lora.path], lora.strength) for lora in loras]
         names = {name for update, _ in updates for name in update}
         for name, module in self.model.named_modules(prefix=self.prefix.removesuffix(".")):
             if name in self.originals:

@@ -51,6 +51,7 @@ def test_help_version_and_slips_are_answered_without_torch(started):
     right = [
         ("anima", "--help"), ("anima-train", "--help"), ("anima", "-h"), ("anima-train", "-h"), ("anima", "--version"),
         ("anima-train", "--version"), ("anima", "sample", "--help"), ("anima-train", "sample", "-h"),
+        ("anima", "compare", "--help"),
     ]  # fmt: skip
     wrong = [
         ("anima", "trian", "x"), ("anima-train", "chekc", "x"), ("anima-train", "--resum"), ("anima-train",),

@@ -1,0 +1,178 @@
+"""Judges: what scores pictures against their prompts. One of ours, CLIP; others come from installed packages.
+
+A package offers one as an entry point of the group `anima_train.judges`: its name, and a function that gets the text
+behind the colon of `--judge NAME:TEXT` ("" without one) and returns a `Judge`.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from anima_train.core.device import choose_device
+from anima_train.core.errors import ConfigError, UserError
+from anima_train.core.settings import quoted
+from anima_train.sampling.prompts import weighted_pieces
+
+logger = logging.getLogger(__name__)
+
+GROUP = "anima_train.judges"
+CLIP = "clip"
+BATCH_SIZE = 16  # pictures that a judge is given at once
+
+
+class Judge(Protocol):
+    """Scores pictures."""
+
+    name: str
+    higher_is_better: bool
+
+    def __call__(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Sequence[float]:
+        """Return a number for each picture, given in RGB with the words of its prompt."""
+        ...
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The scores of pictures by one judge."""
+
+    judge: str
+    higher_is_better: bool
+    scores: Sequence[float]  # of the pictures in their order
+
+
+class Clip:
+    """CLIP's score: 100 times the cosine of the embeddings of picture and prompt (Hessel et al. 2021).
+
+    It sees the middle square of a picture, and the first 77 tokens of a prompt.
+
+    Args:
+        place: a folder with a CLIPModel and its tokenizer, or its name on the Hub.
+        offline: nothing may be looked up on the Hub.
+
+    Raises:
+        ConfigError: there is none.
+    """
+
+    higher_is_better = True
+
+    def __init__(self, place: str, offline: bool = False) -> None:
+        from transformers import CLIPModel, CLIPTokenizer  # take long to import
+
+        if not place:
+            raise ConfigError(f"--judge {CLIP}: expected a folder or a name on the Hub; write --judge {CLIP}:PATH")
+        self.name = f"CLIP {Path(place).name}"
+        self.device = choose_device()
+        options: dict[str, Any] = {"local_files_only": offline or Path(place).is_dir()}
+        try:
+            self.tokenizer = CLIPTokenizer.from_pretrained(place, **options)
+            model = CLIPModel.from_pretrained(place, use_safetensors=True, dtype=torch.float32, **options)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ConfigError(
+                f"--judge {CLIP}:{place}: no CLIP can be loaded from there ({reason}); expected a folder or a name on "
+                "the Hub with config.json, model.safetensors and the tokenizer"
+            ) from error
+        self.model = model.to(self.device).eval()
+
+    @torch.no_grad()
+    def __call__(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+        settings = self.model.config
+        words = self.tokenizer(
+            list(prompts), padding=True, truncation=True, max_length=settings.text_config.max_position_embeddings,
+            return_tensors="pt",
+        ).to(self.device)  # fmt: skip
+        pixels = torch.stack([clip_pixels(picture, settings.vision_config.image_size) for picture in pictures])
+        out = self.model(
+            input_ids=words["input_ids"], attention_mask=words["attention_mask"], pixel_values=pixels.to(self.device)
+        )
+        cosines = (out.image_embeds * out.text_embeds).sum(dim=-1)  # both have length 1
+        return (100 * cosines).tolist()
+
+
+def clip_pixels(picture: Image.Image, side: int) -> Float[Tensor, "3 side side"]:
+    """Return the middle square of a picture, in the size and the range that CLIP was trained on."""
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+    square = ImageOps.fit(picture, (side, side), Image.Resampling.BICUBIC)
+    values = torch.from_numpy(np.array(square)).permute(2, 0, 1) / 255  # (3, side, side)
+    mean, std = (torch.tensor(each)[:, None, None] for each in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    return (values - mean) / std
+
+
+def load_judges(words: Sequence[str], offline: bool = False) -> list[Judge]:
+    """Return the judges that `NAME` or `NAME:TEXT` name; without words all that are installed and can be loaded.
+
+    Raises:
+        ConfigError: there is no such judge, or it cannot be loaded.
+    """
+    installed = {entry.name: entry for entry in entry_points(group=GROUP)}
+    judges = []
+    for word in words or installed:
+        name, _, text = word.partition(":")
+        try:
+            judges.append(load_judge(name, text, installed, offline))
+        except ConfigError as error:
+            if words:
+                raise
+            logger.warning("%s; it is left out", "; ".join(error.problems))
+    return judges
+
+
+def load_judge(name: str, text: str, installed: Mapping[str, EntryPoint], offline: bool) -> Judge:
+    """Return one judge; raises as `load_judges`."""
+    if name not in installed and name == CLIP:
+        return Clip(text, offline)
+    if name not in installed:
+        names = ", ".join(dict.fromkeys([CLIP, *installed]))
+        raise ConfigError(f"--judge: found {quoted(name)}, expected one of {names}; others are installed as packages")
+    try:
+        make: Callable[[str], Judge] = installed[name].load()
+        judge = make(text)
+        judge.name, judge.higher_is_better  # noqa: B018  told here if it has none
+    except UserError:
+        raise
+    except Exception as error:
+        problem = f"--judge {name}: {installed[name].value} cannot be loaded ({type(error).__name__}: {error})"
+        raise ConfigError(problem) from error
+    return judge
+
+
+def plain_text(prompt: str) -> str:
+    """Return the words of a prompt, without its weights."""
+    return "".join(text for text, _ in weighted_pieces(prompt))
+
+
+def judged(judge: Judge, pictures: Sequence[Path], prompts: Sequence[str]) -> Judged | None:
+    """Return what a judge says of each picture; None, with a warning, if it fails: the pictures stay.
+
+    Args:
+        judge: that is asked, for a few pictures at once.
+        pictures: PNG files.
+        prompts: of the pictures, as they were drawn.
+    """
+    found: list[float] = []
+    for start in range(0, len(pictures), BATCH_SIZE):
+        images = []
+        for path in pictures[start : start + BATCH_SIZE]:
+            with Image.open(path, formats=["PNG"]) as image:
+                images.append(image.convert("RGB"))
+        try:
+            values = judge(images, [plain_text(prompt) for prompt in prompts[start : start + BATCH_SIZE]])
+            found += [float(value) for value in values]
+        except Exception as error:  # noqa: BLE001 code of others, and the pictures are drawn
+            logger.warning("the judge %s has failed (%s: %s): no scores", judge.name, type(error).__name__, error)
+            return None
+    if len(found) == len(pictures):
+        return Judged(judge.name, judge.higher_is_better, found)
+    text = "the judge %s has given %d scores for %d pictures: none is shown"
+    logger.warning(text, judge.name, len(found), len(pictures))
+    return None
