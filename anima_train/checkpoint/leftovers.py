@@ -38,7 +38,7 @@ def unfinished_files(folder: RunFolder) -> Iterator[Path]:
     weights = re.escape(folder.name[:LENGTH])
     for place, names in (
         (folder.weights_path(None).parent, rf"{weights}.*"),
-        (folder.path / "samples", r"s\d+_\d+\.png"),
+        *((place, r"s\d+_\d+\.png") for place in (folder.path / "samples", *folder.strengths_folder.glob("*"))),
         (folder.path, "|".join(re.escape(path.name) for path in folder.written)),
     ):
         pattern = re.compile(TEMPORARY.format(names))

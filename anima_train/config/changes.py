@@ -43,6 +43,7 @@ MAY_CHANGE = frozenset(
         # What is looked at and what is kept on the way: the training does not see it.
         *("eval_datasets", "eval_datasets.*", "eval_every_n_epochs", "eval_every_n_steps", "eval_every_n_examples"),
         *("keep_best", "forgetting_budget", "at_budget", "early_stopping", "early_stopping.*"),
+        "strengths_after_training",
         *("eval_before_first_step", "sampling", "sampling.*", "monitoring.*", "metadata.*", "x_axis_examples"),
         *("save_every_n_epochs", "save_every_n_steps", "save_every_n_examples", "save_every_n_minutes", "save_dtype"),
         *("checkpoint_every_n_epochs", "checkpoint_every_n_steps", "checkpoint_every_n_minutes", "keep_last"),

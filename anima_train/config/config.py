@@ -138,6 +138,10 @@ class Config(Settings):
     "retention". The last evaluation within it is saved as NAME-best.safetensors, or that which keep_best names."""
     at_budget: Literal["stop", "go_on"] = "stop"
     """At an evaluation beyond forgetting_budget the run ends, or goes on, and what is kept stays within."""
+    strengths_after_training: list[Annotated[float, Field(ge=0, le=4)]] = Field(default=[])
+    """Strengths of the LoRA at which the run, at its end, measures learning and forgetting on all eval_datasets, and
+    draws the [sampling] prompts, such as [0.25, 0.5, 0.75, 1.0, 1.25]; 0, the base, is always among them. Each costs as
+    much as an evaluation and a preview. They are kept in the run's strengths.json and shown in its report."""
     save_every_n_epochs: int | None = Field(default=None, ge=1)
     """Save the LoRA or the model after every n epochs. It is always saved at the end."""
     save_every_n_steps: int | None = Field(default=None, ge=1)
@@ -278,6 +282,15 @@ class Config(Settings):
             raise ValueError("missing, from whose previews metadata.thumbnail is taken; add it, or remove thumbnail")
         return value
 
+    @field_validator("strengths_after_training")
+    @classmethod
+    def can_be_told_apart(cls, value: list[float], earlier: ValidationInfo) -> list[float]:
+        """Require a set on which learning or forgetting is measured."""
+        sets = earlier.data.get("eval_datasets", ())
+        if value and not any(each.role in ("validation", "retention") for each in sets):
+            raise ValueError('needs a set in eval_datasets with role = "validation" or "retention"')
+        return value
+
     @field_validator("early_stopping")
     @classmethod
     def watches_what_is_logged(cls, value: EarlyStopping | None, earlier: ValidationInfo) -> EarlyStopping | None:
@@ -308,6 +321,14 @@ class Config(Settings):
             drifts.append("forgetting_budget")
         if drifts and base_is_lost({**earlier.data, "adapter": value}):
             raise ValueError(f"{drifts[-1]} {BASE_IS_LOST}")
+        return value
+
+    @field_validator("adapter")
+    @classmethod
+    def has_strengths(cls, value: AnyAdapter, earlier: ValidationInfo) -> AnyAdapter:
+        """Refuse to try strengths of a whole model."""
+        if isinstance(value, Full) and earlier.data.get("strengths_after_training"):
+            raise ValueError("a full fine-tune has no strength, as a LoRA has; remove strengths_after_training")
         return value
 
     @field_validator("preservation")

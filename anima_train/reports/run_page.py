@@ -15,6 +15,7 @@ from anima_train.reports.evaluations import Evaluated, UpdateNorm
 from anima_train.reports.html import TEMPLATES
 from anima_train.reports.run import Preview, RunReport, collect_run
 from anima_train.reports.series import MAX_POINTS, Series, evenly_to_last
+from anima_train.reports.strengths import StrengthsReport, read_strengths
 
 MAX_RANGES = 20  # of a histogram
 
@@ -32,11 +33,11 @@ def write_run_report(run: Path, page: Path | None = None, found: RunReport | Non
         SpaceError: the disk is full; an earlier page is intact.
     """
     page = page or run / "report.html"
-    write_text(page, render_run(found or collect_run(run)))
+    write_text(page, render_run(found or collect_run(run), read_strengths(run)))
     return page
 
 
-def render_run(report: RunReport) -> str:
+def render_run(report: RunReport, strengths: StrengthsReport | None = None) -> str:
     """Return the whole page, the same for the same report."""
     curves = report.metrics.curves
     roles = {key.removeprefix("loss/"): curves[key] for key in sorted(curves) if key.startswith("loss/")}
@@ -51,6 +52,7 @@ def render_run(report: RunReport) -> str:
         curves=curves,
         roles=roles,
         rates=rates,
+        strengths=strengths,
         charts=run_charts(curves, roles, rates, report.updates),
         facts=[(key, fact_text(value)) for key, value in report.manifest.items() if not is_table(value)],
         fact_tables=[(key, *fact_table(value)) for key, value in report.manifest.items() if is_table(value)],

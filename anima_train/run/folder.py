@@ -15,7 +15,7 @@ from anima_train.core.errors import ConfigError, Interrupted, SpaceError
 from anima_train.core.files import UNWRITABLE, disk_errors, sha256_file, sync, write_text
 from anima_train.core.format import Listing, printable
 
-EVALUATIONS, WARNINGS = "evaluations.jsonl", "warnings.jsonl"
+EVALUATIONS, WARNINGS, STRENGTHS = "evaluations.jsonl", "warnings.jsonl", "strengths.json"
 # What reading a damaged record raises: text that is none, another nesting, other types, numbers beyond all bounds.
 DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError)
 
@@ -36,9 +36,18 @@ class RunFolder:
         self.config_path = self.path / "config.toml"
         self.lists_path = self.path / "lists.txt"  # of this start: what messages name the first entries of
         self.seen_path = self.path / "seen.json"
+        self.strengths_path = self.path / STRENGTHS  # the LoRA at several strengths, after the last step
+        self.strengths_folder = self.path / "strengths"  # previews of these
         self.hashed = (self.metrics_path, self.evaluations_path)  # in training states
         self.records = (*self.hashed, self.warnings_path)
-        self.written = (*self.records, self.config_path, self.manifest_path, self.base_path, self.seen_path)
+        self.written = (
+            *self.records,
+            self.config_path,
+            self.manifest_path,
+            self.base_path,
+            self.seen_path,
+            self.strengths_path,
+        )
         self.lock_path = self.path / ".lock"
         self.lock = FileLock(self.lock_path)
         self.identity: tuple[int, int] | None = None  # of the folder that was opened
@@ -179,6 +188,7 @@ class RunFolder:
         """
         self.check()
         self.hashes = {}
+        self.strengths_path.unlink(missing_ok=True)  # of an earlier end
         for path in self.records:
             old = None if source is None else source / path.name
             if old is not None and old.exists():

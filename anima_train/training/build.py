@@ -23,6 +23,7 @@ from anima_train.core.files import on_disk
 from anima_train.core.format import format_bytes
 from anima_train.data.plan import EpochSchedule, Plan, times_seen
 from anima_train.data.samples import Sample
+from anima_train.evaluation.strengths import strengths_to_try
 from anima_train.model.block_swap import BlockSwap, copied_blocks
 from anima_train.model.dit import MiniTrainDIT, RunBlock, TransformerShape
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
@@ -285,5 +286,5 @@ def disk_plan(
         sizes,
         num_weights=times["save"] + 1,
         num_states=num_kept if by_time else min(num_kept, times["training state"]),
-        num_previews=times["preview"] + draws_first,
+        num_previews=times["preview"] + draws_first + len(strengths_to_try(config.strengths_after_training)),
     )

@@ -25,6 +25,7 @@ from anima_train.data.loader import CachedData
 from anima_train.data.plan import Plan
 from anima_train.data.samples import Sample
 from anima_train.data.scan import Scan
+from anima_train.evaluation.strengths import strengths_to_try
 from anima_train.model.attention_choice import AttentionShape, choose_attention
 from anima_train.model.loading import ModelSpec
 from anima_train.model.text import load_tokenizers
@@ -105,8 +106,8 @@ def describe_run(
     lines.extend((*choice.lines, *choice.card_lines))
     evals = {name: scan.samples for name, scan in scans.items() if name != "train"}
     lines.extend((*plan_text(plan, schedule, config.epochs, config.ema), *preservation_text(plan, loaded.preservation)))
-    due = all_intervals(config)["evaluation"], config.eval_before_first_step
-    lines.extend(evaluation_text(*due, loaded.passes(evals), plan, schedule))
+    others = config.eval_before_first_step + len(strengths_to_try(config.strengths_after_training))
+    lines.extend(evaluation_text(all_intervals(config)["evaluation"], others, loaded.passes(evals), plan, schedule))
     lines.extend(f"warning: {warning}" for warning in plan_warnings(config, schedule.num_steps))
     lines.extend(f"note: {note}" for note in plan_notes(config, spec, plan, schedule, evals))
     lines.extend(groups_text(rows))

@@ -63,7 +63,7 @@ def data_messages(name: str, found: Scan) -> list[str]:
 
 
 def evaluation_text(
-    due: Interval, begins: bool, passes: Sequence[tuple[Size, int]], plan: Plan, schedule: EpochSchedule
+    due: Interval, others: int, passes: Sequence[tuple[Size, int]], plan: Plan, schedule: EpochSchedule
 ) -> list[str]:
     """Return a line about the evaluations: how many, of how many passes, and their share of the run's work.
 
@@ -71,14 +71,14 @@ def evaluation_text(
 
     Args:
         due: when they are made.
-        begins: True if one is made before the first step.
+        others: those before the first step and after the last one.
         passes: (size, number of passes) of each image.
         plan: of the batches.
         schedule: of the epochs.
     """
     end = schedule.num_steps
     seen = times_seen(plan, schedule, end)
-    times = due.count(range(end), range(schedule.locate(end)[0]), range(sum(seen))) + begins
+    times = due.count(range(end), range(schedule.locate(end)[0]), range(sum(seen))) + others
     work = times * sum(number * size.num_tokens for size, number in passes)
     trained = 3 * sum(number * sample.size.num_tokens for number, sample in zip(seen, plan.samples, strict=True))
     if not work:

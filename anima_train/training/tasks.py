@@ -11,6 +11,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from anima_train.adapters.lora import Lora
@@ -39,7 +40,7 @@ from anima_train.evaluation.base_velocities import BaseVelocity, FromWeights, Re
 from anima_train.evaluation.bounds import Bounds, history_of
 from anima_train.evaluation.evaluate import EvalSet, base_text, evaluate, read_base
 from anima_train.evaluation.previews import Previews
-from anima_train.evaluation.results import described, score, summary
+from anima_train.evaluation.results import Evaluation, described, score, summary
 from anima_train.model.safetensors_io import open_header, read_tensors
 from anima_train.run.intervals import next_event
 from anima_train.run.manifest import seen_facts
@@ -53,6 +54,7 @@ from anima_train.training.metrics import MadeStep, StepLogger
 from anima_train.training.prefetch import RankStep
 from anima_train.training.prepare import Prepared
 from anima_train.training.setup import TrainState
+from anima_train.training.strengths import try_all
 
 logger = logging.getLogger(__name__)
 
@@ -180,19 +182,9 @@ class PeriodicTasks:
         Raises:
             Abandoned: the run is to stop; nothing is logged.
         """
-        context, config, state = self.context, self.context.config, self.state
-        idle = None if state.shards is None else partial(whole_pass, state.transformer, context.device)
+        context, state = self.context, self.state
         with state.averaged():
-            results = []
-            for eval_set in self.data.evals:
-                velocities = self.base_velocity(eval_set)
-                results.append(evaluate(
-                    state.model, eval_set, config.loss(), config.timesteps(), context.accelerator, config.num_workers,
-                    context.signals, idle, velocities,
-                ))  # fmt: skip
-                if isinstance(velocities, Recording):
-                    rank = context.accelerator.process_index
-                    velocities.save(context.folder.base_velocities, eval_set.name, eval_set.identity, rank)
+            results = self.measured()
             norms = state.norms.metrics() if state.norms is not None and self.writes else {}
         if not context.is_main or not results:
             return
@@ -212,6 +204,22 @@ class PeriodicTasks:
             if not math.isfinite(result.loss):
                 text = "the loss of the evaluation set %s is not finite%s"
                 logger.warning(text, result.name, kept, extra={"step": state.step})
+
+    def measured(self) -> list[Evaluation]:
+        """Return the evaluation of every set with the weights as they are; raises as `evaluate`."""
+        context, config, state = self.context, self.context.config, self.state
+        idle = None if state.shards is None else partial(whole_pass, state.transformer, context.device)
+        results = []
+        for eval_set in self.data.evals:
+            velocities = self.base_velocity(eval_set)
+            results.append(evaluate(
+                state.model, eval_set, config.loss(), config.timesteps(), context.accelerator, config.num_workers,
+                context.signals, idle, velocities,
+            ))  # fmt: skip
+            if isinstance(velocities, Recording):
+                rank = context.accelerator.process_index
+                velocities.save(context.folder.base_velocities, eval_set.name, eval_set.identity, rank)
+        return results
 
     def base_velocity(self, eval_set: EvalSet) -> BaseVelocity | None:
         """Return the base model's velocity on a set; None where drift is not measured, or the base was not kept."""
@@ -266,12 +274,27 @@ class PeriodicTasks:
         Raises:
             Abandoned: the run is to stop.
         """
-        previews, state, lockstep = self.previews, self.state, self.lockstep
+        with self.state.averaged():
+            paths, pictures = self.draw(self.previews)
+        if paths and self.previews is not None:
+            step = self.state.step
+            logger.info("step %d: %s in %s", step, count(len(paths), "preview"), self.previews.folder)
+            self.log.trackers.show(pictures, self.log.x(step, self.state.samples_seen))
+
+    def draw(self, previews: Previews | None) -> tuple[list[Path], Mapping[str, np.ndarray]]:
+        """Draw with the weights as they are; return files and pictures, none where it fails, with a warning.
+
+        Args:
+            previews: None: another process draws, and this one takes part in its passes.
+
+        Raises:
+            Abandoned: the run is to stop.
+        """
+        state, lockstep = self.state, self.lockstep
         if previews is None:
             if lockstep is not None:
-                with state.averaged():
-                    lockstep.follow()
-            return
+                lockstep.follow()
+            return [], {}
         self.context.folder.check()
         model = self.context.accelerator.unwrap_model(state.model, keep_fp32_wrapper=True)
 
@@ -285,18 +308,36 @@ class PeriodicTasks:
             return lead(TRANSFORMER, lambda: model(latents, t, context))
 
         try:
-            with state.averaged(), contextlib.nullcontext() if lockstep is None else lockstep.leading():
+            with contextlib.nullcontext() if lockstep is None else lockstep.leading():
                 paths = previews.draw(state.step, state.transformer, forward, partial(lead, LLM_ADAPTER))
-            pictures = previews.pictures(paths)
+            return paths, previews.pictures(paths)
         except (Abandoned, Interrupted):
             raise
         except Exception as error:
             if lockstep is not None and lockstep.is_broken:
                 raise  # the others are in a pass that this process has left
             logger.warning("no preview (%s)", error, extra={"step": state.step})
+            return [], {}
+
+    def try_strengths(self) -> None:
+        """Measure and draw the LoRA, as it is saved, at each of the wished strengths; keep and tell what is found.
+
+        Raises:
+            Interrupted: the run is to stop; the process that resumes tries them.
+        """
+        context = self.context
+        if not context.config.strengths_after_training:
             return
-        logger.info("step %d: %s in %s", state.step, count(len(paths), "preview"), previews.folder)
-        self.log.trackers.show(pictures, self.log.x(state.step, state.samples_seen))
+        try:
+            with self.log.progress.doing("strengths"), self.state.averaged():
+                try_all(context, self.state, self.evaluated, self.measured, self.previews, self.draw)
+        except Abandoned:
+            request = context.signals.requested(context.accelerator)
+            if self.writes:
+                self.save_state(self.state.step)
+            self.wait_for_writes()
+            assert request.exit_code is not None
+            raise Interrupted(f"while strengths were tried; {RESUME_HINT}", request.exit_code) from None
 
     def save_weights(self, step: int | None, path: Path | None = None) -> Path:
         """Have the LoRA or the model written; None: after the last step. Return its path."""
@@ -389,6 +430,7 @@ class PeriodicTasks:
             if self.writes:
                 self.save_weights(None)
             self.writer.wait()
+        self.try_strengths()
         if self.context.is_main:
             seen = seen_facts(self.plan, self.schedule, self.state.step)
             folder.check()

@@ -21,6 +21,7 @@ def fill(folder):
     written = [
         folder.weights_path(None), folder.weights_path(20), folder.path / "samples" / "s000002_00.png",
         folder.metrics_path, folder.manifest_path, folder.config_path, folder.seen_path, folder.base_path,
+        folder.strengths_path, folder.strengths_folder / "0.5" / "s000002_00.png",
     ]  # fmt: skip
     left = [temporary_beside(path, None) for path in written]
     for name in (".step-000003.tmp", ".step-000001.old.tmp", "unused-step-000004", "unused-step-000004-2"):

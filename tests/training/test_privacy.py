@@ -76,7 +76,7 @@ class Lived:
 
 @pytest.fixture(scope="module")
 def lived(tmp_path_factory, images_drawer, tiny):
-    """Training, resuming, a report, a check, pictures, a converted model, and mistakes; offline."""
+    """Training, resuming, a report, a check, pictures, a comparison, a converted model, and mistakes; offline."""
     folder = tmp_path_factory.mktemp(PERSON)
     images = images_drawer(folder / "data" / PERSON / "pictures", [(96, 96)] * 2)
     (images / "broken.png").write_bytes(b"no image")
@@ -96,13 +96,15 @@ def lived(tmp_path_factory, images_drawer, tiny):
     (folder / "run.toml").write_text(tomli_w.dumps(config))
     path, lora = f"{start}run.toml", f"{start}runs/run/weights/run.safetensors"
     key = f'monitoring.wandb_api_key="{KEY_ON_LINE}"'
+    strengths = "strengths_after_training=[0.5]"
     commands = [
-        ["train", path, "--set", key],
-        ["train", path, "--set", key, "--set", "max_steps=3", "--resume"],
+        ["train", path, "--set", key, "--set", strengths],
+        ["train", path, "--set", key, "--set", strengths, "--set", "max_steps=3", "--resume"],
         ["report", f"{start}runs/run"],
         ["check", path],
         ["sample", path, "--prompt", "a", "--lora", lora, "--out", f"{start}out", "--size", "64x64", "--steps", "1",
          "--grid", f"x=lora:none,{lora}"],
+        ["compare", f"{start}runs/run", "--strengths", "0.5"],
         ["convert", path, f"{start}converted", "--to", "diffusers"],
         ["train", path, "--set", key],  # the run is there already
         ["train", path, "--set", f"monitoring.wandb_api_key={KEY_ON_LINE}x y"],
@@ -123,7 +125,7 @@ def lived(tmp_path_factory, images_drawer, tiny):
 
 
 def test_every_command_did_what_it_should(lived):
-    assert lived.codes == [0, 0, 0, 0, 0, 0, 2, 2, 2, 2], lived.output
+    assert lived.codes == [0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2], lived.output
     assert lived.files("runs/run/wandb/offline-run-*/*.wandb", "runs/run/**/events.out.tfevents*")
 
 
@@ -148,6 +150,7 @@ SHARED = (
     "runs/run/weights/*", "runs/run/samples/*", "runs/run/report.html", "runs/check_run.html", "runs/run/*.jsonl",
     "runs/run/manifest.json", "runs/run/seen.json", "runs/run/**/events.out.tfevents*", "runs/run/wandb/**/*.wandb",
     "runs/run/wandb/**/files/**/*", "out/*", "converted/**/*",
+    "runs/run/compare/*", "runs/run/strengths.json", "runs/run/strengths/*/*",
 )  # fmt: skip
 PRIVATE = ("warnings.jsonl",)  # keeps what was said, with the paths in it
 
@@ -161,7 +164,7 @@ def test_no_path_and_no_name_is_in_what_may_be_shared(lived):
         if path.name not in PRIVATE and word.encode() in path.read_bytes()
     }
     assert holders == {}
-    for path in lived.files("runs/run/samples/*.png", "out/*.png"):
+    for path in lived.files("runs/run/samples/*.png", "out/*.png", "runs/run/compare/*.png"):
         with Image.open(path) as image:
             assert not re.search(f"{PERSON}|{HOST}|/tmp", str(image.info))
 

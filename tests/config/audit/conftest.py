@@ -43,6 +43,7 @@ from anima_train.distributed.signals import SignalHandler
 from anima_train.evaluation.base_drawn import split_undrawn
 from anima_train.evaluation.bounds import Bounds
 from anima_train.evaluation.evaluate import EvalSet
+from anima_train.evaluation.strengths import strengths_to_try
 from anima_train.model.attention_choice import AttentionShape, choose_attention
 from anima_train.model.compiled import CompiledBlocks
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
@@ -388,6 +389,7 @@ def of_data(config, train, evals, needed, plan):
     yield "tags told", data_metadata(samples, config.metadata.tag_frequencies).get("ss_tag_frequency")
     yield "kinds", sorted({sample.options.kind for sample in samples})
     yield "bounds", decided(config)
+    yield "strengths", strengths_to_try(config.strengths_after_training)
     yield (
         "measured",
         [measured(config, entry, evals[entry.name]) for entry in config.eval_datasets if entry.name in evals],

@@ -176,6 +176,7 @@ ROWS: dict[str, Row] = dict((
     table("preservation.pictures", "drawn", {"steps": 2}, preservation={"share": 0.5}),
     table("preservation.class_caption", "preserved,texts", "1boy", preservation=OF_CLASS),
     table("at_budget", "bounds", "go_on", eval_datasets=[KEPT], forgetting_budget=0.2),
+    table("strengths_after_training", "strengths", [0.5], eval_datasets=[KEPT]),
     table("early_stopping", "bounds", {"metric": "known/loss"}, eval_datasets=[KEPT]),
     table("early_stopping.metric", "bounds", "known/difference_from_base", eval_datasets=[KEPT], early_stopping=RULE),
     table("early_stopping.patience", "bounds", 1, eval_datasets=[KEPT], early_stopping=RULE),

@@ -1,0 +1,72 @@
+"""A trained LoRA at several strengths: what it has learned, and what it has forgotten, at each."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from anima_train.adapters.lora import lora_layers
+from anima_train.evaluation.results import Evaluation, summary
+
+BASE = 0.0  # the strength of a LoRA that is not there
+
+
+def strengths_to_try(wished: Sequence[float]) -> list[float]:
+    """Return the strengths at which a run measures its LoRA: the wished ones and, before them, the base; or none."""
+    return sorted({BASE, *wished}) if wished else []
+
+
+@contextlib.contextmanager
+def at_strength(transformer: nn.Module, strength: float) -> Iterator[None]:
+    """Have the LoRA of a transformer act at a strength while this is open: B is scaled in place, then as before."""
+    if strength == 1:
+        yield
+        return
+    ups = [layer.lora_B.detach() for _, layer in lora_layers(transformer)]
+    kept = [up.clone() for up in ups]
+    with torch.no_grad():
+        for up in ups:
+            up.mul_(strength)
+    try:
+        yield
+    finally:
+        for up, values in zip(ups, kept, strict=True):
+            up.copy_(values)
+
+
+@dataclass(frozen=True)
+class AtStrength:
+    """The evaluations of all sets at one strength, and what was drawn there."""
+
+    strength: float
+    results: Sequence[Evaluation]
+    previews: Sequence[str] = field(default=())  # files in the run's folder
+
+    def metrics(self, base: Mapping[str, Evaluation]) -> dict[str, float]:
+        """Return all numbers as evaluations log them, beside the base model's."""
+        values = {name: value for each in self.results for name, value in each.metrics(base.get(each.name)).items()}
+        return values | summary(self.results, base)
+
+
+def strengths_record(step: int, found: Sequence[AtStrength]) -> dict[str, Any]:
+    """Return what a run keeps of its strengths: the numbers at each, against those at strength 0.
+
+    Args:
+        step: number of steps that the LoRA was trained.
+        found: at each strength, 0 the first.
+    """
+    base = {result.name: result for result in found[0].results}
+    return {
+        "step": step,
+        "sets": [
+            {"name": each.name, "role": each.role, "highest_level": each.levels[each.highest_level]}
+            for each in found[0].results
+        ],
+        "strengths": [
+            {"strength": each.strength, "metrics": each.metrics(base), "previews": list(each.previews)}
+            for each in found
+        ],
+    }
