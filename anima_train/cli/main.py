@@ -25,6 +25,7 @@ from anima_train.cli.inspect import inspect
 from anima_train.cli.merge import merge
 from anima_train.cli.options import Version
 from anima_train.cli.reference import reference
+from anima_train.cli.remap import remap
 from anima_train.cli.report import report
 from anima_train.cli.sample import sample
 from anima_train.cli.streams import outlive_readers
@@ -37,8 +38,8 @@ from anima_train.distributed.failures import run_program
 from anima_train.distributed.launcher import rank
 
 COMMANDS: tuple[Callable[..., None], ...] = (
-    train, check, report, sample, compare, cache, convert, diff, verify, inspect, merge, extract, resize, tiny,
-    download, reference,
+    train, check, report, sample, compare, cache, convert, diff, verify, inspect, merge, extract, resize, remap,
+    tiny, download, reference,
 )  # fmt: skip
 NAMES = [command.__name__ for command in COMMANDS]
 USAGE_ERROR: Any = typer.BadParameter.__base__  # click's, or that of typer's own copy of click
