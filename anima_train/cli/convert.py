@@ -8,8 +8,6 @@ from anima_train.cli.options import Argument, Option, Overrides
 from anima_train.core.errors import ConfigError
 from anima_train.core.format import count, printable
 
-# Converting needs no images: those that the config names may be on another machine.
-WITHOUT_IMAGES = ('dataset={directory=[{path="."}]}', "eval_datasets=[]")
 Layout = Literal["diffusers", "comfyui", "kohya"]
 Precision = Literal["bfloat16", "float32"]
 
@@ -60,16 +58,16 @@ def convert_model(
     Raises:
         UserError: as `to_diffusers`, or the config is wrong.
     """
-    from anima_train.config.load import load_config
+    from anima_train.config.model_part import load_model_part
 
-    loaded = load_config(config, [*overrides, *WITHOUT_IMAGES])
+    part = load_model_part(config, overrides)
 
     from anima_train.config.model_files import find_model_files
     from anima_train.core.device import DTYPES
     from anima_train.tools.convert import expect_new, to_diffusers
 
     expect_new(folder)  # before anything is downloaded
-    files = find_model_files(loaded.config)
+    files = find_model_files(part)
     if checkpoint is not None:
         files = replace(files, transformer=checkpoint, llm_adapter=None)
     files.check_headers()

@@ -16,6 +16,8 @@ CONFIG = """
 output_dir = "out"
 epochs = 1
 dataset = "elsewhere.toml"
+keep_best = "held/loss"  # of a set that is elsewhere, too
+eval_datasets = [{ name = "held", config = "held.toml" }]
 [model]
 type = "anima"
 tiny_path = "tiny"
