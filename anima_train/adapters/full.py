@@ -1,7 +1,8 @@
 """Full fine-tuning: the adapter that adds nothing, and trains the weights themselves."""
 
+import contextlib
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 from torch import Tensor
@@ -15,6 +16,7 @@ from anima_train.optim.groups import LearningRates
 class Full(Settings):
     """The training of every weight of the transformer, and of the LLM adapter unless its lr is 0."""
 
+    leaves_base: ClassVar[bool] = False
     type: Literal["full"] = "full"
 
     @model_validator(mode="before")
@@ -32,6 +34,10 @@ class Full(Settings):
         """Mark every parameter whose component is not frozen as trainable."""
         for name, parameter in transformer.named_parameters():
             parameter.requires_grad_(not rates.is_frozen(name))
+
+    def as_base(self, transformer: MiniTrainDIT) -> contextlib.AbstractContextManager[None]:
+        """Leave the transformer as it is: the base model is no longer in memory."""
+        return contextlib.nullcontext()
 
     def tensors(self, transformer: MiniTrainDIT) -> dict[str, Tensor]:
         """Return every parameter under its checkpoint key; the caller adds an LLM adapter that was not in memory."""

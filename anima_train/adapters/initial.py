@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from anima_train.adapters.lora import Lora, lora_layers
-from anima_train.adapters.read import Shapes, Update, Updates, read_lora
+from anima_train.adapters.read import Shapes, Updates, read_lora
 from anima_train.core.errors import ConfigError, ModelFileError
 from anima_train.core.format import count, printable
 from anima_train.model.safetensors_io import first_five
@@ -36,10 +36,14 @@ class InitialLora:
         ranks = sorted({len(update.down) for update in self.updates.values()})
         rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
         text = f"{KEY}: begins with {name}, {rank} of {self.settings.rank}, {count(len(self.updates), 'module')}"
-        scales = sorted({update.scale for update in self.updates.values()} - {self.settings.scale})
+        scales = sorted(
+            (update.scale, own)
+            for name, update in self.updates.items()
+            if update.scale != (own := self.settings.scale_of(name))
+        )
         if scales:
-            text += f"; its scale of {scales[-1]:g} instead of {self.settings.scale:g} goes into lora_B"
-        if self.settings.dtype == "bfloat16" and not all(map(self.fits_bfloat16, self.updates.values())):
+            text += f"; its scale of {scales[-1][0]:g} instead of {scales[-1][1]:g} goes into lora_B"
+        if self.settings.dtype == "bfloat16" and not all(map(self.fits_bfloat16, self.updates)):
             text += "; rounded to bfloat16 (adapter.dtype)"
         lines = [text]
         if self.absent:
@@ -47,10 +51,11 @@ class InitialLora:
             lines.append(f"{KEY}: {modules} not in {name}, begin at zero: {first_five(self.absent)}")
         return lines
 
-    def fits_bfloat16(self, update: Update) -> bool:
-        """Return True if bfloat16 holds what is loaded exactly, as far as dtypes and scale tell."""
+    def fits_bfloat16(self, name: str) -> bool:
+        """Return True if bfloat16 holds what is loaded of a module exactly, as far as dtypes and scale tell."""
+        update = self.updates[name]
         # A product with a power of two, or with zero, is exact.
-        mantissa, _ = math.frexp(update.scale / self.settings.scale)
+        mantissa, _ = math.frexp(update.scale / self.settings.scale_of(name))
         return abs(mantissa) in (0, 0.5) and update.down.dtype == update.up.dtype == torch.bfloat16
 
     @property
@@ -61,7 +66,8 @@ class InitialLora:
         modules = count(len(self.left_out), "module")
         return (
             f"{KEY}: {modules} of {printable(self.path.name)} not trained here, left out: {first_five(self.left_out)}; "
-            "the run begins without their part (components are frozen by a learning rate of 0, in [model])"
+            "the run begins without their part (a learning rate of 0, in [model], freezes a "
+            "component, and target_modules, in [adapter], chooses modules)"
         )
 
     @property
@@ -110,9 +116,13 @@ def read_initial(path: Path, shapes: Shapes, trained: Sequence[str], settings: L
             f"{KEY}: the run trains none of the {count(len(updates), 'module')} of {name}: "
             f"{first_five(list(updates))}; give their component a learning rate above 0, in [model], or remove the key"
         )
-    if (rank := max(len(update.down) for update in taken.values())) > settings.rank:
+    short = [module for module, update in taken.items() if len(update.down) > settings.rank_of(module)]
+    if short:
+        widest = max(short, key=lambda module: len(taken[module].down))
+        rank, own = len(taken[widest].down), settings.rank_of(widest)
+        where = "adapter.rank" if own == settings.rank else f"by adapter.rank_pattern that of {widest}"
         raise ConfigError(
-            f"{KEY}: {name} has rank {rank}, and adapter.rank is {settings.rank}, which cannot hold it; write "
+            f"{KEY}: {name} has rank {rank}, and {where} is {own}, which cannot hold it; write "
             f"rank = {rank}, in [adapter]"
         )
     left_out = [name for name in updates if name not in taken]

@@ -23,7 +23,7 @@ from anima_train.model.safetensors_io import Entry, TensorFile, open_header, rea
 KEY = re.compile(r"(.+)\.(?:(lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)(?:\.default)?\.weight|(alpha))")
 BLOCK = re.compile(r"(blocks[._])\d+")
 STATE_KEY = re.compile(r"(.+)\.(lora_A|lora_B)")  # the parameters of a training state, beside which is
-STATE_SCALE = "anima_train.scale"  # alpha / rank of all of them, in the file's metadata
+STATE_SCALE = "anima_train.scale"  # alpha / rank of all of them, or a table by module, in the file's metadata
 PARTS = {"lora_A": "down", "lora_down": "down", "lora.down": "down", "lora_B": "up", "lora_up": "up", "lora.up": "up"}
 DIFFUSERS_METADATA = "lora_adapter_metadata"
 PEFT_CONFIG = "adapter_config.json"
@@ -87,7 +87,7 @@ def read_lora(path: Path, shapes: Shapes) -> dict[str, Update]:
         if "alpha" in parts:
             scale = float(tensors[parts["alpha"]]) / rank
         elif STATE_SCALE in file.metadata:
-            scale = state_scale(file)
+            scale = state_scale(file, module)
         else:
             scale = peft_scale(config, parts["down"], rank)
         updates[module] = Update(down, up, scale)
@@ -199,16 +199,18 @@ def peft_config(file: TensorFile) -> dict[str, Any]:
     return config
 
 
-def state_scale(file: TensorFile) -> float:
-    """Return the factor on up times down that a training state keeps in its file.
+def state_scale(file: TensorFile, module: str) -> float:
+    """Return the factor on a module's up times down that a training state keeps in its file.
 
     Raises:
         ModelFileError: it is damaged.
     """
     try:
-        return float(file.metadata[STATE_SCALE])
-    except ValueError:
-        raise ModelFileError(f"{file.path}: the metadata {STATE_SCALE} is no number; the file is damaged") from None
+        found = json.loads(file.metadata[STATE_SCALE])
+        return float(found[module] if isinstance(found, dict) else found)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        text = f"the metadata {STATE_SCALE} is no number, and no table of them; the file is damaged"
+        raise ModelFileError(f"{file.path}: {text}") from None
 
 
 def linear_shapes(files: ModelFiles) -> dict[str, tuple[int, ...]]:

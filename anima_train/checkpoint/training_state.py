@@ -6,10 +6,11 @@ the state is of, the size and SHA-256 of each file, and a checksum of itself. No
 """
 
 import contextlib
+import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,7 +121,7 @@ def save_state(
             files = {}
             for name, tensors in groups.items():
                 path = temporary / f"{name}.safetensors"
-                facts = lora_facts(manifest.config) if name == "weights" else {}
+                facts = lora_facts(manifest.config, tensors) if name == "weights" else {}
                 write_tensors(path, tensors, facts, partial(look, final, tensors))
                 sync(path)
                 files[path.name] = entry_of(path)
@@ -139,10 +140,20 @@ def save_state(
     return final
 
 
-def lora_facts(resolved: Mapping[str, Any]) -> dict[str, str]:
-    """Return the metadata with which a state's weights can be read as a LoRA: its alpha is not folded into them."""
+def lora_facts(resolved: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
+    """Return the metadata with which a state's weights can be read as a LoRA: its alpha is not folded into them.
+
+    Args:
+        resolved: the configuration.
+        names: of the weights.
+    """
     adapter = resolved.get("adapter", {})
-    return {STATE_SCALE: str(Lora.model_validate(adapter).scale)} if adapter.get("type") == "lora" else {}
+    if adapter.get("type") != "lora":
+        return {}
+    settings = Lora.model_validate(adapter)
+    scales = {module: settings.scale_of(module) for module in (name.rpartition(".")[0] for name in names)}
+    values = set(scales.values())
+    return {STATE_SCALE: str(values.pop()) if len(values) == 1 else json.dumps(scales)}
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -29,7 +29,14 @@ MAY_CHANGE = frozenset(
         # How long, and how fast: read anew for every step, and nothing of the state depends on it. A learning rate that
         # becomes 0, or was 0, is another matter, see `find_frozen_or_thawed`.
         *("epochs", "max_steps", "lr_scheduler.*", "warmup_steps", "force_constant_lr", "gradient_clipping"),
-        *("optimizer.lr", "optimizer.weight_decay", "optimizer.eps", "ema.decay"),
+        *(
+            "optimizer.lr",
+            "adapter.lr_pattern",
+            "adapter.b_lr_ratio",
+            "optimizer.weight_decay",
+            "optimizer.eps",
+            "ema.decay",
+        ),
         *("optimizer.clip_threshold", "optimizer.decay_rate", "optimizer.scale_parameter", "optimizer.d_coef"),
         *(f"model.{component}_lr" for component in COMPONENTS if component != "base"),
         # Times the number of processes it has to stay the same, see `checkpoint.resume.check_same_content`.
@@ -72,6 +79,7 @@ MAY_NOT_CHANGE = {
     **dict.fromkeys(("preservation", "preservation.*"), SEEN),
     "ema": "the average has to follow the weights from the first step on",
 }
+BY_NAME = ("lr_pattern", "rank_pattern", "alpha_pattern")  # tables whose keys are expressions: one value each
 FOLLOWS = (("adapter", "alpha", "rank"), ("model", "transformer_dtype", "dtype"))  # table, key, which it is if absent
 IN_PART = {  # of those that may change: what may not
     "gradient_accumulation_steps": "At --resume it stays the same times the number of processes.",
@@ -209,7 +217,7 @@ def find_differences(before: Any, now: Any, location: Location = ()) -> Iterator
 
     Of tables of another type, only the keys that both have: the others come and go with the type.
     """
-    if isinstance(before, dict) and isinstance(now, dict):
+    if isinstance(before, dict) and isinstance(now, dict) and not is_ordered(location):
         same_type = before.get("type") == now.get("type")
         for key in dict.fromkeys((*now, *before)):
             if same_type or (key in before and key in now):
@@ -218,8 +226,13 @@ def find_differences(before: Any, now: Any, location: Location = ()) -> Iterator
         for index in range(max(len(before), len(now))):
             old, new = (tables[index] if index < len(tables) else None for tables in (before, now))
             yield from find_differences(old, new, (*location, index))
-    elif before != now:
+    elif before != now or (is_ordered(location) and list(before) != list(now)):
         yield location, before, now
+
+
+def is_ordered(location: Location) -> bool:
+    """Return True if a key is a table in which the first expression that matches counts."""
+    return bool(location) and location[-1] in BY_NAME
 
 
 def is_tables(value: object) -> bool:
@@ -244,4 +257,8 @@ def show_value(location: Location, value: object) -> str:
         return "absent"
     if str(location[-1]).endswith("api_key"):
         return "(not shown)"
-    return "a table" if isinstance(value, dict) else printable(json.dumps(value, ensure_ascii=False, default=str))
+    return (
+        "a table"
+        if isinstance(value, dict) and not is_ordered(location)
+        else printable(json.dumps(value, ensure_ascii=False, default=str))
+    )

@@ -347,8 +347,14 @@ class Config(Settings):
     @field_validator("adapter")
     @classmethod
     def leaves_quantized_weights(cls, value: AnyAdapter, earlier: ValidationInfo) -> AnyAdapter:
-        """Refuse to train weights of a byte a value."""
+        """Refuse to train weights of a byte a value, and to read them."""
         model = earlier.data.get("model")
+        quantization = None if model is None else model.quantization
+        if quantization and not isinstance(value, Full) and (reader := value.reads_base):
+            raise ValueError(
+                f'{reader} reads the base weights, which model.transformer_dtype = "{quantization}" rounds to a byte; '
+                "remove one of them"
+            )
         if isinstance(value, Full) and model is not None and model.quantization is not None:
             raise ValueError(
                 f'found "full", the whole model, with model.transformer_dtype = "{model.quantization}", '
@@ -362,7 +368,7 @@ class Config(Settings):
         """Require a learning rate above 0 for something."""
         model, adapter = earlier.data.get("model"), earlier.data.get("adapter")
         # What belongs to no component has no linear for a LoRA.
-        components = COMPONENTS[:-1] if isinstance(adapter, Lora) else COMPONENTS
+        components = COMPONENTS[:-1] if adapter is not None and adapter.leaves_base else COMPONENTS
         if model is not None and all(component_rate(model, value, component) == 0 for component in components):
             raise ValueError("lr is 0 for every component that could be trained; nothing would be")
         return value
@@ -421,7 +427,9 @@ class Config(Settings):
         for component in COMPONENTS:
             rate = component_rate(self.model, self.optimizer, component)
             rates[component] = rate if self.force_constant_lr is None or rate == 0 else self.force_constant_lr
-        return LearningRates(rates)
+        if self.force_constant_lr is not None or isinstance(self.adapter, Full):
+            return LearningRates(rates)
+        return LearningRates(rates, tuple(self.adapter.lr_pattern.items()), self.adapter.b_lr_ratio)
 
     @property
     def saves_states(self) -> bool:
@@ -430,7 +438,7 @@ class Config(Settings):
 
     def measures_drift(self, entry: EvalDataset) -> bool:
         """Return True if the drift on an evaluation set is measured."""
-        keeps = isinstance(self.adapter, Lora) or self.eval_before_first_step
+        keeps = self.adapter.leaves_base or self.eval_before_first_step
         return keeps and entry.measures_drift
 
     def eval_batch_sizes(self) -> int | list[list[int]]:

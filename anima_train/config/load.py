@@ -88,7 +88,7 @@ class LoadedConfig:
         """
         found: list[tuple[Size, int]] = []
         for entry, dataset in zip(self.config.eval_datasets, self.evals, strict=True):
-            asks_base = isinstance(self.config.adapter, Lora) and entry.measures_drift
+            asks_base = self.config.adapter.leaves_base and entry.measures_drift
             sizes = [sample.size for sample in evals.get(dataset.name, ())]
             if dataset.name not in evals and dataset.drawn is not None:
                 sizes = [dataset.drawn.size] * len(dataset.drawn)

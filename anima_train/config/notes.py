@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 from anima_train.adapters.full import Full
-from anima_train.adapters.lora import Lora
 from anima_train.config.config import EVAL_INTERVALS, STATE_INTERVALS, Config
 from anima_train.model.block_swap import MAX_BUFFERS
 from anima_train.optim.groups import COMPONENTS
@@ -19,14 +18,17 @@ def without_effect(config: Config) -> Iterator[tuple[str, str]]:
     if "keep_last" in config.model_fields_set and not any(getattr(config, key) for key in STATE_INTERVALS):
         yield "keep_last", "no training state is saved without checkpoint_every_n_..."
     own_rates = {f"{component}_lr": getattr(config.model, f"{component}_lr") for component in COMPONENTS[:-1]}
-    if isinstance(config.adapter, Lora) and None not in own_rates.values():
+    if config.adapter.leaves_base and None not in own_rates.values():
         yield "optimizer.lr", "every component has a learning rate of its own in [model]"
     elif config.force_constant_lr is not None and config.optimizer.lr:
         yield "optimizer.lr", "force_constant_lr takes its place"
     for key, rate in own_rates.items():
         if config.force_constant_lr is not None and rate:
             yield f"model.{key}", "force_constant_lr takes its place"
-    for key in ("betas", "eps") if isinstance(config.adapter, Lora) and config.optimizer.type == "muon" else ():
+    for key in ("lr_pattern", "b_lr_ratio") if config.force_constant_lr is not None else ():
+        if key in config.adapter.model_fields_set:
+            yield f"adapter.{key}", "force_constant_lr takes its place"
+    for key in ("betas", "eps") if config.adapter.leaves_base and config.optimizer.type == "muon" else ():
         if key in config.optimizer.model_fields_set:
             yield f"optimizer.{key}", "a LoRA has matrices alone, for which muon has momentum"
     if 0 < config.blocks_to_swap <= MAX_BUFFERS:

@@ -6,7 +6,6 @@ from itertools import chain
 
 import torch
 
-from anima_train.adapters.lora import Lora
 from anima_train.config.config import EVAL_INTERVALS, Config
 from anima_train.config.data_notes import without_effect_on_data
 from anima_train.core.format import count
@@ -117,7 +116,7 @@ def without_effect_here(config: Config, spec: ModelSpec) -> Notes:
     """Yield the keys that change nothing with these files, or on this device."""
     model = config.model
     stored = {entry.dtype for entry in spec.files.transformer_header.entries.values()}
-    if isinstance(config.adapter, Lora) and model.uses_autocast and stored == {torch.bfloat16}:
+    if config.adapter.leaves_base and model.uses_autocast and stored == {torch.bfloat16}:
         why = (
             "the file holds bfloat16, a LoRA leaves the base weights as they are, and they compute in bfloat16: "
             "float32 only doubles their memory"

@@ -12,7 +12,27 @@ from torch.compiler import is_compiling
 from anima_train.model.quantized import QuantizedProducts, QuantizedWeight, quantized_gradient, quantized_outputs
 
 
-class LoraLinear(nn.Linear):
+class AdaptedLinear(nn.Linear):
+    """A frozen linear and a trained update of it.
+
+    Args:
+        base: the linear; its parameters, or its quantised weight, become this module's.
+        scale: factor on the update.
+        dropout: share of the update's inputs set to zero in training.
+    """
+
+    def __init__(self, base: nn.Linear, scale: float, dropout: float) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        self.scale, self.dropout = scale, dropout
+
+    def starts(self) -> list[tuple[nn.Parameter, Tensor | None]]:
+        """Return the parameters with which the update is none, and their values then; None: zero."""
+        raise NotImplementedError
+
+
+class LoraLinear(AdaptedLinear):
     """A frozen linear and its low-rank update, `y = x W^T + b + scale x A^T B^T` (LoRA, arXiv:2106.09685).
 
     Args:
@@ -24,11 +44,12 @@ class LoraLinear(nn.Linear):
     """
 
     def __init__(self, base: nn.Linear, lora_a: Tensor, lora_b: Tensor, scale: float, dropout: float) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias = base.weight, base.bias
+        super().__init__(base, scale, dropout)
         self.lora_A, self.lora_B = nn.Parameter(lora_a), nn.Parameter(lora_b)
-        self.scale, self.dropout = scale, dropout
+
+    def starts(self) -> list[tuple[nn.Parameter, Tensor | None]]:
+        """Return B, which is zero at the start."""
+        return [(self.lora_B, None)]
 
     def forward(self, x: Tensor) -> Tensor:
         return lora_outputs(x, [self])[0]

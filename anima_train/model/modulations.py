@@ -14,7 +14,7 @@ from anima_train.model.lora_linear import LoraLinear
 
 
 class LinearBatch:
-    """Frozen linears of one shape, with low-rank updates or without, as one batch of products.
+    """Frozen linears of one shape, all, some or none of them with low-rank updates, as one batch of products.
 
     Their weights become views of one tensor, so that nothing is held twice.
     """
@@ -25,17 +25,22 @@ class LinearBatch:
         self.weight = self.shared()
 
     def shared(self) -> Float[Tensor, "n out in"]:
-        """Make the linears' weights views of one tensor, and return that."""
+        """Make the linears' weights views of one tensor, and return that; beside it are the places of the updates."""
         weights = torch.stack([linear.weight.detach() for linear in self.linears])
         for linear, weight in zip(self.linears, weights.unbind(), strict=True):
             linear.weight.data = weight
+        places = [place for place, linear in enumerate(self.linears) if isinstance(linear, LoraLinear)]
+        self.places = torch.tensor(places, dtype=torch.long, device=weights.device)
         return weights
 
     @staticmethod
     def fits(linears: Sequence[nn.Linear]) -> bool:
-        """Return True if these linears can be computed as one batch."""
-        kinds = {(type(linear), linear.lora_A.shape if isinstance(linear, LoraLinear) else None) for linear in linears}
-        return len(kinds) == 1 and not any(linear.weight.requires_grad for linear in linears)
+        """Return True if these linears can be computed as one batch: updates of one kind are computed together."""
+        updates = [linear for linear in linears if type(linear) is not nn.Linear]
+        loras = [linear for linear in updates if isinstance(linear, LoraLinear)]
+        kinds = {(linear.lora_A.shape, linear.scale, linear.dropout) for linear in loras}
+        same = len(loras) == len(updates) and len(kinds) <= 1
+        return same and not any(linear.weight.requires_grad for linear in linears)
 
     def __call__(self, x: Tensor) -> Float[Tensor, "n B out"]:
         """Return each linear's output for x, (B, in) for all or (n, B, in)."""
@@ -45,13 +50,18 @@ class LinearBatch:
         out = product(x, self.weight)
         if not self.adapted:
             return out
-        first = self.adapted[0]
+        first, are_all = self.adapted[0], len(self.adapted) == len(self.linears)
+        if x.ndim == 3 and not are_all:
+            x = x.index_select(0, self.places)
         if first.training and first.dropout:
-            x = F.dropout(x.expand(len(self.weight), *x.shape[-2:]), first.dropout)
+            x = F.dropout(x.expand(len(self.adapted), *x.shape[-2:]), first.dropout)
         down = torch.stack([linear.lora_A for linear in self.adapted])
         up = torch.stack([linear.lora_B for linear in self.adapted])
         low = product(x, (down if first.scale == 1 else down * first.scale).to(x.dtype))
-        return torch.baddbmm(out, low, up.to(x.dtype).transpose(1, 2))
+        up = up.to(x.dtype).transpose(1, 2)
+        if are_all:
+            return torch.baddbmm(out, low, up)
+        return out.index_add(0, self.places, torch.bmm(low, up))
 
 
 def product(x: Tensor, weights: Float[Tensor, "n out in"]) -> Float[Tensor, "n B out"]:

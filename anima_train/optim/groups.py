@@ -1,7 +1,8 @@
 """Parameter groups: the component of each parameter, its learning rate, and its weight decay."""
 
+import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,6 +30,15 @@ class LearningRates:
     """The learning rate of each component before the schedule; 0 freezes it."""
 
     by_component: Mapping[Component, float]
+    by_pattern: Sequence[tuple[str, float]] = ()  # of modules of a LoRA, by an expression over the full name
+    b_ratio: float = 1.0  # of a LoRA's B, to the rate of its A
+
+    def of(self, name: str) -> float:
+        """Return the learning rate of a parameter, by its full name in the transformer."""
+        module = name.rpartition(".")[0]
+        own = (rate for pattern, rate in self.by_pattern if re.fullmatch(pattern, module))
+        rate = next(own, self.by_component[component_of(name)])
+        return rate * self.b_ratio if name.endswith(".lora_B") else rate
 
     def is_frozen(self, name: str) -> bool:
         """Return True if a parameter or module gets no update at all."""
@@ -38,26 +48,27 @@ class LearningRates:
 def optimizer_groups(
     parameters: Iterable[tuple[str, nn.Parameter]], rates: LearningRates, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Return torch parameter groups for the trainable parameters: one per component, split where nothing decays.
+    """Return torch parameter groups for the trainable parameters: one per component, split where nothing decays,
+    and where a learning rate is another one.
 
     1-D parameters (norms, biases) and embeddings get no weight decay. Each group carries `component` and `base_lr`,
     from which the loop sets `lr` at every step, and `decays`.
     """
-    groups: dict[tuple[Component, bool], list[nn.Parameter]] = defaultdict(list)
+    groups: dict[tuple[Component, bool, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in parameters:
         if parameter.requires_grad:
             decays = parameter.ndim > 1 and not name.endswith("embed.weight")
-            groups[component_of(name), decays].append(parameter)
+            groups[component_of(name), decays, rates.of(name)].append(parameter)
     return [
         {
-            "params": groups[component, decays],
+            "params": groups[component, decays, rate],
             "component": component,
-            "base_lr": rates.by_component[component],
-            "lr": rates.by_component[component],
+            "base_lr": rate,
+            "lr": rate,
             "weight_decay": weight_decay if decays else 0.0,
             "decays": decays,
         }
-        for component, decays in sorted(groups, key=lambda key: (COMPONENTS.index(key[0]), not key[1]))
+        for component, decays, rate in sorted(groups, key=lambda key: (COMPONENTS.index(key[0]), not key[1], key[2]))
     ]
 
 

@@ -54,6 +54,7 @@ from anima_train.training.summary import (
     groups_text,
     plan_text,
     preservation_text,
+    selection_text,
     trained_text,
 )  # fmt: skip
 
@@ -110,7 +111,7 @@ def describe_run(
     lines.extend(evaluation_text(all_intervals(config)["evaluation"], others, loaded.passes(evals), plan, schedule))
     lines.extend(f"warning: {warning}" for warning in plan_warnings(config, schedule.num_steps))
     lines.extend(f"note: {note}" for note in plan_notes(config, spec, plan, schedule, evals))
-    lines.extend(groups_text(rows))
+    lines.extend((*groups_text(rows), *selection_text(config.adapter, transformer)))
     if saved is None and (initial := initial_lora(config.adapter, spec, config.learning_rates())) is not None:
         lines.extend(initial.described)
     folder, sizes = Path(config.output_dir) / loaded.run_name, file_sizes(config, spec, scans["train"].samples)

@@ -47,7 +47,7 @@ from anima_train.training.divided import divide
 from anima_train.training.memory import MicroBatchShape, memory_errors
 from anima_train.training.memory_check import largest_shapes
 from anima_train.training.prepare import Prepared
-from anima_train.training.summary import groups_text, plan_text, preservation_text
+from anima_train.training.summary import groups_text, plan_text, preservation_text, selection_text
 
 if TYPE_CHECKING:
     from anima_train.model.sharding import Shards  # takes long to import
@@ -215,7 +215,7 @@ def build_model(run: RunContext, spec: ModelSpec, num_steps: int, initial: Initi
     transformer, groups = load_trained(
         spec, config.adapter, rates, config.seed, config.optimizer.weight_decay, run_block, config.blocks_to_swap
     )
-    for line in groups_text(group_rows(transformer, rates)):
+    for line in (*groups_text(group_rows(transformer, rates)), *selection_text(config.adapter, transformer)):
         logger.info("%s", line)
     if initial is not None:
         initial.load(transformer)

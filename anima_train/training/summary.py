@@ -4,15 +4,17 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
+from anima_train.adapters.addition import adapted_layers
 from anima_train.adapters.full import Full
 from anima_train.adapters.lora import Lora
+from anima_train.adapters.selection import block_linears, described
 from anima_train.core.format import Listing, count, prefixed
 from anima_train.data.buckets import Size
 from anima_train.data.plan import EpochSchedule, Plan, batch_size_for, short_by, times_seen
 from anima_train.data.preservation import Preservation
 from anima_train.data.scan import Scan
 from anima_train.model.comfy_quantized import quantization_text
-from anima_train.model.dit import TransformerShape
+from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX
 from anima_train.model.loading import ModelSpec
 from anima_train.model.variants import variant_warnings
@@ -40,6 +42,29 @@ def trained_text(adapter: Lora | Full, rates: LearningRates, spec: ModelSpec) ->
     of_all = "" if any(rates.is_frozen(name) for name, _ in entries) else "all "
     number = f"{trained / 1e9:.2f} B" if trained >= 1e7 else f"{trained:,}"
     return [*lines, f'no [adapter]: {of_all}{number} weights are trained; a LoRA would be [adapter] with type = "lora"']
+
+
+def selection_text(adapter: Lora | Full, transformer: MiniTrainDIT) -> list[str]:
+    """Return lines about the linears that the adapter's expressions choose, and what differs among them.
+
+    Args:
+        adapter: that is trained.
+        transformer: with it.
+    """
+    if isinstance(adapter, Full) or not adapter.is_partial:
+        return []
+    chosen = [name for name, _ in adapted_layers(transformer)]
+    lines = [f"adapter: {len(chosen)} of {count(len(block_linears(transformer)), 'linear')}: {described(chosen)}"]
+    ranks = Counter(adapter.rank_of(name) for name in chosen)
+    if len(ranks) > 1:
+        shown = ", ".join(f"{rank} ({number})" for rank, number in sorted(ranks.items()))
+        lines.append(f"adapter: ranks (and the number of linears): {shown}")
+    if hasattr(transformer, "llm_adapter") and not any(name.startswith(LLM_ADAPTER_PREFIX) for name in chosen):
+        lines.append(
+            "note: adapter: leaves out the LLM adapter, whose learning rate is not 0; with llm_adapter_lr = 0, in "
+            "[model], its output is cached, and steps are shorter"
+        )
+    return lines
 
 
 def groups_text(rows: Sequence[GroupRow]) -> list[str]:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from anima_train.adapters.lora import Lora
 from anima_train.checkpoint.async_writer import AsyncWriter, Groups
 from anima_train.checkpoint.manifest import StateManifest
 from anima_train.checkpoint.metadata import at_level, data_metadata, thumbnail, weights_metadata
@@ -226,7 +225,7 @@ class PeriodicTasks:
         config, state = self.context.config, self.state
         if not eval_set.measures_drift:
             return None
-        if isinstance(config.adapter, Lora):
+        if config.adapter.leaves_base:
             return FromWeights(state.model, partial(config.adapter.as_base, state.transformer))
         if state.step == 0:
             return Recording()

@@ -5,9 +5,10 @@ import torch
 from safetensors.torch import save_file
 
 from anima_train.adapters.initial import read_initial
-from anima_train.adapters.lora import Lora, lora_layers, target_modules
+from anima_train.adapters.lora import Lora, lora_layers
 from anima_train.adapters.names import diffusers_name
 from anima_train.adapters.read import merge_loras, read_lora
+from anima_train.adapters.selection import block_linears
 from anima_train.core.errors import ConfigError, ModelFileError
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
@@ -29,7 +30,7 @@ SHAPES = {
     for name, tensor in base_model().state_dict().items()
     if name.endswith(".weight") and tensor.dim() == 2
 }
-MODULES = target_modules(base_model())
+MODULES = block_linears(base_model())
 
 
 def matrices(rank, modules=MODULES, seed=1):
@@ -218,7 +219,7 @@ def test_the_weights_of_a_training_state_are_read_with_their_scale(tmp_path, err
     settings = Lora(rank=4, alpha=alpha)
     model, _ = began(write(tmp_path, comfy(matrices(4))), settings)
     state = {name: parameter.detach() for name, parameter in model.named_parameters() if "lora_" in name}
-    path = write(tmp_path, state, "weights", {"anima_train.scale": str(settings.scale)})
+    path = write(tmp_path, state, "weights", {"anima_train.scale": str(settings.scale_of("blocks"))})
     merged = base_model()
     merge_loras(merged, [(read_lora(path, SHAPES), 1.0)])
     for found, expected in zip(outputs(merged), outputs(model), strict=True):

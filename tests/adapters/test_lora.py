@@ -13,13 +13,15 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import nn
 
-from anima_train.adapters.lora import Lora, lora_layers, target_modules
+from anima_train.adapters.lora import Lora, lora_layers
+from anima_train.adapters.selection import block_linears
+from anima_train.adapters.starts import down_matrix
 from anima_train.checkpoint.weights import save_weights
 from anima_train.core.text_batch import TextStates, pad_rows
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
 from anima_train.model.lora_linear import LoraLinear
-from anima_train.optim.groups import COMPONENTS, GroupRow, LearningRates, component_of, group_rows
+from anima_train.optim.groups import COMPONENTS, GroupRow, LearningRates, component_of, group_rows, optimizer_groups
 
 SMALL = TransformerShape(2, 48, 24, 16, 20, 8)
 SMALL_ADAPTER = LLMAdapterShape(2, 20, 10, 12, 20, 30)
@@ -76,7 +78,7 @@ def real():
 
 
 def test_targets_are_sixteen_linears_per_block_and_ten_per_adapter_block(real):
-    names = target_modules(real)
+    names = block_linears(real)
     assert len(names) == len(set(names)) == 28 * 16 + 6 * 10
     attention = ("q_proj", "k_proj", "v_proj", "output_proj")
     first = {f"blocks.0.{side}_attn.{name}" for side in ("self", "cross") for name in attention}
@@ -110,7 +112,7 @@ def test_real_layout_at_rank_32_has_the_known_numbers_of_modules_and_parameters(
 @pytest.mark.parametrize("frozen", ["self_attn", "cross_attn", "mlp", "mod", "llm_adapter"])
 def test_frozen_components_get_no_lora_and_all_others_do(frozen):
     model = base_model()
-    targets = target_modules(model)
+    targets = block_linears(model)
     Lora(rank=2).attach(model, rates(**{frozen: 0}), seed=0)
     assert lora_names(model) == {name for name in targets if component_of(name) != frozen}
     assert lora_names(model) < set(targets)
@@ -226,14 +228,14 @@ def test_scale_is_alpha_over_rank():
     key = "diffusion_model.blocks.0.mlp.layer1.lora_B.weight"
     weight = model.get_submodule("blocks.0.mlp.layer1").lora_B
     assert torch.equal(halved.tensors(model)[key], weight * 0.5)
-    assert torch.equal(Lora(rank=4).tensors(model)[key], weight)
+    assert torch.equal(Lora(rank=4).tensors(trained(Lora(rank=4)))[key], weight)
     assert {layer.scale for _, layer in lora_layers(trained(Lora(rank=24, alpha=16.0)))} == {16 / 24}
 
 
 def test_keys_are_those_that_comfyui_and_diffusers_load():
     lora = Lora(rank=2)
     keys = set(lora.tensors(trained(lora)))
-    stems = [f"diffusion_model.{name}" for name in target_modules(base_model())]
+    stems = [f"diffusion_model.{name}" for name in block_linears(base_model())]
     assert keys == {f"{stem}.lora_{part}.weight" for stem in stems for part in "AB"}
     assert "diffusion_model.blocks.0.adaln_modulation_self_attn.1.lora_A.weight" in keys
     assert "diffusion_model.llm_adapter.blocks.0.cross_attn.q_proj.lora_B.weight" in keys
@@ -361,3 +363,63 @@ def test_what_diffusers_does_not_load_shows_in_its_log_or_as_an_error(tmp_path, 
     )
     with pytest.raises(ValueError, match="Invalid LoRA checkpoint"):
         pipeline.load_lora_weights(tmp_path, weight_name="a.safetensors")
+
+
+# How it begins, and how fast it learns ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("init", ["kaiming", "orthogonal", "svd"])
+def test_with_any_start_the_model_computes_what_the_base_computes(init):
+    model = base_model()
+    x, t, text = inputs()
+    before = model(x, t, text)
+    Lora(rank=4, init=init).attach(model, rates(), seed=0)
+    assert torch.equal(model(x, t, text), before)
+
+
+def test_orthogonal_rows_are_at_right_angles_and_differ_by_module_and_seed():
+    firsts = []
+    for seed in (0, 1):
+        model = base_model(adapter=False)
+        Lora(rank=4, init="orthogonal").attach(model, rates(), seed)
+        for _, layer in lora_layers(model):
+            assert torch.allclose(layer.lora_A @ layer.lora_A.t(), torch.eye(4), atol=1e-6)
+            firsts.append(layer.lora_A.detach().flatten()[:8])
+    assert len({tuple(first.tolist()) for first in firsts}) == len(firsts)
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (64, 96), (8, 64)])
+def test_svd_gives_leading_right_singular_vectors_and_uniform_rows_beyond_them(shape, error):
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(side, min(shape), generator=generator)).Q for side in shape)
+    values = 0.9 ** torch.arange(min(shape))
+    weight = left * values @ right.t()
+    rank = 12
+    found = down_matrix("svd", rank, weight, 0, "a")
+    number = min(rank, *shape)
+    assert found.shape == (rank, shape[1])
+    leading = found[:number]
+    assert torch.allclose(leading @ leading.t(), torch.eye(number), atol=1e-5)
+    # The directions are those of torch's own decomposition, up to sign.
+    exact = torch.linalg.svd(weight, full_matrices=False).Vh[:number]
+    assert error((leading @ exact.t()).abs(), torch.eye(number)) < 1e-2
+    assert (rank == number) or float(found[number:].abs().max()) <= shape[1] ** -0.5
+
+
+def test_rank_stabilized_scale_is_alpha_over_the_root_of_rank():
+    settings = Lora(rank=16, alpha=2.0, use_rslora=True, rank_pattern={".*[.]mlp[.].*": 4})
+    scales = {name: layer.scale for name, layer in lora_layers(trained(settings))}
+    assert scales["blocks.0.self_attn.q_proj"] == 2 / 4
+    assert scales["blocks.0.mlp.layer1"] == 2 / 2
+    assert Lora(rank=16, use_rslora=True).scale_of("a") == 4
+
+
+def test_b_has_its_own_multiple_of_the_learning_rate_of_a():
+    model = base_model(adapter=False)
+    Lora(rank=2).attach(model, rates(), seed=0)
+    chosen = LearningRates(ALL_TRAINED | {"mlp": 3e-5}, ((".*layer2", 1e-4),), 4.0)
+    by_id = {id(p): g["base_lr"] for g in optimizer_groups(model.named_parameters(), chosen, 0.1) for p in g["params"]}
+    expected = {"blocks.0.self_attn.q_proj": 1e-5, "blocks.1.mlp.layer1": 3e-5, "blocks.1.mlp.layer2": 1e-4}
+    for name, rate in expected.items():
+        layer = model.get_submodule(name)
+        assert (by_id[id(layer.lora_A)], by_id[id(layer.lora_B)]) == (rate, 4 * rate)

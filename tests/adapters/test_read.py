@@ -8,9 +8,10 @@ import torch
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_anima_lora_to_diffusers as diffusers_names
 from safetensors.torch import save_file
 
-from anima_train.adapters.lora import Lora, lora_layers, target_modules
+from anima_train.adapters.lora import Lora, lora_layers
 from anima_train.adapters.names import diffusers_name, lora_stems
 from anima_train.adapters.read import merge_loras, read_lora
+from anima_train.adapters.selection import block_linears
 from anima_train.core.errors import ModelFileError
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
@@ -111,7 +112,7 @@ FORMS = {
 def test_every_form_of_a_lora_gives_the_same_weights(write, trained, error, form):
     path = write(FORMS[form](trained[1]))
     expected = base_model().state_dict()
-    for module in target_modules(base_model()):
+    for module in block_linears(base_model()):
         a, b = (trained[1][f"diffusion_model.{module}.lora_{part}.weight"] for part in "AB")
         expected[f"{module}.weight"] += b @ a
     found = merged((read_lora(path, SHAPES), 1.0))
@@ -167,7 +168,7 @@ def test_a_lora_of_some_modules_leaves_the_others(write, trained):
     some = {key: tensor for key, tensor in trained[1].items() if "cross_attn" in key}
     found, base = merged((read_lora(write(some), SHAPES), 1.0)), base_model().state_dict()
     changed = {name for name, tensor in found.items() if not torch.equal(tensor, base[name])}
-    assert changed == {f"{name}.weight" for name in target_modules(base_model()) if "cross_attn" in name}
+    assert changed == {f"{name}.weight" for name in block_linears(base_model()) if "cross_attn" in name}
 
 
 def test_diffusers_names_are_diffusers_own():
@@ -300,7 +301,7 @@ def test_a_lora_of_a_compiled_model_is_read(write, trained):
 
 def test_halves_and_shapes_and_repetitions_and_dtypes_are_all_reported(write, trained):
     tensors = copy.copy(trained[1])
-    first, second, third, fourth = (f"diffusion_model.{name}" for name in target_modules(base_model())[:4])
+    first, second, third, fourth = (f"diffusion_model.{name}" for name in block_linears(base_model())[:4])
     del tensors[f"{first}.lora_B.weight"]
     tensors[f"{second}.lora_A.weight"] = torch.ones(RANK, 5)
     tensors[third.removeprefix("diffusion_model.") + ".lora_A.weight"] = torch.ones(RANK, 48)

@@ -9,8 +9,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from anima_train.adapters.lora import target_modules
 from anima_train.adapters.read import linear_shapes
+from anima_train.adapters.selection import block_linears
 from anima_train.cli import draw
 from anima_train.cli.draw import choose_sheet
 from anima_train.cli.main import COMMANDS, application
@@ -51,7 +51,7 @@ def loras(config, tmp_path_factory):
     paths = []
     for name, part in (("style", ""), ("words", "llm_adapter.")):
         tensors = {}
-        for module in target_modules(model):
+        for module in block_linears(model):
             if module.startswith(part):
                 shape = model.get_submodule(module).weight.shape
                 stem = f"diffusion_model.{module}"

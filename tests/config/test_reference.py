@@ -152,7 +152,7 @@ def fits(value, schema, definitions):
     if kind == "object":
         if not isinstance(value, dict):
             return False
-        properties = schema["properties"]
+        properties = schema.get("properties", {})
         return set(schema.get("required", ())) <= value.keys() <= properties.keys() and all(
             fits(value[key], properties[key], definitions) for key in value
         )

@@ -10,6 +10,7 @@ from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.layers import RMSNorm, modulate
 from anima_train.optim.groups import COMPONENTS, LearningRates
 
+ADALN = "blocks[.]1[.]adaln_modulation_mlp[.]2"
 SHAPE = TransformerShape(3, 48, 24, 16, 20, 8)
 
 
@@ -32,8 +33,14 @@ def loss(model, batch):
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(
     ("adapter", "frozen"),
-    [(Lora(rank=2), {}), (Lora(rank=2, alpha=1.0), {}), (Lora(rank=2), {"mod": 0})],
-    ids=["lora", "scaled", "frozen"],
+    [
+        (Lora(rank=2), {}),
+        (Lora(rank=2, alpha=1.0), {}),
+        (Lora(rank=2), {"mod": 0}),
+        (Lora(rank=2, alpha=1.0, exclude_modules=["blocks[.]1[.]adaln_modulation_mlp[.].*", ".*_cross_attn[.]2"]), {}),
+        (Lora(rank=2, target_modules="attention+mlp"), {}),
+    ],
+    ids=["lora", "scaled", "frozen", "some", "none"],
 )
 def test_a_batch_of_products_gives_loss_and_gradients_of_single_ones(error, adapter, frozen, batch):
     model = model_of(adapter, **frozen).double()  # float32 is not exact enough for the smallest of the gradients
@@ -72,6 +79,13 @@ def test_batches_follow_a_model_to_another_dtype(error):
     model.double()
     assert error(loss(model, 2).reshape(1), before.reshape(1)) < 1e-5
     assert {batch.weight.dtype for batch in model.modulation_batches} == {torch.float64}
+
+
+@pytest.mark.parametrize("differs", [{"rank_pattern": {ADALN: 3}}, {"alpha_pattern": {ADALN: 3.0}}])
+def test_updates_of_several_kinds_are_not_batched(differs):
+    model = model_of(Lora(rank=2, **differs))
+    model.batch_modulations()
+    assert model.modulation_batches is None
 
 
 def test_trained_weights_are_not_batched():

@@ -1,0 +1,102 @@
+"""Runs with each adapter and its settings: what is told and saved, and that they resume on the same bits."""
+
+import json
+
+import pytest
+import torch
+
+from anima_train.adapters.read import read_lora
+from anima_train.checkpoint.training_state import saved_states
+from anima_train.config.load import load_config
+from anima_train.config.model_files import build_model_spec
+from anima_train.core.errors import ConfigError
+from anima_train.training.dry_run import describe_run
+from anima_train.training.prepare import scan_all
+
+CHOSEN = {
+    "rank": 4, "alpha": 2.0, "target_modules": "attention+mlp", "exclude_modules": ["blocks[.]0[.]cross_attn[.].*"],
+    "rank_pattern": {".*layer1": 6}, "alpha_pattern": {".*layer2": 8.0}, "lr_pattern": {".*q_proj": 2e-3},
+    "use_rslora": True, "b_lr_ratio": 4.0, "init": "svd",
+}  # fmt: skip
+ADAPTERS = {"lora, chosen modules": CHOSEN}
+
+
+def states(changes):
+    return {"checkpoint_every_n_steps": 1, "keep_last": 9, "max_steps": 3, **changes}
+
+
+@pytest.fixture(scope="module", params=ADAPTERS)
+def whole(request, trainer_in, tmp_path_factory):
+    """The settings of an adapter, and a run with them."""
+    folder = tmp_path_factory.mktemp("whole")
+    return ADAPTERS[request.param], trainer_in(folder)("run", **states({"adapter": ADAPTERS[request.param]}))
+
+
+def test_a_run_that_is_stopped_and_resumed_has_the_same_bits(whole, trainer):
+    settings, run = whole
+    trainer("run", **states({"adapter": settings, "max_steps": 1}))
+    parted = trainer("run", resume=True, **states({"adapter": settings}))
+    assert parted.losses == run.losses
+    assert parted.weights.keys() == run.weights.keys()
+    assert all(torch.equal(parted.weights[key], tensor) for key, tensor in run.weights.items())
+
+
+def test_the_file_says_what_it_is(whole):
+    _, run = whole
+    assert json.loads(run.metadata()["ss_network_args"])
+    assert run.metadata()["modelspec.architecture"] == "anima-2b/lora"
+
+
+@pytest.fixture(scope="module")
+def chosen(trainer_in, tmp_path_factory):
+    return trainer_in(tmp_path_factory.mktemp("chosen"))("run", **states({"adapter": CHOSEN, "max_steps": 1}))
+
+
+def test_the_choice_of_modules_is_saved(chosen):
+    modules = {key.removeprefix("diffusion_model.").split(".lora_")[0] for key in chosen.weights}
+    assert len(modules) == 2 * (4 + 4 + 2) - 4
+    assert not any("adaln" in name or name.startswith("blocks.0.cross_attn") for name in modules)
+    assert {len(tensor) for key, tensor in chosen.weights.items() if "lora_A" in key} == {4, 6}
+
+
+def test_the_choice_of_modules_is_told_at_the_start_and_by_check(trainer, capsys):
+    path = trainer.config(
+        "run", adapter={"target_modules": ".*[.]self_attn[.]q_proj", "rank_pattern": {".*[.]1[.].*": 8}}
+    )
+    text = "adapter: 2 of 32 linears: blocks.*.self_attn.q_proj (2)"
+    loaded = load_config(path)
+    spec = build_model_spec(loaded.config, torch.device("cpu"))
+    lines = describe_run(loaded, spec, scan_all((loaded.train,), 0, write=False), num_processes=1)
+    assert text in lines
+    assert "adapter: ranks (and the number of linears): 4 (1), 8 (1)" in lines
+    trainer.run(path)
+    assert text in capsys.readouterr().out
+
+
+def test_a_training_state_tells_the_scale_of_each_module(chosen):
+    (state,) = saved_states(chosen.path / "checkpoints")
+    weights = {
+        key.removeprefix("diffusion_model.").removesuffix(".weight"): tensor for key, tensor in chosen.weights.items()
+    }
+    modules = {name.rpartition(".")[0] for name in weights}
+    shapes = {name: (len(weights[f"{name}.lora_B"]), weights[f"{name}.lora_A"].shape[1]) for name in modules}
+    for name, update in read_lora(state / "weights.safetensors", shapes).items():
+        rank = 6 if name.endswith("layer1") else 4
+        assert update.scale == (8.0 if name.endswith("layer2") else 2.0) / rank * rank**0.5
+        assert torch.equal(update.up * update.scale, weights[f"{name}.lora_B"])
+
+
+def test_learning_rates_of_modules_may_change_at_the_resume_and_modules_may_not(trainer):
+    changes = states({"adapter": CHOSEN, "max_steps": 1})
+    trainer("run", **changes)
+    with pytest.raises(ConfigError, match=r"adapter\.rank_pattern: .*layer1.* 6.* -> .* 7"):
+        trainer(
+            "run", resume=True, **changes | {"adapter": {**CHOSEN, "rank_pattern": {".*layer1": 7}}, "max_steps": 2}
+        )
+    faster = {**CHOSEN, "lr_pattern": {".*k_proj": 5e-3, ".*q_proj": 2e-3}, "b_lr_ratio": 2.0}
+    assert len(trainer("run", resume=True, **changes | {"adapter": faster, "max_steps": 2}).losses) == 2
+
+
+def test_what_matches_nothing_stops_the_run_before_it_begins(trainer):
+    with pytest.raises(ConfigError, match='"atention" matches no linear; did you mean "attention"'):
+        trainer("run", adapter={"target_modules": "atention"})
