@@ -13,7 +13,7 @@ from anima_train.adapters.selection import Patterns, Selection, of_pattern
 from anima_train.core.device import DTYPES
 from anima_train.model.dit import MiniTrainDIT
 from anima_train.model.lora_linear import AdaptedLinear
-from anima_train.optim.groups import LearningRates
+from anima_train.optim.groups import Component, LearningRates
 
 AtLeast1 = Annotated[int, Field(ge=1)]
 Above0 = Annotated[float, Field(gt=0)]
@@ -25,6 +25,7 @@ class Addition(Selection):
     """Updates of the linears in the blocks; the base weights stay as they are."""
 
     leaves_base: ClassVar[bool] = True
+    lycoris: ClassVar[str | None] = None  # its name in LyCORIS, whose files managers know
     rank: int = Field(default=32, ge=1)
     """Width of the update. 16 to 32 for a style or a character; more learns, and forgets, more."""
     alpha: float | None = Field(default=None, gt=0)
@@ -68,6 +69,10 @@ class Addition(Selection):
             base = transformer.get_submodule(name)
             assert isinstance(base, nn.Linear)
             transformer.set_submodule(name, self.layer(name, base, weights.get(f"{name}.weight"), seed))
+
+    def learning_rates(self, by_component: Mapping[Component, float]) -> LearningRates:
+        """Return the learning rates of the trained weights."""
+        return LearningRates(by_component, tuple(self.lr_pattern.items()))
 
     @property
     def reads_base(self) -> str | None:
@@ -117,22 +122,19 @@ class Addition(Selection):
 
     def is_without_effect(self, tensors: Iterable[tuple[str, Tensor]]) -> bool:
         """Return True if a file with these tensors changes nothing: every update is zero, as before training."""
-        zero = (bool(tensor.any()) for name, tensor in tensors if any(part in name for part in self.zero_factors))
+        zero = (bool(tensor.any()) for name, tensor in tensors if name.endswith(self.zero_factors))
         return not any(zero)
-
-    @property
-    def network_module(self) -> str:
-        """The name of this kind of file in `ss_network_module`."""
-        return "networks.lora_anima"
 
     def metadata(self) -> dict[str, str]:
         """Return the metadata that file managers read."""
         # Folded: a reader that scales must scale by 1.
         rank = DYNAMIC if self.rank_pattern else str(self.rank)
         others = self.model_dump(mode="json", exclude_defaults=True, exclude=TOLD_ELSEWHERE)
+        if self.lycoris is not None:
+            others = {"algo": self.lycoris, **others}
         return {
             "modelspec.architecture": "anima-2b/lora",
-            "ss_network_module": self.network_module,
+            "ss_network_module": "networks.lora_anima" if self.lycoris is None else "lycoris.kohya",
             "ss_network_dim": rank,
             "ss_network_alpha": rank,
             "ss_network_dropout": str(self.dropout),

@@ -10,7 +10,7 @@ from torch import Tensor
 from anima_train.adapters.names import checkpoint_key
 from anima_train.core.settings import Settings
 from anima_train.model.dit import MiniTrainDIT
-from anima_train.optim.groups import LearningRates
+from anima_train.optim.groups import Component, LearningRates
 
 
 class Full(Settings):
@@ -29,6 +29,10 @@ class Full(Settings):
                 'to begin with as transformer_path, in [model], or write type = "lora"'
             )
         return data if not isinstance(data, dict) else {k: v for k, v in data.items() if k != "init_from_existing"}
+
+    def learning_rates(self, by_component: Mapping[Component, float]) -> LearningRates:
+        """Return the learning rates of the parameters."""
+        return LearningRates(by_component)
 
     def attach(self, transformer: MiniTrainDIT, rates: LearningRates, seed: int) -> None:
         """Mark every parameter whose component is not frozen as trainable."""

@@ -1,7 +1,7 @@
 """LoRA (Hu et al. 2021, arXiv:2106.09685) on the linears of `Block` and `TransformerBlock`."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -12,6 +12,7 @@ from anima_train.adapters.addition import Addition
 from anima_train.adapters.names import lora_key
 from anima_train.adapters.starts import Init, down_matrix
 from anima_train.model.lora_linear import AdaptedLinear, LoraLinear
+from anima_train.optim.groups import Component, LearningRates
 
 
 class Lora(Addition):
@@ -35,7 +36,7 @@ class Lora(Addition):
     init: Init = "kaiming"
     """The A to begin with; B is zero, so the model begins as the base with any. "kaiming": uniform; "orthogonal": its
     rows at right angles; "svd": the leading right singular vectors of each weight, whose inputs it passes on most."""
-    zero_factors: ClassVar[tuple[str, ...]] = ("lora_B",)
+    zero_factors: ClassVar[tuple[str, ...]] = (".lora_B.weight",)
 
     @field_validator("init_from_existing")
     @classmethod
@@ -47,6 +48,10 @@ class Lora(Addition):
         """Return the factor on the update of a linear: alpha / rank, or alpha / sqrt(rank)."""
         scale = super().scale_of(name)
         return scale * math.sqrt(self.rank_of(name)) if self.use_rslora else scale
+
+    def learning_rates(self, by_component: Mapping[Component, float]) -> LearningRates:
+        """Return the learning rates of the trained weights, B's in multiples of A's."""
+        return LearningRates(by_component, tuple(self.lr_pattern.items()), self.b_lr_ratio)
 
     @property
     def reads_base(self) -> str | None:

@@ -71,6 +71,11 @@ def lora_key(module: str, part: str) -> str:
     return f"{LORA_PREFIX}{module}.{part}.weight"
 
 
+def module_key(module: str, part: str) -> str:
+    """Return the key of a part of another adapter than a LoRA, such as `lokr_w1`, of a module by its full name."""
+    return f"{LORA_PREFIX}{module}.{part}"
+
+
 def checkpoint_key(parameter: str) -> str:
     """Return the key of a parameter in a full checkpoint."""
     return CHECKPOINT_PREFIX + parameter

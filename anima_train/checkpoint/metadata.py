@@ -16,8 +16,7 @@ from typing import Literal
 from PIL import Image
 
 from anima_train import __version__
-from anima_train.adapters.full import Full
-from anima_train.adapters.lora import Lora
+from anima_train.adapters.choice import AnyAdapter
 from anima_train.data.caption_parts import tags_of
 from anima_train.data.samples import Sample
 from anima_train.model.safetensors_io import PLACEHOLDER
@@ -37,7 +36,7 @@ def at_level(metadata: Mapping[str, str], level: Level) -> dict[str, str]:
 
 
 def weights_metadata(
-    title: str, step: int, epoch: int, adapter: Lora | Full, settings: Mapping[str, str], base: Mapping[str, str]
+    title: str, step: int, epoch: int, adapter: AnyAdapter, settings: Mapping[str, str], base: Mapping[str, str]
 ) -> dict[str, str]:
     """Return the metadata of weights.
 

@@ -9,8 +9,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from anima_train.adapters.full import Full
-from anima_train.adapters.lora import Lora
+from anima_train.adapters.choice import AnyAdapter
 from anima_train.checkpoint.manifest import STATE_FOLDER, DamagedState, SavedState
 from anima_train.checkpoint.samples import begin_with, changed_dataset, weights_by_step
 from anima_train.checkpoint.training_state import check_state, earlier_state, newest_state, saved_states, step_of
@@ -259,7 +258,7 @@ def is_locked(run: RunFolder) -> bool:
         return True
 
 
-def check_same_content(saved: SavedState, manifest: Mapping[str, Any], adapter: Lora | Full, files: ModelFiles) -> None:
+def check_same_content(saved: SavedState, manifest: Mapping[str, Any], adapter: AnyAdapter, files: ModelFiles) -> None:
     """Refuse to resume from a state of other files, images or components than those of this run.
 
     Args:

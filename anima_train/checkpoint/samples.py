@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from anima_train.adapters.choice import AnyAdapter
 from anima_train.adapters.full import Full
 from anima_train.adapters.lora import Lora
 from anima_train.adapters.read import STATE_SCALE
@@ -54,7 +55,7 @@ def records_bytes(samples: Sequence[Sample]) -> int:
     return 64 + sum(len(json.dumps(sample.id)) + 4 * LENGTH + 8 for sample in samples)
 
 
-def check_same_samples(saved: SavedState, samples: Sequence[Sample], adapter: Lora | Full, files: ModelFiles) -> None:
+def check_same_samples(saved: SavedState, samples: Sequence[Sample], adapter: AnyAdapter, files: ModelFiles) -> None:
     """Refuse to resume from a state of another dataset.
 
     Args:
@@ -114,7 +115,7 @@ def shown_file(file: str, several: bool) -> str:
     return f"directory[{number}]/{path}" if several else path
 
 
-def changed_dataset(saved: SavedState, differences: str, adapter: Lora | Full, files: ModelFiles) -> DataError:
+def changed_dataset(saved: SavedState, differences: str, adapter: AnyAdapter, files: ModelFiles) -> DataError:
     """Return the error for a dataset that is not the state's, with both ways on."""
     first, *pasted = start_again(saved, adapter, files)
     lines = (
@@ -125,7 +126,7 @@ def changed_dataset(saved: SavedState, differences: str, adapter: Lora | Full, f
     return DataError("\n  ".join(lines))
 
 
-def start_again(saved: SavedState, adapter: Lora | Full, files: ModelFiles) -> list[str]:
+def start_again(saved: SavedState, adapter: AnyAdapter, files: ModelFiles) -> list[str]:
     """Return how to begin another run with a state's weights: the lines to add stand alone, to be pasted.
 
     Args:
@@ -133,6 +134,8 @@ def start_again(saved: SavedState, adapter: Lora | Full, files: ModelFiles) -> l
         adapter: what is trained.
         files: of the model that it was trained on.
     """
+    if not isinstance(adapter, Lora | Full):
+        return [f'start another run; its weights cannot begin one, as those of a "{adapter.type}" are not read']
     path, is_part = weights_of(saved, adapter)
     if path is None:
         return ["start another run; this one has no saved weights to begin with (save_every_n_steps saves them)"]
@@ -148,7 +151,7 @@ def begin_with(path: Path, is_lora: bool) -> list[str]:
     return [f"start another run, of another run_name, from these weights; write in [{table}]:", toml_line(key, path)]
 
 
-def weights_of(saved: SavedState, adapter: Lora | Full) -> tuple[Path | None, bool]:
+def weights_of(saved: SavedState, adapter: AnyAdapter) -> tuple[Path | None, bool]:
     """Return the file with a state's weights from which a run can begin, and True if it lacks the LLM adapter.
 
     That is the one saved after the same step; else the state's own, if it holds all that is needed; else the one saved

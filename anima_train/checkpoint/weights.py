@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from anima_train.adapters.choice import AnyAdapter
 from anima_train.adapters.full import Full
-from anima_train.adapters.lora import Lora
 from anima_train.core.divided import is_divided
 from anima_train.core.errors import ModelFileError, NumericError
 from anima_train.core.files import atomic_path
@@ -54,7 +54,7 @@ def digest(tensor: Tensor) -> bytes:
 
 
 def weights_to_save(
-    adapter: Lora | Full, transformer: MiniTrainDIT, files: ModelFiles, dtype: torch.dtype | None
+    adapter: AnyAdapter, transformer: MiniTrainDIT, files: ModelFiles, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
     """Return the LoRA or the whole model under the names of its file; of a transformer on the meta device, the shapes.
 

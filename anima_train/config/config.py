@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
+from anima_train.adapters.choice import AnyAdapter
 from anima_train.adapters.full import Full
-from anima_train.adapters.lora import Lora
 from anima_train.config.combinations import (
     BASE_IS_LOST,
     average_fault,
@@ -37,8 +37,6 @@ from anima_train.optim.optimizers import AnyOptimizer
 EVAL_INTERVALS = ("eval_every_n_epochs", "eval_every_n_steps", "eval_every_n_examples")
 STATE_INTERVALS = ("checkpoint_every_n_epochs", "checkpoint_every_n_steps", "checkpoint_every_n_minutes")
 DEFAULT_KEEP_LAST = 2
-
-AnyAdapter = Annotated[Lora | Full, Field(discriminator="type")]
 
 
 class Config(Settings):
@@ -427,9 +425,7 @@ class Config(Settings):
         for component in COMPONENTS:
             rate = component_rate(self.model, self.optimizer, component)
             rates[component] = rate if self.force_constant_lr is None or rate == 0 else self.force_constant_lr
-        if self.force_constant_lr is not None or isinstance(self.adapter, Full):
-            return LearningRates(rates)
-        return LearningRates(rates, tuple(self.adapter.lr_pattern.items()), self.adapter.b_lr_ratio)
+        return LearningRates(rates) if self.force_constant_lr is not None else self.adapter.learning_rates(rates)
 
     @property
     def saves_states(self) -> bool:

@@ -12,10 +12,11 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
+from anima_train.adapters.choice import AnyAdapter
 from anima_train.adapters.lora import Lora
 from anima_train.config.base_drawn import SHIPPED, SHIPPED_CAPTIONS, BaseDrawn, read_captions
 from anima_train.config.compat import DATASET, FOREIGN, MAIN, Keys, translate
-from anima_train.config.config import AnyAdapter, Config
+from anima_train.config.config import Config
 from anima_train.config.model_settings import ModelSettings
 from anima_train.config.notes import optimizer_advice, rate_warnings, without_effect
 from anima_train.config.other_files import is_kohya, lifted, whole_file_fault

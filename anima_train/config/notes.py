@@ -25,6 +25,8 @@ def without_effect(config: Config) -> Iterator[tuple[str, str]]:
     for key, rate in own_rates.items():
         if config.force_constant_lr is not None and rate:
             yield f"model.{key}", "force_constant_lr takes its place"
+    if "rank" in config.adapter.model_fields_set and getattr(config.adapter, "full_matrix", False):
+        yield "adapter.rank", "full_matrix is true"
     for key in ("lr_pattern", "b_lr_ratio") if config.force_constant_lr is not None else ():
         if key in config.adapter.model_fields_set:
             yield f"adapter.{key}", "force_constant_lr takes its place"

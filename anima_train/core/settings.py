@@ -226,7 +226,8 @@ def suggestion(spot: "ErrorPlace", root: type[Settings], hints: Mapping[str, str
     if word in hints:
         return f"; {hints[word]}"
     if owners := [type_name(choice) for choice in spot.choices if key in choice.model_fields]:
-        return f" of type {quoted(type_name(spot.table))}; only {' and '.join(map(quoted, owners))} has it"
+        has = "has" if len(owners) == 1 else "have"
+        return f" of type {quoted(type_name(spot.table))}; only {' and '.join(map(quoted, owners))} {has} it"
     places = places_of_keys(root)
     if key in places:
         return f"; it belongs {' or '.join(places[key][:MAX_PLACES])}"

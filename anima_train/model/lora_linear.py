@@ -92,14 +92,14 @@ def quantized_weights(linears: Sequence[Any]) -> list[QuantizedWeight]:
     return [weight for weight in weights if isinstance(weight, QuantizedWeight)]
 
 
-def base_outputs(tokens: Float[Tensor, "N D"], linears: Sequence[LoraLinear]) -> list[Tensor]:
+def base_outputs(tokens: Float[Tensor, "N D"], linears: Sequence[AdaptedLinear]) -> list[Tensor]:
     """Return the outputs of linears without their updates."""
     if weights := quantized_weights(linears):
         return quantized_outputs(tokens, weights)
     return [F.linear(tokens, linear.weight, linear.bias) for linear in linears]
 
 
-def base_gradient(gradients: Sequence[Tensor], linears: Sequence[LoraLinear]) -> Float[Tensor, "N D"]:
+def base_gradient(gradients: Sequence[Tensor], linears: Sequence[AdaptedLinear]) -> Float[Tensor, "N D"]:
     """Return the gradient of the input of `base_outputs`."""
     if weights := quantized_weights(linears):
         return quantized_gradient(gradients, weights)

@@ -7,6 +7,8 @@ from anima_train.core.format import count
 
 LOSSES = ("huber_delta", "smooth_l1_beta", "pseudo_huber_c")
 NOISE = ("timestep_sample_method", "sigmoid_scale", "shift", "flux_shift", "multiscale_loss_weight")
+ADDITIONS = {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa"}
+CHOICES = ("decompose_factor", "full_matrix", "use_rslora", "target_modules", "exclude_modules")
 SAVING = ("activation_checkpointing", "checkpointed_blocks", "blocks_to_swap")  # memory
 
 
@@ -59,13 +61,14 @@ def named_text(table: Mapping[str, Any], without: tuple[str, ...] = ("type",)) -
 
 
 def trained_text(adapter: Mapping[str, Any]) -> str:
-    """Return what is trained: a LoRA with its sizes, or all weights."""
+    """Return what is trained: a LoRA or the like with its sizes, or all weights."""
     kind = adapter.get("type")
-    if kind != "lora":
+    if not isinstance(kind, str) or kind not in ADDITIONS:
         return "all weights (full)" if kind == "full" else value_text(kind or "")
     values = {key: adapter.get(key) for key in ("rank", "alpha", "dtype", "dropout")}
     values["alpha"] = values["alpha"] or values["rank"]  # as it is where it is not written
-    return ", ".join(["LoRA", *(f"{key} {value_text(value)}" for key, value in values.items() if value)])
+    values |= {key: adapter.get(key) for key in CHOICES if adapter.get(key) != "all"}
+    return ", ".join([ADDITIONS[kind], *(f"{key} {value_text(value)}" for key, value in values.items() if value)])
 
 
 def rates_text(table: Mapping[str, Any]) -> str:

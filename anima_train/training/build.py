@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from anima_train.adapters.choice import AnyAdapter
 from anima_train.adapters.full import Full
 from anima_train.adapters.initial import InitialLora, read_initial
 from anima_train.adapters.lora import Lora, lora_layers
@@ -16,7 +17,7 @@ from anima_train.checkpoint.disk_space import DiskPlan, FileSizes, first_state_b
 from anima_train.checkpoint.samples import records_bytes
 from anima_train.checkpoint.training_state import trained_parameters
 from anima_train.checkpoint.weights import weights_to_save
-from anima_train.config.config import AnyAdapter, Config
+from anima_train.config.config import Config
 from anima_train.core.device import DTYPES
 from anima_train.core.errors import ConfigError
 from anima_train.core.files import on_disk

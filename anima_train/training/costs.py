@@ -7,8 +7,9 @@ from typing import Literal
 import numpy as np
 import torch
 
+from anima_train.adapters.choice import AnyAdapter
 from anima_train.adapters.full import Full
-from anima_train.config.config import AnyAdapter, Config
+from anima_train.config.config import Config
 from anima_train.core.device import DTYPES
 from anima_train.core.format import format_bytes
 from anima_train.data.buckets import Size

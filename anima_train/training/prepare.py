@@ -13,6 +13,7 @@ from typing import Literal
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from anima_train.adapters.choice import AnyAdapter
 from anima_train.caching.entries import (
     CacheEntries,
     model_text_identity,
@@ -25,7 +26,6 @@ from anima_train.caching.text_encoding import CaptionEncoder, OnlineTextEncoder,
 from anima_train.checkpoint.disk_space import first_requirements
 from anima_train.checkpoint.manifest import SavedState
 from anima_train.checkpoint.samples import check_same_samples
-from anima_train.config.config import AnyAdapter
 from anima_train.config.load import Dataset, LoadedConfig
 from anima_train.config.memory_advice import cache_suggestions
 from anima_train.config.model_files import build_model_spec

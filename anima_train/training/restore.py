@@ -5,13 +5,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from anima_train.adapters.choice import AnyAdapter
 from anima_train.adapters.initial import lora_file
 from anima_train.adapters.lora import Lora
 from anima_train.checkpoint.leftovers import remove_leftovers
 from anima_train.checkpoint.manifest import SavedState
 from anima_train.checkpoint.resume import check_same_content, damaged_records, retire_states
 from anima_train.checkpoint.training_state import load_state, read_start, saved_states, start_name
-from anima_train.config.config import AnyAdapter
 from anima_train.config.resolved import config_toml
 from anima_train.core.files import sha256_file, write_text
 from anima_train.core.format import listed

@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from anima_train.adapters.addition import adapted_layers
+from anima_train.adapters.choice import AnyAdapter
 from anima_train.adapters.full import Full
-from anima_train.adapters.lora import Lora
 from anima_train.adapters.selection import block_linears, described
 from anima_train.core.format import Listing, count, prefixed
 from anima_train.data.buckets import Size
@@ -28,13 +28,13 @@ def lr_text(row: GroupRow) -> str:
     return "frozen" if row.lr == 0 else f"{row.lr:g}" if row.num_parameters else "-"
 
 
-def trained_text(adapter: Lora | Full, rates: LearningRates, spec: ModelSpec) -> list[str]:
+def trained_text(adapter: AnyAdapter, rates: LearningRates, spec: ModelSpec) -> list[str]:
     """Return lines about what is trained that may be a surprise: the base's file, and that there is no adapter."""
     header = spec.files.transformer_header
     lines = [] if (text := quantization_text(header)) is None else [text]
     blocks = TransformerShape.of(header.entries).num_blocks
     lines.extend(f"warning: {text}" for text in variant_warnings(spec.files.transformer, blocks))
-    if isinstance(adapter, Lora):
+    if adapter.leaves_base:
         return lines
     entries = [*spec.files.transformer_header.entries.items()]
     entries += [(LLM_ADAPTER_PREFIX + name, entry) for name, entry in spec.files.llm_adapter_header.entries.items()]
@@ -44,7 +44,7 @@ def trained_text(adapter: Lora | Full, rates: LearningRates, spec: ModelSpec) ->
     return [*lines, f'no [adapter]: {of_all}{number} weights are trained; a LoRA would be [adapter] with type = "lora"']
 
 
-def selection_text(adapter: Lora | Full, transformer: MiniTrainDIT) -> list[str]:
+def selection_text(adapter: AnyAdapter, transformer: MiniTrainDIT) -> list[str]:
     """Return lines about the linears that the adapter's expressions choose, and what differs among them.
 
     Args:

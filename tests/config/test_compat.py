@@ -162,6 +162,6 @@ def test_an_unknown_key_gets_the_most_likely_suggestion(project, key, hint):
 
 def test_a_rank_beside_full_fine_tuning_is_explained(project):
     assert project.problems({"adapter": {"type": "full", "rank": 4, "rnak": 4}}) == [
-        'main.toml: adapter.rank: unknown key of type "full"; only "lora" has it',
+        'main.toml: adapter.rank: unknown key of type "full"; only "lora" and "lokr" and "loha" have it',
         "main.toml: adapter.rnak: unknown key; did you mean rank?",
     ]

@@ -317,9 +317,10 @@ OPTIMIZERS = '"adamw", "adamw_optimi", "adamw8bit", "schedule_free", "prodigy", 
          'optimizer.momentum: unknown key of type "lion"; only "muon" has it'),
         ({"optimizer": {"lr": 1.0}}, f"optimizer.type: missing; expected one of {OPTIMIZERS}"),
         ({"adapter.type": "lokr"}, 'adapter.type: found "lokr", which is not supported yet; write "lora"'),
-        ({"adapter.type": "Lora"}, 'adapter.type: found "Lora" (text), expected one of "lora", "full"; '
+        ({"adapter.type": "Lora"}, 'adapter.type: found "Lora" (text), expected one of "lora", "lokr", "loha", "full"; '
          'did you mean "lora"?'),
-        ({"adapter": {"type": "full", "rank": 4}}, 'adapter.rank: unknown key of type "full"; only "lora" has it'),
+        ({"adapter": {"type": "full", "rank": 4}},
+         'adapter.rank: unknown key of type "full"; only "lora" and "lokr" and "loha" have it'),
         ({"lr_scheduler": {"type": "linear", "power": 2.0}},
          'lr_scheduler.power: unknown key of type "linear"; only "polynomial" has it'),
         ({"lr_scheduler": {"type": "polynomial", "power": "2"}},

@@ -18,7 +18,11 @@ CHOSEN = {
     "rank_pattern": {".*layer1": 6}, "alpha_pattern": {".*layer2": 8.0}, "lr_pattern": {".*q_proj": 2e-3},
     "use_rslora": True, "b_lr_ratio": 4.0, "init": "svd",
 }  # fmt: skip
-ADAPTERS = {"lora, chosen modules": CHOSEN}
+ADAPTERS = {
+    "lora, chosen modules": CHOSEN,
+    "lokr": {"type": "lokr", "rank": 2, "decompose_factor": 2, "alpha": 1.0, "dropout": 0.1},
+    "loha": {"type": "loha", "rank": 2, "dtype": "bfloat16"},
+}
 
 
 def states(changes):
@@ -42,8 +46,9 @@ def test_a_run_that_is_stopped_and_resumed_has_the_same_bits(whole, trainer):
 
 
 def test_the_file_says_what_it_is(whole):
-    _, run = whole
-    assert json.loads(run.metadata()["ss_network_args"])
+    settings, run = whole
+    found = json.loads(run.metadata()["ss_network_args"])
+    assert found.get("algo", "lora") == settings.get("type", "lora")
     assert run.metadata()["modelspec.architecture"] == "anima-2b/lora"
 
 

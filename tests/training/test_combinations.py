@@ -37,6 +37,17 @@ COMBINATIONS = {
         BFLOAT16 | RELEASE | {"optimizer": RELEASE["optimizer"] | {"moments_device": "cpu"}},
         released(moments_device="cpu"),
     ),
+    "lora, svd, chosen modules, swap": (
+        SWAP
+        | CHECKPOINTING
+        | {"adapter": {"init": "svd", "target_modules": "attention", "rank_pattern": {".*q_proj": 2}}},
+        {},
+    ),
+    "lokr, int8, selective, swap": (
+        INT8 | SWAP | {"activation_checkpointing": "selective", "adapter": {"type": "lokr", "decompose_factor": 2}},
+        {},
+    ),
+    "loha, bfloat16, checkpointing, swap": (BFLOAT16 | SWAP | CHECKPOINTING | {"adapter": {"type": "loha"}}, {}),
     "lora, prodigy, int8": (INT8 | {"optimizer": {"type": "prodigy"}, "gradient_clipping": 0.0}, {}),
     "lora, schedule-free, swap": (SWAP | {"optimizer": {"type": "schedule_free", "lr": 1e-3}}, {}),
 }

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from anima_train.adapters.full import Full
+from anima_train.adapters.loha import Loha
+from anima_train.adapters.lokr import Lokr
 from anima_train.adapters.lora import Lora
 from anima_train.core.random import stream
 from anima_train.core.text_batch import pad_rows
@@ -85,13 +87,23 @@ def test_full_fine_tune_learns_latents_and_sampling_gives_them_back(pretrained, 
         assert error(sample(model, context, seed), latents) < 0.1
 
 
+# Settings and learning rate.
+ADAPTERS = {
+    "lora": (Lora(rank=16), 3e-3),
+    "lokr": (Lokr(decompose_factor=4, full_matrix=True), 3e-3),
+    "loha": (Loha(rank=8), 3e-3),
+}
+
+
 @pytest.mark.slow
-def test_lora_on_that_model_learns_other_latents(pretrained, error):
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_on_that_model_learns_other_latents(pretrained, error, name):
     latents, context = target_latents(7)
     model = MiniTrainDIT(SHAPE)
     model.load_state_dict(pretrained[0].state_dict())
     assert error(sample(model, context, 0), latents) > 0.5
-    losses = train(model, Lora(rank=16), latents, context, num_steps=500, lr=3e-3)
+    adapter, lr = ADAPTERS[name]
+    losses = train(model, adapter, latents, context, num_steps=500, lr=lr)
     assert sum(losses[-20:]) < sum(losses[:5]) / 5 * 20 / 10
     for seed in range(3):
         assert error(sample(model, context, seed), latents) < 0.1

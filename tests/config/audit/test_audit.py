@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from anima_train.adapters.choice import AnyAdapter
 from anima_train.config.config import Config
 from anima_train.config.reference import is_same
 from anima_train.core.settings import is_settings, item_types, type_name
@@ -30,8 +31,6 @@ class Row:
 def table(name, moves, value, kind="", **given):
     """The row of a key in a table of the main file, or of the table itself."""
     *path, key = re.sub(r"\[\w+\]\.\w+$", "", name).split(".")
-    if name.startswith("adapter["):
-        path, key, value = ["adapter"], name.rpartition(".")[2], value
     if name.startswith(("eval_datasets.", "sampling.prompts.")):
         path, key = path[:-1], path[-1]
     changes = {key: value}
@@ -85,7 +84,27 @@ OPTIMIZERS = {  # of every optimizer that has the key
     "d0": (f"rates in use,{MADE}", 1e-3),
     "d_coef": (f"rates in use,{MADE}", 1e4),
 }
+CHANGED = "gradient,metadata,saved,weights"
+MLPS = ".*[.]mlp[.].*"
+ADAPTERS = {  # of every adapter that has the key
+    "rank": (CHANGED, 8),
+    "alpha": ("gradient,saved,weights", 2.0),
+    "dropout": (CHANGED, 0.5),
+    "dtype": ("gradient,notes,saved,state,weights", "bfloat16"),
+    "target_modules": (f"{CHANGED},rates in use", "attention"),
+    "exclude_modules": (f"{CHANGED},rates in use", MLPS),
+    "rank_pattern": (CHANGED, {MLPS: 8}),
+    "alpha_pattern": (CHANGED, {MLPS: 2.0}),
+    "lr_pattern": ("metadata,rates in use,saved,weights", {MLPS: 2e-3}),
+    "use_rslora": (CHANGED, True),
+    "b_lr_ratio": ("metadata,rates in use,saved,weights", 4.0),
+    "init": (CHANGED, "orthogonal"),
+    "init_from_existing": ("computed", "$LORA.safetensors"),
+    "decompose_factor": (CHANGED, 4),
+    "full_matrix": (f"{CHANGED},notes", True),
+}
 SPECIAL = {  # what makes a key act in two steps on a small model
+    **{f"adapter[lokr].{key}": {"given": {"decompose_factor": 2}} for key in ADAPTERS},  # else factors are whole
     "optimizer[adafactor].eps": {"value": [1e-3, 1e-3]},
     "optimizer[muon].betas": {"adapter": FULL},
     "optimizer[muon].eps": {"adapter": FULL},
@@ -228,19 +247,7 @@ ROWS: dict[str, Row] = dict((
     table("model.mod_lr", "metadata,rates,rates in use,saved,weights", 2e-3, "steps"),
     table("model.llm_adapter_lr", "metadata,rates,rates in use,saved,texts,weights", 1e-4, "steps"),
     table("adapter", "gradient,metadata,rates in use,saved,weights", {"type": "full", "rank": None}, "steps"),
-    table("adapter[lora].rank", "gradient,metadata,saved,weights", 8, "steps"),
-    table("adapter[lora].alpha", "gradient,saved,weights", 2.0, "steps"),
-    table("adapter[lora].dropout", "gradient,metadata,saved,weights", 0.5, "steps"),
-    table("adapter[lora].dtype", "gradient,notes,saved,state,weights", "bfloat16", "steps"),
-    table("adapter[lora].target_modules", "gradient,metadata,rates in use,saved,weights", "attention", "steps"),
-    table("adapter[lora].exclude_modules", "gradient,metadata,rates in use,saved,weights", ".*[.]mlp[.].*", "steps"),
-    table("adapter[lora].rank_pattern", "gradient,metadata,saved,weights", {".*[.]mlp[.].*": 8}, "steps"),
-    table("adapter[lora].alpha_pattern", "gradient,metadata,saved,weights", {".*[.]mlp[.].*": 2.0}, "steps"),
-    table("adapter[lora].lr_pattern", "metadata,rates in use,saved,weights", {".*[.]mlp[.].*": 2e-3}, "steps"),
-    table("adapter[lora].use_rslora", "gradient,metadata,saved,weights", True, "steps"),
-    table("adapter[lora].b_lr_ratio", "metadata,rates in use,saved,weights", 4.0, "steps"),
-    table("adapter[lora].init", "gradient,metadata,saved,weights", "orthogonal", "steps"),
-    table("adapter[lora].init_from_existing", "computed", "$LORA.safetensors", "steps"),
+    *of_choices(AnyAdapter, "adapter", ADAPTERS, "steps"),
     table("model.max_caption_tokens", "texts", 600, "steps"),
     table("metadata.level", "metadata", "minimal"),
     table("metadata.author", "metadata", "me"),
@@ -384,8 +391,8 @@ def test_a_row_that_says_too_much_or_too_little_is_found(audit):
 
 
 def is_of_another_optimizer(name):
-    """True for the keys of the optimizers that are not the first: their rows are like its rows."""
-    return name.startswith("optimizer[") and not name.startswith("optimizer[adamw]")
+    """True for the keys of the optimizers and adapters that are not the first: their rows are like its rows."""
+    return re.match(r"optimizer\[(?!adamw\])|adapter\[(?!lora\])", name) is not None
 
 
 @pytest.mark.parametrize(
