@@ -91,8 +91,19 @@ class Addition(Selection):
         """
 
     @abstractmethod
-    def file_tensors(self, name: str, layer: AdaptedLinear) -> dict[str, Tensor]:
-        """Return what a file holds of a linear's update, by full keys."""
+    def file_tensors(self, name: str, layer: AdaptedLinear, weight: Tensor | None) -> dict[str, Tensor]:
+        """Return what a file holds of a linear's update, by full keys.
+
+        Args:
+            name: of the linear in the transformer.
+            layer: with its update.
+            weight: the base's, wherever it is; None: it is quantised.
+        """
+
+    @property
+    def is_plain(self) -> bool:
+        """True if the trained weights are a LoRA's up and down, and no others."""
+        return False
 
     def made(self, values: Tensor, base: nn.Linear) -> Tensor:
         """Return values in the dtype of the trained weights, where the base is."""
@@ -114,8 +125,9 @@ class Addition(Selection):
     def tensors(self, transformer: MiniTrainDIT) -> dict[str, Tensor]:
         """Return the trained weights under their file keys, the scale folded into them so that it is 1 everywhere."""
         tensors: dict[str, Tensor] = {}
+        weights = transformer.weights()
         for name, layer in adapted_layers(transformer):
-            tensors |= self.file_tensors(name, layer)
+            tensors |= self.file_tensors(name, layer, weights.get(f"{name}.weight"))
         return tensors
 
     zero_factors: ClassVar[tuple[str, ...]]  # parts of file keys: where all of these are zero, so is the update

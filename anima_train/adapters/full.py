@@ -34,6 +34,11 @@ class Full(Settings):
         """Return the learning rates of the parameters."""
         return LearningRates(by_component)
 
+    @property
+    def is_plain(self) -> bool:
+        """False: it is no LoRA."""
+        return False
+
     def attach(self, transformer: MiniTrainDIT, rates: LearningRates, seed: int) -> None:
         """Mark every parameter whose component is not frozen as trainable."""
         for name, parameter in transformer.named_parameters():

@@ -37,7 +37,7 @@ class Loha(Addition):
             factors[part] = self.made(draw * deviation if deviation else torch.zeros(shape), base)
         return FactorLinear(base, "loha", factors, "hada_w2_a", self.scale_of(name), self.dropout)
 
-    def file_tensors(self, name: str, layer: AdaptedLinear) -> dict[str, Tensor]:
+    def file_tensors(self, name: str, layer: AdaptedLinear, weight: Tensor | None) -> dict[str, Tensor]:
         """Return the factors, the scale folded into one, and the alpha with which readers scale by 1."""
         assert isinstance(layer, FactorLinear)
         tensors = {module_key(name, part): layer.get_parameter(part).detach() for part in layer.names}

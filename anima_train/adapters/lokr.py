@@ -56,7 +56,7 @@ class Lokr(Addition):
         scale = 1.0 if is_whole else self.scale_of(name)
         return FactorLinear(base, "lokr", trained, list(trained)[1], scale, self.dropout)
 
-    def file_tensors(self, name: str, layer: AdaptedLinear) -> dict[str, Tensor]:
+    def file_tensors(self, name: str, layer: AdaptedLinear, weight: Tensor | None) -> dict[str, Tensor]:
         """Return the factors, the scale folded into the second, and the alpha with which readers scale by 1."""
         assert isinstance(layer, FactorLinear)
         tensors = {module_key(name, part): layer.get_parameter(part).detach() for part in layer.names}

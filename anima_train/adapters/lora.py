@@ -5,13 +5,13 @@ from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from anima_train.adapters.addition import Addition
-from anima_train.adapters.names import lora_key
+from anima_train.adapters.names import lora_key, module_key
 from anima_train.adapters.starts import Init, down_matrix
-from anima_train.model.lora_linear import AdaptedLinear, LoraLinear
+from anima_train.model.lora_linear import SHORTEST, AdaptedLinear, DoraLinear, LoraLinear
 from anima_train.optim.groups import Component, LearningRates
 
 
@@ -36,7 +36,18 @@ class Lora(Addition):
     init: Init = "kaiming"
     """The A to begin with; B is zero, so the model begins as the base with any. "kaiming": uniform; "orthogonal": its
     rows at right angles; "svd": the leading right singular vectors of each weight, whose inputs it passes on most."""
+    use_dora: bool = False
+    """Also train the lengths of the rows of the weights (DoRA, arXiv:2402.09353): between a LoRA and a full fine-tune,
+    for steps that take longer. Needs the base weights as they are, and is not divided among processes."""
     zero_factors: ClassVar[tuple[str, ...]] = (".lora_B.weight",)
+
+    @field_validator("use_dora")
+    @classmethod
+    def begins_as_the_base(cls, value: bool, earlier: ValidationInfo) -> bool:
+        """Refuse the LoRA to begin with, whose rows have other lengths."""
+        if value and earlier.data.get("init_from_existing"):
+            raise ValueError("excludes init_from_existing, a LoRA whose rows have other lengths; remove one of them")
+        return value
 
     @field_validator("init_from_existing")
     @classmethod
@@ -56,7 +67,12 @@ class Lora(Addition):
     @property
     def reads_base(self) -> str | None:
         """The setting with which the base weights' values are read; None: there is none."""
-        return 'init = "svd"' if self.init == "svd" else None
+        return "use_dora" if self.use_dora else 'init = "svd"' if self.init == "svd" else None
+
+    @property
+    def is_plain(self) -> bool:
+        """True if the trained weights are a LoRA's up and down, and no others."""
+        return not self.use_dora
 
     def layer(self, name: str, base: nn.Linear, weight: Tensor | None, seed: int) -> LoraLinear:
         """Return a linear with its LoRA: B is zero."""
@@ -64,15 +80,25 @@ class Lora(Addition):
         shape = torch.empty(base.out_features, base.in_features, device="meta")
         lora_a = self.made(down_matrix(self.init, rank, shape if weight is None else weight, seed, name), base)
         lora_b = self.made(torch.zeros(base.out_features, rank), base)
-        return LoraLinear(base, lora_a, lora_b, self.scale_of(name), self.dropout)
+        if not self.use_dora:
+            return LoraLinear(base, lora_a, lora_b, self.scale_of(name), self.dropout)
+        assert weight is not None
+        norms = weight.float().norm(dim=1).to(base.weight.device)  # of more digits than bfloat16 has
+        return DoraLinear(base, lora_a, lora_b, self.scale_of(name), self.dropout, norms)
 
-    def file_tensors(self, name: str, layer: AdaptedLinear) -> dict[str, Tensor]:
-        """Return A and B, alpha / rank folded into B."""
+    def file_tensors(self, name: str, layer: AdaptedLinear, weight: Tensor | None) -> dict[str, Tensor]:
+        """Return A and B, alpha / rank folded into B; of DoRA also the lengths of rows, as ComfyUI reads them."""
         assert isinstance(layer, LoraLinear)
-        return {
-            lora_key(name, "lora_A"): layer.lora_A.detach(),
-            lora_key(name, "lora_B"): layer.lora_B.detach() * layer.scale,
-        }
+        down, up = layer.lora_A.detach(), layer.lora_B.detach() * layer.scale
+        tensors = {lora_key(name, "lora_A"): down, lora_key(name, "lora_B"): up}
+        if isinstance(layer, DoraLinear):
+            assert weight is not None
+            # It divides by ||W||, not by ||W + B A||: what is divided by there is multiplied by here.
+            exact = weight.to(down.device).float()
+            ratio = exact.norm(dim=1) / (exact + up.float() @ down.float()).norm(dim=1).clamp_min(SHORTEST)
+            lengths = layer.lora_magnitude.detach().float() * ratio
+            tensors[module_key(name, "dora_scale")] = lengths[:, None]
+        return tensors
 
 
 def lora_layers(transformer: nn.Module) -> Iterator[tuple[str, LoraLinear]]:

@@ -134,8 +134,8 @@ def start_again(saved: SavedState, adapter: AnyAdapter, files: ModelFiles) -> li
         adapter: what is trained.
         files: of the model that it was trained on.
     """
-    if not isinstance(adapter, Lora | Full):
-        return [f'start another run; its weights cannot begin one, as those of a "{adapter.type}" are not read']
+    if adapter.leaves_base and not adapter.is_plain:
+        return ["start another run; its weights, which are not those of a plain LoRA, cannot begin one"]
     path, is_part = weights_of(saved, adapter)
     if path is None:
         return ["start another run; this one has no saved weights to begin with (save_every_n_steps saves them)"]

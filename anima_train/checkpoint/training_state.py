@@ -151,6 +151,8 @@ def lora_facts(resolved: Mapping[str, Any], names: Iterable[str]) -> dict[str, s
     if adapter.get("type") != "lora":
         return {}
     settings = Lora.model_validate(adapter)
+    if not settings.is_plain:
+        return {}
     scales = {module: settings.scale_of(module) for module in (name.rpartition(".")[0] for name in names)}
     values = set(scales.values())
     return {STATE_SCALE: str(values.pop()) if len(values) == 1 else json.dumps(scales)}

@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from anima_train.adapters.choice import AnyAdapter
 from anima_train.adapters.full import Full
+from anima_train.adapters.lora import Lora
 from anima_train.core.settings import describe_value
 from anima_train.optim.ema import Ema
 from anima_train.optim.optimizers import SCHEDULE_FREE, AnyOptimizer
@@ -51,6 +53,27 @@ def checkpointed_blocks_fault(number: int, earlier: Mapping[str, Any]) -> str | 
         f'with {written} all blocks are checkpointed anyway; write "selective" there, for the others, '
         "or remove this key"
     )
+
+
+def weights_fault(adapter: AnyAdapter, earlier: Mapping[str, Any]) -> str | None:
+    """Return why an adapter cannot train, read or divide the weights as they are, and what to do; None if it can."""
+    model = earlier.get("model")
+    quantization = None if model is None else model.quantization
+    if isinstance(adapter, Full):
+        if quantization is None:
+            return None
+        return (
+            f'found "full", the whole model, with model.transformer_dtype = "{quantization}", '
+            "whose steps are too coarse for updates; remove that, or train a LoRA"
+        )
+    if earlier.get("sharding") and isinstance(adapter, Lora) and adapter.use_dora:
+        return "use_dora: excludes sharding, as its lengths are of whole rows; remove one of them"
+    if quantization and (reader := adapter.reads_base):
+        return (
+            f'{reader} reads the base weights, which model.transformer_dtype = "{quantization}" rounds to a byte; '
+            "remove one of them"
+        )
+    return None
 
 
 def average_fault(average: Ema | None, earlier: Mapping[str, Any]) -> str | None:

@@ -12,6 +12,7 @@ from anima_train.config.combinations import (
     base_is_lost,
     checkpointed_blocks_fault,
     optimizer_fault,
+    weights_fault,
 )  # fmt: skip
 from anima_train.config.model_settings import ModelSettings
 from anima_train.config.sections import (
@@ -345,19 +346,9 @@ class Config(Settings):
     @field_validator("adapter")
     @classmethod
     def leaves_quantized_weights(cls, value: AnyAdapter, earlier: ValidationInfo) -> AnyAdapter:
-        """Refuse to train weights of a byte a value, and to read them."""
-        model = earlier.data.get("model")
-        quantization = None if model is None else model.quantization
-        if quantization and not isinstance(value, Full) and (reader := value.reads_base):
-            raise ValueError(
-                f'{reader} reads the base weights, which model.transformer_dtype = "{quantization}" rounds to a byte; '
-                "remove one of them"
-            )
-        if isinstance(value, Full) and model is not None and model.quantization is not None:
-            raise ValueError(
-                f'found "full", the whole model, with model.transformer_dtype = "{model.quantization}", '
-                "whose steps are too coarse for updates; remove that, or train a LoRA"
-            )
+        """Refuse to train weights of a byte a value, to read them, and to divide what is of whole rows."""
+        if (fault := weights_fault(value, earlier.data)) is not None:
+            raise ValueError(fault)
         return value
 
     @field_validator("optimizer")

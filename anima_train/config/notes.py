@@ -30,7 +30,8 @@ def without_effect(config: Config) -> Iterator[tuple[str, str]]:
     for key in ("lr_pattern", "b_lr_ratio") if config.force_constant_lr is not None else ():
         if key in config.adapter.model_fields_set:
             yield f"adapter.{key}", "force_constant_lr takes its place"
-    for key in ("betas", "eps") if config.adapter.leaves_base and config.optimizer.type == "muon" else ():
+    has_matrices = config.adapter.leaves_base and not getattr(config.adapter, "use_dora", False)
+    for key in ("betas", "eps") if has_matrices and config.optimizer.type == "muon" else ():
         if key in config.optimizer.model_fields_set:
             yield f"optimizer.{key}", "a LoRA has matrices alone, for which muon has momentum"
     if 0 < config.blocks_to_swap <= MAX_BUFFERS:

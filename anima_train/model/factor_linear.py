@@ -127,19 +127,31 @@ def _(kind: str, read: Tensor, factors: Sequence[Tensor], scale: float) -> Tenso
 
 def lokr_gradients(gradient: Tensor, read: Tensor, factors: Sequence[Tensor], scale: float) -> tuple[Tensor, ...]:
     """Return the gradients of the input and of each factor of `lokr_update`."""
-    with torch.enable_grad():
-        leaves = [tensor.detach().requires_grad_() for tensor in (read, *factors)]
-        out = lokr_update(leaves[0], leaves[1:], scale)
-    return torch.autograd.grad(out, leaves, gradient)
+    first, *second = (factor.to(read.dtype) for factor in factors)
+    passed = [read.unflatten(-1, (first.shape[1], -1))]  # (N, i1, ...), before each of the second's factors
+    for factor in reversed(second):
+        passed.append(passed[-1] @ factor.t())
+    outer = gradient.unflatten(-1, (len(first), -1))  # (N, o1, o2)
+    of_first = outer.transpose(0, 1).flatten(1) @ passed.pop().transpose(0, 1).flatten(1).t()
+    inner = torch.matmul(first.t() * scale, outer)  # (N, i1, o2)
+    of_second = []
+    for factor in second:
+        of_second.append(inner.flatten(0, 1).t() @ passed.pop().flatten(0, 1))
+        inner = inner @ factor
+    of_factors = [of_first * scale, *of_second]
+    return inner.flatten(1), *(found.to(factor.dtype) for found, factor in zip(of_factors, factors, strict=True))
 
 
 def loha_gradients(gradient: Tensor, read: Tensor, factors: Sequence[Tensor], scale: float) -> tuple[Tensor, ...]:
     """Return the gradients of the input and of each factor of `loha_update`."""
-    with torch.enable_grad():
-        leaves = [factor.detach().requires_grad_() for factor in factors]
-        delta = loha_delta(leaves, scale)
-    of_factors = torch.autograd.grad(delta, leaves, (gradient.t() @ read).to(delta.dtype))
-    return gradient @ delta.detach().to(gradient.dtype), *of_factors
+    first_a, first_b, second_a, second_b = factors
+    first, second = first_a @ first_b, second_a @ second_b
+    of_delta = (gradient.t() @ read).to(first.dtype) * scale
+    of_first, of_second = of_delta * second, of_delta * first
+    of_read = gradient @ (first * second * scale).to(gradient.dtype)
+    return (
+        of_read, of_first @ first_b.t(), first_a.t() @ of_first, of_second @ second_b.t(), second_a.t() @ of_second
+    )  # fmt: skip
 
 
 Gradients = Callable[[Tensor, Tensor, Sequence[Tensor], float], tuple[Tensor, ...]]

@@ -11,6 +11,8 @@ from torch.compiler import is_compiling
 
 from anima_train.model.quantized import QuantizedProducts, QuantizedWeight, quantized_gradient, quantized_outputs
 
+SHORTEST = 1e-6  # length of a row of a weight that is divided by
+
 
 class AdaptedLinear(nn.Linear):
     """A frozen linear and a trained update of it.
@@ -51,8 +53,52 @@ class LoraLinear(AdaptedLinear):
         """Return B, which is zero at the start."""
         return [(self.lora_B, None)]
 
+    def scaled(self, out: Tensor) -> Tensor:
+        """Return the linear's output, of base and update together."""
+        return out
+
     def forward(self, x: Tensor) -> Tensor:
-        return lora_outputs(x, [self])[0]
+        return self.scaled(lora_outputs(x, [self])[0])
+
+
+class DoraLinear(LoraLinear):
+    """A linear with a low-rank update and lengths of its rows that are trained by themselves (DoRA, arXiv:2402.09353).
+
+    `y = x W'^T + b`, `W' = m (W + scale B A) / ||W + scale B A||` by rows. As its authors say, the lengths that are
+    divided by count as constants for gradients.
+
+    Args:
+        norms: ||W|| by rows, (out,), with which the trained lengths m begin.
+    """
+
+    def __init__(
+        self, base: nn.Linear, lora_a: Tensor, lora_b: Tensor, scale: float, dropout: float, norms: Tensor
+    ) -> None:
+        super().__init__(base, lora_a, lora_b, scale, dropout)
+        self.has_bias = base.bias is not None
+        self.lora_norms = nn.Parameter(norms, requires_grad=False)
+        self.lora_magnitude = nn.Parameter(norms.clone())
+
+    def starts(self) -> list[tuple[nn.Parameter, Tensor | None]]:
+        """Return B, zero at the start, and the lengths of the rows."""
+        return [(self.lora_B, None), (self.lora_magnitude, self.lora_norms)]
+
+    @torch.no_grad()
+    def current_norms(self) -> Float[Tensor, " out"]:
+        """Return ||W + scale B A|| by rows without that sum: ||W||^2 + 2 W (scale B A) + ||scale B A||^2 by rows."""
+        with torch.autocast(self.weight.device.type, enabled=False):
+            up = self.lora_B.float() * self.scale
+            down = self.lora_A.float()
+            products = (self.weight @ self.lora_A.to(self.weight.dtype).t()).float()  # (out, rank)
+            added = (up * (2 * products + up @ (down @ down.t()))).sum(dim=1)
+        norms = self.lora_norms.float().clamp_min(SHORTEST)  # a row of zeros has no direction to keep
+        return norms * (1 + added / norms.square()).clamp_min(SHORTEST).sqrt()  # with B = 0 the same bits
+
+    def scaled(self, out: Tensor) -> Tensor:
+        """Return the output with the lengths of the rows; of base and update together, without the bias."""
+        # The difference from 1 has more digits in bfloat16 than what is near 1.
+        gain = (self.lora_magnitude / self.current_norms() - 1).to(out.dtype)
+        return torch.addcmul(out, out - self.bias if self.has_bias else out, gain)
 
 
 def project(x: Float[Tensor, "... D"], *linears: nn.Linear) -> list[Tensor]:
@@ -60,7 +106,7 @@ def project(x: Float[Tensor, "... D"], *linears: nn.Linear) -> list[Tensor]:
     adapted = [linear for linear in linears if isinstance(linear, LoraLinear)]
     if len(adapted) < len(linears):
         return [linear(x) for linear in linears]
-    return lora_outputs(x, adapted)
+    return [linear.scaled(out) for linear, out in zip(adapted, lora_outputs(x, adapted), strict=True)]
 
 
 def lora_outputs(x: Float[Tensor, "... D"], linears: Sequence[LoraLinear]) -> list[Tensor]:

@@ -37,7 +37,7 @@ class LinearBatch:
     def fits(linears: Sequence[nn.Linear]) -> bool:
         """Return True if these linears can be computed as one batch: updates of one kind are computed together."""
         updates = [linear for linear in linears if type(linear) is not nn.Linear]
-        loras = [linear for linear in updates if isinstance(linear, LoraLinear)]
+        loras = [linear for linear in updates if type(linear) is LoraLinear]
         kinds = {(linear.lora_A.shape, linear.scale, linear.dropout) for linear in loras}
         same = len(loras) == len(updates) and len(kinds) <= 1
         return same and not any(linear.weight.requires_grad for linear in linears)

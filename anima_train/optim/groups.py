@@ -94,7 +94,7 @@ def group_rows(transformer: nn.Module, rates: LearningRates) -> list[GroupRow]:
         component = component_of(name)
         trained = modules.setdefault(component, set())
         if parameter.requires_grad:
-            trained.add(name.split(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0])
+            trained.add(name.rpartition(".")[0])
             numbers[component] += parameter.numel()
     return [
         GroupRow(component, rates.by_component[component], len(modules[component]), numbers[component])

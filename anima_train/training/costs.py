@@ -9,6 +9,7 @@ import torch
 
 from anima_train.adapters.choice import AnyAdapter
 from anima_train.adapters.full import Full
+from anima_train.adapters.lora import Lora
 from anima_train.config.config import Config
 from anima_train.core.device import DTYPES
 from anima_train.core.format import format_bytes
@@ -25,19 +26,28 @@ from anima_train.optim.state_shapes import optimizer_state
 # compiled; `tests/training/test_costs.py` counts them again. Left out, as it is little: 512 tokens of text are 5 % more
 # at 512 pixels and 1 % at 1024, rank 128 is 4 % more; the layers around the blocks keep 0.04 GiB for such an image, and
 # an LLM adapter that trains at most 0.4 GiB for a caption (96 tokens: 0.05).
-KEPT_VALUES: dict[tuple[Literal["lora", "full"], bool], dict[Recompute, float]] = {
+Kind = Literal["lora", "dora", "lokr", "loha", "full"]
+KEPT_VALUES: dict[tuple[Kind, bool], dict[Recompute, float]] = {
     ("lora", False): {"nothing": 26.6, "selective": 14.3, "blocks": 1.1, "offload": 0.1},
+    ("dora", False): {"nothing": 37.6, "selective": 14.6, "blocks": 1.1, "offload": 0.1},
+    ("lokr", False): {"nothing": 26.2, "selective": 14.1, "blocks": 1.0, "offload": 0.0},
+    ("loha", False): {"nothing": 26.2, "selective": 14.1, "blocks": 1.0, "offload": 0.0},
     ("full", False): {"nothing": 26.2, "selective": 14.1, "blocks": 1.0, "offload": 0.0},
     ("lora", True): {"nothing": 31.9, "selective": 14.8, "blocks": 1.6, "offload": 0.6},
+    ("dora", True): {"nothing": 42.9, "selective": 15.3, "blocks": 1.7, "offload": 0.7},
+    ("lokr", True): {"nothing": 45.5, "selective": 37.8, "blocks": 1.6, "offload": 0.6},
+    ("loha", True): {"nothing": 57.6, "selective": 42.9, "blocks": 3.7, "offload": 2.7},
     ("full", True): {"nothing": 33.7, "selective": 14.8, "blocks": 1.8, "offload": 0.8},
 }
 # At the peak, in the backward pass, these come on top, per image token and channel, however many blocks there are: what
 # the layers around the blocks keep, gradients that are at work, and under autocast copies of weights. Counted in the
 # same test: with them the estimate is within 0.07 GiB of a step's peak, under autocast within 4 %.
-TEMPORARY_VALUES: dict[tuple[Literal["lora", "full"], bool], float] = {
-    ("lora", False): 6.0, ("full", False): 9.0, ("lora", True): 16.0, ("full", True): 9.0,
+TEMPORARY_VALUES: dict[tuple[Kind, bool], float] = {
+    ("lora", False): 6.0, ("dora", False): 12.0, ("lokr", False): 14.0, ("loha", False): 6.0, ("full", False): 9.0,
+    ("lora", True): 16.0, ("dora", True): 16.0, ("lokr", True): 18.0, ("loha", True): 18.0, ("full", True): 9.0,
 }  # fmt: skip
 TEMPORARY_INT8 = 17.0  # of a LoRA on weights in int8: sums of integers have 4 bytes
+LOHA_BYTES = 24  # per element of the largest matrix: its update, the two that it is made of, and their gradients
 # Bytes per element of the largest matrix while it is updated: an update in the backward pass adds to the peak of that.
 # Counted for Kahan AdamW on CUDA tensors without values: 0.31 GiB.
 UPDATE_BYTES = 20
@@ -95,7 +105,8 @@ def memory_cost(config: Config, model: ModelStats, size: Size, batch_size: int) 
         trained += torch.float32.itemsize
     shape = model.transformer
     trains_all, uses_autocast = isinstance(config.adapter, Full), config.model.uses_autocast
-    kind: tuple[Literal["lora", "full"], bool] = "full" if trains_all else "lora", uses_autocast
+    is_dora = isinstance(config.adapter, Lora) and config.adapter.use_dora
+    kind: tuple[Kind, bool] = "dora" if is_dora else config.adapter.type, uses_autocast
     values = KEPT_VALUES[kind]
     whole = min(config.checkpointed_blocks, shape.num_blocks - 1)  # keep their input alone
     num_values = values[config.recompute] * (shape.num_blocks - 1 - whole) + values["blocks"] * whole
@@ -113,7 +124,10 @@ def memory_cost(config: Config, model: ModelStats, size: Size, batch_size: int) 
         swapped -= shape.num_quantizable // shape.num_blocks * (weight_bytes - 1)
     weights -= saved_bytes(swapped, config.blocks_to_swap)
     update = 4 * shape.width**2 * UPDATE_BYTES if trains_all and config.optimizer.releases_gradients else 0
-    return MemoryCost(weights, round(model.num_trained * trained) + update, round(per_value * num_values), values)
+    activations = round(per_value * num_values)
+    if config.adapter.type == "loha" and not uses_autocast:
+        activations += 4 * shape.width**2 * LOHA_BYTES
+    return MemoryCost(weights, round(model.num_trained * trained) + update, activations, values)
 
 
 def gradient_and_state_bytes(optimizer: AnyOptimizer, dtype: str) -> float:

@@ -12,6 +12,7 @@ from anima_train.core.text_batch import EncodedText, TextStates, pad_states
 from anima_train.distributed.consistency import differences
 from anima_train.distributed.lockstep import Lockstep
 from anima_train.model.dit import MiniTrainDIT
+from anima_train.model.lora_linear import DoraLinear
 from anima_train.optim.optimizers import AnyOptimizer
 from anima_train.training.context import RunContext
 
@@ -36,9 +37,13 @@ def divide(run: RunContext, transformer: MiniTrainDIT, compute_dtype: torch.dtyp
         compute_dtype: to which weights are converted to compute; None: they are in it.
 
     Raises:
+        ConfigError: it has DoRA.
         ModelFileError: they have read different ones.
     """
     from anima_train.model.sharding import Shards, checksum  # takes long to import
+
+    if any(isinstance(module, DoraLinear) for module in transformer.modules()):
+        raise ConfigError("sharding: excludes adapter.use_dora, whose lengths are of whole rows; remove one of them")
 
     tensors = dict(transformer.named_parameters())
     if problems := differences(run.accelerator, {"the transformer's weights": checksum(tensors)}):

@@ -8,8 +8,11 @@ from anima_train.adapters.addition import adapted_layers
 from anima_train.adapters.loha import Loha
 from anima_train.adapters.lokr import Lokr, divided
 from anima_train.adapters.lora import Lora
+from anima_train.config.config import Config
+from anima_train.model.compiled import CompiledBlocks, num_graphs
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.factor_linear import UPDATES, FactorLinear
+from anima_train.model.lora_linear import DoraLinear, project
 from anima_train.model.modulations import LinearBatch
 from anima_train.model.quantized import quantize_blocks
 from anima_train.model.recompute import runner
@@ -22,6 +25,7 @@ ADAPTERS = {
     "lokr, near the root": Lokr(rank=2, decompose_factor=-1, alpha=3.0),
     "lokr, whole": Lokr(decompose_factor=4, full_matrix=True),
     "loha": Loha(rank=3, alpha=1.5),
+    "dora": Lora(rank=3, alpha=1.5, use_dora=True),
 }
 
 
@@ -77,12 +81,19 @@ def by_module(tensors, modules):
     return found
 
 
+def merged_weight(weight, parts):
+    """ComfyUI's weight at strength 1: with `dora_scale` it divides by the lengths of the base's rows."""
+    whole = weight + update_of(parts)
+    return whole * parts["dora_scale"] / weight.norm(dim=1, keepdim=True) if "dora_scale" in parts else whole
+
+
 def merged(adapter, model):
     """The base with a file merged into it."""
     result = base_model()
     modules = [name for name, _ in adapted_layers(model)]
     for module, parts in by_module(adapter.tensors(model), modules).items():
-        result.get_submodule(module).weight.data += update_of(parts)
+        linear = result.get_submodule(module)
+        linear.weight.data = merged_weight(linear.weight.data, parts)
     return result
 
 
@@ -95,12 +106,12 @@ def test_the_trained_model_is_the_base_with_its_file_merged_by_comfyuis_rules(na
     assert error(before, expected) > 0.1
 
 
-@pytest.mark.parametrize("case", ["lora", "loha", "lokr_full", "lokr_w2_low", "lokr_both_low"])
+@pytest.mark.parametrize("case", ["lora", "loha", "lokr_full", "lokr_w2_low", "lokr_both_low", "dora_out"])
 def test_the_rules_of_this_test_are_those_of_the_golden_file(golden, case, error):
     tensors = golden("adapters.safetensors")
     start = f"{case}.file."
     parts = {key.removeprefix(start): tensor for key, tensor in tensors.items() if key.startswith(start)}
-    assert error(tensors[f"{case}.weight"] + update_of(parts), tensors[f"{case}.merged"]) < 1e-6
+    assert error(merged_weight(tensors[f"{case}.weight"], parts), tensors[f"{case}.merged"]) < 1e-6
 
 
 @pytest.mark.parametrize(("case", "names"), [
@@ -171,6 +182,38 @@ def test_updates_are_added_to_weights_of_a_byte(name, error):
     assert error(quantized(*inputs()), expected) < 0.1
 
 
+def test_lengths_of_rows_are_trained_and_those_divided_by_are_exact(error):
+    base = torch.nn.Linear(20, 12)
+    generator = torch.Generator().manual_seed(0)
+    down, up = (torch.randn(shape, generator=generator) for shape in ((3, 20), (12, 3)))
+    linear = DoraLinear(base, down, up, 0.5, 0.0, base.weight.detach().norm(dim=1))
+    linear.lora_magnitude.data *= 1.5
+    whole = base.weight + 0.5 * up @ down
+    norms = whole.norm(dim=1).detach()
+    assert error(linear.current_norms(), norms) < 1e-6
+    x = torch.randn(7, 20, generator=generator)
+    expected = x @ (whole / norms[:, None] * linear.lora_magnitude[:, None]).t() + base.bias
+    assert error(linear(x), expected) < 1e-6
+    found, exact = (torch.autograd.grad(out.square().sum(), linear.lora_magnitude)[0] for out in (linear(x), expected))
+    assert error(found, exact) < 1e-5
+
+
+def test_linears_with_one_input_compute_dora_as_each_alone(error):
+    model = trained(ADAPTERS["dora"])
+    attention = model.blocks[0].self_attn
+    linears = attention.q_proj, attention.k_proj, attention.v_proj
+    x = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(0))
+    for together, linear in zip(project(x, *linears), linears, strict=True):
+        assert error(together, linear(x)) < 1e-6
+    model.batch_modulations()
+    assert model.modulation_batches is None
+
+
+def test_dora_excludes_a_lora_to_begin_with():
+    with pytest.raises(ValidationError, match="excludes init_from_existing"):
+        Lora(use_dora=True, init_from_existing="a.safetensors")
+
+
 def test_sides_are_divided_below_the_factor_or_near_the_root():
     assert [divided(2048, factor) for factor in (1, 8, 16, -1, 4096)] == [
         (1, 2048), (8, 256), (16, 128), (32, 64), (32, 64)
@@ -214,3 +257,33 @@ def test_metadata_name_the_kind():
     assert Lokr(decompose_factor=4).metadata()["ss_network_module"] == "lycoris.kohya"
     assert '"decompose_factor": 4' in Lokr(decompose_factor=4).metadata()["ss_network_args"]
     assert "ss_network_args" not in Lora().metadata()
+
+
+@pytest.mark.slow
+# Of dynamo, which hides it from everybody but pytest.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("name", ["lokr, low", "loha", "dora"])
+def test_one_graph_serves_all_blocks_and_gives_the_same_gradients(name, error):
+    def gradients(model):
+        names = [key for key, parameter in model.named_parameters() if parameter.requires_grad]
+        loss = model(*inputs()).square().mean()
+        return dict(zip(names, torch.autograd.grad(loss, [model.get_parameter(key) for key in names]), strict=True))
+
+    model = trained(ADAPTERS[name])
+    expected = gradients(model)
+    before = num_graphs()
+    model.run_block = CompiledBlocks(model.run_block, backend="aot_eager")
+    for key, found in gradients(model).items():
+        assert error(found, expected[key]) < 1e-4, key
+    assert num_graphs() == before + 1
+
+
+def test_dora_is_not_divided_and_not_of_weights_of_a_byte():
+    given = {"output_dir": "runs", "dataset": "a.toml", "max_steps": 1, "optimizer": {"type": "adamw", "lr": 1e-4}}
+    model = {"type": "anima", "transformer_path": "a", "vae_path": "b", "llm_path": "c"}
+    dora = {"type": "lora", "use_dora": True}
+    with pytest.raises(ValidationError, match="use_dora: excludes sharding"):
+        Config.model_validate({**given, "model": model, "adapter": dora, "sharding": "fsdp2"})
+    for adapter, reader in ((dora, "use_dora"), ({"type": "lora", "init": "svd"}, 'init = "svd"')):
+        with pytest.raises(ValidationError, match=f"{reader} reads the base weights, which model.transformer_dtype"):
+            Config.model_validate({**given, "model": {**model, "transformer_dtype": "int8"}, "adapter": adapter})

@@ -160,7 +160,7 @@ def test_every_mistake_is_reported_at_once(project):
         flux_shift = true
         lr = 1e-4
         [adapter]
-        type = "lokr"
+        type = "oft"
         [optimizer]
         type = "adamw"
         betas = [0.9]
@@ -184,7 +184,7 @@ def test_every_mistake_is_reported_at_once(project):
             'main.toml: model.dtype: found "fp16", which overflows in this model and trains to NaN; use "bfloat16"',
             "main.toml: model.flux_shift: excludes shift, which moves t too; keep one",
             "main.toml: model.lr: unknown key; it belongs in [optimizer]",
-            'main.toml: adapter.type: found "lokr", which is not supported yet; write "lora"',
+            'main.toml: adapter.type: found "oft", which is not supported yet; write "lora"',
             "main.toml: optimizer.lr: missing, and required",
             "main.toml: optimizer.betas: found [0.9] (a list), expected a list of 2 or more",
             'main.toml: monitoring.enable_wandb: found "yes" (text), expected true or false',
@@ -316,7 +316,7 @@ OPTIMIZERS = '"adamw", "adamw_optimi", "adamw8bit", "schedule_free", "prodigy", 
         ({"optimizer": {"type": "Lion", "lr": 1.0, "momentum": 0.9}},
          'optimizer.momentum: unknown key of type "lion"; only "muon" has it'),
         ({"optimizer": {"lr": 1.0}}, f"optimizer.type: missing; expected one of {OPTIMIZERS}"),
-        ({"adapter.type": "lokr"}, 'adapter.type: found "lokr", which is not supported yet; write "lora"'),
+        ({"adapter.type": "oft"}, 'adapter.type: found "oft", which is not supported yet; write "lora"'),
         ({"adapter.type": "Lora"}, 'adapter.type: found "Lora" (text), expected one of "lora", "lokr", "loha", "full"; '
          'did you mean "lora"?'),
         ({"adapter": {"type": "full", "rank": 4}},

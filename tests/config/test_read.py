@@ -233,7 +233,7 @@ def test_problems_of_what_was_set_name_set(project):
 
 def test_what_a_created_table_lacks_is_a_problem_of_set(project):
     assert project.problems({"adapter": project.absent}, ["adapter.rank=4"]) == [
-        '--set adapter.type: missing; expected one of "lora", "full"'
+        '--set adapter.type: missing; expected one of "lora", "lokr", "loha", "full"'
     ]
 
 

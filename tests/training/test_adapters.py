@@ -20,6 +20,7 @@ CHOSEN = {
 }  # fmt: skip
 ADAPTERS = {
     "lora, chosen modules": CHOSEN,
+    "dora": {"rank": 2, "use_dora": True, "dtype": "bfloat16", "alpha": 1.0},
     "lokr": {"type": "lokr", "rank": 2, "decompose_factor": 2, "alpha": 1.0, "dropout": 0.1},
     "loha": {"type": "loha", "rank": 2, "dtype": "bfloat16"},
 }

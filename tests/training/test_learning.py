@@ -90,7 +90,8 @@ def test_full_fine_tune_learns_latents_and_sampling_gives_them_back(pretrained, 
 # Settings and learning rate.
 ADAPTERS = {
     "lora": (Lora(rank=16), 3e-3),
-    "lokr": (Lokr(decompose_factor=4, full_matrix=True), 3e-3),
+    "dora": (Lora(rank=16, use_dora=True), 3e-3),
+    "lokr": (Lokr(decompose_factor=2, full_matrix=True), 3e-3),
     "loha": (Loha(rank=8), 3e-3),
 }
 

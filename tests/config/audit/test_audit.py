@@ -98,6 +98,7 @@ ADAPTERS = {  # of every adapter that has the key
     "lr_pattern": ("metadata,rates in use,saved,weights", {MLPS: 2e-3}),
     "use_rslora": (CHANGED, True),
     "b_lr_ratio": ("metadata,rates in use,saved,weights", 4.0),
+    "use_dora": (CHANGED, True),
     "init": (CHANGED, "orthogonal"),
     "init_from_existing": ("computed", "$LORA.safetensors"),
     "decompose_factor": (CHANGED, 4),
