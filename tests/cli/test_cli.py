@@ -126,6 +126,20 @@ def test_shipped_configs_load_once_the_data_is_there(name, tmp_path, monkeypatch
     assert load_config(REPO / "configs" / f"{name}.toml").notes == ()
 
 
+@pytest.mark.parametrize("name", ["style_lora", "character_lora"])
+def test_what_shipped_configs_hold_against_forgetting_loads_where_it_is_switched_on(name, tmp_path, monkeypatch):
+    for folder in ("style", "character"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    text, _, block = (REPO / "configs" / f"{name}.toml").read_text().partition("# [preservation]\n")
+    block = "# [preservation]\n" + block
+    (tmp_path / "on.toml").write_text("eval_every_n_steps = 100\n" + text + block.replace("# ", ""))
+    loaded = load_config(tmp_path / "on.toml")
+    assert loaded.config.preservation.share == 0.2
+    assert [dataset.name for dataset in loaded.datasets] == ["train", "known", "preservation"]
+    assert loaded.notes == loaded.warnings == ()
+
+
 def test_shipped_config_without_data_says_which_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r'directory\[0\]\.path: "data/style" does not exist'):
