@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -201,8 +201,8 @@ def smooth_images(seed: int, number: int = 16, side: int = 64) -> Tensor:
     return torch.cat((smooth, edged)).clamp(-1, 1)
 
 
-def qwen_tokenizer() -> Tokenizer:
-    """Return a byte-level BPE tokenizer like Qwen3's, trained on `CAPTIONS`; it knows every string."""
+def qwen_tokenizer(captions: Sequence[str] = CAPTIONS) -> Tokenizer:
+    """Return a byte-level BPE tokenizer like Qwen3's, trained on captions; it knows every string."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -213,16 +213,16 @@ def qwen_tokenizer() -> Tokenizer:
         special_tokens=[QWEN_PAD_TOKEN],
         show_progress=False,
     )
-    tokenizer.train_from_iterator(CAPTIONS, trainer)
+    tokenizer.train_from_iterator(captions, trainer)
     return tokenizer
 
 
-def t5_tokenizer() -> Tokenizer:
-    """Return a unigram tokenizer like T5's from the words and characters of `CAPTIONS`; it ends texts with `</s>`.
+def t5_tokenizer(captions: Sequence[str] = CAPTIONS) -> Tokenizer:
+    """Return a unigram tokenizer like T5's from the words and characters of captions; it ends texts with `</s>`.
 
     Its scores are counted, not trained: the library's training depends on the order of its hash tables.
     """
-    text = " ".join(CAPTIONS)
+    text = " ".join(captions)
     counts = Counter(text.replace(" ", "▁"))
     counts.update("▁" + word for word in re.findall(r"\w{2,}", text))
     pieces = sorted(counts, key=lambda piece: (-counts[piece], piece))

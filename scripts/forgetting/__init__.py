@@ -1,0 +1,1 @@
+"""The parts of `scripts/forgetting_experiment.py`."""
