@@ -103,10 +103,10 @@ class PreservationSettings(Settings):
     loss/preservation."""
 
     on: Literal["retention", "training_latents", "class_caption", "empty_caption"] = "retention"
-    """The samples. "retention": pictures that the base model draws from captions, once, are added: in trials on a toy a
-    share of 0.2 left 0.6 of what was forgotten without it, 0.5 a third. "training_latents": the training images with
-    such captions instead of their own (0.66, nothing is drawn); "class_caption": with one caption of your own;
-    "empty_caption": with the empty one, as other trainers have it (0.88)."""
+    """The samples. "retention": pictures that the base model draws from captions, once, are added: on a toy a share of
+    0.2 left 0.6 of what was forgotten without it, 0.5 a quarter. "training_latents": the training images with such
+    captions instead of their own (0.6, nothing is drawn); "class_caption": with one caption of your own;
+    "empty_caption": with the empty one, as other trainers have it (0.9)."""
     share: float = Field(default=0.2, gt=0, lt=1)
     """Share of all samples seen. Drawn pictures are added to each epoch, which gets longer by them; of the training
     images it is a share of the times they are seen."""
