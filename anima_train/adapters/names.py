@@ -1,6 +1,7 @@
 """The key names in files that users load elsewhere; beside `model/file_kinds.py` the only place that knows a prefix."""
 
 import re
+from collections.abc import Iterable
 
 from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX
 
@@ -52,15 +53,15 @@ LLM_ADAPTER_BLOCK_MODULES: tuple[str, ...] = (
 LLM_ADAPTER_MODULES = ("embed", "in_proj", "out_proj", "norm")
 
 
-def anima_modules(num_blocks: int, num_llm_adapter_blocks: int) -> list[str]:
-    """Return the full names of all modules with weights in a transformer with so many blocks, LLM adapter included."""
+def anima_modules(blocks: Iterable[int], llm_adapter_blocks: Iterable[int]) -> list[str]:
+    """Return the full names of all modules with weights in a transformer with these blocks, LLM adapter included."""
     return [
         *OUTER_MODULES,
-        *(f"blocks.{number}.{name}" for number in range(num_blocks) for name in BLOCK_MODULES),
+        *(f"blocks.{number}.{name}" for number in blocks for name in BLOCK_MODULES),
         *(LLM_ADAPTER_PREFIX + name for name in LLM_ADAPTER_MODULES),
         *(
             f"{LLM_ADAPTER_PREFIX}blocks.{number}.{name}"
-            for number in range(num_llm_adapter_blocks)
+            for number in llm_adapter_blocks
             for name in LLM_ADAPTER_BLOCK_MODULES
         ),
     ]

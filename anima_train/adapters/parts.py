@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from anima_train.adapters.names import STEM_FORMS, anima_modules, lora_stems
-from anima_train.adapters.read import DIFFUSERS_METADATA, PARTS, STATE_SCALE, peft_config, peft_scale
+from anima_train.adapters.read import DIFFUSERS_METADATA, PARTS, STATE_OF, STATE_SCALE, peft_config, peft_scale
 from anima_train.adapters.updates import change, change_shape, updated
 from anima_train.core.errors import ModelFileError
 from anima_train.core.format import count
@@ -63,7 +63,7 @@ def adapter_keys(names: Iterable[str], modules: Iterable[str] | None = None) -> 
     """
     names = list(names)
     if modules is None:
-        modules = anima_modules(num_blocks(names, BLOCK_NUMBER), num_blocks(names, LLM_ADAPTER_BLOCK_NUMBER))
+        modules = anima_modules(numbers(names, BLOCK_NUMBER), numbers(names, LLM_ADAPTER_BLOCK_NUMBER))
     stems: dict[str, tuple[str, str]] = {}
     for module in modules:
         for stem, form in zip(lora_stems(module), STEM_FORMS, strict=True):
@@ -77,9 +77,19 @@ def adapter_keys(names: Iterable[str], modules: Iterable[str] | None = None) -> 
     return found
 
 
+def numbers(names: Iterable[str], pattern: re.Pattern[str]) -> list[int]:
+    """Return the numbers of blocks in which there are modules of these names."""
+    return sorted({int(match[1]) for name in names if (match := pattern.search(name))})
+
+
 def num_blocks(names: Iterable[str], pattern: re.Pattern[str]) -> int:
     """Return how many blocks a model has at least in which there are modules of these names."""
     return 1 + max((int(match[1]) for name in names if (match := pattern.search(name))), default=-1)
+
+
+def is_of_state(file: TensorFile) -> bool:
+    """Return True for the weights of a training state, whose scales are not folded into them."""
+    return STATE_OF in file.metadata or STATE_SCALE in file.metadata
 
 
 def is_adapter(file: TensorFile) -> bool:
@@ -132,13 +142,18 @@ def read_adapter(path: Path, parameters: Iterable[str] | None = None) -> Adapter
     file = uncompiled(open_header(path))
     if not is_adapter(file):
         raise ModelFileError(f"{path}: expected a LoRA or another adapter; it has no key of one")
-    if STATE_SCALE in file.metadata:
+    if is_of_state(file):
         raise ModelFileError(
             f"{path}: belongs to a training state; give the file in the run's folder `weights` instead"
         )
     known = None if parameters is None else set(parameters)
     keys = adapter_keys(file.entries, None if known is None else {name.rpartition(".")[0] for name in known})
     expect_all_known(file, keys, known)
+    if whole := [key.key for key in keys if key.part != "alpha" and not file.entries[key.key].dtype.is_floating_point]:
+        raise ModelFileError(
+            f"{path}: {count(len(whole), 'key')} without floating-point numbers, such as {whole[0]}; a quantised "
+            "adapter is not read, give the original"
+        )
     tensors = dict(read_tensors(file))
     changes: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key in keys:
@@ -160,7 +175,7 @@ def expect_whole(path: Path, changes: Mapping[str, Mapping[str, Tensor]]) -> Non
                 f"{path}: {name} has parts that make no change that is known ({found}); `anima verify` tells what the "
                 "file is"
             )
-        if (shape == () and "diff" not in parts) or ("alpha" in parts and parts["alpha"].numel() != 1):
+        if shape == () and "diff" not in parts:
             raise ModelFileError(f"{path}: {name} has parts that do not fit each other: {found}; the file is damaged")
 
 

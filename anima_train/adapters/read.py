@@ -23,6 +23,7 @@ from anima_train.model.safetensors_io import Entry, TensorFile, open_header, rea
 KEY = re.compile(r"(.+)\.(?:(lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)(?:\.default)?\.weight|(alpha))")
 BLOCK = re.compile(r"(blocks[._])\d+")
 STATE_KEY = re.compile(r"(.+)\.(lora_A|lora_B)")  # the parameters of a training state, beside which is
+STATE_OF = "anima_train.state_of"  # the type of the adapter, in the metadata of a training state's weights
 STATE_SCALE = "anima_train.scale"  # alpha / rank of all of them, or a table by module, in the file's metadata
 PARTS = {"lora_A": "down", "lora_down": "down", "lora.down": "down", "lora_B": "up", "lora_up": "up", "lora.up": "up"}
 DIFFUSERS_METADATA = "lora_adapter_metadata"

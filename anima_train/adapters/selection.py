@@ -122,11 +122,17 @@ def unmatched(key: str, patterns: Patterns, names: Sequence[str], everything: Se
         names: that it could match.
         everything: all linears of the blocks, also frozen ones.
     """
-    return [
-        f"adapter.{key}: {quoted(pattern)} {near(pattern, names, everything)}"
-        for pattern in patterns
-        if not any(matches([pattern], name) for name in names)
-    ]
+    problems, left = [], list(names)
+    for pattern in patterns:
+        if not any(matches([pattern], name) for name in names):
+            problems.append(f"adapter.{key}: {quoted(pattern)} {near(pattern, names, everything)}")
+        elif key.endswith("_pattern") and not any(matches([pattern], name) for name in left):
+            problems.append(
+                f"adapter.{key}: {quoted(pattern)} never counts, as expressions before it match all that it matches; "
+                "put it before them"
+            )
+        left = [name for name in left if not matches([pattern], name)]
+    return problems
 
 
 def near(pattern: str, names: Sequence[str], everything: Sequence[str]) -> str:

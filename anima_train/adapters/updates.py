@@ -4,6 +4,7 @@ Tensors in, tensor out, in float32. ComfyUI applies the same files by these equa
 Parts have the names of their keys in files, but for `down` and `up`, which have several.
 """
 
+import math
 from collections.abc import Collection, Mapping
 
 import torch
@@ -43,8 +44,11 @@ def change_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | Non
         shapes: of the parts of one weight, by name.
     """
     kind = kind_of(shapes)
+    if math.prod(shapes.get("alpha", ())) != 1:
+        return ()
     if kind in ("LoRA", "DoRA"):
-        return product_shape(shapes["up"], shapes["down"])
+        shape = product_shape(shapes["up"], shapes["down"])
+        return shape if kind == "LoRA" or math.prod(shapes["dora_scale"]) in shape else ()
     if kind == "LoHa":
         first, second = (product_shape(shapes[f"hada_{side}_a"], shapes[f"hada_{side}_b"]) for side in ("w1", "w2"))
         return first if first == second else ()
@@ -60,7 +64,8 @@ def change_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | Non
 
 def product_shape(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape of a product of matrices; () if they do not fit."""
-    return (left[0], right[1]) if len(left) == len(right) == 2 and left[1] == right[0] else ()
+    fits = len(left) == len(right) == 2 and left[1] == right[0] and 0 not in (*left, *right)
+    return (left[0], right[1]) if fits else ()
 
 
 def updated(weight: Tensor, parts: Parts, strength: float = 1.0) -> Tensor:

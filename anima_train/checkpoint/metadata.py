@@ -45,7 +45,7 @@ def weights_metadata(
         step: how many steps they were trained.
         epoch: that the last one was in, 1 the first.
         adapter: what is trained.
-        settings: `config.metadata.settings_metadata`.
+        settings: `config.saved_settings.settings_metadata`.
         base: "name" and "sha256" of the file of the base model.
     """
     return {

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from anima_train.adapters.lora import Lora
-from anima_train.adapters.read import STATE_SCALE
+from anima_train.adapters.read import STATE_OF, STATE_SCALE
 from anima_train.checkpoint.async_writer import Groups
 from anima_train.checkpoint.disk_space import state_bytes
 from anima_train.checkpoint.manifest import (
@@ -141,21 +141,22 @@ def save_state(
 
 
 def lora_facts(resolved: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
-    """Return the metadata with which a state's weights can be read as a LoRA: its alpha is not folded into them.
+    """Return the metadata that tell a state's weights from a file: alpha is not folded into them, and here for a LoRA.
 
     Args:
         resolved: the configuration.
         names: of the weights.
     """
     adapter = resolved.get("adapter", {})
+    mark = {} if adapter.get("type", "full") == "full" else {STATE_OF: adapter["type"]}
     if adapter.get("type") != "lora":
-        return {}
+        return mark
     settings = Lora.model_validate(adapter)
     if not settings.is_plain:
-        return {}
+        return mark
     scales = {module: settings.scale_of(module) for module in (name.rpartition(".")[0] for name in names)}
     values = set(scales.values())
-    return {STATE_SCALE: str(values.pop()) if len(values) == 1 else json.dumps(scales)}
+    return mark | {STATE_SCALE: str(values.pop()) if len(values) == 1 else json.dumps(scales)}
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -17,6 +17,8 @@ from anima_train.model.dit import MiniTrainDIT
 from anima_train.model.loading import ModelFiles
 from anima_train.model.safetensors_io import byte_view, file_bytes, match_keys, open_header, read_tensors, write_tensors
 
+EXACT = (".alpha", ".dora_scale")  # never rounded: lengths of whole rows, of which the change may be a thousandth
+
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a LoRA or a checkpoint atomically, after reading back every key, shape and value of it.
@@ -68,7 +70,9 @@ def weights_to_save(
     if isinstance(adapter, Full) and not hasattr(transformer, "llm_adapter"):
         on_meta = any(tensor.is_meta for tensor in tensors.values())
         tensors |= adapter.outside(files.llm_adapter_tensors(on_meta))
-    return tensors if dtype is None else {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    if dtype is None:
+        return tensors
+    return {name: tensor if name.endswith(EXACT) else tensor.to(dtype) for name, tensor in tensors.items()}
 
 
 def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -1,5 +1,7 @@
 """`anima merge`."""
 
+import contextlib
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -60,10 +62,10 @@ def source(text: str) -> "Source":
     name, colon, number = text.rpartition(":")
     if not colon or Path(text).exists():
         return Source(Path(text))
-    try:
-        return Source(Path(name), float(number))
-    except ValueError:
-        raise ConfigError(f"{text}: {number!a} is no strength; write FILE or FILE:0.8") from None
+    with contextlib.suppress(ValueError):
+        if math.isfinite(strength := float(number)):
+            return Source(Path(name), strength)
+    raise ConfigError(f"{text}: {number!a} is no strength; write FILE or FILE:0.8")
 
 
 def error_lines(errors: dict[str, float]) -> list[str]:

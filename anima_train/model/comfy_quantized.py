@@ -86,6 +86,8 @@ def dequantized(file: TensorFile) -> TensorFile:
         for name in names:
             described = formats.get(name, {})
             if (text := file.entries.get(name + FORMAT)) is not None:
+                if text.dtype != torch.uint8:
+                    raise ModelFileError(f"{file.path}: the quantisation of {name} is not described in bytes")
                 described = parsed(bytes(text.read(stream, f"{file.path}: {name}{FORMAT}").tolist()), file, name)
             entry = quantized_entry(file, name, described)
             if entry is not None:
@@ -102,16 +104,24 @@ def quantized_entry(file: TensorFile, name: str, described: Mapping[str, Any]) -
     stored = file.entries[name + WEIGHT]
     scale = next((file.entries[name + suffix] for suffix in SCALES if name + suffix in file.entries), None)
     kind = described.get("format", NAMES.get(stored.dtype))
-    if kind not in FORMATS or FORMATS[kind] != stored.dtype:
+    if not isinstance(kind, str) or FORMATS.get(kind) != stored.dtype:
         raise ModelFileError(
             f"{file.path}: {name} is quantised as {str(kind)[:40]!a}, which is not read; give the file in bf16, in fp8 "
             "(float8_e4m3fn) or in int8 (int8_tensorwise)"
         )
     if stored.dtype == torch.int8 and scale is None:
         return None
-    group = int(described.get("convrot_groupsize", GROUP)) if described.get("convrot") else 0
-    if group and (group & (group - 1) or group.bit_length() % 2 == 0 or stored.shape[-1] % group):
-        raise ModelFileError(f"{file.path}: {name} is rotated in groups of {group}, which do not fit its rows")
+    if scale is not None and math.prod(scale.shape) not in (1, stored.shape[0] if stored.shape else 1):
+        raise ModelFileError(f"{file.path}: {name} has {math.prod(scale.shape):,} scales, which do not fit its rows")
+    group = described.get("convrot_groupsize", GROUP) if described.get("convrot") else 0
+    if (
+        type(group) is not int
+        or not stored.shape
+        or (group and (group < 4 or group & (group - 1) or group.bit_length() % 2 == 0 or stored.shape[-1] % group))
+    ):
+        raise ModelFileError(
+            f"{file.path}: {name} is rotated in groups of {str(group)[:20]}, which do not fit its rows"
+        )
     return QuantizedEntry(READ_AS, stored.shape, stored.start, stored.end, stored, scale, group)
 
 

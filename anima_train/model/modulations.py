@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from anima_train.core.transfers import to_device
 from anima_train.model.lora_linear import LoraLinear
 
 
@@ -25,12 +26,13 @@ class LinearBatch:
         self.weight = self.shared()
 
     def shared(self) -> Float[Tensor, "n out in"]:
-        """Make the linears' weights views of one tensor, and return that; beside it are the places of the updates."""
+        """Make the linears' weights views of one tensor, and return that; note the places where updates are."""
         weights = torch.stack([linear.weight.detach() for linear in self.linears])
         for linear, weight in zip(self.linears, weights.unbind(), strict=True):
             linear.weight.data = weight
-        places = [place for place, linear in enumerate(self.linears) if isinstance(linear, LoraLinear)]
-        self.places = torch.tensor(places, dtype=torch.long, device=weights.device)
+        if 0 < len(self.adapted) < len(self.linears):
+            places = [place for place, linear in enumerate(self.linears) if isinstance(linear, LoraLinear)]
+            self.places = to_device(torch.tensor(places, dtype=torch.long), weights.device)
         return weights
 
     @staticmethod

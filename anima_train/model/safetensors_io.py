@@ -295,16 +295,20 @@ def write_streamed(
     Args:
         path: a temporary one.
         shapes: by name, on the meta device.
-        metadata: of the file.
+        metadata: of the file; `PLACEHOLDER` in it as of `write_tensors`.
         make: returns the tensor of a name, on the CPU, with the shape and dtype that are told.
     """
     header, ordered = header_bytes(shapes, metadata)
+    content = hashlib.sha256()
     with open(path, "wb") as stream:
         stream.write(header)
         for name, like in ordered:
             tensor = make(name).contiguous()
             assert (tensor.shape, tensor.dtype) == (like.shape, like.dtype), name
             stream.write(byte_view(tensor))
+            content.update(byte_view(tensor))
+        stream.seek(0)
+        stream.write(header.replace(PLACEHOLDER.encode(), content.hexdigest().encode()))
 
 
 def take_part(tensors: Mapping[str, Tensor]) -> None:

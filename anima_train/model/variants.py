@@ -27,7 +27,7 @@ def variant_warnings(transformer: Path, num_blocks: int) -> Iterator[str]:
         )
     elif EARLY.search(name):
         yield f"{name} looks like a preview of Anima: a LoRA of it may not fit the final weights; train on the base"
-    if num_blocks == BASE_BLOCKS or num_blocks < BASE_BLOCKS:
+    if num_blocks <= BASE_BLOCKS:
         return
     known = BY_BLOCKS.get(num_blocks, "a variant")
     yield f"{name} has {num_blocks} blocks ({known}): a LoRA of it does not fit Anima's {BASE_BLOCKS}, nor theirs this"

@@ -14,6 +14,7 @@ from anima_train.core.errors import ConfigError
 from anima_train.tools.outputs import metadata_of, save_streamed
 
 Keys = Literal["comfyui", "kohya", "diffusers"]
+EXACT = ("alpha", "dora_scale")  # never rounded
 HALVES = {  # the names of `down` and `up`
     "comfyui": {"down": "lora_A.weight", "up": "lora_B.weight"},
     "kohya": {"down": "lora_down.weight", "up": "lora_up.weight"},
@@ -28,7 +29,7 @@ def convert_adapter(path: Path, out: Path, keys: Keys, dtype: torch.dtype | None
         path: an adapter in anybody's keys.
         out: the file to write.
         keys: whose they shall be. diffusers takes plain LoRAs alone.
-        dtype: of all tensors but alpha; None: of each as it is.
+        dtype: of all tensors but alpha and DoRA's scale; None: of each as it is.
 
     Raises:
         ConfigError: diffusers cannot take it.
@@ -44,8 +45,10 @@ def convert_adapter(path: Path, out: Path, keys: Keys, dtype: torch.dtype | None
             )
             raise ConfigError(f"{path}: {name} is a {kind}, and diffusers takes plain LoRAs alone; {remedy}")
         for part, tensor in converted(parts, keys):
-            tensors[key_of(name, part, keys)] = tensor if part == "alpha" or dtype is None else tensor.to(dtype)
-    metadata = metadata_of("lora", out, {"convert": path.name, "to": keys}, adapter.metadata)
+            tensors[key_of(name, part, keys)] = tensor if part in EXACT or dtype is None else tensor.to(dtype)
+    folded = ("ss_network_alpha",) if keys == "diffusers" else ()
+    others = {name: text for name, text in adapter.metadata.items() if name not in folded}
+    metadata = metadata_of("lora", out, {"convert": path.name, "to": keys}, others)
     save_streamed(out, tensors, metadata, tensors.__getitem__)
     return len(adapter.changes)
 

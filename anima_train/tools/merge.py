@@ -164,6 +164,7 @@ def shares(sources: Sequence[Source]) -> list[float]:
             f"the weights of checkpoints sum up to 1, found {found}; write each, such as a.safetensors:0.7 "
             "b.safetensors:0.3, or none for equal shares"
         )
+    given = [each / sum(given) for each in given]
     return given
 
 

@@ -15,11 +15,12 @@ from anima_train.adapters.read import DIFFUSERS_METADATA, STATE_SCALE
 from anima_train.core.errors import ConfigError, NumericError
 from anima_train.core.files import atomic_path
 from anima_train.model.comfy_quantized import TABLE
-from anima_train.model.safetensors_io import file_bytes, write_streamed
+from anima_train.model.safetensors_io import FLOATS, PLACEHOLDER, file_bytes, write_streamed
 from anima_train.tools.spectra import LowRank
 
 # Metadata of a file that do not hold for one that is made of it: hashes, and scales and formats of its tensors.
 NO_LONGER_TRUE = ("sshs_", "modelspec.hash", DIFFUSERS_METADATA, STATE_SCALE, TABLE)
+LICENSE = "CircleStone Labs Non-Commercial License v1.2; NVIDIA Open Model License"  # of the base
 ARCHITECTURES = {"model": "anima-2b", "lora": "anima-2b/lora"}
 
 
@@ -50,6 +51,9 @@ def metadata_of(kind: str, path: Path, origin: Mapping[str, Any], others: Mappin
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "modelspec.prediction_type": "rectified_flow",
         "ss_base_model_version": "anima",
+        "modelspec.license": kept.get("modelspec.license", LICENSE),
+        "modelspec.hash_sha256": f"0x{PLACEHOLDER}",
+        "sshs_model_hash": PLACEHOLDER,
         "anima_train.version": __version__,
         "anima_train.origin": json.dumps(origin, ensure_ascii=False),
     }
@@ -74,7 +78,7 @@ def save_streamed(
 
     def finite(name: str) -> Tensor:
         tensor = make(name)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
             kind = str(tensor.dtype).removeprefix("torch.")
             raise NumericError(f"{path}: not written, because {name} is not finite in {kind}; choose another dtype")
         return tensor
@@ -103,10 +107,12 @@ def save_lora(
         SpaceError: the disk is full; nothing is left.
     """
     tensors = {}
+    dtype = dtype if dtype in FLOATS else torch.bfloat16  # of a source in a byte a value
     for module, factors in found.items():
         tensors[lora_key(module, "lora_A")] = factors.down.to(dtype)
         tensors[lora_key(module, "lora_B")] = factors.up.to(dtype)
     ranks = {factors.down.shape[0] for factors in found.values()}
     rank = str(*ranks) if len(ranks) == 1 else "Dynamic"  # kohya's word where modules differ
     facts = {"ss_network_module": "networks.lora_anima", "ss_network_dim": rank, "ss_network_alpha": rank}
-    save_streamed(path, tensors, metadata_of("lora", path, origin, dict(others) | facts), tensors.__getitem__)
+    kept = {name: text for name, text in others.items() if name != "ss_network_args"} | facts
+    save_streamed(path, tensors, metadata_of("lora", path, origin, kept), tensors.__getitem__)

@@ -23,6 +23,8 @@ INSERTED: Mapping[int, Sequence[int]] = {
 }
 DEPTHS = (28, *INSERTED)
 POSITIONS = "insertion_positions"  # the key of the metadata of a base that tells the same
+ORIGIN = "anima_train.origin"
+OF_BASE = ("ss_sd_model_name", "ss_new_sd_model_hash")  # metadata of the base that it was of
 BLOCK = re.compile(r"blocks\.(\d+)\.(.*)")
 
 
@@ -108,7 +110,9 @@ def block_map(source: int, target: Variant) -> dict[int, int]:
         ConfigError: no way from one to the other is known.
     """
     if source == target.num_blocks:
-        raise ConfigError(f"both have {source} blocks; there is nothing to change")
+        raise ConfigError(
+            f"both have {source} blocks, and there is nothing to change; if the LoRA is of more, say so with --from"
+        )
     if source > target.num_blocks:
         larger = Variant(source, INSERTED.get(source, ()))
         return {new: old for old, new in block_map(target.num_blocks, larger).items()}
@@ -126,6 +130,15 @@ def number_of(name: str) -> int:
     return -1 if match is None else int(match[1])
 
 
+def depth_told(metadata: Mapping[str, str]) -> int | None:
+    """Return the number of blocks that a file made here tells in its metadata; None where there is none."""
+    try:
+        found = json.loads(metadata.get(ORIGIN, "{}")).get("to")
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    return found if found in DEPTHS else None
+
+
 def remap(path: Path, out: Path, target: Variant, source: int | None = None) -> Remapped:
     """Write a LoRA for another variant, in ComfyUI's keys; tensors stay as they are.
 
@@ -141,7 +154,7 @@ def remap(path: Path, out: Path, target: Variant, source: int | None = None) -> 
     """
     adapter = read_adapter(path)
     least = num_blocks((f".{name}" for name in adapter.changes), BLOCK_NUMBER)
-    depth = source or min((each for each in DEPTHS if each >= least), default=least)
+    depth = source or depth_told(adapter.metadata) or min((each for each in DEPTHS if each >= least), default=least)
     if least > depth:
         raise ConfigError(f"{path} changes block {least - 1}, and is not of a model of {depth} blocks")
     places = block_map(depth, target)
@@ -157,5 +170,6 @@ def remap(path: Path, out: Path, target: Variant, source: int | None = None) -> 
     if not tensors:
         raise ConfigError(f"{path}: none of the blocks that it changes is in a model of {target.num_blocks} blocks")
     origin = {"remap": path.name, "from": depth, "to": target.num_blocks}
-    save_streamed(out, tensors, metadata_of("lora", out, origin, adapter.metadata), tensors.__getitem__)
+    others = {name: text for name, text in adapter.metadata.items() if name not in OF_BASE}
+    save_streamed(out, tensors, metadata_of("lora", out, origin, others), tensors.__getitem__)
     return Remapped((depth, target.num_blocks), len(adapter.changes) - len(left_out), left_out)

@@ -6,8 +6,16 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from anima_train.adapters.names import LORA_PREFIX
-from anima_train.adapters.parts import BLOCK_NUMBER, LLLITE, AdapterKey, adapter_keys, declared_alpha, num_blocks
-from anima_train.adapters.read import OTHER_LORAS, STATE_SCALE
+from anima_train.adapters.parts import (
+    BLOCK_NUMBER,
+    LLLITE,
+    AdapterKey,
+    adapter_keys,
+    declared_alpha,
+    is_of_state,
+    num_blocks,
+)
+from anima_train.adapters.read import OTHER_LORAS
 from anima_train.adapters.updates import MIDDLES, change_shape, kind_of
 from anima_train.core.format import count
 from anima_train.model.safetensors_io import TensorFile, read_tensors
@@ -42,7 +50,7 @@ def adapter_verdict(file: TensorFile, base: TensorFile | None) -> Verdict:
     groups: dict[str, list[AdapterKey]] = defaultdict(list)
     for key in keys:
         groups[key.parameter if key.module else key.stem].append(key)
-    misfits = {} if base is None else shape_faults(file, groups, base)
+    misfits = shape_faults(file, groups, base)
     kinds = Counter(group_kind(parts) or "" for parts in groups.values() if parts[0].stem)
     comfy = Reading.of((key.key, comfy_reason(key, groups, misfits)) for key in keys)
     refusal = diffusers_refusal(file.entries)
@@ -69,7 +77,7 @@ def kind_text(file: TensorFile, keys: Sequence[AdapterKey], kinds: Counter[str])
     if any(LLLITE.match(name) for name in names):
         return "an LLLite, which steers with a control image"
     text = " and ".join(sorted(KIND_NAMES.get(kind, kind) for kind in kinds if kind)) or "parts of an adapter"
-    if STATE_SCALE in file.metadata:
+    if is_of_state(file):
         return f"{text} of a training state"
     if not any(key.module for key in keys):
         if any(COMFY_TEXT_ENCODER.match(name) for name in names):
@@ -106,7 +114,7 @@ def alpha_text(file: TensorFile) -> str:
     names = [name for name, entry in file.entries.items() if name.endswith(".alpha") and math.prod(entry.shape) == 1]
     if names:
         return ", ".join(f"{value:g}" for value in sorted({float(value) for _, value in read_tensors(file, names)}))
-    if STATE_SCALE in file.metadata:
+    if is_of_state(file):
         return "in the metadata of the state"
     declared = declared_alpha(file.metadata)
     return "none in tensors: scale 1" + (f" (metadata: {declared})" if declared else "")
@@ -186,17 +194,29 @@ def halves(groups: Groups) -> list[str]:
     return [f"{count(len(lonely), 'weight')} with some parts missing, such as those beside {lonely[0].key}"]
 
 
-def shape_faults(file: TensorFile, groups: Groups, base: TensorFile) -> dict[str, str]:
-    """Return what does not fit the base, by the full names of parameters."""
+def shape_faults(file: TensorFile, groups: Groups, base: TensorFile | None) -> dict[str, str]:
+    """Return what does not fit each other, or the base, by the full names of parameters."""
     found = {}
     for name, parts in groups.items():
         shapes = {key.change_part: file.entries[key.key].shape for key in parts}
         if parts[0].module is None or (shape := change_shape(shapes)) is None:
             continue
-        if name not in base.entries:
+        if shape == () and "diff" not in shapes:
+            listing = ", ".join(f"{part} {own}" for part, own in sorted(shapes.items()))
+            found[name] = f"{name}: parts that do not fit each other: {listing}"
+        elif base is None:
+            continue
+        elif name not in base.entries:
             found[name] = f"{name}: {base.path.name} has no such tensor"
         elif base.entries[name].shape != shape:
             found[name] = f"{name}: the change has the shape {shape}, and {base.path.name} {base.entries[name].shape}"
+    if whole := [
+        key.key
+        for parts in groups.values()
+        for key in parts
+        if key.part != "alpha" and not file.entries[key.key].dtype.is_floating_point
+    ]:
+        found[""] = f"{count(len(whole), 'key')} without floating-point numbers, such as {whole[0]}"
     return found
 
 
@@ -224,7 +244,7 @@ def notes(file: TensorFile, keys: Sequence[AdapterKey]) -> Iterable[str]:
             f"made for a model with more than {first} blocks: with {VARIANTS[first]} {count(beyond, 'key')} would be "
             "left out, and the others would change other blocks than they were trained for"
         )
-    if STATE_SCALE in file.metadata:
+    if is_of_state(file):
         yield "it is for resuming; the run's folder `weights` has the file to load elsewhere"
     if any(TEXT_ENCODER.match(key.key) for key in keys):
         yield "ComfyUI loads changes of Anima's text encoder since May 2026; diffusers and anima-train do not"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from anima_train.adapters.names import anima_modules, cosmos_key
-from anima_train.adapters.parts import BLOCK_NUMBER, num_blocks
+from anima_train.adapters.parts import BLOCK_NUMBER, numbers
 from anima_train.core.format import count
 from anima_train.model.comfy_quantized import BESIDE, MARK
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
@@ -137,7 +137,7 @@ def renamed_verdict(file: TensorFile, kind: str) -> Verdict:
         text, wanted = "an Anima LLM adapter, as diffusers' AnimaTextConditioner has it", set(file.entries)
     else:
         text = "a transformer in the names of diffusers' CosmosTransformer3DModel"
-        modules = anima_modules(num_blocks(file.entries, BLOCK_NUMBER), 0)
+        modules = anima_modules(numbers(file.entries, BLOCK_NUMBER), ())
         wanted = {cosmos_key(f"{name}.weight") for name in modules if not name.startswith(LLM_ADAPTER_PREFIX)}
     reasons = ((name, None if name in wanted else "the model has no such tensor") for name in file.entries)
     missing = sorted(wanted - file.entries.keys())

@@ -113,9 +113,15 @@ class MadeStep:
 def rates_in_use(optimizer: Optimizer) -> dict[str, float]:
     """Return the learning rate of each component in the step to come, by the name of its curve.
 
-    Prodigy's groups have a factor on it that was found, `d`; the product is the rate in effect.
+    Where its weights have several, the lowest, and the highest as `lr/mlp_highest`. Prodigy's groups have a factor on
+    it that was found, `d`; the product is the rate in effect.
     """
-    rates = {f"lr/{group['component']}": group["lr"] for group in optimizer.param_groups}
+    rates: dict[str, float] = {}
+    for component in dict.fromkeys(group["component"] for group in optimizer.param_groups):
+        own = [group["lr"] for group in optimizer.param_groups if group["component"] == component]
+        rates[f"lr/{component}"] = min(own)
+        if max(own) > min(own):
+            rates[f"lr/{component}_highest"] = max(own)
     effective = {
         f"effective_lr/{group['component']}": group["lr"] * group["d"]
         for group in optimizer.param_groups

@@ -28,4 +28,4 @@ def test_the_names_of_all_modules_are_those_of_the_transformer():
             *MiniTrainDIT(shape).state_dict(),
             *(f"llm_adapter.{name}" for name in LLMAdapter(adapter).state_dict()),
         ]
-    assert {name.rpartition(".")[0] for name in names} == set(anima_modules(3, 2))
+    assert {name.rpartition(".")[0] for name in names} == set(anima_modules(range(3), range(2)))

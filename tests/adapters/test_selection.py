@@ -122,12 +122,19 @@ def test_what_is_no_regular_expression_is_refused(key):
 def test_the_first_expression_that_matches_gives_rank_and_alpha():
     model = model_of(adapter=False)
     settings = Lora(
-        rank=4, alpha=2.0, rank_pattern={".*[.]mlp[.].*": 8, ".*layer1": 16}, alpha_pattern={".*[.]mlp[.].*": 4.0}
-    )
+        rank=4, alpha=2.0, rank_pattern={".*[.]mlp[.].*": 8, ".*(layer1|q_proj)": 16},
+        alpha_pattern={".*[.]mlp[.].*": 4.0},
+    )  # fmt: skip
     settings.attach(model, LearningRates(ALL), seed=0)
     for name, layer in lora_layers(model):
-        rank, alpha = (8, 4.0) if ".mlp." in name else (4, 2.0)
+        rank, alpha = (8, 4.0) if ".mlp." in name else (16, 2.0) if name.endswith("q_proj") else (4, 2.0)
         assert (len(layer.lora_A), layer.lora_B.shape[1], layer.scale) == (rank, rank, alpha / rank), name
+
+
+def test_an_expression_that_never_counts_is_refused():
+    settings = Lora(rank_pattern={".*": 8, ".*[.]mlp[.].*": 16})
+    with pytest.raises(ConfigError, match="never counts, as expressions before it match all that it matches"):
+        settings.attach(model_of(adapter=False), LearningRates(ALL), seed=0)
 
 
 def test_saved_weights_hold_each_scale_folded():

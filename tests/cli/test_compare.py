@@ -14,8 +14,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from typer.testing import CliRunner
 
-from anima_train.adapters.lora import target_modules
 from anima_train.adapters.read import linear_shapes
+from anima_train.adapters.selection import block_linears
 from anima_train.cli.main import COMMANDS, application
 from anima_train.config.model_files import find_model_files
 from anima_train.config.model_part import load_model_part
@@ -47,7 +47,7 @@ def run(model_files, tmp_path_factory):
     transformer = load_transformer(files_of(folder), False, torch.float32, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     tensors = {}
-    for module in target_modules(transformer):
+    for module in block_linears(transformer):
         rows, columns = transformer.get_submodule(module).weight.shape
         tensors[f"diffusion_model.{module}.lora_A.weight"] = torch.randn(2, columns, generator=generator) * 0.2
         tensors[f"diffusion_model.{module}.lora_B.weight"] = torch.randn(rows, 2, generator=generator) * 0.2

@@ -105,6 +105,16 @@ def test_older_files_have_scales_without_a_format_or_neither_or_a_table_of_forma
             {"x.comfy_quant": torch.tensor([123, 1], dtype=torch.uint8)},
             "the quantisation of x is not described in JSON",
         ),
+        ({"x.comfy_quant": torch.ones(3)}, "the quantisation of x is not described in bytes"),
+        ({"x.comfy_quant": described(format=["int8_tensorwise"])}, "x is quantised as"),
+        ({"x.weight_scale": torch.ones(3, 1)}, "x has 3 scales, which do not fit its rows"),
+        *(
+            (
+                {"x.comfy_quant": described(format="int8_tensorwise", convrot=True, convrot_groupsize=size)},
+                "in groups of",
+            )
+            for size in ("abc", [1], 0.5, -4, 2)
+        ),
         (
             {"x.comfy_quant": described(format="int8_tensorwise", convrot=True, convrot_groupsize=8)},
             "x is rotated in groups of 8, which do not fit its rows",

@@ -1,5 +1,6 @@
 """`anima remap`: a LoRA of one variant on the blocks that another one has of it."""
 
+import hashlib
 import json
 
 import pytest
@@ -106,7 +107,7 @@ def test_a_base_tells_where_its_blocks_were_added(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--to", "28"], "both have 28 blocks; there is nothing to change"),
+        (["--to", "28"], "both have 28 blocks, and there is nothing to change; if the LoRA is of more, say"),
         (["--to", "33"], "33: no variant of so many blocks is known (28, 40, 52); give its file instead"),
         (["--to", "40", "--from", "20"], "changes block 27, and is not of a model of 20 blocks"),
         (["--to", "40", "--from", "30"], "no way from 30 blocks to 40 is known"),
@@ -128,8 +129,9 @@ def test_the_command_tells_what_it_did_and_writes_its_origin(tmp_path):
     assert result.exit_code == 0
     assert f"{out}: 28 weights changed, in 28 blocks instead of 40" in result.output
     assert "12 changes left out, of blocks that are not there, such as blocks.2.mlp.layer1.weight" in result.output
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in load_file(out).values())
     header = out.read_bytes()[8:].partition(b'"__metadata__":')[2]
     metadata = json.JSONDecoder().raw_decode(header.decode(errors="replace"))[0]
     assert json.loads(metadata["anima_train.origin"]) == {"remap": "a.safetensors", "from": 40, "to": 28}
     assert metadata["ss_output_name"] == "mine"
-    assert "sshs_model_hash" not in metadata
+    assert metadata["sshs_model_hash"] == hashlib.sha256(out.read_bytes()[-num_bytes:]).hexdigest()

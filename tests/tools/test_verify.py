@@ -61,7 +61,7 @@ FORMATS = {
     "sdxl": (pair("lora_unet_input_blocks_4_1_proj_in", "lora_down", "lora_up"), "LoRA of SDXL or SD 1", False, False),
     "oft": (under(OURS, {"oft_blocks": torch.ones(4, 16, 16)}), "OFT of Anima", True, False),
     "glora": (
-        under(OURS, {f"{name}.weight": torch.full((4, 4), len(name)) for name in ("a1", "a2", "b1", "b2")}),
+        under(OURS, {f"{name}.weight": torch.full((4, 4), float(len(name))) for name in ("a1", "a2", "b1", "b2")}),
         "GLoRA of Anima", True, False,
     ),
     "half": ({f"{OURS}.lora_A.weight": torch.ones(4, IN)}, "parts of an adapter of Anima", False, False),
@@ -256,3 +256,39 @@ def test_the_command_ends_with_1_and_a_list_where_a_key_would_be_ignored(tmp_pat
     assert run("--program", "diffusers")[0] == 0
     path.write_bytes(b"PK\3\4")
     assert run("--json")[0] == 4
+
+
+@pytest.mark.parametrize(
+    ("tensors", "problem"),
+    [
+        ({"lora_A.weight": torch.ones(4, IN), "lora_B.weight": torch.ones(16, 5)}, "parts that do not fit each other"),
+        ({"lora_A.weight": torch.ones(0, IN), "lora_B.weight": torch.ones(16, 0)}, "parts that do not fit each other"),
+        (
+            {"lora_A.weight": torch.ones(4, IN), "lora_B.weight": torch.ones(16, 4), "alpha": torch.ones(2)},
+            "parts that do not fit each other",
+        ),
+        (
+            {"lora_A.weight": torch.ones(4, IN), "lora_B.weight": torch.ones(16, 4), "dora_scale": torch.ones(3, 1)},
+            "parts that do not fit each other",
+        ),
+        (
+            {"lora_A.weight": torch.ones(4, IN, dtype=torch.int8), "lora_B.weight": torch.ones(16, 4)},
+            "without floating-point numbers",
+        ),
+    ],
+)
+def test_what_is_broken_in_itself_is_told_without_a_base_and_not_read(tmp_path, tensors, problem):
+    path = tmp_path / "a.safetensors"
+    save_file({f"{OURS}.{part}": tensor for part, tensor in tensors.items()}, path)
+    found = verify(path, None)
+    assert any(problem in each for each in found.problems)
+    assert not found.is_good_for("ComfyUI")
+    with pytest.raises(ModelFileError):
+        read_adapter(path)
+
+
+def test_a_block_of_a_huge_number_costs_nothing(tmp_path):
+    path = tmp_path / "a.safetensors"
+    key = "diffusion_model.blocks.99999999.mlp.layer1"
+    save_file({f"{key}.lora_A.weight": torch.ones(4, 8), f"{key}.lora_B.weight": torch.ones(8, 4)}, path)
+    assert read_adapter(path).changes.keys() == {"blocks.99999999.mlp.layer1.weight"}

@@ -4,12 +4,15 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from anima_train.adapters.parts import read_adapter
 from anima_train.adapters.read import read_lora
 from anima_train.checkpoint.training_state import saved_states
 from anima_train.config.load import load_config
 from anima_train.config.model_files import build_model_spec
-from anima_train.core.errors import ConfigError
+from anima_train.core.errors import ConfigError, ModelFileError
+from anima_train.model.tiny import tiny_paths
 from anima_train.training.dry_run import describe_run
 from anima_train.training.prepare import scan_all
 
@@ -51,6 +54,22 @@ def test_the_file_says_what_it_is(whole):
     found = json.loads(run.metadata()["ss_network_args"])
     assert found.get("algo", "lora") == settings.get("type", "lora")
     assert run.metadata()["modelspec.architecture"] == "anima-2b/lora"
+
+
+def test_the_weights_of_a_state_are_no_file_to_merge(whole):
+    _, run = whole
+    with pytest.raises(ModelFileError, match="belongs to a training state; give the file in the run's folder"):
+        read_adapter(saved_states(run.path / "checkpoints")[-1] / "weights.safetensors")
+
+
+def test_lengths_of_rows_are_never_rounded(trainer, tiny):
+    settings = {"adapter": {"rank": 4, "use_dora": True}, "optimizer": {"lr": 1e-3}, "max_steps": 4}
+    exact, rounded = trainer("exact", **settings), trainer("rounded", save_dtype="bfloat16", **settings)
+    weights = {name.removeprefix("net."): tensor for name, tensor in load_file(tiny_paths(tiny).transformer).items()}
+    files = [read_adapter(run.path / "weights" / f"{run.path.name}.safetensors") for run in (exact, rounded)]
+    for name in files[0].changes:
+        changes = [file.change(name, weights[name]) for file in files]
+        assert float((changes[1] - changes[0]).norm()) < 0.02 * float(changes[0].norm()), name
 
 
 @pytest.fixture(scope="module")
