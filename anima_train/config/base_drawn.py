@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -82,6 +83,9 @@ def read_captions(path: Path, name: str) -> Mapping[str, list[str]]:
 def caption_problems(table: Mapping[str, object]) -> list[str]:
     """Return what is wrong with captions by their kind."""
     problems = [problem for kind, texts in table.items() for problem in kind_problems(kind, texts)]
+    if not problems:
+        counts = Counter(text for texts in table.values() if isinstance(texts, list) for text in texts)
+        problems = [f"{quoted(text)} stands in two kinds; remove one" for text, number in counts.items() if number > 1]
     return problems or ([] if table else [f"holds no captions; expected {EXPECTED.format('manner')}"])
 
 

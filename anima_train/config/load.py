@@ -398,7 +398,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
         found_files = {"model": loader.find_model_files(config.model), "adapter": loader.find_initial(config.adapter)}
         config = config.model_copy(update=found_files)
         loader.check_library(config.optimizer.type, config.optimizer.needs_library)
-    kept = None if config is None else load_preserved(loader, config)
+    kept = None if config is None else load_preserved(loader, config, train)
     if loader.problems or config is None or train is None:
         raise ConfigError(loader.problems)
 

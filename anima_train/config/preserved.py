@@ -9,7 +9,9 @@ from anima_train.config.base_drawn import PRESERVED_CAPTIONS
 from anima_train.config.config import Config
 from anima_train.config.sections import PreservationSettings
 from anima_train.core.format import count
+from anima_train.data.buckets import SIDE_MULTIPLE
 from anima_train.data.preservation import Preservation
+from anima_train.data.settings import DatasetSettings
 
 if TYPE_CHECKING:
     from anima_train.config.load import Dataset, Loader
@@ -27,8 +29,14 @@ class Preserved:
     captions: frozenset[str]
 
 
-def load_preserved(loader: "Loader", config: Config) -> Preserved | None:
-    """Return what keeps the base; None where nothing does, or with its problems filed."""
+def load_preserved(loader: "Loader", config: Config, train: "Dataset | None") -> Preserved | None:
+    """Return what keeps the base; None where nothing does, or with its problems filed.
+
+    Args:
+        loader: of the configuration.
+        config: the main file.
+        train: the training set, whose largest resolution pictures are drawn at.
+    """
     settings, place = config.preservation, loader.main.inside("preservation")
     if settings is None:
         return None
@@ -43,10 +51,19 @@ def load_preserved(loader: "Loader", config: Config) -> Preserved | None:
     if settings.on == "training_latents":
         settings = settings.model_copy(update={"captions": dict(by_kind)})
         return Preserved(settings, replace(part, captions=captions), None, frozenset(captions))
-    drawn = loader.load_drawn("preservation", by_kind, settings.pictures, place, config, FIRST_SEED)
+    side = 1024 if train is None else largest_side(train.settings)
+    pictures = {"width": side, "height": side, **settings.pictures}
+    drawn = loader.load_drawn("preservation", by_kind, pictures, place, config, FIRST_SEED)
     if drawn is None:
         return None
     return Preserved(settings, part, replace(drawn, role="preservation", share=settings.share), frozenset(captions))
+
+
+def largest_side(settings: DatasetSettings) -> int:
+    """Return the largest resolution of a dataset, rounded to the sides that pictures have."""
+    options = [settings.options(index) for index in range(len(settings.directory))]
+    largest = max(resolution for each in options for resolution, _ in each.buckets)
+    return max(SIDE_MULTIPLE, largest // SIDE_MULTIPLE * SIDE_MULTIPLE)
 
 
 def measured_too(kept: Preserved, evals: Iterable["Dataset"]) -> Iterator[str]:

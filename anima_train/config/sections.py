@@ -107,18 +107,19 @@ class PreservationSettings(Settings):
     0.2 left 0.6 of what was forgotten without it, 0.5 a quarter. "training_latents": the training images with such
     captions instead of their own (0.6, nothing is drawn); "class_caption": with one caption of your own;
     "empty_caption": with the empty one, as other trainers have it (0.9)."""
-    share: float = Field(default=0.2, gt=0, lt=1)
-    """Share of all samples seen. Drawn pictures are added to each epoch, which gets longer by them; of the training
-    images it is a share of the times they are seen."""
+    share: float = Field(default=0.2, gt=0, le=0.9)
+    """Share of the samples. Drawn pictures are added to each epoch until they are this share of all; otherwise it is a
+    share of the times that each training image is seen."""
     weight: float = Field(default=1.0, gt=0)
     """Factor on the loss of these samples."""
     captions: str | dict[str, list[str]] = Field(default="shipped", min_length=1)
     """The captions, for "retention" and "training_latents". "shipped": 36 that come with this program, none of which is
     among the 30 that eval_datasets measure on; or a TOML file of your own, or its table: {manner = ["...", "..."]}."""
     pictures: dict[str, int | float | str] = Field(default={})
-    """The way the pictures of "retention" are drawn, as pictures of eval_datasets. Those in `base_drawn` of cache_dir,
-    or else of output_dir, are used again by later runs."""
-    class_caption: str | None = Field(default=None, min_length=1)
+    """The way the pictures of "retention" are drawn, as pictures of eval_datasets; without width and height they are
+    squares of the dataset's largest resolution. They lie in `base_drawn` of cache_dir, or else of output_dir, for later
+    runs, too."""
+    class_caption: str | None = Field(default=None, pattern=r"\S")
     """The caption of "class_caption", such as "1girl"."""
 
     @field_validator("captions")

@@ -15,6 +15,12 @@ class Preservation:
     weight: float = 1.0  # of their loss
     captions: tuple[str, ...] = ()  # that training images get; (): they have none, and pictures are added
 
+    def times(self, sample: Sample, seed: int, number: int) -> int:
+        """Return how many of the first showings of a sample keep the base."""
+        if sample.role != "train" or not self.captions:
+            return number if sample.is_preserved else 0
+        return math.floor(number * self.share + uniform(seed, "preservation", sample.id))
+
     def caption(self, sample: Sample, seed: int, repeat: int) -> Caption | None:
         """Return the caption with which a repeat of a sample, 0 the first, keeps the base; None: it is learned.
 

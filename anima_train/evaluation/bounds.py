@@ -32,9 +32,14 @@ class Bounds:
 
     def is_within(self, values: Mapping[str, float]) -> bool:
         """Return True if an evaluation is within the budget, if there is one."""
+        # Neither what is not finite nor what was not measured is within a budget.
+        found = self.measured(values)
+        return self.forgetting_budget is None or (found is not None and found <= self.forgetting_budget)
+
+    def measured(self, values: Mapping[str, float]) -> float | None:
+        """Return the number that the budget is for; None where an evaluation lacks it."""
         found = [values[name] for name in self.headline if name in values]
-        # Not finite is beyond any budget.
-        return self.forgetting_budget is None or not found or sum(found) / len(found) <= self.forgetting_budget
+        return sum(found) / len(found) if found else None
 
     def best(self, history: History) -> int | None:
         """Return the step of the best evaluation within the budget, the first of equals.
@@ -53,9 +58,9 @@ class Bounds:
         if not history:
             return None
         step, values = history[-1]
-        if step and self.stops_at_budget and not self.is_within(values):
-            found = [values[name] for name in self.headline if name in values]
-            return f"forgetting_budget: {sum(found) / len(found):.4g} is above {self.forgetting_budget:g}"
+        found = self.measured(values)
+        if step and self.stops_at_budget and found is not None and not self.is_within(values):
+            return f"forgetting_budget: {found:.4g} is above {self.forgetting_budget:g}"
         rule = self.early_stopping
         if rule is None:
             return None

@@ -226,4 +226,6 @@ def described(result: Evaluation, base: Evaluation | None) -> str:
     text += f", {change.mean:+.5f}" + ("" if error is None else f" +- {error:.5f}") + " from the base"
     if error is not None and not change.is_beyond_chance:
         text += " (may be chance)"
+    if result.drift is not None:
+        text += f", drift {result.drift.relative(result.kinds).mean:.2%} of the base's velocity"
     return text

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import tomllib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -201,6 +202,9 @@ class RunFolder:
             self.base_path.unlink(missing_ok=True)
         elif source != self.path and (base := source / self.base_path.name).exists():
             write_text(self.base_path, base.read_text(encoding="utf-8", errors="replace"))
+            if (kept := source / self.base_velocities.name).is_dir():
+                with disk_errors(self.base_velocities):
+                    shutil.copytree(kept, self.base_velocities, dirs_exist_ok=True)
 
     def digests(self, num_steps: int, pending: Collection[str]) -> dict[str, str]:
         """Return the SHA-256 of what was logged of the first steps, by the files' names; arguments as above."""

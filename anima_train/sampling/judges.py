@@ -124,6 +124,9 @@ def load_judges(words: Sequence[str], offline: bool = False) -> list[Judge]:
             if words:
                 raise
             logger.warning("%s; it is left out", "; ".join(error.problems))
+    names = [judge.name for judge in judges]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--judge: two are called {max(names, key=names.count)}; rename the folder of one")
     return judges
 
 

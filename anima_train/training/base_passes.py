@@ -54,6 +54,7 @@ class BasePasses:
         return self.passed
 
     def cost(self, seconds: float) -> str:
-        """Return a line about what they took of the seconds of all steps."""
+        """Return a line about what they took of these seconds, in which evaluations and saving are, too."""
         share = self.seconds() / seconds if seconds else 0.0
-        return f"preservation: the base's passes took {self.seconds():.1f} s, {share:.1%} of the time of the steps"
+        taken = f"{self.seconds():.1f} s, {share:.1%} of the time since the first step"
+        return f"preservation: the base's passes took {taken}"

@@ -53,7 +53,6 @@ from anima_train.training.summary import (
     evaluation_text,
     groups_text,
     plan_text,
-    preservation_text,
     selection_text,
     trained_text,
 )  # fmt: skip
@@ -106,7 +105,7 @@ def describe_run(
     choice = choose_here(ladder, spec, plan, schedule)
     lines.extend((*choice.lines, *choice.card_lines))
     evals = {name: scan.samples for name, scan in scans.items() if name != "train"}
-    lines.extend((*plan_text(plan, schedule, config.epochs, config.ema), *preservation_text(plan, loaded.preservation)))
+    lines.extend(plan_text(plan, schedule, config.epochs, config.ema, loaded.preservation))
     others = config.eval_before_first_step + len(strengths_to_try(config.strengths_after_training))
     lines.extend(evaluation_text(all_intervals(config)["evaluation"], others, loaded.passes(evals), plan, schedule))
     lines.extend(f"warning: {warning}" for warning in plan_warnings(config, schedule.num_steps))

@@ -1,6 +1,7 @@
 """The numbers of a step: summed over micro-batches and processes, and told to terminal, trackers and metrics.jsonl."""
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -69,7 +70,10 @@ class StepSums:
         if is_padding:
             return
         values = torch.stack([losses.detach(), torch.ones_like(losses)], dim=1)
-        self.ranges.index_add_(0, (batch.t * T_BINS).long().clamp(0, T_BINS - 1), values)
+        learned = values
+        if batch.preserved is not None:  # the loss of these is another: the distance from the base
+            learned = values.index_fill(0, batch.preserved, 0.0)
+        self.ranges.index_add_(0, (batch.t * T_BINS).long().clamp(0, T_BINS - 1), learned)
         if self.has_roles and batch.roles is not None:
             self.roles.index_add_(0, batch.roles, values)
 
@@ -154,6 +158,7 @@ class StepLogger:
         self.trackers = run.stack.enter_context(Trackers(opens))
         run.stack.callback(self.progress.close)
         self.started, self.seen_before = time.monotonic(), state.samples_seen
+        self.shown = math.nan  # the loss in the bar: of what is learned, where other samples are there too
 
     def start(self) -> None:
         """Begin to measure speed and memory."""
@@ -196,4 +201,5 @@ class StepLogger:
         self.trackers.log(shown, self.x(made.number, made.samples_seen))
         if spike := self.state.spikes.after(made.number, result.grad_norm):
             logger.warning("%s", spike, extra={"step": made.number})
-        self.progress.update(made.number, result.losses.loss, speed, values["memory_bytes"], next_event)
+        self.shown = result.losses.by_role.get("train", self.shown if result.losses.by_role else result.losses.loss)
+        self.progress.update(made.number, self.shown, speed, values["memory_bytes"], next_event)

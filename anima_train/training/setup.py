@@ -47,7 +47,7 @@ from anima_train.training.divided import divide
 from anima_train.training.memory import MicroBatchShape, memory_errors
 from anima_train.training.memory_check import largest_shapes
 from anima_train.training.prepare import Prepared
-from anima_train.training.summary import groups_text, plan_text, preservation_text, selection_text
+from anima_train.training.summary import groups_text, plan_text, selection_text
 
 if TYPE_CHECKING:
     from anima_train.model.sharding import Shards  # takes long to import
@@ -106,9 +106,7 @@ def build_plan(run: RunContext, data: Prepared) -> tuple[Plan, EpochSchedule]:
     plan, schedule = plan_run(run.config, data.train.samples, run.accelerator.num_processes)
     run.resume_point.check_length("epochs", schedule.num_steps)
     check_same_plan(data.train, plan, schedule.num_steps, run.accelerator)
-    for line in plan_text(plan, schedule, run.config.epochs, run.config.ema):
-        logger.info("%s", line)
-    for line in preservation_text(plan, data.train.preservation):
+    for line in plan_text(plan, schedule, run.config.epochs, run.config.ema, data.train.preservation):
         logger.info("%s", line)
     evals = {each.name: each.data.samples for each in data.evals}
     for warning in plan_warnings(run.config, schedule.num_steps):

@@ -114,22 +114,30 @@ def evaluation_text(
     ]
 
 
-def preservation_text(plan: Plan, preservation: Preservation | None) -> list[str]:
-    """Return a line about the samples that keep the base, and what they cost."""
+def preservation_text(plan: Plan, schedule: EpochSchedule, preservation: Preservation | None) -> list[str]:
+    """Return lines about the samples that keep the base, and what they cost."""
     if preservation is None:
         return []
     pictures = {sample.picture.path for sample in plan.samples if sample.is_preserved}
+    seen = times_seen(plan, schedule, schedule.num_steps)
+    kept = sum(preservation.times(sample, plan.seed, number) for sample, number in zip(plan.samples, seen, strict=True))
     what = f"{count(len(pictures), 'picture')} that it has drawn" if pictures else "training images with other captions"
     if not pictures and not preservation.captions:
         what = "pictures that it draws when the run starts, which are not in this plan"
-    return [
-        f"preservation: for {preservation.share:.0%} of the samples the target is the base's velocity, on {what}; they "
-        "teach nothing new, and each takes a second pass without gradients, about a third of its step"
+    share = preservation.share if not pictures and not preservation.captions else kept / max(1, sum(seen))
+    lines = [
+        f"preservation: for {share:.0%} of the samples the target is the base's velocity, on {what}; they teach "
+        "nothing new, and each takes a second pass without gradients, about a third of its step"
     ]
+    if not kept and (pictures or preservation.captions):
+        lines.append("warning: preservation: no sample of this run keeps the base, as it is so short; raise share")
+    return lines
 
 
-def plan_text(plan: Plan, timetable: EpochSchedule, epochs: int | None, ema: Ema | None) -> list[str]:
-    """Return lines about buckets, batches and steps."""
+def plan_text(
+    plan: Plan, timetable: EpochSchedule, epochs: int | None, ema: Ema | None, preservation: Preservation | None = None
+) -> list[str]:
+    """Return lines about buckets, batches and steps, and about what keeps the base."""
     lines = [f"{'bucket':<12} {'images':>8} {'batch':>6} {'short by':>9}"]
     buckets = Counter((sample.resolution, sample.size) for sample in plan.samples)
     refs = plan.refs_by_bucket(0)
@@ -146,4 +154,4 @@ def plan_text(plan: Plan, timetable: EpochSchedule, epochs: int | None, ema: Ema
             f"note: ema.decay: {ema.decay} is not reached in {count(timetable.num_steps, 'step')}: the average "
             "covers about the last ninth of the steps, and a larger one would change nothing"
         )
-    return lines
+    return [*lines, *preservation_text(plan, timetable, preservation)]

@@ -90,6 +90,8 @@ def test_a_full_fine_tune_is_measured_against_the_base_that_it_was(trainer, othe
     evaluations, state = run.evaluations, run.path / "checkpoints" / "step-000002"
     assert trainer("run", resume=state, **keys).evaluations == evaluations
     assert not [record for record in caplog.records if record.levelname == "WARNING" and "drift" in record.message]
+    elsewhere = trainer("elsewhere", resume=state, **keys)  # takes what is kept with it
+    assert elsewhere.evaluations == evaluations
     shutil.rmtree(run.path / "base_velocities")
     last = trainer("run", resume=state, **keys).evaluations[-1]
     assert "known/difference_from_base" in last

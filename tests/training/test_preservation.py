@@ -12,6 +12,7 @@ from anima_train.config.load import load_config
 from anima_train.core.errors import ConfigError
 from anima_train.core.random import stream
 from anima_train.core.text_batch import CONTEXT_ROWS, TextContext
+from anima_train.data.buckets import Size
 from anima_train.data.loader import Batch
 from anima_train.data.preservation import Preservation
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
@@ -204,7 +205,9 @@ def test_a_mask_does_not_hide_what_is_kept(trainer, tmp_path, pictures):
         ({"preservation": {"captions": {}}}, "preservation.captions:"),
         ({"preservation": {"captions": "none.toml"}}, "preservation.captions: "),
         ({"preservation": {"pictures": {"stepps": 2}}}, "preservation.pictures.stepps: unknown key; did you mean"),
-        ({"preservation": {"share": 1.0}}, "preservation.share: "),
+        ({"preservation": {"share": 0.95}}, "preservation.share: "),
+        ({"preservation": {"on": "class_caption", "class_caption": " "}}, "preservation.class_caption: "),
+        ({"preservation": {"captions": {"a": ["x"], "b": ["x"]}}}, '"x" stands in two kinds; remove one'),
         ({"preservation": {"weight": 0}}, "preservation.weight: "),
     ],
 )
@@ -251,3 +254,31 @@ def test_two_processes_train_as_one(trainer, on):
     assert two.losses == pytest.approx(one.losses, rel=1e-4)
     for found, expected in zip(two.metrics, one.metrics, strict=True):
         assert found.get("loss/preservation") == pytest.approx(expected.get("loss/preservation"), rel=1e-3, abs=1e-9)
+
+
+def test_pictures_are_as_large_as_those_that_are_trained(trainer, pictures):
+    loaded = load_config(trainer.config(preservation={}))
+    assert loaded.datasets[-1].drawn.size == Size(96, 96)
+    dataset = {"resolutions": [64, [160, 96]], "directory": [{"path": str(pictures)}]}
+    loaded = load_config(trainer.config(dataset=dataset, preservation={}))
+    assert loaded.datasets[-1].drawn.size == Size(112, 112)
+    loaded = load_config(trainer.config(preservation={"pictures": {"width": 64, "height": 48}}))
+    assert loaded.datasets[-1].drawn.size == Size(64, 48)
+
+
+def test_the_share_is_counted_and_none_is_a_warning(trainer, pictures, capsys):
+    folders = [{"path": str(pictures), "weight": 1}, {"path": str(pictures), "weight": 1, "role": "regularization"}]
+    held = {"on": "training_latents", "share": 0.4}
+    keys = {"dataset": {"directory": folders}, "preservation": held, "epochs": 20, "max_steps": None}
+    run_training(load_config(trainer.config(**keys)), dry_run=True)
+    assert "preservation: for 20% of the samples the target is the base's velocity" in capsys.readouterr().out
+    held |= {"share": 0.001}
+    run_training(load_config(trainer.config(preservation=held, max_steps=2)), dry_run=True)
+    text = capsys.readouterr().out
+    assert "warning: preservation: no sample of this run keeps the base, as it is so short; raise share" in text
+
+
+def test_the_table_of_losses_by_noise_is_of_what_is_learned(trainer):
+    run = trainer("run", preservation={"on": "empty_caption", "share": 0.5}, max_steps=8)
+    for line in run.metrics:
+        assert sum(number for *_, number in line["loss_by_t"]) == ("loss/train" in line)
