@@ -252,8 +252,9 @@ def test_two_processes_train_as_one(trainer, on):
     one = trainer("one", gradient_accumulation_steps=2, **keys)
     two = trainer.processes(2, "two", **keys)
     assert two.losses == pytest.approx(one.losses, rel=1e-4)
-    for found, expected in zip(two.metrics, one.metrics, strict=True):
-        assert found.get("loss/preservation") == pytest.approx(expected.get("loss/preservation"), rel=1e-3, abs=1e-9)
+    kept = [[line.get("loss/preservation", -1) for line in run.metrics] for run in (one, two)]
+    assert kept[1] == pytest.approx(kept[0], rel=1e-3, abs=1e-9)
+    assert max(kept[0]) > 0
 
 
 def test_pictures_are_as_large_as_those_that_are_trained(trainer, pictures):
