@@ -6,6 +6,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from anima_train.adapters.choice import AnyAdapter
 from anima_train.adapters.full import Full
+from anima_train.adapters.lora import Lora
 from anima_train.config.combinations import (
     BASE_IS_LOST,
     average_fault,
@@ -138,9 +139,10 @@ class Config(Settings):
     at_budget: Literal["stop", "go_on"] = "stop"
     """At an evaluation beyond forgetting_budget the run ends, or goes on, and what is kept stays within."""
     strengths_after_training: list[Annotated[float, Field(ge=0, le=4)]] = Field(default=[])
-    """Strengths of the LoRA at which the run, at its end, measures learning and forgetting on all eval_datasets, and
+    """Strengths of the adapter at which the run, at its end, measures learning and forgetting on all eval_datasets, and
     draws the [sampling] prompts, such as [0.25, 0.5, 0.75, 1.0, 1.25]; 0, the base, is always among them. Each costs as
-    much as an evaluation and a preview. They are kept in the run's strengths.json and shown in its report."""
+    much as an evaluation and a preview. They are kept in the run's strengths.json and shown in its report. Not with
+    use_dora."""
     save_every_n_epochs: int | None = Field(default=None, ge=1)
     """Save the LoRA or the model after every n epochs. It is always saved at the end."""
     save_every_n_steps: int | None = Field(default=None, ge=1)
@@ -325,9 +327,14 @@ class Config(Settings):
     @field_validator("adapter")
     @classmethod
     def has_strengths(cls, value: AnyAdapter, earlier: ValidationInfo) -> AnyAdapter:
-        """Refuse to try strengths of a whole model."""
+        """Refuse to try strengths of a whole model, and of a DoRA."""
         if isinstance(value, Full) and earlier.data.get("strengths_after_training"):
             raise ValueError("a full fine-tune has no strength, as a LoRA has; remove strengths_after_training")
+        if isinstance(value, Lora) and value.use_dora and earlier.data.get("strengths_after_training"):
+            raise ValueError(
+                "use_dora: at a strength, ComfyUI draws with weights between the base's and the trained ones, which a "
+                "run does not have; remove strengths_after_training, and draw strengths with anima compare"
+            )
         return value
 
     @field_validator("preservation")

@@ -1,4 +1,4 @@
-"""A trained LoRA at several strengths: what it has learned, and what it has forgotten, at each."""
+"""A trained adapter at several strengths: what it has learned, and what it has forgotten, at each."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,33 +8,39 @@ from typing import Any
 import torch
 from torch import nn
 
-from anima_train.adapters.lora import lora_layers
+from anima_train.adapters.addition import adapted_layers
 from anima_train.evaluation.results import Evaluation, summary
 
-BASE = 0.0  # the strength of a LoRA that is not there
+BASE = 0.0  # the strength of an adapter that is not there
 
 
 def strengths_to_try(wished: Sequence[float]) -> list[float]:
-    """Return the strengths at which a run measures its LoRA: the wished ones and, before them, the base; or none."""
+    """Return the strengths at which a run measures its adapter: the wished ones and, before them, the base; or none."""
     return sorted({BASE, *wished}) if wished else []
 
 
 @contextlib.contextmanager
 def at_strength(transformer: nn.Module, strength: float) -> Iterator[None]:
-    """Have the LoRA of a transformer act at a strength while this is open: B is scaled in place, then as before."""
+    """Have the adapter of a transformer act at a strength while this is open, in the same memory; then as before.
+
+    Updates are linear in the factor that starts at zero, which is scaled. DoRA's are not: its model between base and
+    result is none that its parameters make, and a configuration with both is refused.
+    """
     if strength == 1:
         yield
         return
-    ups = [layer.lora_B.detach() for _, layer in lora_layers(transformer)]
-    kept = [up.clone() for up in ups]
+    starts = [start for _, layer in adapted_layers(transformer) for start in layer.starts()]
+    assert all(start is None for _, start in starts)
+    scaled = [parameter.detach() for parameter, _ in starts]
+    kept = [values.clone() for values in scaled]
     with torch.no_grad():
-        for up in ups:
-            up.mul_(strength)
+        for values in scaled:
+            values.mul_(strength)
     try:
         yield
     finally:
-        for up, values in zip(ups, kept, strict=True):
-            up.copy_(values)
+        for values, before in zip(scaled, kept, strict=True):
+            values.copy_(before)
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ def strengths_record(step: int, found: Sequence[AtStrength]) -> dict[str, Any]:
     """Return what a run keeps of its strengths: the numbers at each, against those at strength 0.
 
     Args:
-        step: number of steps that the LoRA was trained.
+        step: number of steps that the adapter was trained.
         found: at each strength, 0 the first.
     """
     base = {result.name: result for result in found[0].results}

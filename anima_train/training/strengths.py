@@ -1,4 +1,4 @@
-"""The strengths that a trained LoRA is tried at, when its last step is made."""
+"""The strengths that a trained adapter is tried at, when its last step is made."""
 
 import contextlib
 import json
@@ -33,7 +33,7 @@ def try_all(
     previews: Previews | None,
     draw: Draw,
 ) -> None:
-    """Measure, and draw, the LoRA at each of the wished strengths; keep and tell what is found.
+    """Measure, and draw, the adapter at each of the wished strengths; keep and tell what is found.
 
     Args:
         run: the run.
@@ -53,7 +53,7 @@ def try_all(
     record = strengths_record(state.step, found)
     run.folder.check()
     write_text(run.folder.strengths_path, json.dumps(record, indent=1))
-    logger.info("the LoRA at several strengths, loss minus the base's:")
+    logger.info("the adapter at several strengths, loss minus the base's:")
     for line in table_lines(*strengths_table(record)):
         logger.info("%s", line)
 
@@ -67,7 +67,7 @@ def try_at(
     previews: Previews | None,
     draw: Draw,
 ) -> AtStrength:
-    """Measure, and draw, the LoRA at one strength; arguments and errors as above."""
+    """Measure, and draw, the adapter at one strength; arguments and errors as above."""
     folder, draws = run.folder, run.config.sampling is not None
     if previews is not None:
         previews = replace(previews, folder=folder.strengths_folder / f"{strength:g}")

@@ -319,7 +319,7 @@ class PeriodicTasks:
             return [], {}
 
     def try_strengths(self) -> None:
-        """Measure and draw the LoRA, as it is saved, at each of the wished strengths; keep and tell what is found.
+        """Measure and draw the adapter, as it is saved, at each of the wished strengths; keep and tell what is found.
 
         Raises:
             Interrupted: the run is to stop; the process that resumes tries them.

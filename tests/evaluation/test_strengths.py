@@ -8,8 +8,13 @@ import signal
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from anima_train.adapters.addition import adapted_layers
+from anima_train.adapters.loha import Loha
+from anima_train.adapters.lokr import Lokr
 from anima_train.adapters.lora import Lora, lora_layers
+from anima_train.adapters.parts import read_adapter
 from anima_train.config.load import load_config
 from anima_train.core.errors import ConfigError, Interrupted
 from anima_train.core.text_batch import fold_rows
@@ -135,6 +140,30 @@ def test_a_strength_scales_what_the_lora_adds_and_leaves_no_trace(strength):
         assert torch.equal(model(*inputs), learned)
 
 
+@pytest.mark.parametrize("adapter", [Lokr(rank=2, alpha=3.0), Lokr(full_matrix=True), Loha(rank=2, alpha=3.0)])
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.25])
+def test_a_strength_of_any_adapter_is_that_of_its_file_when_it_is_merged(adapter, strength, tmp_path, error):
+    model, merged = (MiniTrainDIT(TransformerShape(2, 48, 24, 16, 20, 8)) for _ in range(2))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    merged.load_state_dict(model.state_dict())
+    adapter.attach(model, LearningRates(dict.fromkeys(COMPONENTS, 1e-3)), seed=0)
+    for _, layer in adapted_layers(model):
+        torch.nn.init.normal_(layer.get_parameter(layer.zero))
+    save_file(adapter.tensors(model), tmp_path / "adapter.safetensors")
+    file = read_adapter(tmp_path / "adapter.safetensors")
+    for name in file.changes if strength else ():
+        weight = merged.get_parameter(name)
+        weight.data = file.updated(name, weight.data, strength)
+    inputs = (torch.randn(1, 16, 1, 8, 8), torch.tensor([[0.5]]), fold_rows(torch.randn(1, 5, 20)))
+    with torch.no_grad():
+        learned, expected = model(*inputs), merged(*inputs)
+        with at_strength(model, strength):
+            assert error(model(*inputs), expected) < 1e-5
+        assert torch.equal(model(*inputs), learned)
+        assert error(learned, expected) > 1e-2
+
+
 def test_a_run_that_is_stopped_while_strengths_are_tried_tries_them_when_it_is_resumed(
     run, trainer, others, monkeypatch, caplog
 ):
@@ -190,6 +219,8 @@ def test_a_dry_run_counts_them_among_the_evaluations(trainer, others, capsys):
         ({"strengths_after_training": [-1.0]}, r"strengths_after_training\[0\]: found -1"),
         ({"strengths_after_training": [0.5], "adapter": {"type": "full"}, "eval_datasets": True},
          "adapter: a full fine-tune has no strength, as a LoRA has; remove strengths_after_training"),
+        ({"strengths_after_training": [0.5], "adapter": {"type": "lora", "use_dora": True}, "eval_datasets": True},
+         "adapter: use_dora: at a strength, ComfyUI draws with weights between .* remove strengths_after_training"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_tried_is_refused(trainer, others, keys, problem):
