@@ -8,10 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from anima_train.adapters.lora import lora_layers
+from anima_train.adapters.addition import adapted_layers
 from anima_train.core.divided import whole
 from anima_train.model.dit import MiniTrainDIT
-from anima_train.model.lora_linear import LoraLinear, quantized_weights
+from anima_train.model.factor_linear import FactorLinear, loha_delta
+from anima_train.model.lora_linear import SHORTEST, AdaptedLinear, DoraLinear, LoraLinear, quantized_weights
 from anima_train.model.quantized import QuantizedWeight
 from anima_train.optim.groups import Component, component_of
 
@@ -25,16 +26,16 @@ class Squares:
     update: float = 0.0
     base: float = 0.0
     num_moved: float = 0.0
-    num_trained: float = 0.0  # of those that are trained themselves; the updates of a LoRA do not count
+    num_trained: float = 0.0  # of those that are trained themselves; updates of linears do not count
 
 
 class UpdateNorms:
     """Measures what was added since the base model. Waits for the device.
 
-    A LoRA's update is that of its linears, exactly: |s B A|^2 = s^2 tr(B^T B A A^T), which needs no product of their
-    size. Of weights that are trained themselves evenly spaced ones are compared with what they were when this was made,
-    before the first step and before a state is loaded; the norms are estimates from these. All processes of a divided
-    model call both together.
+    An adapter's update is that of its linears, exactly: a LoRA's |s B A|^2 = s^2 tr(B^T B A A^T) and a LoKr's
+    |kron(a, b)| = |a| |b| need no product of their size; a DoRA's is W' - W. Of weights that are trained themselves
+    evenly spaced ones are compared with what they were when this was made, before the first step and before a state is
+    loaded; the norms are estimates from these. All processes of a divided model call both together.
 
     Args:
         transformer: with what is trained attached.
@@ -42,11 +43,12 @@ class UpdateNorms:
 
     def __init__(self, transformer: MiniTrainDIT) -> None:
         self.transformer = transformer
-        self.layers: list[tuple[str, LoraLinear]] = list(lora_layers(transformer))
+        self.layers: list[tuple[str, AdaptedLinear]] = list(adapted_layers(transformer))
+        adapted = {name for name, _ in self.layers}
         names = [name for name, parameter in transformer.named_parameters() if parameter.requires_grad]
-        self.trained = [name for name in names if ".lora_" not in name]
+        self.trained = [name for name in names if name.rpartition(".")[0] not in adapted]
         self.first = self.samples()
-        self.base: dict[Component, float] | None = None  # of the linears with a LoRA, when it is first needed
+        self.base: dict[Component, float] | None = None  # of the linears with an update, when it is first needed
 
     def samples(self) -> dict[str, Float[Tensor, " S"]]:
         """Return evenly spaced values of each trained weight, in the host's memory, float32."""
@@ -61,7 +63,8 @@ class UpdateNorms:
     def squares(self) -> dict[Component, Squares]:
         """Return the sums of each component that is trained."""
         found: dict[Component, Squares] = {}
-        updates = [lora_square(layer) for _, layer in self.layers]
+        weights = self.transformer.weights() if any(isinstance(each, DoraLinear) for _, each in self.layers) else {}
+        updates = [update_square(layer, weights.get(f"{name}.weight")) for name, layer in self.layers]
         for (name, _), square in zip(self.layers, torch.stack(updates).tolist() if updates else (), strict=True):
             found.setdefault(component_of(name), Squares()).update += square
         if self.base is None:
@@ -90,15 +93,48 @@ class UpdateNorms:
         return values
 
 
-def lora_square(layer: LoraLinear) -> Float[Tensor, ""]:
-    """Return the squared norm of a LoRA's update, on its device."""
-    dtype = torch.float32 if layer.lora_A.device.type == "mps" else torch.float64  # which Metal has not
-    down, up = whole(layer.lora_A).detach().to(dtype), whole(layer.lora_B).detach().to(dtype)
-    return layer.scale**2 * ((down @ down.t()) * (up.t() @ up)).sum().clamp_min(0)
+def update_square(layer: AdaptedLinear, weight: Tensor | None) -> Float[Tensor, ""]:
+    """Return the squared norm of a linear's update, on its device.
+
+    Args:
+        layer: with its update.
+        weight: the base's, which DoRA needs.
+    """
+    if isinstance(layer, DoraLinear):
+        assert weight is not None
+        return dora_square(layer, weight)
+    if isinstance(layer, LoraLinear):
+        return layer.scale**2 * product_square(exact(layer.lora_B), exact(layer.lora_A))
+    assert isinstance(layer, FactorLinear)
+    factors = [exact(factor) for factor in layer.factors]
+    if layer.kind == "loha":
+        return loha_delta(factors, layer.scale).square().sum()
+    first, *second = factors
+    of_second = second[0].square().sum() if len(second) == 1 else product_square(*second)
+    return layer.scale**2 * first.square().sum() * of_second
 
 
-def base_squares(transformer: MiniTrainDIT, layers: list[tuple[str, LoraLinear]]) -> dict[Component, float]:
-    """Return the sums of squares of the base weights of linears with a LoRA, by component."""
+def exact(values: Tensor) -> Tensor:
+    """Return trained values, whole, in the dtype that sums are made in."""
+    dtype = torch.float32 if values.device.type == "mps" else torch.float64  # which Metal has not
+    return whole(values).detach().to(dtype)
+
+
+def product_square(left: Float[Tensor, "m r"], right: Float[Tensor, "r n"]) -> Float[Tensor, ""]:
+    """Return the squared norm of a product without making it."""
+    return ((right @ right.t()) * (left.t() @ left)).sum().clamp_min(0)
+
+
+def dora_square(layer: DoraLinear, weight: Tensor) -> Float[Tensor, ""]:
+    """Return the squared norm of what a DoRA adds to the base's weight."""
+    base = weight.detach().to(layer.lora_A.device, torch.float32)
+    added = (layer.lora_B.detach().float() * layer.scale) @ layer.lora_A.detach().float()
+    gain = layer.lora_magnitude.detach() / (base + added).norm(dim=1).clamp_min(SHORTEST)
+    return (base * (gain - 1)[:, None] + added * gain[:, None]).square().sum().to(exact(gain).dtype)
+
+
+def base_squares(transformer: MiniTrainDIT, layers: list[tuple[str, AdaptedLinear]]) -> dict[Component, float]:
+    """Return the sums of squares of the base weights of linears with an update, by component."""
     weights: Mapping[str, Tensor] = transformer.weights() if layers else {}
     found: dict[Component, float] = {}
     for name, layer in layers:

@@ -2,10 +2,15 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
+from anima_train.adapters.addition import adapted_layers
 from anima_train.adapters.full import Full
+from anima_train.adapters.loha import Loha
+from anima_train.adapters.lokr import Lokr
 from anima_train.adapters.lora import Lora, lora_layers
+from anima_train.adapters.parts import read_adapter
 from anima_train.adapters.update_norms import UpdateNorms, quantized_square
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.quantized import QuantizedWeight
@@ -43,6 +48,32 @@ def test_the_norm_of_a_lora_is_that_of_its_products(model):
         base = torch.cat([part.flatten() for part in bases[component]]).norm()
         assert found[f"update_norm/{component}"] == pytest.approx(float(norm), rel=1e-5)
         assert found[f"update_norm_relative/{component}"] == pytest.approx(float(norm / base), rel=1e-5)
+
+
+@pytest.mark.parametrize("adapter", [
+    Lokr(rank=2, decompose_factor=4, alpha=3.0), Lokr(full_matrix=True), Loha(rank=2, alpha=3.0),
+    Lora(rank=2, alpha=3.0, use_dora=True),
+], ids=["lokr", "lokr, whole", "loha", "dora"])  # fmt: skip
+def test_the_norm_of_any_adapter_is_that_of_what_its_file_changes(model, adapter, tmp_path):
+    adapter.attach(model, RATES, seed=0)
+    norms = UpdateNorms(model)
+    assert max(norms.metrics().values()) < 1e-5
+    for _, layer in adapted_layers(model):
+        for parameter, start in layer.starts():
+            nn.init.normal_(parameter) if start is None else parameter.data.mul_(1.5)
+    save_file(adapter.tensors(model), tmp_path / "adapter.safetensors")
+    file, weights = read_adapter(tmp_path / "adapter.safetensors"), model.weights()
+    squares, bases = {}, {}
+    for name in file.changes:
+        component = component_of(name)
+        squares[component] = squares.get(component, 0) + float(file.change(name, weights[name]).square().sum())
+        bases[component] = bases.get(component, 0) + float(weights[name].square().sum())
+    found = norms.metrics()
+    assert len(found) == 2 * len(squares)  # no share of weights that moved: none is trained itself
+    for component, square in squares.items():
+        assert found[f"update_norm/{component}"] == pytest.approx(square**0.5, rel=1e-4)
+        relative = (square / bases[component]) ** 0.5
+        assert found[f"update_norm_relative/{component}"] == pytest.approx(relative, rel=1e-4)
 
 
 def test_what_is_trained_itself_is_compared_with_what_it_was(model):
