@@ -17,6 +17,7 @@ class Full(Settings):
     """The training of every weight of the transformer, and of the LLM adapter unless its lr is 0."""
 
     leaves_base: ClassVar[bool] = False
+    zero_factors: ClassVar[tuple[str, ...]] = ()
     type: Literal["full"] = "full"
 
     @model_validator(mode="before")

@@ -111,7 +111,8 @@ class Adapter:
         Raises:
             ModelFileError: they do not fit each other.
         """
-        return self.computed(name, lambda: updated(weight, self.changes[name], strength))
+        parts = {part: tensor.to(weight.device) for part, tensor in self.changes[name].items()}
+        return self.computed(name, lambda: updated(weight, parts, strength))
 
     def change(self, name: str, weight: Tensor) -> Tensor:
         """Return the change of a weight at strength 1, in float32.

@@ -1,16 +1,15 @@
-"""LoRA files of any trainer: read, checked against the model, and merged into its weights."""
+"""Plain LoRA files of any trainer: read, and checked against the model."""
 
 import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from anima_train.adapters.names import lora_stems
 from anima_train.core.errors import ModelFileError
@@ -48,14 +47,18 @@ OTHER_LORAS = (
     (r"(^|[._])layers[._]\d+[._](attention|feed_forward)[._]", "of Lumina or Z-Image"),
     (r"lllite_", "of LLLite, for control images"),
 )
+BY_RESIZE = "; `anima resize` makes one of it"
+BY_EXTRACT = "; to make one of it, merge it into its base (`anima merge --into`), then `anima extract`"
+# Key pattern -> what has it, and how it becomes a plain LoRA.
 OTHER_FORMS = (
-    (r"\.lokr_", "LoKr"),
-    (r"\.hada_", "LoHa"),
-    (r"dora_scale|lora_magnitude_vector", "DoRA"),
-    (r"\.(oft|boft)_", "OFT"),
-    (r"\.(glora|[ab][12])\.weight$", "GLoRA"),
-    (r"lora_mid", "LoCon with a middle matrix"),
-    (r"\.(diff|diff_b|set_weight|w_norm|b_norm)$", "whole differences of weights"),
+    (r"\.lokr_", "LoKr", BY_RESIZE),
+    (r"\.hada_", "LoHa", BY_RESIZE),
+    (r"dora_scale", "DoRA", BY_EXTRACT),
+    (r"lora_magnitude", "DoRA", ""),
+    (r"\.(oft|boft)_", "OFT", ""),
+    (r"\.(glora|[ab][12])\.weight$", "GLoRA", ""),
+    (r"lora_mid", "LoCon with a middle matrix", ""),
+    (r"\.(diff|diff_b|set_weight|w_norm|b_norm)$", "file of whole differences of weights", BY_EXTRACT),
 )
 TEXT_ENCODER = re.compile(r"^(lora_te\d?_|text_encoders?\.|te\d?\.)|(^|[._])text_model[._]")
 
@@ -151,11 +154,11 @@ def kind_fault(unknown: list[str], num_known: int) -> str | None:
         unknown: keys.
         num_known: the number of modules of this model that the file changes.
     """
-    for pattern, form in OTHER_FORMS:
+    for pattern, form, remedy in OTHER_FORMS:
         if keys := [key for key in unknown if re.search(pattern, key)]:
             return (
-                f"is a {form} ({count(len(keys), 'key')} such as {keys[0]}); only plain LoRAs are read, which have an "
-                "up and a down matrix and no others"
+                f"is a {form} ({count(len(keys), 'key')} such as {keys[0]}); a plain LoRA is wanted, which has an up "
+                f"and a down matrix and no others{remedy}"
             )
     if num_known == 0:
         for pattern, model in OTHER_LORAS:
@@ -240,26 +243,3 @@ def peft_scale(peft: Mapping[str, Any], key: str, rank: int) -> float:
     if not isinstance(alpha, int | float):
         return 1.0
     return alpha / (math.sqrt(rank) if settings["use_rslora"] else rank)
-
-
-@torch.no_grad()
-def merge_loras(model: nn.Module, loras: Iterable[tuple[Updates, float]], prefix: str = "") -> None:
-    """Add LoRAs to the weights of a model: `W + sum(strength * scale * up @ down)` in float32, then W's dtype.
-
-    Args:
-        model: the transformer, or a part of it. Updates of other parts are passed over.
-        loras: what each adds, and its strength.
-        prefix: of the model's names in the whole transformer, such as `llm_adapter.`
-    """
-    by_module: dict[str, list[tuple[Update, float]]] = defaultdict(list)
-    for updates, strength in loras:
-        for name, update in updates.items():
-            by_module[name].append((update, strength))
-    for name, module in model.named_modules(prefix=prefix.removesuffix(".")):
-        if name in by_module:
-            weight = module.weight
-            merged = weight.float()
-            for update, strength in by_module[name]:
-                up, down = update.up.to(weight.device).float(), update.down.to(weight.device).float()
-                merged = merged + strength * update.scale * (up @ down)
-            weight.copy_(merged)

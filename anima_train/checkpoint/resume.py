@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 
 from anima_train.adapters.choice import AnyAdapter
 from anima_train.checkpoint.manifest import STATE_FOLDER, DamagedState, SavedState
-from anima_train.checkpoint.samples import begin_with, changed_dataset, weights_by_step
+from anima_train.checkpoint.samples import Place, begin_with, changed_dataset, merge_command, place_of, weights_by_step
 from anima_train.checkpoint.training_state import check_state, earlier_state, newest_state, saved_states, step_of
 from anima_train.config.changes import Changes, compare, refusal
 from anima_train.config.paths import path_fault
@@ -127,7 +127,7 @@ def resume_from_path(resolved: Mapping[str, Any], run_name: str, path: Path) -> 
     if path.is_file() and STATE_FOLDER.fullmatch(path.parent.name):
         raise ConfigError(f"--resume {path}: a file of a training state; give its folder: --resume {path.parent}")
     if path.is_file() and path.suffix == ".safetensors":
-        raise ConfigError(weights_alone(path, resolved["adapter"]["type"] == "lora"))
+        raise ConfigError(weights_alone(path, place_in(resolved)))
     output_dir = Path(resolved["output_dir"])
     if fault := path_fault(str(path), Path(), "folder"):
         raise ConfigError(to_resume(f"--resume: {fault}", path, output_dir))
@@ -180,18 +180,26 @@ def all_damaged(
     if found is None:
         begin = ["start another run, of another run_name; this one has no saved weights to begin with"]
     else:
-        begin = begin_with(found, resolved["adapter"]["type"] == "lora")
+        begin = begin_with(found, place_in(resolved))
     problem = f"{run.path}: cannot resume, as no{those} training state is whole:"
     return ModelFileError("\n  ".join((problem, *error.problems, way + begin[0], *begin[1:])))
 
 
-def weights_alone(path: Path, is_lora: bool) -> str:
+def place_in(resolved: Mapping[str, Any]) -> Place:
+    """Return where the weights of a resolved configuration's adapter are written to begin with."""
+    adapter = resolved["adapter"]
+    return place_of(adapter["type"], is_plain=adapter["type"] == "lora" and not adapter.get("use_dora", False))
+
+
+def weights_alone(path: Path, place: Place) -> str:
     """Return the message about weights that were given in the place of a training state."""
-    line = toml_line("init_from_existing" if is_lora else "transformer_path", path)
-    table = "adapter" if is_lora else "model"
+    if place is None:
+        way = f'merge them into its base, {merge_command(path)}, and write, in [model], transformer_path = "MODEL"'
+    else:
+        way = f"write, in [{place[0]}], {toml_line(place[1], path)}"
     return (
         f"--resume {path}: weights are no training state (a folder step-... of a run); to begin another run with them "
-        f"write, in [{table}], {line}"
+        f"{way}"
     )
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -10,7 +11,6 @@ from pydantic import Field
 
 from anima_train.adapters.choice import AnyAdapter
 from anima_train.adapters.full import Full
-from anima_train.adapters.lora import Lora
 from anima_train.adapters.read import STATE_SCALE
 from anima_train.checkpoint.manifest import SAMPLES, SavedState
 from anima_train.core.errors import DataError
@@ -134,21 +134,37 @@ def start_again(saved: SavedState, adapter: AnyAdapter, files: ModelFiles) -> li
         adapter: what is trained.
         files: of the model that it was trained on.
     """
-    if adapter.leaves_base and not adapter.is_plain:
-        return ["start another run; its weights, which are not those of a plain LoRA, cannot begin one"]
     path, is_part = weights_of(saved, adapter)
     if path is None:
         return ["start another run; this one has no saved weights to begin with (save_every_n_steps saves them)"]
-    lines = begin_with(path, isinstance(adapter, Lora))
+    lines = begin_with(path, place_of(adapter.type, adapter.is_plain))
     if is_part:
         lines.append(toml_line("llm_adapter_path", files.llm_adapter or files.transformer))
     return lines
 
 
-def begin_with(path: Path, is_lora: bool) -> list[str]:
-    """Return how to begin another run with weights; the line to add stands alone."""
-    table, key = ("adapter", "init_from_existing") if is_lora else ("model", "transformer_path")
+Place = tuple[str, str] | None  # table and key of weights to begin with; None: they have to be merged first
+
+
+def place_of(kind: str, is_plain: bool) -> Place:
+    """Return where the weights of an adapter of this type are written to begin with; `is_plain` as of `Addition`."""
+    if kind == "full":
+        return "model", "transformer_path"
+    return ("adapter", "init_from_existing") if is_plain else None
+
+
+def begin_with(path: Path, place: Place) -> list[str]:
+    """Return how to begin another run with weights; the line to add, or the command to give, stands alone."""
+    if place is None:
+        text = "merge these weights into the base, and start another run, of another run_name, with transformer_path ="
+        return [f'{text} "MODEL", in [model]:', merge_command(path)]
+    table, key = place
     return [f"start another run, of another run_name, from these weights; write in [{table}]:", toml_line(key, path)]
+
+
+def merge_command(path: Path) -> str:
+    """Return the command that merges an adapter into its base."""
+    return f"anima merge {shlex.quote(str(path))} --into BASE --out MODEL"
 
 
 def weights_of(saved: SavedState, adapter: AnyAdapter) -> tuple[Path | None, bool]:
@@ -163,7 +179,7 @@ def weights_of(saved: SavedState, adapter: AnyAdapter) -> tuple[Path | None, boo
         return by_step[step], False
     trained = set(saved.manifest.run.get("trained", ()))
     own = saved.folder / "weights.safetensors"
-    if isinstance(adapter, Lora) and STATE_SCALE in open_header(own).metadata:
+    if adapter.is_plain and STATE_SCALE in open_header(own).metadata:
         return own, False
     if isinstance(adapter, Full) and trained >= set(COMPONENTS) - {"llm_adapter"}:
         return own, "llm_adapter" not in trained

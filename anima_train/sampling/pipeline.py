@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from anima_train.adapters.read import Shapes, Updates, linear_shapes, merge_loras, read_lora
+from anima_train.adapters.applied import merge, read_any
+from anima_train.adapters.parts import Adapter
 from anima_train.core.device import release_memory
 from anima_train.core.files import sha256_file
 from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX
-from anima_train.model.loading import ModelSpec, load_llm_adapter, load_transformer
+from anima_train.model.loading import ModelFiles, ModelSpec, load_llm_adapter, load_transformer
 from anima_train.model.text import load_text_encoder, load_tokenizers
 from anima_train.model.vae import load_vae
 from anima_train.sampling.generate import Request, Tell, decode, generate
@@ -23,25 +24,25 @@ Contexts = Mapping[tuple[Loras, str], Tensor]  # by what changes the LLM adapter
 
 
 class LoraSwitch:
-    """The LoRAs of a model, which can be exchanged without leaving a trace.
+    """The LoRAs of a model, or other adapters, which can be exchanged without leaving a trace.
 
     What they change is kept on the CPU and copied back: to subtract them would leave their rounding in the weights.
 
     Args:
         model: the transformer, or a part of it.
-        shapes: of the weights, by their full names.
+        files: of the whole model.
         prefix: of the model's names in the whole transformer, such as `llm_adapter.`
         keeps: True if other LoRAs will follow, so that weights must be kept.
     """
 
-    def __init__(self, model: nn.Module, shapes: Shapes, prefix: str = "", keeps: bool = True) -> None:
+    def __init__(self, model: nn.Module, files: ModelFiles, prefix: str = "", keeps: bool = True) -> None:
         self.model = model
-        self.shapes = shapes
+        self.files = files
         self.prefix = prefix
         self.keeps = keeps
         self.loras: Loras = ()
-        self.updates: dict[Path, Updates] = {}  # of these LoRAs
-        self.originals: dict[str, Tensor] = {}  # by the full names of the modules that were changed
+        self.adapters: dict[Path, Adapter] = {}  # of these LoRAs
+        self.originals: dict[str, Tensor] = {}  # by the full names of the parameters that were changed
 
     @torch.no_grad()
     def set(self, loras: Loras) -> None:
@@ -54,15 +55,15 @@ class LoraSwitch:
             return
         assert self.keeps or not self.loras
         # Another strength of the same LoRA reads no file.
-        self.updates = {lora.path: self.updates.get(lora.path) or read_lora(lora.path, self.shapes) for lora in loras}
-        updates = [(self.updates[lora.path], lora.strength) for lora in loras]
-        names = {name for update, _ in updates for name in update}
-        for name, module in self.model.named_modules(prefix=self.prefix.removesuffix(".")):
+        self.adapters = {lora.path: self.adapters.get(lora.path) or read_any(lora.path, self.files) for lora in loras}
+        adapters = [(self.adapters[lora.path], lora.strength) for lora in loras]
+        changed = {name for adapter, _ in adapters for name in adapter.changes}
+        for name, weight in self.model.named_parameters(prefix=self.prefix.removesuffix(".")):
             if name in self.originals:
-                module.weight.copy_(self.originals[name])
-            elif self.keeps and name in names:
-                self.originals[name] = module.weight.detach().to("cpu", copy=True)
-        merge_loras(self.model, updates, self.prefix)
+                weight.copy_(self.originals[name])
+            elif self.keeps and name in changed:
+                self.originals[name] = weight.detach().to("cpu", copy=True)
+        merge(self.model, adapters, self.prefix)
         self.loras = loras
 
 
@@ -81,19 +82,18 @@ def sample(
         SpaceError: the disk is full.
     """
     files, device, dtype = spec.files, spec.device, spec.dtype
-    shapes = linear_shapes(files)
     paths = list(dict.fromkeys(lora.path for cell in cells for lora in cell.loras))
-    on_llm_adapter = {path for path in paths if changes_llm_adapter(path, shapes)}
+    on_llm_adapter = {path for path in paths if changes_llm_adapter(path, files)}
     digests = {path: sha256_file(path) for path in paths}
 
     def llm_adapter_loras(loras: Loras) -> Loras:
         return tuple(lora for lora in loras if lora.path in on_llm_adapter)
 
     texts = [(llm_adapter_loras(cell.loras), text) for cell in cells for text in texts_of([cell.request])]
-    contexts = encode_all(spec, shapes, texts)
+    contexts = encode_all(spec, texts)
     transformer = load_transformer(files, train_llm_adapter=False, dtype=dtype, device=device).eval()
     groups = by_loras(cells)
-    switch = LoraSwitch(transformer, shapes, keeps=len(groups) > 1)
+    switch = LoraSwitch(transformer, files, keeps=len(groups) > 1)
     vae = load_vae(files.vae, dtype, device)
     for loras, places in groups.items():
         switch.set(loras)
@@ -113,12 +113,12 @@ def texts_of(requests: Iterable[Request]) -> list[str]:
     return list(dict.fromkeys(texts))
 
 
-def changes_llm_adapter(path: Path, shapes: Shapes) -> bool:
+def changes_llm_adapter(path: Path, files: ModelFiles) -> bool:
     """Return True if a LoRA changes the LLM adapter; raise ModelFileError if it does not fit."""
-    return any(name.startswith(LLM_ADAPTER_PREFIX) for name in read_lora(path, shapes))
+    return any(name.startswith(LLM_ADAPTER_PREFIX) for name in read_any(path, files).changes)
 
 
-def encode_all(spec: ModelSpec, shapes: Shapes, texts: Sequence[tuple[Loras, str]]) -> Contexts:
+def encode_all(spec: ModelSpec, texts: Sequence[tuple[Loras, str]]) -> Contexts:
     """Return the context of each text with the LoRAs on the LLM adapter, in float32 on the CPU; models are freed."""
     files, device = spec.files, spec.text_device
     tokenizers = load_tokenizers(files.tokenizer, files.t5_tokenizer)
@@ -127,7 +127,7 @@ def encode_all(spec: ModelSpec, shapes: Shapes, texts: Sequence[tuple[Loras, str
     del text_encoder
     llm_adapter = load_llm_adapter(files, torch.float32, device).eval()
     combinations = list(dict.fromkeys(loras for loras, _ in texts))
-    switch = LoraSwitch(llm_adapter, shapes, LLM_ADAPTER_PREFIX, keeps=len(combinations) > 1)
+    switch = LoraSwitch(llm_adapter, files, LLM_ADAPTER_PREFIX, keeps=len(combinations) > 1)
     contexts: dict[tuple[Loras, str], Tensor] = {}
     for loras, text in sorted(dict.fromkeys(texts), key=lambda pair: combinations.index(pair[0])):
         switch.set(loras)

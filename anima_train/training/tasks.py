@@ -357,8 +357,9 @@ class PeriodicTasks:
                 asked = (
                     "do the masks leave anything to train (white is)?" if has_masks else "is the learning rate too low?"
                 )
-                text = "%s changes nothing: every lora_B in it is zero; %s"
-                logger.warning(text, path.name, asked, extra={"step": done})
+                parts = " and ".join(part.strip(".").removesuffix(".weight") for part in config.adapter.zero_factors)
+                text = "%s changes nothing: every %s in it is zero; %s"
+                logger.warning(text, path.name, parts, asked, extra={"step": done})
             if step is not None:
                 logger.info("step %d: saved %s", step, path)
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from anima_train.adapters.applied import merge, of_lora
 from anima_train.adapters.initial import read_initial
 from anima_train.adapters.lora import Lora, lora_layers
 from anima_train.adapters.names import diffusers_name
-from anima_train.adapters.read import merge_loras, read_lora
+from anima_train.adapters.read import read_lora
 from anima_train.adapters.selection import block_linears
 from anima_train.core.errors import ConfigError, ModelFileError
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
@@ -103,7 +104,7 @@ def outputs(model):
 def test_the_first_step_computes_what_the_merged_weights_compute(tmp_path, error, form, alpha, settings):
     path = write(tmp_path, form(matrices(4), alpha))
     merged = base_model()
-    merge_loras(merged, [(read_lora(path, SHAPES), 1.0)])
+    merge(merged, [(of_lora(path, read_lora(path, SHAPES)), 1.0)])
     model, initial = began(path, settings)
     for found, expected, before in zip(outputs(model), outputs(merged), outputs(base_model()), strict=True):
         assert error(found, expected) < 1e-5
@@ -221,7 +222,7 @@ def test_the_weights_of_a_training_state_are_read_with_their_scale(tmp_path, err
     state = {name: parameter.detach() for name, parameter in model.named_parameters() if "lora_" in name}
     path = write(tmp_path, state, "weights", {"anima_train.scale": str(settings.scale_of("blocks"))})
     merged = base_model()
-    merge_loras(merged, [(read_lora(path, SHAPES), 1.0)])
+    merge(merged, [(of_lora(path, read_lora(path, SHAPES)), 1.0)])
     for found, expected in zip(outputs(merged), outputs(model), strict=True):
         assert error(found, expected) < 1e-5
     with pytest.raises(ModelFileError, match="bare"):  # whose scale nobody knows

@@ -2,15 +2,17 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_anima_lora_to_diffusers as diffusers_names
 from safetensors.torch import save_file
 
+from anima_train.adapters.applied import merge, of_lora
 from anima_train.adapters.lora import Lora, lora_layers
 from anima_train.adapters.names import diffusers_name, lora_stems
-from anima_train.adapters.read import merge_loras, read_lora
+from anima_train.adapters.read import read_lora
 from anima_train.adapters.selection import block_linears
 from anima_train.core.errors import ModelFileError
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
@@ -59,6 +61,10 @@ def write(tmp_path):
         return path
 
     return write
+
+
+def merge_loras(model, loras, prefix=""):
+    merge(model, [(of_lora(Path("lora"), updates), strength) for updates, strength in loras], prefix)
 
 
 def merged(*loras, model=None):
@@ -247,12 +253,14 @@ def test_a_lora_without_its_second_half_is_said_to_be_that(write, trained):
 @pytest.mark.parametrize(
     ("key", "kind"),
     [("dora_scale", "DoRA"), ("lora_magnitude_vector.weight", "DoRA"), ("lokr_w1", "LoKr"), ("lokr_w2_a", "LoKr"),
-     ("hada_w1_a", "LoHa"), ("oft_blocks", "OFT"), ("diff", "whole differences of weights")],
+     ("hada_w1_a", "LoHa"), ("oft_blocks", "OFT"), ("diff", "file of whole differences of weights")],
 )  # fmt: skip
 def test_what_is_no_plain_lora_is_refused_by_its_kind(write, trained, key, kind):
     name = f"diffusion_model.blocks.0.mlp.layer1.{key}"
     text = refused(write({**trained[1], name: torch.ones(3, 3)}))
-    assert f"lora.safetensors: is a {kind} (1 key such as {name}); only plain LoRAs are read, which have an up" in text
+    assert f"lora.safetensors: is a {kind} (1 key such as {name}); a plain LoRA is wanted, which has an up" in text
+    assert ("`anima resize` makes one" in text) == (kind in ("LoKr", "LoHa"))
+    assert ("`anima extract`" in text) == (key in ("dora_scale", "diff"))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from typer.testing import CliRunner
 
-from anima_train.adapters.read import linear_shapes
 from anima_train.adapters.selection import block_linears
 from anima_train.cli.main import COMMANDS, application
 from anima_train.config.model_files import find_model_files
@@ -139,7 +138,7 @@ def test_another_strength_of_a_lora_reads_no_file(run, tmp_path):
     transformer = load_transformer(files, False, torch.float32, torch.device("cpu"))
     copy = tmp_path / "lora.safetensors"
     save_file(load_file(run / "weights" / "style.safetensors"), copy)
-    switch = LoraSwitch(transformer, linear_shapes(files))
+    switch = LoraSwitch(transformer, files)
     base = transformer.blocks[0].mlp.layer1.weight.clone()
     switch.set((ChosenLora(copy, 1.0),))
     whole = transformer.blocks[0].mlp.layer1.weight - base

@@ -9,7 +9,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from anima_train.adapters.read import linear_shapes
+from anima_train.adapters.addition import adapted_layers
+from anima_train.adapters.loha import Loha
+from anima_train.adapters.lokr import Lokr
+from anima_train.adapters.lora import Lora
 from anima_train.adapters.selection import block_linears
 from anima_train.cli import draw
 from anima_train.cli.draw import choose_sheet
@@ -19,10 +22,12 @@ from anima_train.config.model_part import load_model_part
 from anima_train.core.errors import ConfigError, ModelFileError, NumericError
 from anima_train.model.loading import load_transformer
 from anima_train.model.tiny import write_tiny
+from anima_train.optim.groups import COMPONENTS, LearningRates
 from anima_train.run.progress import DrawingBar
 from anima_train.sampling.generate import Request
 from anima_train.sampling.grids import ChosenLora
 from anima_train.sampling.pipeline import LoraSwitch
+from anima_train.tools.merge import Source, merge
 
 
 @pytest.fixture(scope="module")
@@ -324,14 +329,75 @@ def test_prompts_are_an_axis(sample):
 
 def test_loras_can_be_exchanged_without_a_trace(config, loras):
     files = find_model_files(load_model_part(config))
-    shapes = linear_shapes(files)
     model = load_transformer(files, False, torch.bfloat16, torch.device("cpu"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    switch = LoraSwitch(model, shapes)
+    switch = LoraSwitch(model, files)
     for chosen in ((ChosenLora(loras[0]),), (ChosenLora(loras[1]), ChosenLora(loras[0], 0.3)), ()):
         switch.set(chosen)
         same = [torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()]
         assert all(same) == (not chosen)
+
+
+KINDS = {
+    "lokr": Lokr(rank=2, decompose_factor=4, alpha=3.0),
+    "loha": Loha(rank=2),
+    "dora": Lora(rank=2, use_dora=True),
+    "whole difference": None,
+}
+
+
+@pytest.fixture(scope="module")
+def adapters(config, tmp_path_factory):
+    """A file of each kind that is no plain LoRA, on the transformer and the LLM adapter."""
+    folder, files = tmp_path_factory.mktemp("adapters"), find_model_files(load_model_part(config))
+    rates = LearningRates(dict.fromkeys(COMPONENTS, 1e-4))
+    generator = torch.Generator().manual_seed(1)
+    for name, adapter in KINDS.items():
+        model = load_transformer(files, True, torch.float32, torch.device("cpu"))
+        if adapter is None:
+            some = {"x_embedder.proj.1.weight", "blocks.0.self_attn.q_norm.weight"}
+            tensors = {
+                f"diffusion_model.{key[:-6]}diff": torch.randn(weight.shape, generator=generator) * 0.2
+                for key, weight in model.named_parameters() if key in some or key.endswith("mlp.layer1.weight")
+            }  # fmt: skip
+        else:
+            adapter.attach(model, rates, seed=0)
+            for _, layer in adapted_layers(model):
+                for parameter in layer.parameters():
+                    if parameter.requires_grad:
+                        noise = torch.randn(parameter.shape, generator=generator)
+                        parameter.data = parameter * (1 + 0.2 * noise) if parameter.any() else noise * 0.1
+            tensors = adapter.tensors(model)
+        save_file(tensors, folder / f"{name}.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_picture_with_any_adapter_is_that_of_the_checkpoint_with_it(kind, adapters, tiny, sample):
+    file = adapters / f"{kind}.safetensors"
+    merged = adapters / f"merged {kind}.safetensors"
+    merge([Source(file, 0.5)], merged, into=tiny[1].transformer, dtype=torch.float32)
+    (expected,) = sample("--prompt", "a", "--checkpoint", merged)
+    (found,) = sample("--prompt", "a", "--lora", f"{file}:0.5")
+    differences = [abs(a - b) for a, b in zip(pixels(found), pixels(expected), strict=True)]
+    assert max(differences) <= 1
+    # Another strength and file before it, in the same grid, leave no trace.
+    *grid, _, _ = sample("--prompt", "a", "--grid", f"x=lora:{adapters}/loha.safetensors,{file}:2,none,{file}:0.5")
+    assert pixels(grid[3]) == pixels(found)
+    assert len({pixels(path) for path in (*grid[1:], expected)}) >= 3
+    assert pixels(grid[2]) == pixels(sample("--prompt", "a")[0])
+
+
+def test_an_adapter_that_does_not_fit_is_refused_before_the_model_is_loaded(adapters, sample, tmp_path):
+    tensors = load_file(adapters / "lokr.safetensors")
+    key = next(key for key in tensors if key.endswith("lokr_w2_a"))
+    save_file({**tensors, key: torch.cat([tensors[key], tensors[key]])}, tmp_path / "wide.safetensors")
+    with pytest.raises(ModelFileError, match=r"wide\.safetensors: changes 1 weight of another shape than"):
+        sample("--prompt", "a", "--lora", "wide.safetensors")
+    deeper = {key.replace("blocks.1.", "blocks.7."): tensor for key, tensor in tensors.items()}
+    save_file(deeper, tmp_path / "deep.safetensors")
+    with pytest.raises(ModelFileError, match=r"keys for nothing in the transformer: .*blocks\.7"):
+        sample("--prompt", "a", "--lora", "deep.safetensors")
 
 
 def test_a_picture_that_is_not_finite_is_an_error(sample):

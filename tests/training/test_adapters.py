@@ -1,18 +1,24 @@
 """Runs with each adapter and its settings: what is told and saved, and that they resume on the same bits."""
 
 import json
+import re
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from anima_train.adapters.applied import read_any
 from anima_train.adapters.parts import read_adapter
 from anima_train.adapters.read import read_lora
 from anima_train.checkpoint.training_state import saved_states
+from anima_train.cli.main import COMMANDS, application
 from anima_train.config.load import load_config
-from anima_train.config.model_files import build_model_spec
+from anima_train.config.model_files import build_model_spec, find_model_files
+from anima_train.config.model_part import load_model_part
 from anima_train.core.errors import ConfigError, ModelFileError
 from anima_train.model.tiny import tiny_paths
+from anima_train.tools.verify import verify
 from anima_train.training.dry_run import describe_run
 from anima_train.training.prepare import scan_all
 
@@ -70,6 +76,54 @@ def test_lengths_of_rows_are_never_rounded(trainer, tiny):
     for name in files[0].changes:
         changes = [file.change(name, weights[name]) for file in files]
         assert float((changes[1] - changes[0]).norm()) < 0.02 * float(changes[0].norm()), name
+
+
+def test_what_was_saved_is_compared_with_the_base(whole, tmp_path):
+    _, run = whole
+    (tmp_path / "p.toml").write_text("[[prompt]]\nprompt = 'a'\nwidth = 32\nheight = 32\nsteps = 1\n")
+    arguments = [
+        "compare", run.path, "--prompts", tmp_path / "p.toml", "--strengths", "0.5,1", "--out", tmp_path, "--json"
+    ]  # fmt: skip
+    result = CliRunner().invoke(application(COMMANDS, "anima"), list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    found = [(each["checkpoint"], each["strength"]) for each in json.loads(result.stdout)["pictures"]]
+    assert found == [("base", None), ("final", 0.5), ("final", 1)]
+
+
+def test_the_state_of_what_is_no_plain_lora_is_not_drawn_with(whole):
+    settings, run = whole
+    state = saved_states(run.path / "checkpoints")[-1] / "weights.safetensors"
+    files = find_model_files(load_model_part(run.path / "config.toml"))
+    if settings.get("type", "lora") == "lora" and not settings.get("use_dora"):
+        assert read_any(state, files).changes
+    else:
+        with pytest.raises(ModelFileError, match="belongs to a training state; give the file in the run's folder"):
+            read_any(state, files)
+
+
+@pytest.mark.parametrize(("name", "part"), [
+    ("lokr", "lokr_w2 and lokr_w2_a"), ("loha", "hada_w2_a"), ("dora", "lora_B")
+])  # fmt: skip
+def test_what_changes_nothing_is_told_in_the_words_of_its_file(trainer, caplog, name, part):
+    trainer("run", adapter=ADAPTERS[name], optimizer={"lr": 1e-60}, max_steps=1)
+    assert f"run.safetensors changes nothing: every {part} in it is zero; is the learning rate too low?" in caplog.text
+
+
+def test_the_way_to_begin_with_weights_is_told_for_each_kind(whole, trainer):
+    settings, run = whole
+    file = run.path / "weights" / "run.safetensors"
+    is_plain = settings.get("type", "lora") == "lora" and not settings.get("use_dora")
+    way = "write, in [adapter], init_from_existing = " if is_plain else f"merge them into its base, anima merge {file} "
+    with pytest.raises(ConfigError, match=re.escape(f"to begin another run with them {way}")):
+        trainer("other", resume=file, adapter=settings)
+
+
+def test_comfyui_uses_every_key_of_what_was_saved(whole):
+    _, run = whole
+    files = find_model_files(load_model_part(run.path / "config.toml"))
+    found = verify(run.path / "weights" / "run.safetensors", files.transformer)
+    assert found.is_good_for("ComfyUI")
+    assert not found.programs["ComfyUI"].ignored
 
 
 @pytest.fixture(scope="module")
