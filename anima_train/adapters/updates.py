@@ -14,6 +14,7 @@ from torch import Tensor
 Parts = Mapping[str, Tensor]  # name of a part -> its tensor
 LOHA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
 MIDDLES = {"lora_mid.weight", "lokr_t2", "hada_t1", "hada_t2"}  # third factors, of convolutions
+MAGNITUDE = "lora_magnitude_vector"  # PEFT's lengths of rows, which ComfyUI does not read
 EPS = torch.finfo(torch.float32).eps  # on DoRA's norms
 
 
@@ -24,7 +25,7 @@ def kind_of(names: Collection[str]) -> str | None:
         names: of the parts of one weight.
     """
     found = set(names)
-    if found & MIDDLES:
+    if found & MIDDLES or any(name.startswith(MAGNITUDE) for name in found):
         return None
     if {"down", "up"} <= found:
         return "DoRA" if "dora_scale" in found else "LoRA"

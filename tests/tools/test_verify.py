@@ -272,6 +272,10 @@ def test_the_command_ends_with_1_and_a_list_where_a_key_would_be_ignored(tmp_pat
             "parts that do not fit each other",
         ),
         (
+            {"lora_A.weight": torch.ones(0, IN), "lora_B.weight": torch.ones(16, 0), "alpha": torch.tensor(1.0)},
+            "parts that do not fit each other",
+        ),
+        (
             {"lora_A.weight": torch.ones(4, IN, dtype=torch.int8), "lora_B.weight": torch.ones(16, 4)},
             "without floating-point numbers",
         ),
@@ -292,3 +296,10 @@ def test_a_block_of_a_huge_number_costs_nothing(tmp_path):
     key = "diffusion_model.blocks.99999999.mlp.layer1"
     save_file({f"{key}.lora_A.weight": torch.ones(4, 8), f"{key}.lora_B.weight": torch.ones(8, 4)}, path)
     assert read_adapter(path).changes.keys() == {"blocks.99999999.mlp.layer1.weight"}
+
+
+def test_a_dora_of_peft_is_not_read_as_a_lora_without_its_lengths(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file(pair(OURS) | {f"{OURS}.lora_magnitude_vector": torch.ones(OUT)}, path)
+    with pytest.raises(ModelFileError, match="parts that make no change that is known"):
+        read_adapter(path)
