@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from typer.testing import CliRunner
 
 from anima_train.adapters.selection import block_linears
@@ -24,6 +23,11 @@ from anima_train.model.tiny import write_tiny
 from anima_train.sampling.grids import ChosenLora
 from anima_train.sampling.judges import clip_pixels
 from anima_train.sampling.pipeline import LoraSwitch
+
+try:
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+except ModuleNotFoundError:  # older versions have one class alone
+    from transformers import CLIPImageProcessor as CLIPImageProcessorPil
 
 TABLE = "[sampling]\nwidth = 32\nheight = 48\nsteps = 1\nprompts = ['a <b>', { prompt = 'c', seed = 3 }]\n"
 
