@@ -2,52 +2,88 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from anima_train.cli.options import Argument, Option, Overrides
 from anima_train.core.errors import ConfigError
 from anima_train.core.format import count, printable
 
-Layout = Literal["diffusers", "comfyui", "kohya"]
+if TYPE_CHECKING:
+    import torch
+
+Layout = Literal["diffusers", "comfyui", "kohya", "parts"]
 Precision = Literal["bfloat16", "float32"]
+Prefix = Literal["net.", "model.diffusion_model.", "none"]
 
 
 def convert(
-    source: Annotated[Path, Argument(metavar="CONFIG|ADAPTER", help="The TOML file, or a .safetensors file.")],
-    out: Annotated[Path, Argument(metavar="OUT", help="The folder to make; of an adapter, the .safetensors file.")],
-    to: Annotated[Layout, Option("--to", help="The layout to write; comfyui and kohya are keys of adapters.")],
+    source: Annotated[
+        Path, Argument(metavar="SOURCE", help="A config's TOML file, a .safetensors file, or a folder of diffusers.")
+    ],
+    out: Annotated[Path, Argument(metavar="OUT", help="The folder or the .safetensors file to make.")],
+    to: Annotated[
+        Layout,
+        Option(
+            "--to",
+            help="comfyui: the keys of an adapter, or a whole model as one file; kohya: the keys of an adapter; "
+            "diffusers: of a config a folder, or the keys of an adapter; parts: of a bundle its files, in a folder.",
+        ),
+    ],
     checkpoint: Annotated[
         Path | None, Option(help="A whole transformer, with the LLM adapter inside, instead of the config's.")
     ] = None,
     dtype: Annotated[Precision | None, Option(help="Of every tensor. Absent: as in the files.")] = None,
+    prefix: Annotated[
+        Prefix | None, Option(help="Of the keys of a whole model. Absent: net., as the official base has it.")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Write a config's model, or a LoRA or another adapter, in the layout of another program."""
-    if source.suffix == ".safetensors":
-        if checkpoint is not None or overrides:
-            raise ConfigError(
-                f"--checkpoint and --set are for a config, and {source} is a file of weights; leave them out"
-            )
-        convert_file(source, out, to, dtype)
-    elif to != "diffusers":
-        raise ConfigError(f"--to {to} is for adapters: give a .safetensors file instead of {source}, or --to diffusers")
-    else:
+    """Write a config's model, a whole model or an adapter in the layout of another program."""
+    is_config = source.suffix != ".safetensors" and not source.is_dir()
+    if not is_config and (checkpoint is not None or overrides):
+        raise ConfigError(f"--checkpoint and --set are for a config, and {source} holds weights; leave them out")
+    if is_config and to != "diffusers":
+        raise ConfigError(f"--to {to} is for files of weights: give one instead of {source}, or --to diffusers")
+    if is_config:
+        if prefix is not None:
+            raise ConfigError("--prefix is for a whole model as one file, with --to comfyui; leave it out")
         convert_model(source, out, checkpoint, dtype, overrides or [])
+    else:
+        convert_weights(source, out, to, dtype, prefix)
 
 
-def convert_file(path: Path, out: Path, to: Layout, dtype: Precision | None) -> None:
-    """Write an adapter under other keys.
+def convert_weights(path: Path, out: Path, to: Layout, dtype: Precision | None, prefix: Prefix | None) -> None:
+    """Write an adapter under other keys, a whole model as one file, or a bundle as several.
 
     Raises:
-        UserError: as `convert_adapter`, or the file to write is there.
+        UserError: as `convert_adapter`, `convert_checkpoint` and `split_bundle`, or the file to write is there.
     """
+    from anima_train.adapters.parts import is_adapter
     from anima_train.core.device import DTYPES
+    from anima_train.model.safetensors_io import open_header
     from anima_train.tools.convert_adapter import convert_adapter
+    from anima_train.tools.convert_checkpoint import convert_checkpoint, described, split_bundle
     from anima_train.tools.outputs import expect_new_file
 
+    precision: torch.dtype | None = None if dtype is None else DTYPES[dtype]
+    if prefix is not None and to != "comfyui":
+        raise ConfigError("--prefix is for a whole model as one file, with --to comfyui; leave it out")
+    if to == "parts":
+        print(printable(f"{out}: {described(split_bundle(path, out, precision))}"))
+        return
     expect_new_file(out)
-    number = convert_adapter(path, out, to, None if dtype is None else DTYPES[dtype])
-    print(printable(f"{out}: {count(number, 'weight')} under the keys of {to}"))
+    if not path.is_dir() and is_adapter(open_header(path)):
+        if prefix is not None:
+            raise ConfigError(f"--prefix is for whole models, and {path} is an adapter; leave it out")
+        number = convert_adapter(path, out, to, precision)
+        print(printable(f"{out}: {count(number, 'weight')} under the keys of {to}"))
+        return
+    if to != "comfyui":
+        way = "give the config that names it" if to == "diffusers" else "kohya's scripts read the official file"
+        raise ConfigError(f"--to {to} is for adapters, and {path} is a whole model; {way}")
+    keys = "" if prefix == "none" else prefix or "net."
+    number = convert_checkpoint(path, out, keys, precision)
+    print(printable(f"{out}: {count(number, 'tensor')} with the prefix {keys or 'none'}"))
 
 
 def convert_model(

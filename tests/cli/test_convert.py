@@ -87,7 +87,7 @@ def test_what_cannot_be_converted_says_why_and_leaves_nothing(anima, tmp_path):
         anima("convert", "config.toml", "--to", "diffusers", "file/out")
     with pytest.raises(ModelFileError, match=r"nothing\.safetensors: there is no such file"):
         anima("convert", "config.toml", "--to", "diffusers", "out", "--checkpoint", "nothing.safetensors")
-    with pytest.raises(ConfigError, match="--to kohya is for adapters"):
+    with pytest.raises(ConfigError, match="--to kohya is for files of weights"):
         anima("convert", "config.toml", "--to", "kohya", "out")
     assert "'onnx' is not" in anima("convert", "config.toml", "--to", "onnx", "out")
     assert "Missing option '--to'" in anima("convert", "config.toml", "out")

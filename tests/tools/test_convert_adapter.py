@@ -100,4 +100,4 @@ def test_the_command_takes_a_file_in_the_place_of_a_config(kohya, tmp_path, monk
     assert "are for a config" in streams.err
     code, streams = run(tmp_path / "config.toml", tmp_path / "folder", "--to", "kohya")
     assert code == 2
-    assert "--to kohya is for adapters" in streams.err
+    assert "--to kohya is for files of weights" in streams.err
