@@ -1,6 +1,7 @@
 """The pictures that the base model draws from captions, once, so that what is forgotten can be measured without any."""
 
 import contextlib
+import hashlib
 import json
 import logging
 import shutil
@@ -13,6 +14,8 @@ from anima_train.config.load import Dataset
 from anima_train.core.device import release_memory
 from anima_train.core.files import sha256_file, write_text
 from anima_train.core.format import count
+from anima_train.data.samples import Picture, Sample
+from anima_train.data.scan import Scan, make_samples
 from anima_train.model.loading import ModelFiles, ModelSpec
 from anima_train.sampling.grids import Cell
 from anima_train.sampling.pipeline import sample
@@ -23,18 +26,36 @@ RECORD = "base.json"  # what drew the pictures
 
 
 def split_undrawn(datasets: Iterable[Dataset]) -> tuple[list[Dataset], list[str]]:
-    """Return the sets that can be looked at now, and a line for each that the run will draw first."""
+    """Return the sets that can be looked at now, and a line for each that the run will draw first.
+
+    Pictures that keep the base can be planned with before they are drawn, see `stand_ins`.
+    """
     ready, lines = [], []
     for dataset in datasets:
         if dataset.drawn is None or not (missing := undrawn(dataset.drawn)):
             ready.append(dataset)
             continue
+        if dataset.role == "preservation":
+            ready.append(dataset)
         settings = dataset.drawn.settings
         lines.append(
             f"dataset {dataset.name}: the base model draws {count(len(missing), 'picture')} first, "
             f"{settings.width}x{settings.height} in {count(settings.steps, 'step')}, into {dataset.drawn.folder}"
         )
     return ready, lines
+
+
+def stand_ins(dataset: Dataset) -> Scan:
+    """Return the samples of a set whose pictures are yet to be drawn, with all that is known but their bytes."""
+    assert dataset.drawn is not None
+    kinds = list(dataset.drawn.captions)
+    samples: list[Sample] = []
+    for path, caption, request in dataset.drawn.pictures():
+        index = kinds.index(path.parent.name)
+        digest = hashlib.sha256(repr(request).encode()).hexdigest()
+        picture = Picture(path, path, digest, request.width, request.height, tags=(caption,))
+        samples.extend(make_samples(path.name, picture, index, dataset.settings.options(index), dataset.caches[index]))
+    return Scan(samples, len(dataset.drawn))
 
 
 def undrawn(drawn: BaseDrawn) -> list[int]:

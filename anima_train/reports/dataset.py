@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import math
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -188,7 +189,8 @@ def collect_sets(
         is_trained = name == "train"
         samples = scan.samples
         seed = plan.seed if is_trained else None
-        pictures, damaged = thumbnails(seed, samples, max_thumbnails // len(scans))
+        there = [sample for sample in samples if not sample.is_preserved or os.path.exists(sample.picture.path)]
+        pictures, damaged = thumbnails(seed, there, max_thumbnails // len(scans))
         batch_sizes = plan.batch_sizes if is_trained else eval_batch_sizes
         shown = plan.refs_by_bucket(0) if is_trained else by_bucket(samples)
         missing = missing_words(samples) if is_trained else ()

@@ -40,7 +40,7 @@ from anima_train.data.samples import Sample, exact
 from anima_train.data.scan import Scan, scan
 from anima_train.distributed.collectives import broadcast_from_main, main_process_first, patient_barrier
 from anima_train.distributed.consistency import check_same_data
-from anima_train.evaluation.base_drawn import draw_missing, split_undrawn
+from anima_train.evaluation.base_drawn import draw_missing, split_undrawn, stand_ins, undrawn
 from anima_train.evaluation.evaluate import EvalSet
 from anima_train.model.loading import ModelSpec
 from anima_train.model.text import count_tokens, load_tokenizers
@@ -318,7 +318,10 @@ def scan_all(datasets: Sequence[Dataset], seed: int, write: bool) -> dict[str, S
     problems: list[str] = []
     for each in datasets:
         try:
-            found = scan(each.settings, each.folders, each.masks, each.caches, seed, write, each.offline)
+            if each.role == "preservation" and each.drawn is not None and undrawn(each.drawn):
+                found = stand_ins(each)
+            else:
+                found = scan(each.settings, each.folders, each.masks, each.caches, seed, write, each.offline)
             if each.role == "preservation":
                 found.check(each.settings.max_bad_fraction)
                 if not problems:

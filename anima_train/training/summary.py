@@ -121,15 +121,13 @@ def preservation_text(plan: Plan, schedule: EpochSchedule, preservation: Preserv
     pictures = {sample.picture.path for sample in plan.samples if sample.is_preserved}
     seen = times_seen(plan, schedule, schedule.num_steps)
     kept = sum(preservation.times(sample, plan.seed, number) for sample, number in zip(plan.samples, seen, strict=True))
-    what = f"{count(len(pictures), 'picture')} that it has drawn" if pictures else "training images with other captions"
-    if not pictures and not preservation.captions:
-        what = "pictures that it draws when the run starts, which are not in this plan"
-    share = preservation.share if not pictures and not preservation.captions else kept / max(1, sum(seen))
+    what = f"{count(len(pictures), 'picture')} that it draws" if pictures else "training images with other captions"
+    share = kept / max(1, sum(seen))
     lines = [
         f"preservation: for {share:.0%} of the samples the target is the base's velocity, on {what}; they teach "
         "nothing new, and each takes a second pass without gradients, about a third of its step"
     ]
-    if not kept and (pictures or preservation.captions):
+    if not kept:
         lines.append("warning: preservation: no sample of this run keeps the base, as it is so short; raise share")
     return lines
 

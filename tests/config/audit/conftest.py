@@ -205,6 +205,7 @@ class Audit:
         loaded = load_config(path)
         config, spec = loaded.config, build_model_spec(loaded.config, CPU)
         known, _ = split_undrawn(loaded.datasets)  # what is to be drawn from captions is not there
+        known = [dataset for dataset in known if dataset.role != "preservation"]
         scans = scan_all(known, config.seed, write=False)
         yield (
             "drawn",
