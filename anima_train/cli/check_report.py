@@ -133,6 +133,8 @@ def check_all(loaded: LoadedConfig, title: str, measure_steps: int | None, page:
         "steps": schedule.num_steps,
         "steps_in_first_epoch": plan.steps_in(0),
         "trained": found.groups,
+        "evaluation_passes": sum(number for _, number in loaded.passes(evaluated(scans))),
+        "preservation": loaded.preservation,
         "cache": found.cache,
         "measured": measured,
         "page": page,

@@ -1,13 +1,16 @@
 """[preservation]: samples whose target is the velocity of the base model, so that it is not forgotten."""
 
+import json
 import re
 from fractions import Fraction
 from itertools import chain
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from anima_train.adapters.lora import Lora, lora_layers
+from anima_train.cli.main import COMMANDS, application
 from anima_train.config.base_drawn import PRESERVED_CAPTIONS, SHIPPED_CAPTIONS, read_captions
 from anima_train.config.load import load_config
 from anima_train.core.errors import ConfigError
@@ -289,3 +292,13 @@ def test_the_table_of_losses_by_noise_is_of_what_is_learned(trainer):
     run = trainer("run", preservation={"on": "empty_caption", "share": 0.5}, max_steps=8)
     for line in run.metrics:
         assert sum(number for *_, number in line["loss_by_t"]) == ("loss/train" in line)
+
+
+def test_check_tells_programs_of_it_and_of_what_evaluations_cost(trainer):
+    known = {"name": "known", "role": "retention", "captions": "shipped", "quantiles": [0.5]}
+    config = trainer.config(preservation=DRAWN | {"share": 0.4}, eval_datasets=[known])
+    result = CliRunner().invoke(application(COMMANDS, ""), ["check", str(config), "--json", "--no-html"])
+    found = json.loads(result.stdout)
+    assert found["preservation"] == {"share": 0.4, "weight": 1.0, "captions": []}
+    assert found["evaluation_passes"] == 60  # of 30 pictures and of the base
+    assert found["datasets"]["train"]["images"] == 6
