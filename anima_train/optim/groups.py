@@ -80,6 +80,8 @@ class GroupRow:
     lr: float
     num_modules: int
     num_parameters: int
+    lowest: float | None = None  # learning rate of any of these parameters; None: lr
+    highest: float | None = None
 
 
 def group_rows(transformer: nn.Module, rates: LearningRates) -> list[GroupRow]:
@@ -90,14 +92,17 @@ def group_rows(transformer: nn.Module, rates: LearningRates) -> list[GroupRow]:
     """
     modules: dict[Component, set[str]] = {"llm_adapter": set()}
     numbers: Counter[Component] = Counter()
+    found: dict[Component, set[float]] = defaultdict(set)
     for name, parameter in transformer.named_parameters():
         component = component_of(name)
         trained = modules.setdefault(component, set())
         if parameter.requires_grad:
             trained.add(name.rpartition(".")[0])
             numbers[component] += parameter.numel()
-    return [
-        GroupRow(component, rates.by_component[component], len(modules[component]), numbers[component])
-        for component in COMPONENTS
-        if component in modules
-    ]
+            found[component].add(rates.of(name))
+    rows = []
+    for component in (each for each in COMPONENTS if each in modules):
+        rate, own = rates.by_component[component], found[component]
+        several = (min(own), max(own)) if own - {rate} else (None, None)
+        rows.append(GroupRow(component, rate, len(modules[component]), numbers[component], *several))
+    return rows

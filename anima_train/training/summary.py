@@ -25,7 +25,9 @@ from anima_train.run.intervals import Interval
 
 def lr_text(row: GroupRow) -> str:
     """Return a component's learning rate, as tables show it."""
-    return "frozen" if row.lr == 0 else f"{row.lr:g}" if row.num_parameters else "-"
+    if row.lr == 0 or not row.num_parameters:
+        return "frozen" if row.lr == 0 else "-"
+    return f"{row.lr:g}" if row.lowest is None else f"{row.lowest:g} to {row.highest:g}"
 
 
 def trained_text(adapter: AnyAdapter, rates: LearningRates, spec: ModelSpec) -> list[str]:
@@ -69,11 +71,12 @@ def selection_text(adapter: AnyAdapter, transformer: MiniTrainDIT) -> list[str]:
 
 def groups_text(rows: Sequence[GroupRow]) -> list[str]:
     """Return the groups as a table."""
-    lines = [f"{'component':<12} {'lr':>10} {'modules':>8} {'parameters':>14}"]
+    width = max([10, *(len(lr_text(row)) for row in rows)])
+    lines = [f"{'component':<12} {'lr':>{width}} {'modules':>8} {'parameters':>14}"]
     for row in rows:
-        lines.append(f"{row.component:<12} {lr_text(row):>10} {row.num_modules:>8,} {row.num_parameters:>14,}")
+        lines.append(f"{row.component:<12} {lr_text(row):>{width}} {row.num_modules:>8,} {row.num_parameters:>14,}")
     modules, parameters = sum(row.num_modules for row in rows), sum(row.num_parameters for row in rows)
-    lines.append(f"{'total':<12} {'':>10} {modules:>8,} {parameters:>14,}")
+    lines.append(f"{'total':<12} {'':>{width}} {modules:>8,} {parameters:>14,}")
     return lines
 
 

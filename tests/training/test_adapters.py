@@ -179,3 +179,12 @@ def test_learning_rates_of_modules_may_change_at_the_resume_and_modules_may_not(
 def test_what_matches_nothing_stops_the_run_before_it_begins(trainer):
     with pytest.raises(ConfigError, match='"atention" matches no linear; did you mean "attention"'):
         trainer("run", adapter={"target_modules": "atention"})
+
+
+def test_the_table_of_the_start_has_all_learning_rates(trainer, capsys):
+    changes = {"lr_pattern": {".*layer1": 5e-4}, "b_lr_ratio": 4.0, "rank": 2}
+    trainer("run", adapter=changes, max_steps=1, optimizer={"lr": 1e-3})
+    text = capsys.readouterr().out
+    assert "mlp          0.0005 to 0.004 " in text
+    assert "self_attn     0.001 to 0.004 " in text
+    assert "llm_adapter           frozen " in text
