@@ -64,7 +64,7 @@ class Addition(Selection):
             ConfigError: an expression matches nothing.
         """
         transformer.requires_grad_(False)
-        weights = transformer.weights()  # of swapped blocks on the host
+        weights = {} if self.reads_base is None else transformer.weights()  # of swapped blocks on the host
         for name in self.selected(transformer, rates):
             base = transformer.get_submodule(name)
             assert isinstance(base, nn.Linear)
@@ -125,7 +125,7 @@ class Addition(Selection):
     def tensors(self, transformer: MiniTrainDIT) -> dict[str, Tensor]:
         """Return the trained weights under their file keys, the scale folded into them so that it is 1 everywhere."""
         tensors: dict[str, Tensor] = {}
-        weights = transformer.weights()
+        weights = {} if self.reads_base is None else transformer.weights()
         for name, layer in adapted_layers(transformer):
             tensors |= self.file_tensors(name, layer, weights.get(f"{name}.weight"))
         return tensors

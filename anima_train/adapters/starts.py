@@ -33,10 +33,10 @@ def down_matrix(init: Init, rank: int, weight: Float[Tensor, "out in"], seed: in
         name: of the linear in the transformer.
     """
     columns = weight.shape[1]
-    if init == "kaiming" or weight.is_meta:
-        return uniform(seed, name, rank, columns)
     if init == "orthogonal":
         return nn.init.orthogonal_(torch.empty(rank, columns), generator=stream(seed, "lora", name))
+    if init == "kaiming" or weight.is_meta:
+        return uniform(seed, name, rank, columns)
     leading = right_singular_vectors(weight, rank, seed, name)
     if len(leading) == rank:
         return leading
