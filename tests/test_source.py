@@ -1,6 +1,7 @@
 """What the source never does: run code or commands that come from a file, load pickles, trust what it downloads."""
 
 import ast
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,22 @@ def test_source_runs_nothing_that_comes_from_a_file():
 )  # fmt: skip
 def test_each_of_these_would_be_found(code):
     assert faults(ast.parse(code))
+
+
+def is_there(module, name):
+    """True if a module has something of this name, or is a package with a module of it."""
+    found = importlib.import_module(module)
+    return hasattr(found, name) or (hasattr(found, "__path__") and importlib.util.find_spec(f"{module}.{name}"))
+
+
+def test_scripts_import_what_there_is():
+    """They are not type-checked, and some of them run in slow tests alone."""
+    imported = [
+        (path.name, node.module, name.name)
+        for path in sorted((REPO / "scripts").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("anima_train")
+        for name in node.names
+    ]
+    assert len(imported) > 100
+    assert [each for each in imported if not is_there(*each[1:])] == []

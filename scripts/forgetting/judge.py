@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from anima_train.adapters.read import linear_shapes, merge_loras, read_lora
+from anima_train.adapters.applied import merge, read_any
 from anima_train.core.random import stream
 from anima_train.core.text_batch import fold_rows, pad_states
 from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX
@@ -35,9 +35,9 @@ def drawn_latents(files: ModelFiles, captions: Sequence[str], lora: Path | None,
     transformer = load_transformer(files, False, torch.float32, CPU).eval()
     llm_adapter = load_llm_adapter(files, torch.float32, CPU).eval()
     if lora is not None:
-        update = [(read_lora(lora, linear_shapes(files)), strength)]
-        merge_loras(transformer, update)
-        merge_loras(llm_adapter, update, LLM_ADAPTER_PREFIX)
+        update = [(read_any(lora, files), strength)]
+        merge(transformer, update)
+        merge(llm_adapter, update, LLM_ADAPTER_PREFIX)
     texts = pad_states([prompt_states(caption, tokenizers, text_encoder).text for caption in captions])
     context = fold_rows(llm_adapter(texts.qwen, texts.t5_ids, texts.qwen_mask, texts.t5_mask), texts.bias)
     noise = torch.randn(len(captions), CHANNELS, 1, CELLS, CELLS, generator=stream(seed, "toy", "drawn"))
