@@ -14,6 +14,7 @@ from torch import Tensor
 Parts = Mapping[str, Tensor]  # name of a part -> its tensor
 LOHA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
 MIDDLES = {"lora_mid.weight", "lokr_t2", "hada_t1", "hada_t2"}  # third factors, of convolutions
+NEVER_ROUNDED = ("alpha", "dora_scale")  # lengths of whole rows, of which the change may be a thousandth
 MAGNITUDE = "lora_magnitude_vector"  # PEFT's lengths of rows, which ComfyUI does not read
 EPS = torch.finfo(torch.float32).eps  # on DoRA's norms
 

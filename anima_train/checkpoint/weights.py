@@ -9,6 +9,7 @@ from torch import Tensor
 
 from anima_train.adapters.choice import AnyAdapter
 from anima_train.adapters.full import Full
+from anima_train.adapters.updates import NEVER_ROUNDED
 from anima_train.core.divided import is_divided
 from anima_train.core.errors import ModelFileError, NumericError
 from anima_train.core.files import atomic_path
@@ -17,7 +18,7 @@ from anima_train.model.dit import MiniTrainDIT
 from anima_train.model.loading import ModelFiles
 from anima_train.model.safetensors_io import byte_view, file_bytes, match_keys, open_header, read_tensors, write_tensors
 
-EXACT = (".alpha", ".dora_scale")  # never rounded: lengths of whole rows, of which the change may be a thousandth
+EXACT = tuple(f".{part}" for part in NEVER_ROUNDED)
 
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -26,9 +26,6 @@ class Preservation:
 
         They are spread evenly over the repeats, each image with a phase of its own; their captions are drawn.
         """
-        if not self.captions or sample.role != "train":
-            return None
-        phase = uniform(seed, "preservation", sample.id)
-        if math.floor((repeat + 1) * self.share + phase) == math.floor(repeat * self.share + phase):
+        if sample.is_preserved or self.times(sample, seed, repeat + 1) == self.times(sample, seed, repeat):
             return None
         return Caption(self.captions[derive(seed, "preserved caption", sample.id, repeat) % len(self.captions)])

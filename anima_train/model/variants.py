@@ -4,8 +4,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-BASE_BLOCKS = 28
-BY_BLOCKS = {40: "the 2.9B", 52: "the 3.8B"}  # by others: the base's blocks with copies between them
+LICENSE = "CircleStone Labs Non-Commercial License v1.2; NVIDIA Open Model License"  # of the base
+# By the number of blocks; those after the first are by others: the base's blocks with copies between them.
+VARIANTS = {28: "Anima 2B", 40: "Anima 2.9B", 52: "Anima 3.8B"}
+BASE_BLOCKS = min(VARIANTS)
 DISTILLED = re.compile(r"(?<![a-z])turbo(?![a-z])", re.IGNORECASE)
 TUNED = re.compile(r"(?<![a-z])aesthetic(?![a-z])", re.IGNORECASE)
 EARLY = re.compile(r"(?<![a-z])preview\d*(?![a-z])", re.IGNORECASE)
@@ -29,7 +31,7 @@ def variant_warnings(transformer: Path, num_blocks: int) -> Iterator[str]:
         yield f"{name} looks like a preview of Anima: a LoRA of it may not fit the final weights; train on the base"
     if num_blocks <= BASE_BLOCKS:
         return
-    known = BY_BLOCKS.get(num_blocks, "a variant")
+    known = VARIANTS.get(num_blocks, "a variant").replace("Anima", "the")
     yield f"{name} has {num_blocks} blocks ({known}): a LoRA of it does not fit Anima's {BASE_BLOCKS}, nor theirs this"
     if num_blocks == 52:
         yield f"{name}: its second text encoder is not used here; the context is that of Qwen3 and the LLM adapter"

@@ -25,6 +25,12 @@ def component_of(name: str) -> Component:
     return next((component for pattern, component in PATTERNS if pattern in name), "base")
 
 
+def block_of(name: str) -> str:
+    """Return the block of a parameter: a number, "llm_adapter", or "" for what is in none."""
+    parts = name.split(".")
+    return "llm_adapter" if component_of(name) == "llm_adapter" else parts[1] if parts[0] == "blocks" else ""
+
+
 @dataclass(frozen=True)
 class LearningRates:
     """The learning rate of each component before the schedule; 0 freezes it."""

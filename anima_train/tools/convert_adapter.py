@@ -9,12 +9,11 @@ from torch import Tensor
 
 from anima_train.adapters.names import LORA_PREFIX, diffusers_name, kohya_name
 from anima_train.adapters.parts import read_adapter
-from anima_train.adapters.updates import Parts, kind_of, scale_of
+from anima_train.adapters.updates import NEVER_ROUNDED, Parts, kind_of, scale_of
 from anima_train.core.errors import ConfigError
 from anima_train.tools.outputs import metadata_of, save_streamed
 
 Keys = Literal["comfyui", "kohya", "diffusers"]
-EXACT = ("alpha", "dora_scale")  # never rounded
 HALVES = {  # the names of `down` and `up`
     "comfyui": {"down": "lora_A.weight", "up": "lora_B.weight"},
     "kohya": {"down": "lora_down.weight", "up": "lora_up.weight"},
@@ -45,7 +44,7 @@ def convert_adapter(path: Path, out: Path, keys: Keys, dtype: torch.dtype | None
             )
             raise ConfigError(f"{path}: {name} is a {kind}, and diffusers takes plain LoRAs alone; {remedy}")
         for part, tensor in converted(parts, keys):
-            tensors[key_of(name, part, keys)] = tensor if part in EXACT or dtype is None else tensor.to(dtype)
+            tensors[key_of(name, part, keys)] = tensor if part in NEVER_ROUNDED or dtype is None else tensor.to(dtype)
     folded = ("ss_network_alpha",) if keys == "diffusers" else ()
     others = {name: text for name, text in adapter.metadata.items() if name not in folded}
     metadata = metadata_of("lora", out, {"convert": path.name, "to": keys}, others)

@@ -14,7 +14,7 @@ from anima_train.core.format import count
 from anima_train.core.random import stream
 from anima_train.model.file_kinds import is_buffer, key_prefix, open_slot, validate_kind
 from anima_train.model.safetensors_io import TensorFile, first_five, open_header, read_tensors
-from anima_train.optim.groups import COMPONENTS, Component, component_of
+from anima_train.optim.groups import COMPONENTS, Component, block_of, component_of
 
 OVERSAMPLING, ITERATIONS = 8, 3  # of the search for leading directions (Halko, Martinsson and Tropp, 2011)
 
@@ -39,10 +39,7 @@ class TensorChange:
     @property
     def block(self) -> str:
         """The block: a number, "llm_adapter" or "" for what is in none."""
-        parts = self.name.split(".")
-        if self.component == "llm_adapter":
-            return "llm_adapter"
-        return parts[1] if parts[0] == "blocks" else ""
+        return block_of(self.name)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from anima_train.adapters.updates import Parts, kind_of, product
 from anima_train.core.format import count
 from anima_train.model.file_kinds import uncompiled
 from anima_train.model.safetensors_io import open_header, read_tensors
-from anima_train.optim.groups import COMPONENTS, Component, component_of
+from anima_train.optim.groups import COMPONENTS, Component, block_of, component_of
 from anima_train.tools.diff import open_transformer, row
 from anima_train.tools.spectra import effective_rank, singular_values
 
@@ -37,8 +37,7 @@ class ParameterStats:
     @property
     def block(self) -> str:
         """The block: a number, "llm_adapter" or "" for what is in none."""
-        parts = self.name.split(".")
-        return "llm_adapter" if self.component == "llm_adapter" else parts[1] if parts[0] == "blocks" else ""
+        return block_of(self.name)
 
 
 @dataclass(frozen=True)

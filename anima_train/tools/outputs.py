@@ -16,11 +16,12 @@ from anima_train.core.errors import ConfigError, NumericError
 from anima_train.core.files import atomic_path
 from anima_train.model.comfy_quantized import TABLE
 from anima_train.model.safetensors_io import FLOATS, PLACEHOLDER, file_bytes, write_streamed
+from anima_train.model.variants import LICENSE
 from anima_train.tools.spectra import LowRank
 
 # Metadata of a file that do not hold for one that is made of it: hashes, and scales and formats of its tensors.
 NO_LONGER_TRUE = ("sshs_", "modelspec.hash", DIFFUSERS_METADATA, STATE_SCALE, TABLE)
-LICENSE = "CircleStone Labs Non-Commercial License v1.2; NVIDIA Open Model License"  # of the base
+ORIGIN = "anima_train.origin"  # the key of how a file came about, in JSON
 ARCHITECTURES = {"model": "anima-2b", "lora": "anima-2b/lora"}
 
 
@@ -55,7 +56,7 @@ def metadata_of(kind: str, path: Path, origin: Mapping[str, Any], others: Mappin
         "modelspec.hash_sha256": f"0x{PLACEHOLDER}",
         "sshs_model_hash": PLACEHOLDER,
         "anima_train.version": __version__,
-        "anima_train.origin": json.dumps(origin, ensure_ascii=False),
+        ORIGIN: json.dumps(origin, ensure_ascii=False),
     }
 
 

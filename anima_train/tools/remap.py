@@ -13,17 +13,17 @@ from anima_train.adapters.parts import BLOCK_NUMBER, num_blocks, read_adapter
 from anima_train.core.errors import ConfigError, ModelFileError
 from anima_train.model.file_kinds import key_prefix, open_slot, validate_kind
 from anima_train.model.safetensors_io import TensorFile
+from anima_train.model.variants import VARIANTS
 from anima_train.tools.convert_adapter import key_of
-from anima_train.tools.outputs import metadata_of, save_streamed
+from anima_train.tools.outputs import ORIGIN, metadata_of, save_streamed
 
 # By the number of blocks: the places, in its own numbers, of those that were added to the next smaller variant.
 INSERTED: Mapping[int, Sequence[int]] = {
     40: (2, 5, 8, 11, 14, 17, 21, 24, 27, 30, 33, 36),
     52: (3, 7, 11, 15, 19, 23, 27, 31, 35, 39, 43, 47),
 }
-DEPTHS = (28, *INSERTED)
+DEPTHS = tuple(VARIANTS)
 POSITIONS = "insertion_positions"  # the key of the metadata of a base that tells the same
-ORIGIN = "anima_train.origin"
 OF_BASE = ("ss_sd_model_name", "ss_new_sd_model_hash")  # metadata of the base that it was of
 BLOCK = re.compile(r"blocks\.(\d+)\.(.*)")
 

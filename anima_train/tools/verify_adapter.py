@@ -19,6 +19,7 @@ from anima_train.adapters.read import OTHER_LORAS
 from anima_train.adapters.updates import MIDDLES, change_shape, kind_of
 from anima_train.core.format import count
 from anima_train.model.safetensors_io import TensorFile, read_tensors
+from anima_train.model.variants import VARIANTS
 from anima_train.optim.groups import COMPONENTS, component_of
 from anima_train.tools.verdict import Reading, Verdict
 
@@ -36,7 +37,6 @@ KIND_NAMES = {"difference": "whole differences of weights", "replacement": "whol
 # Kinds that ComfyUI reads, and nothing here computes.
 BY_NAME = {"oft_blocks": "OFT", "a1.weight": "GLoRA", **dict.fromkeys(MIDDLES, "LyCORIS for convolutions")}
 MAGNITUDE = "lora_magnitude_vector"
-VARIANTS = {28: "Anima 2B", 40: "Anima 2.9B", 52: "Anima 3.8B"}  # by the number of blocks
 TRAINED_ON = ("ss_sd_model_name", "ss_base_model_version", "modelspec.architecture")
 TRAINED_WITH = ("modelspec.implementation", "ss_network_module")
 

@@ -22,8 +22,9 @@ from anima_train.model.file_kinds import (
 )
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
 from anima_train.model.safetensors_io import FLOATS, TensorFile, first_five
+from anima_train.model.variants import VARIANTS
 from anima_train.tools.verdict import Reading, Verdict
-from anima_train.tools.verify_adapter import TRAINED_ON, TRAINED_WITH, VARIANTS, first_of
+from anima_train.tools.verify_adapter import TRAINED_ON, TRAINED_WITH, first_of
 
 COMFY_PREFIXES = ("net.", "model.diffusion_model.", "")
 COMFY_BLOCKS = {2048: 28, 5120: 36}  # by the width, up to ComfyUI 0.33.0; other widths

@@ -1,7 +1,6 @@
 """The numbers of a step: summed over micro-batches and processes, and told to terminal, trackers and metrics.jsonl."""
 
 import logging
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -158,7 +157,7 @@ class StepLogger:
         self.trackers = run.stack.enter_context(Trackers(opens))
         run.stack.callback(self.progress.close)
         self.started, self.seen_before = time.monotonic(), state.samples_seen
-        self.shown = math.nan  # the loss in the bar: of what is learned, where other samples are there too
+        self.shown: float | None = None  # the loss in the bar: of what is learned, where other samples are there too
 
     def start(self) -> None:
         """Begin to measure speed and memory."""
@@ -201,5 +200,7 @@ class StepLogger:
         self.trackers.log(shown, self.x(made.number, made.samples_seen))
         if spike := self.state.spikes.after(made.number, result.grad_norm):
             logger.warning("%s", spike, extra={"step": made.number})
-        self.shown = result.losses.by_role.get("train", self.shown if result.losses.by_role else result.losses.loss)
+        learned = result.losses.by_role.get("train")
+        if learned is not None or not result.losses.by_role or self.shown is None:
+            self.shown = result.losses.loss if learned is None else learned
         self.progress.update(made.number, self.shown, speed, values["memory_bytes"], next_event)

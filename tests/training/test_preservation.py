@@ -1,6 +1,7 @@
 """[preservation]: samples whose target is the velocity of the base model, so that it is not forgotten."""
 
 import json
+import math
 import re
 from fractions import Fraction
 from itertools import chain
@@ -24,6 +25,7 @@ from anima_train.objective.flow import velocity_target
 from anima_train.objective.losses import Loss
 from anima_train.objective.step import compute_loss, predict, with_base_velocity
 from anima_train.optim.groups import COMPONENTS, LearningRates
+from anima_train.run.progress import ProgressBar
 from anima_train.training import train as train_module
 from anima_train.training.build import plan_run
 from anima_train.training.prepare import scan_all
@@ -302,3 +304,16 @@ def test_check_tells_programs_of_it_and_of_what_evaluations_cost(trainer):
     assert found["preservation"] == {"share": 0.4, "weight": 1.0, "captions": []}
     assert found["evaluation_passes"] == 60  # of 30 pictures and of the base
     assert found["datasets"]["train"]["images"] == 6
+
+
+def test_the_bar_has_a_number_where_the_first_step_learns_nothing(trainer, monkeypatch):
+    shown = []
+    real = ProgressBar.update
+    monkeypatch.setattr(ProgressBar, "update", lambda self, *given: (shown.append(given[1]), real(self, *given))[1])
+    run = trainer("run", preservation={"on": "empty_caption", "share": 0.9}, max_steps=6)
+    assert "loss/train" not in run.metrics[0]
+    assert all(math.isfinite(loss) for loss in shown)
+    last = 0.0
+    for line, loss in zip(run.metrics, shown, strict=True):
+        last = line.get("loss/train", last)
+        assert loss == last
