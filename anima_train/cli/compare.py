@@ -80,7 +80,7 @@ def draw_comparison(
     folder = RunFolder(run.parent, run.name)
     model = load_model_part(folder.config_path, overrides)
     found = choose_checkpoints(find_checkpoints(folder.weights_path(None).parent, run.name), checkpoints)
-    comparison = compare(found, strengths, choose_requests([], prompts, {}, model.sampling))
+    comparison = compare(found, strengths, choose_requests([], prompts, {}, model))
     pictures: dict[int, Path] = {}
     with logged_to(terminal(is_main=True, stream=sys.stderr)):
         chosen = load_judges(judges, model.offline)

@@ -10,7 +10,6 @@ from typing import Any
 from anima_train.config.model_part import ModelPart
 from anima_train.config.paths import suggest
 from anima_train.config.prompt_files import HINTS, make_requests, read_lines, read_requests
-from anima_train.config.sections import Sampling
 from anima_train.core.device import choose_device, describe_device
 from anima_train.core.errors import ConfigError, ModelFileError
 from anima_train.core.format import printable
@@ -50,7 +49,7 @@ def parse_size(text: str | None) -> tuple[int | None, int | None]:
 
 
 def choose_requests(
-    texts: list[str], file: Path | None, settings: Values, sampling: Sampling | None, grid: Sequence[str] = ()
+    texts: list[str], file: Path | None, settings: Values, model: ModelPart, grid: Sequence[str] = ()
 ) -> list[Request]:
     """Return the requests of the flags; where they give no prompt, those of the configuration.
 
@@ -58,14 +57,14 @@ def choose_requests(
         texts: the prompts of --prompt.
         file: of --prompts.
         settings: that flags give; they win over those of the configuration, not over those of the file.
-        sampling: from the configuration; its keys hold for the prompts of flags and file, too.
+        model: of the configuration; the keys of its [sampling] hold for the prompts of flags and file, too.
         grid: the axes of --grid, which may have prompts.
 
     Raises:
         ConfigError: a setting or the file is wrong.
     """
     make_requests([], settings, FLAGS)  # of flags that do not go together, before others are mixed in
-    shared = {} if sampling is None else sampling.shared
+    sampling, shared = model.sampling, model.pictures
     requests = make_requests(texts, with_shared(shared, settings), FLAGS)
     if file is not None:
         requests += read_requests(file, settings, shared)
@@ -78,7 +77,7 @@ def choose_requests(
 
 def choose_sheet(
     grid: list[str], gallery: Path | None, requests: Sequence[Request], settings: Values, loras: Sequence[ChosenLora],
-    sampling: Sampling | None = None,
+    shared: Values,
 ) -> Sheet | None:  # fmt: skip
     """Return the grid or the gallery that flags ask for, or None where each request is one picture.
 
@@ -88,7 +87,7 @@ def choose_sheet(
         requests: with a prompt.
         settings: that flags give.
         loras: of all pictures.
-        sampling: from the configuration; its keys hold for prompts that are values of an axis.
+        shared: that hold for prompts that are values of an axis, where flags give nothing else.
 
     Raises:
         ConfigError: what is asked for does not go together, or there is nothing to draw.
@@ -103,8 +102,7 @@ def choose_sheet(
                 "there is nothing to draw; give --prompt TEXT or --prompts FILE, or a config with [sampling]"
             )
         return None
-    shared = with_shared({} if sampling is None else sampling.shared, settings)
-    sheet = make_grid(grid, requests, make_requests([""], shared, FLAGS)[0], loras, HINTS)
+    sheet = make_grid(grid, requests, make_requests([""], with_shared(shared, settings), FLAGS)[0], loras, HINTS)
     replaced = [axis for axis in (sheet.x, sheet.y) if axis is not None and axis.key in settings]
     for axis in replaced:
         if FLAGS[axis.key] != "--size":
@@ -132,6 +130,7 @@ def draw(model: ModelPart, cells: Sequence[Cell], out: Path) -> list[Path]:
     from anima_train.config.model_files import build_model_spec
     from anima_train.data.buckets import Size
     from anima_train.model.attention_choice import AttentionShape, choose_attention
+    from anima_train.model.variants import drawn_with
     from anima_train.sampling.pipeline import sample
 
     try:
@@ -146,6 +145,8 @@ def draw(model: ModelPart, cells: Sequence[Cell], out: Path) -> list[Path]:
     choice = choose_attention(model.attention, device, spec.dtype, AttentionShape.of(spec.files, 1, num_tokens))
     if not is_quiet():
         print(choice, file=sys.stderr)
+        if text := drawn_with(spec.files.transformer):
+            print(f"{spec.files.transformer.name} looks like Turbo: {text}, where nothing else is set", file=sys.stderr)
     pictures = {}
     drawn = [cells[place] for places in by_loras(cells).values() for place in places]
     bar = DrawingBar([cell.request.steps for cell in drawn], is_shown=not is_quiet())

@@ -28,9 +28,9 @@ def sample(
     size: Annotated[
         str | None, typer.Option(metavar="WxH", help="In pixels.", show_default="the config's, else 1024x1024")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps.", show_default="the config's, else 30")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps.", show_default="the config's, else 30, of Turbo 10")] = None,
     cfg: Annotated[
-        float | None, typer.Option(help="Strength of the prompt.", show_default="the config's, else 4")
+        float | None, typer.Option(help="Strength of the prompt.", show_default="the config's, else 4, of Turbo 1")
     ] = None,
     shift: Annotated[
         float | None, typer.Option(help="Of the noise levels.", show_default="the config's, else 3")
@@ -62,10 +62,10 @@ def sample(
     settings = given_settings(
         size, negative_prompt=negative, seed=seed, steps=steps, cfg=cfg, shift=shift, sampler=sampler, schedule=schedule
     )
-    requests = choose_requests(prompt or [], prompts, settings, model.sampling, grid or [])
+    requests = choose_requests(prompt or [], prompts, settings, model, grid or [])
     loras = [parse_lora(text) for text in lora or []]
     with quiet(quietly):
-        sheet = choose_sheet(grid or [], gallery, requests, settings, loras, model.sampling)
+        sheet = choose_sheet(grid or [], gallery, requests, settings, loras, model.pictures)
         pictures = draw(model, sheet.cells if sheet else [Cell(request, tuple(loras)) for request in requests], out)
     if sheet:
         save_all(sheet, pictures, out)

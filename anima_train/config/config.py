@@ -23,6 +23,7 @@ from anima_train.config.sections import (
     Monitoring,
     PreservationSettings,
     Sampling,
+    VariantSampling,
     metric_fault,
 )  # fmt: skip
 from anima_train.config.values import BatchSizes, Dtype, Folder, plain_name  # fmt: skip
@@ -188,7 +189,7 @@ class Config(Settings):
     """Trackers."""
     metadata: Metadata = Metadata()
     """The texts in saved files."""
-    sampling: Sampling | None = None
+    sampling: VariantSampling | None = None
     """Previews. Absent: none."""
     early_stopping: EarlyStopping | None = None
     """An end where evaluations no longer get better. Absent: the run ends after its last step."""

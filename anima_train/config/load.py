@@ -20,7 +20,7 @@ from anima_train.config.config import Config
 from anima_train.config.model_settings import ModelSettings
 from anima_train.config.notes import optimizer_advice, rate_warnings, without_effect
 from anima_train.config.other_files import is_kohya, lifted, whole_file_fault
-from anima_train.config.paths import find_path, path_fault
+from anima_train.config.paths import expected_kind, find_path, path_fault
 from anima_train.config.preserved import Preserved, load_preserved, measured_too
 from anima_train.config.read import Table, apply_override, read_toml
 from anima_train.config.sections import Role
@@ -32,6 +32,7 @@ from anima_train.data.preservation import Preservation
 from anima_train.data.samples import Sample
 from anima_train.data.settings import DatasetSettings, Directory
 from anima_train.model.hub import is_reference, parse_reference
+from anima_train.model.variants import picture_defaults
 from anima_train.sampling.generate import PictureSettings
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
@@ -268,7 +269,8 @@ class Loader:
             config: the main file.
             first_seed: added to the seed.
         """
-        settings = self.validate(PictureSettings, dict(pictures), place.inside("pictures"), {})
+        of_variant = picture_defaults(config.model.transformer_path)
+        settings = self.validate(PictureSettings, of_variant | dict(pictures), place.inside("pictures"), {})
         if settings is None:
             return None
         settings = settings.model_copy(update={"seed": (settings.seed + first_seed) % 2**64})
@@ -432,11 +434,6 @@ def name_by_time(path: Path) -> str:
     # Files have the name with a step number and a temporary suffix, in at most 255 bytes.
     stem = path.stem.encode(errors="replace")[:130].decode(errors="ignore")
     return f"{stem}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
-
-
-def expected_kind(text: str) -> str:
-    """Return the kind of thing that a path to images should lead to: "file" for a .tar, else "folder"."""
-    return "file" if text.lower().endswith(".tar") and not os.path.isdir(text) else "folder"
 
 
 def replace_tables(data: Table) -> dict[str, Any]:

@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from anima_train.config.compat import MAIN
 from anima_train.config.load import MAIN_HINTS, Loader
 from anima_train.config.model_settings import ModelSettings
-from anima_train.config.sections import Sampling
+from anima_train.config.sections import VariantSampling
 from anima_train.core.errors import ConfigError
 from anima_train.core.settings import Settings
+from anima_train.model.variants import picture_defaults
 
 
 class ModelPart(Settings):
@@ -18,7 +19,13 @@ class ModelPart(Settings):
     model: ModelSettings
     offline: bool = False
     attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = "auto"
-    sampling: Sampling | None = None
+    sampling: VariantSampling | None = None
+
+    @property
+    def pictures(self) -> dict[str, Any]:
+        """The keys of a picture that are set for all prompts, or that the model's variant has."""
+        of_variant = picture_defaults(self.model.transformer_path)
+        return of_variant if self.sampling is None else of_variant | self.sampling.shared
 
 
 def load_model_part(path: Path, overrides: Sequence[str] = (), transformer: Path | None = None) -> ModelPart:
@@ -41,6 +48,8 @@ def load_model_part(path: Path, overrides: Sequence[str] = (), transformer: Path
             )
     if transformer is not None and isinstance(data.get("model"), dict):
         data["model"] = {key: value for key, value in data["model"].items() if key != "transformer_path"}
+        if isinstance(data.get("sampling"), dict):
+            data["sampling"] = picture_defaults(transformer) | data["sampling"]
     part = loader.validate(ModelPart, loader.translate(data, MAIN, loader.main), loader.main, MAIN_HINTS)
     if part is not None:
         model = loader.find_model_files(part.model)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from anima_train.adapters.full import Full
 from anima_train.config.config import EVAL_INTERVALS, STATE_INTERVALS, Config
 from anima_train.model.block_swap import MAX_BUFFERS
+from anima_train.model.variants import picture_defaults
 from anima_train.optim.groups import COMPONENTS
 from anima_train.optim.optimizers import SCHEDULE_FREE
 
@@ -42,8 +43,11 @@ def without_effect(config: Config) -> Iterator[tuple[str, str]]:
             if getattr(monitoring, key):
                 yield f"monitoring.{key}", "enable_wandb is false"
     if config.sampling is not None:
+        of_variant = picture_defaults(config.model.transformer_path)
         for key, value in config.sampling.shared.items():
-            if all(getattr(prompt, key) != value for prompt in config.sampling.prompts):
+            if value != of_variant.get(key) and all(
+                getattr(prompt, key) != value for prompt in config.sampling.prompts
+            ):
                 yield f"sampling.{key}", "every prompt has its own"
     if config.x_axis_examples and not (monitoring.tensorboard or monitoring.enable_wandb):
         yield "x_axis_examples", "there are neither TensorBoard nor W&B curves"

@@ -53,3 +53,8 @@ def suggest(text: str, base: Path) -> str:
             whole = beside / path.relative_to(missing)
             return f"; did you mean {quoted(str(whole if os.path.exists(folder / whole) else beside))}?"
     return "" if deepest == path else f" (there is no {quoted(str(deepest))})"
+
+
+def expected_kind(text: str) -> str:
+    """Return the kind of thing that a path to images should lead to: "file" for a .tar, else "folder"."""
+    return "file" if text.lower().endswith(".tar") and not os.path.isdir(text) else "folder"

@@ -9,7 +9,7 @@ from anima_train.config.base_drawn import caption_problems
 from anima_train.config.values import printable_name
 from anima_train.core.settings import Settings, quoted
 from anima_train.data.settings import DatasetSettings
-from anima_train.model.variants import LICENSE
+from anima_train.model.variants import LICENSE, picture_defaults
 from anima_train.objective.timesteps import TENTHS, Points
 from anima_train.sampling.generate import PictureSettings, Request, with_shared
 
@@ -264,3 +264,12 @@ class Sampling(PictureSettings):
         if not any(earlier.data.get(key, True) for key in ("every_n_steps", "every_n_epochs", "before_first_step")):
             raise ValueError("are never drawn; set every_n_steps or every_n_epochs")
         return value
+
+
+def with_variant_keys(value: Any, earlier: ValidationInfo) -> Any:
+    """Return [sampling] with what its model's variant is drawn with, where nothing else is set."""
+    model = earlier.data.get("model")
+    return picture_defaults(model.transformer_path) | value if model is not None and isinstance(value, dict) else value
+
+
+VariantSampling = Annotated[Sampling, BeforeValidator(with_variant_keys, json_schema_input_type=Sampling)]

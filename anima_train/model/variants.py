@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 LICENSE = "CircleStone Labs Non-Commercial License v1.2; NVIDIA Open Model License"  # of the base
 # By the number of blocks; those after the first are by others: the base's blocks with copies between them.
@@ -11,6 +12,22 @@ BASE_BLOCKS = min(VARIANTS)
 DISTILLED = re.compile(r"(?<![a-z])turbo(?![a-z])", re.IGNORECASE)
 TUNED = re.compile(r"(?<![a-z])aesthetic(?![a-z])", re.IGNORECASE)
 EARLY = re.compile(r"(?<![a-z])preview\d*(?![a-z])", re.IGNORECASE)
+# Of Turbo the model's card says cfg 1 and 8 to 12 steps; of the base and of Aesthetic 4 to 5 and 30 to 50, as
+# `PictureSettings` has it. For the 2.9B, the 3.8B, Previews and fine-tunes nothing else was found.
+TURBO_PICTURES = {"cfg": 1.0, "steps": 10}
+
+
+def picture_defaults(transformer: str | Path | None) -> dict[str, Any]:
+    """Return the keys of pictures that the variant with this path draws with, and not as the base does.
+
+    Told by the name of the file alone; None stands for the official base.
+    """
+    return dict(TURBO_PICTURES) if transformer is not None and DISTILLED.search(Path(transformer).name) else {}
+
+
+def drawn_with(transformer: Path) -> str:
+    """Return `picture_defaults` in words; empty for those of the base."""
+    return " and ".join(f"{key} {value:g}" for key, value in picture_defaults(transformer).items())
 
 
 def variant_warnings(transformer: Path, num_blocks: int) -> Iterator[str]:
@@ -19,8 +36,8 @@ def variant_warnings(transformer: Path, num_blocks: int) -> Iterator[str]:
     if DISTILLED.search(name):
         yield (
             f"{name} looks like Turbo, which was distilled to draw in few steps: training on the plain objective "
-            "unlearns that; train on the base, use the LoRA with Turbo, and draw previews of Turbo with few steps and "
-            "cfg = 1"
+            "unlearns that; train on the base, and use the LoRA with Turbo. Pictures of it have "
+            f"{drawn_with(transformer)}, where nothing else is set"
         )
     elif TUNED.search(name):
         yield (

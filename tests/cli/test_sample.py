@@ -461,16 +461,19 @@ def test_a_negative_prompt_for_a_config_without_guidance_is_refused(config, tmp_
     for prompt in ([], ["--prompt", "b"]):
         arguments = ["sample", str(plain), "--negative", "dark", *prompt]
         result = CliRunner().invoke(application(COMMANDS, "anima"), arguments)
-        assert str(result.exception) == "--negative: has no effect with cfg 1; leave one of them out"
+        assert (
+            str(result.exception)
+            == "--negative: has no effect with cfg 1, Turbo's default; leave it out, or write another cfg"
+        )
 
 
 def test_a_size_beside_axes_over_width_and_height_is_refused_and_half_of_it_noted(capsys):
     one = Request(prompt="a")
     both = ["x=width:64,80", "y=height:64"]
     with pytest.raises(ConfigError, match="--size: has no effect with --grid x=width and --grid y=height"):
-        choose_sheet(both, None, [one], {"width": 96, "height": 96}, [])
-    assert len(choose_sheet(both, None, [one], {}, []).cells) == 2
-    sheet = choose_sheet(["x=width:64,80"], None, [one], {"width": 96, "height": 96}, [])
+        choose_sheet(both, None, [one], {"width": 96, "height": 96}, [], {})
+    assert len(choose_sheet(both, None, [one], {}, [], {}).cells) == 2
+    sheet = choose_sheet(["x=width:64,80"], None, [one], {"width": 96, "height": 96}, [], {})
     assert [cell.request.width for cell in sheet.cells] == [64, 80]
     assert capsys.readouterr().err == "note: --size: its width has no effect, as --grid x=width sets it\n"
 
@@ -479,3 +482,30 @@ def test_a_quiet_command_prints_paths_and_no_note(sample, capfd):
     one, *_ = sample("--prompt", "a", "--grid", "x=width:16", "--quiet", size="32x16", steps=("--steps", "1"))
     assert one.is_file()
     assert "note" not in capfd.readouterr().err
+
+
+def test_turbo_is_drawn_with_its_own_cfg_and_steps_where_nothing_else_is_set(config, tiny, tmp_path):
+    turbo = tmp_path / "anima-turbo-v1.0.safetensors"
+    turbo.write_bytes(tiny[1].transformer.read_bytes())
+    always = ["sample", config, "--prompt", "a", "--size", "32x16", "--checkpoint", turbo, "--out", tmp_path / "out"]
+
+    def drawn(*arguments):
+        result = CliRunner().invoke(application(COMMANDS, "anima"), [str(word) for word in (*always, *arguments)])
+        with Image.open(result.stdout.strip()) as image:
+            facts = json.loads(image.info["anima_train"])
+        return facts["cfg"], facts["steps"], "looks like Turbo: cfg 1 and steps 10, where nothing else" in result.stderr
+
+    assert drawn() == (1, 10, True)
+    assert drawn("--cfg", "2", "--steps", "1")[:2] == (2, 1)
+    words = [str(word) for word in (*always, "--negative", "b")]
+    refused = CliRunner().invoke(application(COMMANDS, "anima"), words).exception
+    assert "--negative: has no effect with cfg 1, Turbo's default" in str(refused)
+
+
+def test_keys_of_sampling_hold_against_the_defaults_of_turbo(config, tmp_path):
+    path = tmp_path / "turbo.toml"
+    text = config.read_text().replace("tiny_path", "transformer_path = 'anima_turbo.safetensors'\n#")
+    (tmp_path / "anima_turbo.safetensors").touch()
+    path.write_text(f"{text}[sampling]\nsteps = 12\nprompts = ['a', {{prompt = 'b', cfg = 3}}]\n")
+    sampling = load_model_part(path).sampling
+    assert [(each.cfg, each.steps) for each in sampling.prompts] == [(1, 12), (3, 12)]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from anima_train.model.variants import variant_warnings
+from anima_train.model.variants import picture_defaults, variant_warnings
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,9 @@ def test_what_to_know_of_a_variant_is_told(name, num_blocks, words):
     assert len(found) == len(words)
     assert all(word in text for word, text in zip(words, found, strict=True))
     assert "models" not in "".join(found)
+
+
+def test_turbo_alone_is_drawn_in_another_way_than_the_base():
+    assert picture_defaults("models/anima-turbo-v1.1.safetensors") == {"cfg": 1.0, "steps": 10}
+    others = [None, "anima-base-v1.0.safetensors", "turbo/anima-aesthetic-v1.0.safetensors", "turbopunk.safetensors"]
+    assert not any(map(picture_defaults, others))
