@@ -145,7 +145,6 @@ class Addition(Selection):
         if self.lycoris is not None:
             others = {"algo": self.lycoris, **others}
         return {
-            "modelspec.architecture": "anima-2b/lora",
             "ss_network_module": "networks.lora_anima" if self.lycoris is None else "lycoris.kohya",
             "ss_network_dim": rank,
             "ss_network_alpha": rank,

@@ -62,5 +62,5 @@ class Full(Settings):
         return False
 
     def metadata(self) -> dict[str, str]:
-        """Return the metadata that file managers read."""
-        return {"modelspec.architecture": "anima-2b"}
+        """Return the metadata that file managers read of an adapter: none."""
+        return {}

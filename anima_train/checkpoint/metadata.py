@@ -20,6 +20,7 @@ from anima_train.adapters.choice import AnyAdapter
 from anima_train.data.caption_parts import tags_of
 from anima_train.data.samples import Sample
 from anima_train.model.safetensors_io import PLACEHOLDER
+from anima_train.model.variants import architecture
 
 THUMBNAIL_SIDE = 256  # pixels
 PREVIEW = re.compile(r"s(\d+)_00\.png")
@@ -36,8 +37,9 @@ def at_level(metadata: Mapping[str, str], level: Level) -> dict[str, str]:
 
 
 def weights_metadata(
-    title: str, step: int, epoch: int, adapter: AnyAdapter, settings: Mapping[str, str], base: Mapping[str, str]
-) -> dict[str, str]:
+    title: str, step: int, epoch: int, adapter: AnyAdapter, num_blocks: int, settings: Mapping[str, str],
+    base: Mapping[str, str],
+) -> dict[str, str]:  # fmt: skip
     """Return the metadata of weights.
 
     Args:
@@ -45,11 +47,13 @@ def weights_metadata(
         step: how many steps they were trained.
         epoch: that the last one was in, 1 the first.
         adapter: what is trained.
+        num_blocks: of the transformer.
         settings: `config.saved_settings.settings_metadata`.
         base: "name" and "sha256" of the file of the base model.
     """
     return {
         "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": architecture(num_blocks, adapter.leaves_base),
         "modelspec.implementation": "anima-train",
         "modelspec.title": title,
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),

@@ -17,6 +17,15 @@ EARLY = re.compile(r"(?<![a-z])preview\d*(?![a-z])", re.IGNORECASE)
 TURBO_PICTURES = {"cfg": 1.0, "steps": 10}
 
 
+def architecture(num_blocks: int, is_adapter: bool = False) -> str:
+    """Return the name of an architecture for ModelSpec: "anima-2.9b", of an adapter for it "anima-2.9b/lora".
+
+    kohya's scripts write "anima-preview" for all; managers of files look for "anima" in it.
+    """
+    name = VARIANTS.get(num_blocks, "Anima").lower().replace(" ", "-")
+    return f"{name}/lora" if is_adapter else name
+
+
 def picture_defaults(transformer: str | Path | None) -> dict[str, Any]:
     """Return the keys of pictures that the variant with this path draws with, and not as the base does.
 

@@ -1,7 +1,7 @@
 """The files that tools write: whole or not at all, with metadata that say how they came about."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,18 +11,19 @@ from torch import Tensor
 
 from anima_train import __version__
 from anima_train.adapters.names import lora_key
+from anima_train.adapters.parts import BLOCK_NUMBER, num_blocks
 from anima_train.adapters.read import DIFFUSERS_METADATA, STATE_SCALE
 from anima_train.core.errors import ConfigError, NumericError
 from anima_train.core.files import atomic_path
 from anima_train.model.comfy_quantized import TABLE
 from anima_train.model.safetensors_io import FLOATS, PLACEHOLDER, file_bytes, write_streamed
-from anima_train.model.variants import LICENSE
+from anima_train.model.variants import LICENSE, VARIANTS, architecture
 from anima_train.tools.spectra import LowRank
 
 # Metadata of a file that do not hold for one that is made of it: hashes, and scales and formats of its tensors.
 NO_LONGER_TRUE = ("sshs_", "modelspec.hash", DIFFUSERS_METADATA, STATE_SCALE, TABLE)
 ORIGIN = "anima_train.origin"  # the key of how a file came about, in JSON
-ARCHITECTURES = {"model": "anima-2b", "lora": "anima-2b/lora"}
+ARCHITECTURE = "modelspec.architecture"
 
 
 def expect_new_file(path: Path) -> None:
@@ -33,11 +34,26 @@ def expect_new_file(path: Path) -> None:
         raise ConfigError(f"{path} already exists; give a name that does not, or remove it")
 
 
-def metadata_of(kind: str, path: Path, origin: Mapping[str, Any], others: Mapping[str, str]) -> dict[str, str]:
+def adapter_depth(names: Iterable[str], metadata: Mapping[str, str]) -> int:
+    """Return the number of blocks of the model that an adapter is for, as far as it tells.
+
+    It is the least known that has all blocks it changes, or a larger one that its metadata name.
+
+    Args:
+        names: of the parameters that it changes.
+        metadata: of its file.
+    """
+    least = num_blocks((f".{name}" for name in names), BLOCK_NUMBER)
+    fitting = [depth for depth in VARIANTS if depth >= least]
+    told = [depth for depth in fitting if metadata.get(ARCHITECTURE) == architecture(depth, is_adapter=True)]
+    return next(iter([*told, *fitting]), least)
+
+
+def metadata_of(made: str, path: Path, origin: Mapping[str, Any], others: Mapping[str, str]) -> dict[str, str]:
     """Return the metadata of a file.
 
     Args:
-        kind: "model" or "lora".
+        made: its architecture, of `variants.architecture`.
         path: of the file.
         origin: how it came about; kept as JSON.
         others: of a file that it was made from, which are kept where they still hold.
@@ -46,7 +62,7 @@ def metadata_of(kind: str, path: Path, origin: Mapping[str, Any], others: Mappin
     return kept | {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": ARCHITECTURES[kind],
+        ARCHITECTURE: made,
         "modelspec.implementation": "anima-train",
         "modelspec.title": path.stem,
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -92,14 +108,16 @@ def save_streamed(
 
 
 def save_lora(
-    path: Path, found: Mapping[str, LowRank], dtype: torch.dtype, origin: Mapping[str, Any], others: Mapping[str, str]
-) -> None:
+    path: Path, found: Mapping[str, LowRank], dtype: torch.dtype, depth: int, origin: Mapping[str, Any],
+    others: Mapping[str, str],
+) -> None:  # fmt: skip
     """Write a LoRA of scale 1, under keys that ComfyUI and diffusers load.
 
     Args:
         path: of the file.
         found: factors by the full names of modules.
         dtype: of the file.
+        depth: the number of blocks of the model that it is for.
         origin: as of `metadata_of`.
         others: as of `metadata_of`.
 
@@ -116,4 +134,5 @@ def save_lora(
     rank = str(*ranks) if len(ranks) == 1 else "Dynamic"  # kohya's word where modules differ
     facts = {"ss_network_module": "networks.lora_anima", "ss_network_dim": rank, "ss_network_alpha": rank}
     kept = {name: text for name, text in others.items() if name != "ss_network_args"} | facts
-    save_streamed(path, tensors, metadata_of("lora", path, origin, kept), tensors.__getitem__)
+    made = architecture(depth, is_adapter=True)
+    save_streamed(path, tensors, metadata_of(made, path, origin, kept), tensors.__getitem__)

@@ -13,9 +13,9 @@ from anima_train.adapters.parts import BLOCK_NUMBER, num_blocks, read_adapter
 from anima_train.core.errors import ConfigError, ModelFileError
 from anima_train.model.file_kinds import key_prefix, open_slot, validate_kind
 from anima_train.model.safetensors_io import TensorFile
-from anima_train.model.variants import VARIANTS
+from anima_train.model.variants import VARIANTS, architecture
 from anima_train.tools.convert_adapter import key_of
-from anima_train.tools.outputs import ORIGIN, metadata_of, save_streamed
+from anima_train.tools.outputs import adapter_depth, metadata_of, save_streamed
 
 # By the number of blocks: the places, in its own numbers, of those that were added to the next smaller variant.
 INSERTED: Mapping[int, Sequence[int]] = {
@@ -130,15 +130,6 @@ def number_of(name: str) -> int:
     return -1 if match is None else int(match[1])
 
 
-def depth_told(metadata: Mapping[str, str]) -> int | None:
-    """Return the number of blocks that a file made here tells in its metadata; None where there is none."""
-    try:
-        found = json.loads(metadata.get(ORIGIN, "{}")).get("to")
-    except (ValueError, AttributeError, RecursionError):
-        return None
-    return found if found in DEPTHS else None
-
-
 def remap(path: Path, out: Path, target: Variant, source: int | None = None) -> Remapped:
     """Write a LoRA for another variant, in ComfyUI's keys; tensors stay as they are.
 
@@ -154,7 +145,7 @@ def remap(path: Path, out: Path, target: Variant, source: int | None = None) -> 
     """
     adapter = read_adapter(path)
     least = num_blocks((f".{name}" for name in adapter.changes), BLOCK_NUMBER)
-    depth = source or depth_told(adapter.metadata) or min((each for each in DEPTHS if each >= least), default=least)
+    depth = source or adapter_depth(adapter.changes, adapter.metadata)
     if least > depth:
         raise ConfigError(f"{path} changes block {least - 1}, and is not of a model of {depth} blocks")
     places = block_map(depth, target)
@@ -170,6 +161,7 @@ def remap(path: Path, out: Path, target: Variant, source: int | None = None) -> 
     if not tensors:
         raise ConfigError(f"{path}: none of the blocks that it changes is in a model of {target.num_blocks} blocks")
     origin = {"remap": path.name, "from": depth, "to": target.num_blocks}
+    made = architecture(target.num_blocks, is_adapter=True)
     others = {name: text for name, text in adapter.metadata.items() if name not in OF_BASE}
-    save_streamed(out, tensors, metadata_of("lora", out, origin, others), tensors.__getitem__)
+    save_streamed(out, tensors, metadata_of(made, out, origin, others), tensors.__getitem__)
     return Remapped((depth, target.num_blocks), len(adapter.changes) - len(left_out), left_out)

@@ -345,7 +345,8 @@ class PeriodicTasks:
         epoch = self.schedule.locate(max(0, done - 1))[0] + 1
         config = self.context.config
         base, settings = self.manifest["model_files"].get("transformer", {}), settings_metadata(config)
-        metadata = weights_metadata(self.context.folder.name, done, epoch, config.adapter, settings, base)
+        num_blocks = len(self.state.transformer.blocks)
+        metadata = weights_metadata(self.context.folder.name, done, epoch, config.adapter, num_blocks, settings, base)
 
         def write(groups: Groups) -> None:
             self.context.folder.check()  # or it would be made again, without what it held

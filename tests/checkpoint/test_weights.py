@@ -119,11 +119,12 @@ def test_metadata_has_what_file_managers_read_and_no_path_or_secret(tmp_path):
         monitoring={"wandb_api_key": "s3cret"},
     )
     base = {"name": "anima.safetensors", "sha256": "ab12"}
-    metadata = weights_metadata("style", 40, 2, config.adapter, settings_metadata(config), base)
+    metadata = weights_metadata("style", 40, 2, config.adapter, 40, settings_metadata(config), base)
     assert all(isinstance(key, str) and isinstance(value, str) and value for key, value in metadata.items())
     required = {"sai_model_spec", "architecture", "implementation", "title"}  # by ModelSpec 1.0.1
     assert {f"modelspec.{key}" for key in required} <= set(metadata)
     assert metadata["modelspec.sai_model_spec"] == "1.0.1"
+    assert metadata["modelspec.architecture"] == "anima-2.9b/lora"
     assert metadata["modelspec.title"] == metadata["ss_output_name"] == "style"
     assert (metadata["ss_steps"], metadata["ss_epoch"], metadata["ss_seed"]) == ("40", "2", "5")
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("8", "8")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from anima_train.model.variants import picture_defaults, variant_warnings
+from anima_train.model.variants import architecture, picture_defaults, variant_warnings
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,9 @@ def test_turbo_alone_is_drawn_in_another_way_than_the_base():
     assert picture_defaults("models/anima-turbo-v1.1.safetensors") == {"cfg": 1.0, "steps": 10}
     others = [None, "anima-base-v1.0.safetensors", "turbo/anima-aesthetic-v1.0.safetensors", "turbopunk.safetensors"]
     assert not any(map(picture_defaults, others))
+
+
+def test_architectures_tell_the_depth_and_are_animas_for_managers_of_files():
+    found = [architecture(depth) for depth in (28, 40, 52, 10)]
+    assert found == ["anima-2b", "anima-2.9b", "anima-3.8b", "anima"]
+    assert architecture(40, is_adapter=True) == "anima-2.9b/lora"

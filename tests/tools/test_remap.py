@@ -5,13 +5,17 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from anima_train.cli.main import COMMANDS, application
 from anima_train.core.errors import ConfigError, ModelFileError
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
+from anima_train.tools.convert_adapter import convert_adapter
+from anima_train.tools.merge import Source, merge_adapters
 from anima_train.tools.remap import DEPTHS, INSERTED, Variant, block_map, remap
+from anima_train.tools.spectra import Limit
 
 
 def lora(path, blocks, stem="diffusion_model.blocks.{}.mlp.layer1", more=()):
@@ -135,3 +139,18 @@ def test_the_command_tells_what_it_did_and_writes_its_origin(tmp_path):
     assert json.loads(metadata["anima_train.origin"]) == {"remap": "a.safetensors", "from": 40, "to": 28}
     assert metadata["ss_output_name"] == "mine"
     assert metadata["sshs_model_hash"] == hashlib.sha256(out.read_bytes()[-num_bytes:]).hexdigest()
+
+
+def test_the_depth_that_a_lora_tells_stays_in_its_metadata_whatever_blocks_it_changes(tmp_path):
+    def architecture(path):
+        with safe_open(path, "pt") as file:
+            return file.metadata()["modelspec.architecture"]
+
+    deep, kohya, small, back = (tmp_path / f"{name}.safetensors" for name in ("deep", "kohya", "small", "back"))
+    remap(lora(tmp_path / "a.safetensors", range(3)), deep, Variant.of("52"))
+    assert architecture(deep) == "anima-3.8b/lora"
+    convert_adapter(deep, kohya, "kohya")
+    merge_adapters([Source(kohya)], small, Limit(1), None)
+    assert architecture(kohya) == architecture(small) == "anima-3.8b/lora"
+    assert remap(small, back, Variant.of("28")).depths == (52, 28)
+    assert architecture(back) == "anima-2b/lora"

@@ -101,7 +101,7 @@ def test_a_lora_that_is_saved_here_is_used_by_both_and_described(plain_run, tiny
     assert all(found.is_good_for(program) for program in ("ComfyUI", "diffusers"))
     assert found.facts["rank"] == "4"
     assert found.facts["modules"].startswith("32 (self_attn 8, cross_attn 8, mlp 4, mod 12")
-    assert found.facts["trained on"] == "anima-tiny.safetensors, anima, anima-2b/lora"
+    assert found.facts["trained on"] == "anima-tiny.safetensors, anima, anima/lora"
     assert found.facts["trained with"].startswith("anima-train")
 
 
