@@ -1,6 +1,7 @@
 """The weights that users load elsewhere: a LoRA or a model, safetensors only."""
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from anima_train.core.format import count
 from anima_train.model.dit import MiniTrainDIT
 from anima_train.model.loading import ModelFiles
 from anima_train.model.safetensors_io import byte_view, file_bytes, match_keys, open_header, read_tensors, write_tensors
+from anima_train.tools.verify import verify
+
+logger = logging.getLogger(__name__)
 
 EXACT = tuple(f".{part}" for part in NEVER_ROUNDED)
 
@@ -49,6 +53,12 @@ def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
             gathered = name in digests
             if digests[name] != digest(tensor) if gathered else not torch.equal(tensor, tensors[name].detach().cpu()):
                 raise ModelFileError(f"{path}: {name} reads back with other values than were written; check the disk")
+
+
+def warn_of_unused(path: Path, step: int) -> None:
+    """Warn if something is missing in a file that a run has saved, or ComfyUI would leave some of it out."""
+    for complaint in verify(path).complaints("ComfyUI"):
+        logger.warning("%s is saved, but %s", path.name, complaint, extra={"step": step})
 
 
 def digest(tensor: Tensor) -> bytes:

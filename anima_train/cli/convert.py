@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from anima_train.cli.options import Argument, Option, Overrides
+from anima_train.cli.output import check_written
 from anima_train.core.errors import ConfigError
 from anima_train.core.format import count, printable
 
@@ -70,6 +71,7 @@ def convert_weights(path: Path, out: Path, to: Layout, dtype: Precision | None, 
         raise ConfigError("--prefix is for a whole model as one file, with --to comfyui; leave it out")
     if to == "parts":
         print(printable(f"{out}: {described(split_bundle(path, out, precision))}"))
+        check_written(out)
         return
     expect_new_file(out)
     if not path.is_dir() and is_adapter(open_header(path)):
@@ -77,6 +79,7 @@ def convert_weights(path: Path, out: Path, to: Layout, dtype: Precision | None, 
             raise ConfigError(f"--prefix is for whole models, and {path} is an adapter; leave it out")
         number = convert_adapter(path, out, to, precision)
         print(printable(f"{out}: {count(number, 'weight')} under the keys of {to}"))
+        check_written(out, "diffusers" if to == "diffusers" else "ComfyUI")
         return
     if to != "comfyui":
         way = "give the config that names it" if to == "diffusers" else "kohya's scripts read the official file"
@@ -84,6 +87,7 @@ def convert_weights(path: Path, out: Path, to: Layout, dtype: Precision | None, 
     keys = "" if prefix == "none" else prefix or "net."
     number = convert_checkpoint(path, out, keys, precision)
     print(printable(f"{out}: {count(number, 'tensor')} with the prefix {keys or 'none'}"))
+    check_written(out)
 
 
 def convert_model(
@@ -113,3 +117,4 @@ def convert_model(
     except OSError as error:  # a file where its folder should be, or a name that is none
         raise ConfigError(f"{folder} cannot be written ({error.strerror or error}); choose another place") from error
     print(f"{folder}: load it with diffusers.ModularPipeline.from_pretrained('{folder}'), then .load_components()")
+    check_written(folder, "diffusers")

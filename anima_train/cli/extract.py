@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from anima_train.cli.merge import error_lines
 from anima_train.cli.options import Argument, Json, Option
-from anima_train.cli.output import Facts, print_json
+from anima_train.cli.output import Facts, check_written, print_json
 from anima_train.core.errors import ConfigError
 from anima_train.core.format import count, printable
 
@@ -46,6 +46,7 @@ def extract(
 
     if as_json:
         print_json(run)
+        check_written(out)
         return
     found = run()
     print(printable(f"{out}: a LoRA of rank {found['largest_rank']} for {count(len(found['errors']), 'module')}"))
@@ -56,6 +57,7 @@ def extract(
         name, share = max(left_out.items(), key=lambda pair: pair[1])
         what = f"{count(len(left_out), 'changed tensor')} left out, which a LoRA does not hold"
         print(printable(f"{what}; the largest change: {share:.2%} of {name}"))
+    check_written(out)
 
 
 def resize(
@@ -86,11 +88,12 @@ def resize(
 
     if as_json:
         print_json(run)
-        return
-    found = run()
-    print(printable(f"{out}: {found['kind']} for {count(found['num_changed'], 'module')}"))
-    for line in error_lines(found["errors"]):
-        print(printable(line))
+    else:
+        found = run()
+        print(printable(f"{out}: {found['kind']} for {count(found['num_changed'], 'module')}"))
+        for line in error_lines(found["errors"]):
+            print(printable(line))
+    check_written(out)
 
 
 def limit_of(rank: int | None, energy: float | None) -> "Limit":

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from anima_train.cli.options import Argument, Json, Option
-from anima_train.cli.output import Facts, print_json
+from anima_train.cli.output import Facts, check_written, print_json
 from anima_train.core.errors import ConfigError
 from anima_train.core.format import count, printable
 
@@ -48,11 +48,12 @@ def merge(
 
     if as_json:
         print_json(run)
-        return
-    found = run()
-    print(printable(f"{out}: {found['kind']}, with {count(found['num_changed'], 'weight')} changed"))
-    for line in error_lines(found["errors"]):
-        print(printable(line))
+    else:
+        found = run()
+        print(printable(f"{out}: {found['kind']}, with {count(found['num_changed'], 'weight')} changed"))
+        for line in error_lines(found["errors"]):
+            print(printable(line))
+    check_written(out)
 
 
 def source(text: str) -> "Source":

@@ -7,9 +7,13 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
+
+import typer
 
 from anima_train.core.errors import UserError
+from anima_train.core.format import printable
 
 Facts = Mapping[str, Any]
 
@@ -59,3 +63,20 @@ def as_json(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | str):
         return value
     return str(value)
+
+
+def check_written(path: Path, program: Literal["ComfyUI", "diffusers"] = "ComfyUI") -> None:
+    """Verify the weights that a command has made; tell what is wrong, and end with 1, or say nothing.
+
+    Args:
+        path: a file, or a folder with files in it.
+        program: that they are for.
+    """
+    from anima_train.tools.verify import verify
+
+    files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+    complaints = [f"{file} is written, but {text}" for file in files for text in verify(file).complaints(program)]
+    for complaint in complaints:
+        print(printable(complaint), file=sys.stderr)
+    if complaints:
+        raise typer.Exit(1)

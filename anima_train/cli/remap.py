@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 from anima_train.cli.options import Argument, Json, Option
-from anima_train.cli.output import Facts, print_json
+from anima_train.cli.output import Facts, check_written, print_json
 from anima_train.core.format import count, printable
 
 
@@ -35,6 +35,7 @@ def remap(
 
     if as_json:
         print_json(run)
+        check_written(out)
         return
     found = run()
     before, now = found["depths"]
@@ -42,3 +43,4 @@ def remap(
     if left_out := found["left_out"]:
         what = f"{count(len(left_out), 'change')} left out, of blocks that are not there"
         print(printable(f"{what}, such as {next(iter(left_out))}"))
+    check_written(out)

@@ -29,11 +29,6 @@ class Reading:
                 ignored[reason].append(key)
         return cls(0 if refusal else num_used, dict(ignored), refusal)
 
-    @property
-    def is_whole(self) -> bool:
-        """True if the program uses every key."""
-        return self.refusal is None and not self.ignored
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -48,7 +43,17 @@ class Verdict:
 
     def is_good_for(self, program: str) -> bool:
         """Return True if the file is whole, and the program uses all of it."""
-        return not self.problems and self.programs[program].is_whole
+        return not self.complaints(program)
+
+    def complaints(self, program: str) -> list[str]:
+        """Return why a file is not whole, or not all of it would be used by a program; nothing if it is."""
+        reading = self.programs[program]
+        refusals = [] if reading.refusal is None else [f"{program} refuses it: {reading.refusal}"]
+        ignored = [
+            f"{program} ignores {count(len(keys), 'key')}, such as {keys[0]}: {reason}"
+            for reason, keys in reading.ignored.items()
+        ]
+        return [*self.problems, *refusals, *ignored]
 
 
 def lines(verdict: Verdict, num_shown: int = 10) -> Iterator[str]:

@@ -25,7 +25,7 @@ from anima_train.checkpoint.training_state import (
     state_tensors,
     take_part_in,
 )  # fmt: skip
-from anima_train.checkpoint.weights import save_weights, weights_to_save
+from anima_train.checkpoint.weights import save_weights, warn_of_unused, weights_to_save
 from anima_train.config.resolved import plain
 from anima_train.config.saved_settings import settings_metadata
 from anima_train.core.device import DTYPES
@@ -353,6 +353,7 @@ class PeriodicTasks:
             picture = thumbnail(self.context.folder.path / "samples", done) if config.metadata.thumbnail else {}
             told = at_level(metadata | self.data_metadata | picture, config.metadata.level)
             save_weights(path, groups["weights"], told)
+            warn_of_unused(path, done)
             if config.adapter.is_without_effect(read_tensors(open_header(path))):
                 has_masks = any(sample.has_mask for sample in self.plan.samples)
                 asked = (

@@ -17,7 +17,7 @@ from torch import nn
 
 from anima_train.adapters.lora import Lora
 from anima_train.checkpoint.metadata import at_level, data_metadata, thumbnail, weights_metadata
-from anima_train.checkpoint.weights import save_weights
+from anima_train.checkpoint.weights import save_weights, warn_of_unused
 from anima_train.config.config import Config
 from anima_train.config.saved_settings import settings_metadata
 from anima_train.core.errors import ModelFileError, NumericError, SpaceError
@@ -193,3 +193,15 @@ def test_trigger_words_are_told_and_tags_only_on_request():
     found = json.loads(data_metadata(samples, True)["ss_tag_frequency"])
     assert found == {"train": {"1girl": 2, "mychara": 1, "solo": 1, "smile": 1, "scenery": 1}}
     assert "modelspec.trigger_phrase" not in data_metadata([sample_of("a.png", ("",))], False)
+
+
+def test_a_saved_file_of_which_something_would_be_left_out_is_warned_of(tmp_path, caplog):
+    good, bad = tmp_path / "good.safetensors", tmp_path / "bad.safetensors"
+    keys = {"good": "diffusion_model.blocks.0.mlp.layer1", "bad": "blocks.0.mlp.layer1"}
+    for path in (good, bad):
+        stem = keys[path.stem]
+        save_weights(path, {f"{stem}.lora_A.weight": draw(2, 8), f"{stem}.lora_B.weight": draw(8, 2)}, {})
+        warn_of_unused(path, 3)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("bad.safetensors is saved, but ComfyUI ignores 2 keys, such as blocks.0.mlp")
+    assert record.step == 3
