@@ -15,7 +15,7 @@ from anima_train.core.errors import ConfigError
 from anima_train.core.settings import describe_value, quoted
 from anima_train.data.buckets import Size
 from anima_train.data.settings import DatasetSettings, Directory
-from anima_train.sampling.elsewhere import prompt_fault
+from anima_train.sampling.elsewhere import caption_fault
 from anima_train.sampling.generate import PictureSettings, Request
 
 SHIPPED = "shipped"  # the name of the captions that come with the package
@@ -97,7 +97,7 @@ def kind_problems(kind: str, texts: object) -> Iterator[str]:
         yield f"{kind}: found {describe_value(texts)}, expected {EXPECTED.format(kind)}"
         return
     for text in texts:
-        if (fault := prompt_fault(text)) is not None:
+        if (fault := caption_fault(text)) is not None:
             yield f"{kind}: {quoted(text)} {fault}"
     if repeated := sorted({text for text in texts if texts.count(text) > 1}):
         yield f"{kind}: {quoted(repeated[0])} stands there twice; remove one"

@@ -55,6 +55,12 @@ def named_elsewhere(names: Mapping[str, str]) -> Callable[[Any], Any]:
     return validate
 
 
+def caption_fault(caption: str) -> str | None:
+    """Return what in a caption that the base model draws is for another program; None if nothing is."""
+    fault = prompt_fault(caption)
+    return None if fault is None else f"{fault.rpartition(';')[0]}; remove it"
+
+
 def prompt_fault(prompt: str) -> str | None:
     """Return what in a prompt is for another program, and what to write here; None if nothing is."""
     if tag := re.search(r"<(lora|lyco|lycoris|hypernet):([^:>]*)[^>]*>", prompt):

@@ -155,7 +155,8 @@ def test_what_contradicts_is_refused(trainer, known, change, message):
         ("manner = []", "manner: found []"),
         ('"a/b" = ["ink"]', "'a/b' is no name of a kind"),
         ('manner = ["ink", "oil", "ink"]', "'ink' stands there twice"),
-        ('manner = ["a fox <lora:x:1>"]', "<lora:"),
+        ('manner = ["a fox <lora:x:1>"]', 'found "<lora:x:1>", which is not read in a prompt; remove it'),
+        ('manner = ["a fox --w 512"]', 'found "--w" in the prompt, where no options are read; remove it'),
     ],
 )
 def test_a_file_that_holds_something_else_is_refused(tmp_path, text, message):
