@@ -386,3 +386,56 @@ def small_files():
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     return limited
+
+
+PACKAGE = """
+class Red:
+    name = "redness"
+    higher_is_better = False
+    def __init__(self, scale): self.scale = scale
+    def __call__(self, pictures, prompts):
+        return [self.scale * sum(picture.tobytes()) + len(prompt)
+                for picture, prompt in zip(pictures, prompts, strict=True)]
+def red(text): return Red(float(text or 1))
+class Broken(Red):
+    name = "broken"
+    def __call__(self, pictures, prompts): raise OSError("no")
+def broken(text): return Broken(1)
+def absent(text): raise RuntimeError("needs a file")
+"""
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """A distribution that offers judges; returns how to say which."""
+    site = tmp_path / "site"
+    (site / "taste-1.0.dist-info").mkdir(parents=True)
+    (site / "taste-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: taste\nVersion: 1.0\n")
+    (site / "taste_judges.py").write_text(PACKAGE)
+    monkeypatch.syspath_prepend(str(site))
+
+    def offer(*names):
+        lines = ["[anima_train.judges]", *(f"{name} = taste_judges:{name}" for name in names)]
+        (site / "taste-1.0.dist-info" / "entry_points.txt").write_text("\n".join(lines) + "\n")
+
+    yield offer
+    sys.modules.pop("taste_judges", None)
+
+
+@pytest.fixture
+def clip_folder(tmp_path):
+    """A random CLIP in a folder, as transformers saves it."""
+    from transformers import CLIPConfig, CLIPModel  # takes long to import
+
+    vocabulary = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2, "b</w>": 3, "c</w>": 4, "<unk>": 5}
+    text = {"vocab_size": 6, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "max_position_embeddings": 8, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}  # fmt: skip
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 32, "patch_size": 16}  # fmt: skip
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=4))
+    folder = tmp_path / "clip"
+    model.save_pretrained(folder)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return folder, model.eval()

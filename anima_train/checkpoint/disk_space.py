@@ -81,6 +81,7 @@ class DiskPlan:
     num_weights: int
     num_states: int
     num_previews: int  # steps after which there are some
+    base_velocities: int = 0  # bytes of what a full fine-tune keeps of its base
 
     @property
     def kinds(self) -> tuple[tuple[str, int, int], ...]:
@@ -89,6 +90,7 @@ class DiskPlan:
             ("weights", self.num_weights, self.sizes.weights),
             ("training state", self.num_states, self.sizes.state),
             ("previews", self.num_previews, self.sizes.pictures),
+            ("velocities of the base", int(self.base_velocities > 0), self.base_velocities),
         )
 
     @property
@@ -114,6 +116,8 @@ class DiskPlan:
             changes.append(f"keep_last below {keep_last}")
         if self.num_previews > 1:
             changes.append("draw previews less often")
+        if self.base_velocities:
+            changes.append("drift = false, or fewer images, levels or repeats in eval_datasets")
         return (
             f"{self.folder}: the disk may become full: {self.described()} need up to {format_bytes(self.num_bytes)}, "
             f"{format_bytes(free)} free, {format_bytes(self.num_bytes - free)} missing; "

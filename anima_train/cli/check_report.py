@@ -180,7 +180,8 @@ class Checked:
         texts = (text for of_set in captions.values() for of_picture in of_set.values() for text in of_picture)
         known = tokenized(load_tokenizers(spec.files.tokenizer, spec.files.t5_tokenizer), ["", *texts], spec.max_tokens)
         plan, schedule = plan_run(config, scans["train"].samples, num_processes=1)
-        files = disk_plan(config, Path(config.output_dir), file_sizes(config, spec, plan.samples), plan, schedule)
+        sizes, kept = file_sizes(config, spec, plan.samples), loaded.base_velocity_bytes(evaluated(scans))
+        files = disk_plan(config, Path(config.output_dir), sizes, plan, schedule, base_velocities=kept)
         full = files.warning(config.keep_last)
         warnings = [*loaded.warnings, *plan_warnings(config, schedule.num_steps), *filter(None, [full])]
         notes = [*loaded.notes, *plan_notes(config, spec, plan, schedule, evaluated(scans))]

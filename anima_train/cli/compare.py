@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 JUDGE = (
     "What scores each picture: clip:PATH, a folder or a name on the Hub with a CLIP; or one that is installed; "
-    "may be repeated. Absent: all that are installed."
+    "may be repeated. Absent: that of [sampling], or all that are installed."
 )
 
 
@@ -83,7 +83,8 @@ def draw_comparison(
     comparison = compare(found, strengths, choose_requests([], prompts, {}, model))
     pictures: dict[int, Path] = {}
     with logged_to(terminal(is_main=True, stream=sys.stderr)):
-        chosen = load_judges(judges, model.offline)
+        own = None if model.sampling is None else model.sampling.judge
+        chosen = load_judges(judges or [word for word in [own] if word], model.offline)
         for transformer, places in comparison.by_transformer().items():
             part = model if transformer is None else load_model_part(folder.config_path, overrides, transformer)
             paths = draw(part, [comparison.cells[place] for place in places], out)

@@ -3,9 +3,8 @@
 import importlib.util
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -17,15 +16,17 @@ from anima_train.adapters.lora import Lora
 from anima_train.config.base_drawn import SHIPPED, SHIPPED_CAPTIONS, BaseDrawn, read_captions
 from anima_train.config.compat import DATASET, FOREIGN, MAIN, Keys, translate
 from anima_train.config.config import Config
+from anima_train.config.judge import find_judge
 from anima_train.config.model_settings import ModelSettings
 from anima_train.config.notes import optimizer_advice, rate_warnings, without_effect
 from anima_train.config.other_files import is_kohya, lifted, whole_file_fault
-from anima_train.config.paths import expected_kind, find_path, path_fault
+from anima_train.config.paths import Place, expected_kind, find_path, path_fault
 from anima_train.config.preserved import Preserved, load_preserved, measured_too
-from anima_train.config.read import Table, apply_override, read_toml
-from anima_train.config.sections import Role
+from anima_train.config.read import Table, apply_override, name_by_time, read_toml, replace_tables
+from anima_train.config.sections import EvalDataset, Role, Sampling
 from anima_train.core.errors import ConfigError
 from anima_train.core.settings import Settings, nearest, quoted, validation_problems
+from anima_train.core.shapes import LATENT_CHANNELS, LATENT_PIXELS
 from anima_train.data.buckets import Size
 from anima_train.data.cache import CACHE_FOLDER, Cache
 from anima_train.data.preservation import Preservation
@@ -37,6 +38,7 @@ from anima_train.sampling.generate import PictureSettings
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
+FLOAT32 = 4  # bytes
 MAX_NAME = 255  # bytes of the name of a file or a folder
 HUB_DATASET = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?<!\.parquet)(?<!\.tar)")
 MODEL_PATHS = ("transformer_path", "vae_path", "llm_path", "llm_adapter_path", "tokenizer_path", "t5_tokenizer_path")
@@ -88,32 +90,34 @@ class LoadedConfig:
         Args:
             evals: the samples of each set that is not to be drawn first, by its name.
         """
-        found: list[tuple[Size, int]] = []
+        asks_base = self.config.adapter.leaves_base
+        return [
+            (size, len(entry.points()) * (1 + (asks_base and entry.measures_drift)))
+            for entry, size in self.evaluated(evals)
+        ]
+
+    def base_velocity_bytes(self, evals: Mapping[str, Sequence[Sample]]) -> int:
+        """Return the bytes of what a full fine-tune keeps of its base to measure drift; argument as of `passes`."""
+        if self.config.adapter.leaves_base:
+            return 0
+        return sum(
+            len(entry.points()) * size.width * size.height // LATENT_PIXELS**2 * LATENT_CHANNELS * FLOAT32
+            for entry, size in self.evaluated(evals)
+            if self.config.measures_drift(entry)
+        )
+
+    def evaluated(self, evals: Mapping[str, Sequence[Sample]]) -> Iterator[tuple[EvalDataset, Size]]:
+        """Yield the set and the size of each image that is evaluated; argument as of `passes`."""
         for entry, dataset in zip(self.config.eval_datasets, self.evals, strict=True):
-            asks_base = self.config.adapter.leaves_base and entry.measures_drift
             sizes = [sample.size for sample in evals.get(dataset.name, ())]
             if dataset.name not in evals and dataset.drawn is not None:
                 sizes = [dataset.drawn.size] * len(dataset.drawn)
-            found.extend((size, len(entry.points()) * (1 + asks_base)) for size in sizes)
-        return found
+            yield from ((entry, size) for size in sizes)
 
     @property
     def preservation(self) -> Preservation | None:
         """The samples that keep the base; None: none do."""
         return None if self.preserved is None else self.preserved.samples
-
-
-@dataclass(frozen=True)
-class Place:
-    """A table in the user's files: its name in messages, and the folder its paths are looked for in."""
-
-    file: str
-    folder: Path
-    prefix: str = ""  # key path of the table, with a final dot
-
-    def inside(self, key: str) -> "Place":
-        """Return the place of a table in this one."""
-        return Place(self.file, self.folder, f"{self.prefix}{key}.")
 
 
 class Loader:
@@ -237,7 +241,7 @@ class Loader:
         if entry.get("captions") is None or config is None:
             return self.load_dataset(str(entry.get("name")), entry.get("config"), f"{key}.config", config)
         checked, place = config.eval_datasets[index], self.main.inside(key)
-        captions = self.find_captions(place, str(checked.captions), SHIPPED_CAPTIONS)
+        captions = self.find_captions(place, checked.captions or SHIPPED, SHIPPED_CAPTIONS)
         return None if captions is None else self.load_drawn(checked.name, captions, checked.pictures, place, config)
 
     def find_captions(
@@ -343,6 +347,15 @@ class Loader:
             return adapter
         return adapter.model_copy(update={"init_from_existing": str(find_path(text, self.main.folder).absolute())})
 
+    def find_judge(self, sampling: Sampling | None) -> Sampling | None:
+        """Return the settings of previews with the judge's folder found; if there is no such judge, that is filed."""
+        if sampling is None or sampling.judge is None:
+            return sampling
+        word, fault = find_judge(sampling.judge, self.main.folder)
+        if fault is not None:
+            self.add_problem(self.main.inside("sampling"), "judge", fault)
+        return sampling.model_copy(update={"judge": word})
+
     def note_unused(self, dataset: Dataset) -> None:
         """Note the keys of an evaluation set that only training heeds."""
         for key in dataset.settings.unused_in_evaluation():
@@ -389,6 +402,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     listed = enumerate(entries) if isinstance(entries, list) else ()
     tables = {index: entry for index, entry in listed if isinstance(entry, dict)}
     config = loader.validate(Config, replace_tables(data), loader.main, MAIN_HINTS)
+    if config is not None:  # before the sets whose pictures these files draw
+        found_files = {"model": loader.find_model_files(config.model), "adapter": loader.find_initial(config.adapter)}
+        config = config.model_copy(update=found_files | {"sampling": loader.find_judge(config.sampling)})
     train = loader.load_dataset("train", data.get("dataset"), "dataset", config)
     evals = [loader.load_eval(index, entry, config) for index, entry in tables.items()]
     for entry, dataset in zip(tables.values(), evals, strict=True):
@@ -397,8 +413,6 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     if config is not None:
         for key, text in (("output_dir", config.output_dir), ("cache_dir", config.cache_dir)):
             loader.check_folder(key, text)
-        found_files = {"model": loader.find_model_files(config.model), "adapter": loader.find_initial(config.adapter)}
-        config = config.model_copy(update=found_files)
         loader.check_library(config.optimizer.type, config.optimizer.needs_library)
     kept = None if config is None else load_preserved(loader, config, train)
     if loader.problems or config is None or train is None:
@@ -411,17 +425,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
         update={
             "preservation": None if kept is None else kept.settings,
             "dataset": train.settings,
-            "eval_datasets": [
-                entry.model_copy(update={"config": dataset.settings} if dataset.drawn is None else {})
-                for entry, dataset in sets
-            ],
+            "eval_datasets": [with_contents(entry, dataset) for entry, dataset in sets],
         }
     )
     for key, why in without_effect(config):
         loader.add_note(loader.main, key, why)
-    loader.notes.extend(
-        f"{loader.key_name(loader.main, key)}: {advice}" for key, advice in optimizer_advice(config)
-    )  # fmt: skip
+    loader.notes.extend(f"{loader.key_name(loader.main, key)}: {advice}" for key, advice in optimizer_advice(config))
     run_name, notes = config.run_name or name_by_time(path), tuple(dict.fromkeys(loader.notes))
     warnings = tuple(f"{loader.key_name(loader.main, key)}: {text}" for key, text in rate_warnings(config))
     shared = () if kept is None else measured_too(kept, found)
@@ -429,19 +438,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     return LoadedConfig(config, run_name, train, found, notes, tuple(loader.missing), warnings, kept)
 
 
-def name_by_time(path: Path) -> str:
-    """Return a name for a run of a configuration that gives it none."""
-    # Files have the name with a step number and a temporary suffix, in at most 255 bytes.
-    stem = path.stem.encode(errors="replace")[:130].decode(errors="ignore")
-    return f"{stem}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
-
-
-def replace_tables(data: Table) -> dict[str, Any]:
-    """Return a main table in which paths stand for the datasets that are tables."""
-    data = {key: "" if key == "dataset" and isinstance(value, dict) else value for key, value in data.items()}
-    if isinstance(entries := data.get("eval_datasets"), list):
-        data["eval_datasets"] = [
-            entry | {"config": ""} if isinstance(entry, dict) and isinstance(entry.get("config"), dict) else entry
-            for entry in entries
-        ]
-    return data
+def with_contents(entry: EvalDataset, dataset: Dataset) -> EvalDataset:
+    """Return the settings of an evaluation set with what the files that they name say, wherever they are read next."""
+    if dataset.drawn is None:
+        return entry.model_copy(update={"config": dataset.settings})
+    return entry if entry.captions == SHIPPED else entry.model_copy(update={"captions": dict(dataset.drawn.captions)})

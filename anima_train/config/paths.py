@@ -2,11 +2,25 @@
 
 import os
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 
 from anima_train.core.settings import nearest, quoted
 
 CONTROL = "\t\n\r\b\f"  # what "\t", "\n", ... in double quotes turn into
+
+
+@dataclass(frozen=True)
+class Place:
+    """A table in the user's files: its name in messages, and the folder its paths are looked for in."""
+
+    file: str
+    folder: Path
+    prefix: str = ""  # key path of the table, with a final dot
+
+    def inside(self, key: str) -> "Place":
+        """Return the place of a table in this one."""
+        return Place(self.file, self.folder, f"{self.prefix}{key}.")
 
 
 def find_path(text: str, base: Path) -> Path:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from anima_train.config.base_drawn import PRESERVED_CAPTIONS
+from anima_train.config.base_drawn import PRESERVED_CAPTIONS, SHIPPED
 from anima_train.config.config import Config
 from anima_train.config.sections import PreservationSettings
 from anima_train.core.format import count
@@ -23,7 +23,9 @@ FIRST_SEED = 2**40  # far from the seeds of pictures that are measured
 class Preserved:
     """The samples that keep the base, and where they come from."""
 
-    settings: PreservationSettings  # with the captions of a file in them, so that others are noticed
+    settings: (
+        PreservationSettings  # with the captions of a file in them, so that others are noticed, and no file is needed
+    )
     samples: Preservation
     dataset: "Dataset | None"  # of pictures that are added to the training set
     captions: frozenset[str]
@@ -48,8 +50,9 @@ def load_preserved(loader: "Loader", config: Config, train: "Dataset | None") ->
     if by_kind is None:
         return None
     captions = tuple(chain.from_iterable(by_kind.values()))
-    if settings.on == "training_latents":
+    if settings.on == "training_latents" or settings.captions != SHIPPED:
         settings = settings.model_copy(update={"captions": dict(by_kind)})
+    if settings.on == "training_latents":
         return Preserved(settings, replace(part, captions=captions), None, frozenset(captions))
     side = 1024 if train is None else largest_side(train.settings)
     pictures = {"width": side, "height": side, **settings.pictures}

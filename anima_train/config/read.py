@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +170,21 @@ def parse_value(key: str, value: str) -> Any:
     if len(parsed) > 1:
         raise ConfigError(f"--set {key}: found several lines, expected one value")
     return parsed["value"]
+
+
+def name_by_time(path: Path) -> str:
+    """Return a name for a run of a configuration that gives it none."""
+    # Files have the name with a step number and a temporary suffix, in at most 255 bytes.
+    stem = path.stem.encode(errors="replace")[:130].decode(errors="ignore")
+    return f"{stem}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
+
+
+def replace_tables(data: Table) -> dict[str, Any]:
+    """Return a main table in which paths stand for the datasets that are tables."""
+    data = {key: "" if key == "dataset" and isinstance(value, dict) else value for key, value in data.items()}
+    if isinstance(entries := data.get("eval_datasets"), list):
+        data["eval_datasets"] = [
+            entry | {"config": ""} if isinstance(entry, dict) and isinstance(entry.get("config"), dict) else entry
+            for entry in entries
+        ]
+    return data

@@ -29,11 +29,11 @@ class EvalDataset(Settings):
     "retention" what is forgotten, on images that have nothing to do with it; "train" what is memorized, on some of the
     training images. Logged together as evaluation/learning, forgetting and memorization, with their errors. The best
     training state is chosen by the validation sets."""
-    captions: str | None = Field(default=None, min_length=1)
+    captions: str | dict[str, list[str]] | None = Field(default=None, min_length=1)
     """Instead of config, captions alone, for role = "retention": the base model draws a picture for each, once, and
     what is forgotten is measured on these. "shipped": 30 captions of manners, characters, text and composition that
-    come with this program; or a TOML file of your own, with a list of captions for each kind: manner = ["...", "..."].
-    The pictures lie in `base_drawn` of cache_dir, or else of output_dir."""
+    come with this program; or a TOML file of your own, with a list of captions for each kind: manner = ["...", "..."];
+    or its table. The pictures lie in `base_drawn` of cache_dir, or else of output_dir."""
     pictures: dict[str, int | float | str] = Field(default={})
     """The way these pictures are drawn, where it differs from what [sampling] does by default, with its keys:
     {width = 768, height = 768, steps = 20}."""
@@ -58,12 +58,16 @@ class EvalDataset(Settings):
 
     @field_validator("captions")
     @classmethod
-    def one_source(cls, value: str | None, earlier: ValidationInfo) -> str | None:
-        """Require one of config and captions, and the purpose that captions serve."""
+    def one_source(
+        cls, value: str | dict[str, list[str]] | None, earlier: ValidationInfo
+    ) -> str | dict[str, list[str]] | None:
+        """Require one of config and captions, the purpose that captions serve, and such as can be drawn from."""
         if "config" in earlier.data and (value is None) == (earlier.data["config"] is None):
             raise ValueError("missing, as config is; set one of them" if value is None else "excludes config; keep one")
         if value is not None and earlier.data.get("role", "retention") != "retention":
             raise ValueError('is for what is to be kept: add role = "retention"')
+        if isinstance(value, dict) and (problems := caption_problems(value)):
+            raise ValueError("\n".join(problems))
         return value
 
     @field_validator("pictures")
@@ -239,6 +243,10 @@ class Sampling(PictureSettings):
     """Draw them after every n epochs."""
     before_first_step: bool = True
     """Draw them with the base model, too."""
+    judge: str | None = Field(default=None, min_length=1)
+    """The judge that scores each of them when they are drawn: "clip:PATH", a folder or a name on the Hub with a CLIP,
+    or one of an installed package, as anima compare has them. It is loaded for that time, like the VAE; its numbers are
+    logged, and stand beside learning and forgetting. Absent: none."""
     prompts: list[Prompt] = Field(min_length=1)
     """The pictures to draw: texts, as in ComfyUI ("1girl, (smile:1.2)"), or tables {prompt = "...", seed = 1, ...}."""
 

@@ -24,6 +24,9 @@ from anima_train.data.settings import DatasetSettings, DirectoryOptions
 from anima_train.data.sources.folder import Files, is_image, suffix_of
 from anima_train.data.sources.hf_dataset import hf_dataset_files
 
+REGULARIZATION_SHARE = Fraction(1, 5)  # of the samples seen, where no key says it
+OWN = 2  # the level of a key in a directory's own table
+
 
 @dataclass(frozen=True)
 class Scan:
@@ -99,7 +102,29 @@ def scan(
         raise DataError(problems)
     total.warnings.extend(duplicates(sample.picture for sample in total.samples))
     weights = [dataset.options(index).weight for index in range(len(folders))]
-    return Scan(weighted(total.samples, weights), num_images, total.bad, total.skipped, total.warnings)
+    samples = weighted(with_default_share(total.samples, dataset), weights)
+    return Scan(samples, num_images, total.bad, total.skipped, total.warnings)
+
+
+def with_default_share(samples: list[Sample], dataset: DatasetSettings) -> list[Sample]:
+    """Return the samples, images for regularization as often as is their default share, of those that others leave it.
+
+    That is where neither a weight nor num_repeats of their own, or of their folders, says how often. Other images are
+    seen as often as without them.
+    """
+    free = {
+        index
+        for index in range(len(dataset.directory))
+        for own in [dataset.options(index)]
+        if own.role == "regularization" and own.weight is None and not own.kohya_folders
+        if dataset.level(index, "num_repeats") < OWN
+    }
+    trained = sum(sample.repeats for sample in samples if sample.options.role == "train")
+    kept = sum(sample.repeats for sample in samples if sample.directory in free)
+    if not trained or not kept:
+        return samples
+    factor = REGULARIZATION_SHARE / (1 - REGULARIZATION_SHARE) * trained / kept
+    return [replace(each, repeat_factor=factor) if each.directory in free else each for each in samples]
 
 
 def weighted(samples: list[Sample], weights: Sequence[float | None]) -> list[Sample]:

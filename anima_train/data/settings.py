@@ -44,10 +44,11 @@ class DirectoryOptions(Settings):
     weight: float | None = Field(default=None, gt=0)
     """Share of the samples seen, relative to the weights of the other directories: with 3 and 1, three quarters and
     one quarter of each epoch, whatever the number of images. The length of an epoch stays that of num_repeats. Set for
-    all directories or for none. Absent: num_repeats alone decides."""
+    all directories or for none. Absent: num_repeats alone decides; images with role = "regularization" without a
+    num_repeats in their own table are 0.2 of those seen, the others as often as without them."""
     role: Literal["train", "regularization"] = "train"
     """The purpose of the images. "regularization": images of what the model should not forget. They get no
-    trigger_word, and their loss is logged apart, as loss/regularization; weight sets their share."""
+    trigger_word, and their loss is logged apart, as loss/regularization; weight sets their share, 0.2 without it."""
     kind: Annotated[str, Field(max_length=40, pattern=r"^[\w .-]*$")] = ""
     """The kind of the images in an evaluation set ("artist", "text", the name of a character, ...), whose numbers are
     logged for each kind. Images of one kind may all change alike: the standard error over kinds counts each once."""

@@ -1,5 +1,6 @@
 """The pictures drawn while training, from fixed prompts and noise, in a way that the training does not notice."""
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from anima_train.model.loading import ModelSpec, load_llm_adapter
 from anima_train.model.text import load_text_encoder, load_tokenizers
 from anima_train.model.vae import load_vae
 from anima_train.sampling.generate import Request, Transformer, decode, generate
+from anima_train.sampling.judges import Judged, score
 from anima_train.sampling.pictures import UsedWeights, png_info
 from anima_train.sampling.pipeline import texts_of
 from anima_train.sampling.prompts import PromptStates, context_of, prompt_states
@@ -39,9 +41,14 @@ class Previews:
     spec: ModelSpec
     folder: Path
     model_name: str
+    judge: str | None = None  # that scores them
+    offline: bool = False  # no judge is looked up on the Hub
 
     @classmethod
-    def of(cls, requests: Sequence[Request], spec: ModelSpec, folder: Path, name: str) -> "Previews":
+    def of(
+        cls, requests: Sequence[Request], spec: ModelSpec, folder: Path, name: str, judge: str | None = None,
+        offline: bool = False,
+    ) -> "Previews":  # fmt: skip
         """Encode the prompts.
 
         Args:
@@ -49,6 +56,8 @@ class Previews:
             spec: the model. If its LLM adapter trains, the adapter's output is made anew for each preview.
             folder: for the pictures.
             name: of the model, in the pictures' files.
+            judge: that scores them.
+            offline: it may not be looked up on the Hub.
 
         Raises:
             ConfigError: a prompt cannot be read.
@@ -65,7 +74,7 @@ class Previews:
             del llm_adapter
         del text_encoder
         release_memory(spec.text_device)
-        return cls(requests, states, contexts, spec, folder, name)
+        return cls(requests, states, contexts, spec, folder, name, judge, offline)
 
     def draw(self, step: int, transformer: MiniTrainDIT, forward: Transformer, run: RunPass) -> list[Path]:
         """Draw every picture with the weights as they are now, and return the paths.
@@ -106,6 +115,19 @@ class Previews:
     def pictures(self, paths: Sequence[Path]) -> dict[str, np.ndarray]:
         """Return drawn pictures for the trackers, (h, w, 3) uint8 by name."""
         return {f"preview/{number}": np.asarray(Image.open(path, formats=["PNG"])) for number, path in enumerate(paths)}
+
+    @property
+    def identity(self) -> str:
+        """The pictures: scores of the same ones can be compared."""
+        return hashlib.sha256(repr(self.requests).encode()).hexdigest()[:16]
+
+    def scored(self, paths: Sequence[Path]) -> Judged | None:
+        """Return what the judge says of drawn pictures; None without one, or, with a warning, where it fails."""
+        if self.judge is None or not paths:
+            return None
+        found = score(self.judge, self.offline, paths, [request.prompt for request in self.requests])
+        release_memory(self.spec.device)
+        return found
 
     def contexts_now(self, llm_adapter: LLMAdapter | None, run: RunPass) -> Mapping[str, Tensor]:
         """Return the contexts as the LLM adapter in training makes them."""

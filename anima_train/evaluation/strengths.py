@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 from anima_train.adapters.addition import adapted_layers
 from anima_train.evaluation.results import Evaluation, summary
+from anima_train.sampling.judges import Judged
 
 BASE = 0.0  # the strength of an adapter that is not there
 
@@ -50,6 +51,7 @@ class AtStrength:
     strength: float
     results: Sequence[Evaluation]
     previews: Sequence[str] = field(default=())  # files in the run's folder
+    judged: Judged | None = None  # the scores of these
 
     def metrics(self, base: Mapping[str, Evaluation]) -> dict[str, float]:
         """Return all numbers as evaluations log them, beside the base model's."""
@@ -73,6 +75,7 @@ def strengths_record(step: int, found: Sequence[AtStrength]) -> dict[str, Any]:
         ],
         "strengths": [
             {"strength": each.strength, "metrics": each.metrics(base), "previews": list(each.previews)}
+            | ({} if each.judged is None else asdict(each.judged))
             for each in found
         ],
     }

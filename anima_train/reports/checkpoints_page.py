@@ -9,7 +9,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from anima_train.reports.charts import NUM_COLOURS, Dot, Line, chart, plane
-from anima_train.reports.evaluations import Checkpoint, Estimate, Evaluated, cost_of, on_front
+from anima_train.reports.evaluations import Checkpoint, Estimate, Evaluated, Scores, cost_of, on_front
 from anima_train.reports.html import small_jpeg
 from anima_train.reports.run import Preview
 from anima_train.reports.series import MAX_POINTS, evenly_to_last
@@ -46,10 +46,14 @@ class Tradeoff:
     cards: Sequence[Card]
     best: Sequence[tuple[str, int]]  # (words for it, step)
     num_checkpoints: int
+    judge: str  # that has scored the previews; ""
 
 
 def tradeoff(
-    checkpoints: Sequence[Checkpoint], best: Mapping[str, int], rows: Sequence[Sequence[Preview]]
+    checkpoints: Sequence[Checkpoint],
+    best: Mapping[str, int],
+    rows: Sequence[Sequence[Preview]],
+    scores: Scores | None = None,
 ) -> Tradeoff | None:
     """Return the section; None for a run without sets of several roles.
 
@@ -57,11 +61,15 @@ def tradeoff(
         checkpoints: all that were evaluated.
         best: steps by what they are the best of them by.
         rows: the previews, those of one prompt in a row.
+        scores: of these, by a judge.
     """
     if not checkpoints:
         return None
-    cost = cost_of(checkpoints)
+    cost, gains = cost_of(checkpoints), dict(GAINS)
     fronts = {gain: on_front(checkpoints, gain, cost) for gain in GAINS}
+    if scores is not None:
+        gains["score"] = f"{scores.judge}, above the base"
+        fronts["score"] = on_front(checkpoints, "score", cost, scores.sign)
     shown = chosen(checkpoints, set.union(*fronts.values(), best.values()))
     curves = {"learning": "learning", "learning_at_highest_t": "learning at the highest t", "forgetting": "forgetting"}
     return Tradeoff(
@@ -69,11 +77,11 @@ def tradeoff(
         estimates_chart(COSTS[cost], checkpoints, {cost: COSTS[cost]}),
         COSTS[cost],
         estimates_chart("memorization", checkpoints, {"memorization": "memorization"}),
-        [each for gain in GAINS if (each := front_plane(shown, gain, cost, fronts[gain]))],
+        [each for gain in gains if (each := front_plane(shown, gain, gains[gain], cost, fronts[gain]))],
         [
             Card(
                 each,
-                [GAINS[gain] for gain, steps in fronts.items() if each.step in steps],
+                [gains[gain] for gain, steps in fronts.items() if each.step in steps],
                 [words for words, step in best.items() if step == each.step],
                 nearest_previews(rows, each.step),
             )
@@ -81,6 +89,7 @@ def tradeoff(
         ],
         list(best.items()),
         len(checkpoints),
+        "" if scores is None else scores.judge,
     )
 
 
@@ -123,15 +132,15 @@ def estimates_chart(label: str, checkpoints: Sequence[Checkpoint], names: Mappin
     return chart(label, lines, from_zero=True) if lines else Markup("")
 
 
-def front_plane(checkpoints: Sequence[Checkpoint], gain: str, cost: str, front: set[int]) -> Markup:
+def front_plane(checkpoints: Sequence[Checkpoint], gain: str, label: str, cost: str, front: set[int]) -> Markup:
     """Return the checkpoints in the plane of what was learned and what was forgotten; "" if one is not known."""
     dots = []
     for each in checkpoints:
         y, x = getattr(each, gain), getattr(each, cost)
         if x.is_known and y.is_known:
-            words = f"step {each.step:,}: {GAINS[gain]} {y.text}; {COSTS[cost]} {x.text}"
+            words = f"step {each.step:,}: {label} {y.text}; {COSTS[cost]} {x.text}"
             dots.append(Dot(each.step, x.value, y.value, x.error, y.error, each.step in front, words))
-    return plane(f"{GAINS[gain]} against {COSTS[cost]}", COSTS[cost], GAINS[gain], dots)
+    return plane(f"{label} against {COSTS[cost]}", COSTS[cost], label, dots)
 
 
 def parts_chart(name: str, points: Sequence[Evaluated]) -> Markup:

@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import stdev
 from typing import Any
 
 from anima_train.evaluation.bounds import Bounds
@@ -82,6 +83,63 @@ class Checkpoint:
     forgetting: Estimate  # the loss on retention images that has come
     forgetting_relative: Estimate  # in parts of the base's loss
     drift_relative: Estimate  # on retention images
+    score: Estimate = Estimate()  # of the previews of this step, above the base's
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of a run's previews by its judge: with the prompts and the judge that it had at last."""
+
+    judge: str
+    higher_is_better: bool
+    pictures: Mapping[int, Sequence[float]]  # by step, those of each of the same pictures
+    means: Mapping[int, Estimate]  # by step
+    gains: Mapping[int, Estimate]  # the same above the base's pictures, paired; empty where these were not drawn
+
+    def of(self, step: int, name: str) -> float:
+        """Return the score of a preview; NaN if it is not known."""
+        return score_of(self.pictures.get(step, ()), name)
+
+    @property
+    def sign(self) -> int:
+        """1 where the highest score is the best, -1 where the lowest is."""
+        return 1 if self.higher_is_better else -1
+
+
+def score_of(scores: Sequence[float], name: str) -> float:
+    """Return the score of a preview of this name; NaN if there is none."""
+    return scores[int(name)] if name.isdecimal() and int(name) < len(scores) else math.nan
+
+
+def scores_of(lines: Iterable[tuple[int, Values]]) -> Scores | None:
+    """Return the scores that were logged; None of a run without a judge."""
+    logged = [(step, values) for step, values in lines if isinstance(values.get("scores"), list)]
+    if not logged:
+        return None
+    judge, pictures = logged[-1][1].get("judge"), logged[-1][1].get("requests")
+    found = {
+        step: [number(score) for score in scores]
+        for step, values in logged
+        for scores in [values["scores"]]
+        if isinstance(scores, list) and (values.get("judge"), values.get("requests")) == (judge, pictures)
+    }
+    base = found.get(0, [])
+    gains = {
+        step: mean_of([score - first for score, first in zip(scores, base, strict=True)])
+        for step, scores in found.items()
+        if base and len(scores) == len(base)
+    }
+    means = {step: mean_of(scores) for step, scores in found.items()}
+    return Scores(str(judge), bool(logged[-1][1].get("higher_is_better")), found, means, gains)
+
+
+def mean_of(values: Sequence[float]) -> Estimate:
+    """Return the mean of the values of pictures, with its standard error over them."""
+    known = [value for value in values if math.isfinite(value)]
+    if not known or len(known) < len(values):
+        return Estimate()
+    error = stdev(known) / math.sqrt(len(known)) if len(known) > 1 else math.nan
+    return Estimate(sum(known) / len(known), error)
 
 
 def evaluations_by_set(lines: Iterable[tuple[int, Values]]) -> dict[str, list[Evaluated]]:
@@ -120,14 +178,19 @@ def evaluated(step: int, name: str, values: Values) -> Evaluated:
     )  # fmt: skip
 
 
-def checkpoints_of(lines: Iterable[tuple[int, Values]]) -> list[Checkpoint]:
+def checkpoints_of(lines: Iterable[tuple[int, Values]], scores: Scores | None = None) -> list[Checkpoint]:
     """Return the checkpoints that were evaluated on sets of several roles; none of a run without them."""
+    gains = {} if scores is None else scores.gains
     merged: dict[int, dict[str, object]] = defaultdict(dict)
     for step, values in lines:
         merged[step].update({key: value for key, value in values.items() if key.startswith("evaluation/")})
-    names = [each for each in Checkpoint.__dataclass_fields__ if each != "step"]
+    names = [each for each in Checkpoint.__dataclass_fields__ if each not in ("step", "score")]
     return [
-        Checkpoint(step, **{name: Estimate.of(values, f"evaluation/{name}") for name in names})
+        Checkpoint(
+            step,
+            **{name: Estimate.of(values, f"evaluation/{name}") for name in names},
+            score=gains.get(step, Estimate()),
+        )
         for step, values in sorted(merged.items())
         if values
     ]
@@ -158,15 +221,16 @@ def cost_of(checkpoints: Iterable[Checkpoint]) -> str:
     return "drift_relative" if any(each.drift_relative.is_known for each in checkpoints) else "forgetting_relative"
 
 
-def on_front(checkpoints: Sequence[Checkpoint], gain: str, cost: str) -> set[int]:
+def on_front(checkpoints: Sequence[Checkpoint], gain: str, cost: str, sign: int = 1) -> set[int]:
     """Return the steps of those that none surpasses: that learned as much and forgot less, or more and as little.
 
     Args:
         checkpoints: to choose from; those that lack a number are left out.
-        gain: the name of the number whose highest is the best.
+        gain: the name of the number whose highest is the best; with the sign -1 the lowest.
         cost: that of the number whose lowest is.
+        sign: see above.
     """
-    points = {each.step: (getattr(each, gain).value, getattr(each, cost).value) for each in checkpoints}
+    points = {each.step: (sign * getattr(each, gain).value, getattr(each, cost).value) for each in checkpoints}
     known = {step: point for step, point in points.items() if all(map(math.isfinite, point))}
     return {
         step
@@ -175,14 +239,17 @@ def on_front(checkpoints: Sequence[Checkpoint], gain: str, cost: str) -> set[int
     }
 
 
-def best_steps(checkpoints: Sequence[Checkpoint]) -> dict[str, int]:
+def best_steps(checkpoints: Sequence[Checkpoint], scores: Scores | None = None) -> dict[str, int]:
     """Return the step of the checkpoint that has learned most, by the words for it; the base model is none."""
+    names = {"learning": ("evaluation/learning", 1), "learning_at_highest_t": ("evaluation/learning_at_highest_t", 1)}
+    if scores is not None:
+        names["score"] = (f"score/{scores.judge}", scores.sign)
     found = {}
-    for name in ("learning", "learning_at_highest_t"):
-        values = {each.step: getattr(each, name).value for each in checkpoints if each.step}
+    for name, (words, sign) in names.items():
+        values = {each.step: sign * getattr(each, name).value for each in checkpoints if each.step}
         known = {step: value for step, value in values.items() if math.isfinite(value)}
         if known:
-            found[f"best by evaluation/{name}"] = max(known, key=lambda step: known[step])
+            found[f"best by {words}"] = max(known, key=lambda step: known[step])
     return found
 
 

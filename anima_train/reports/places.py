@@ -30,6 +30,9 @@ def without_places(value: Any, key: str = "") -> Any:
         return {name: without_places(each, name) for name, each in value.items()}
     if isinstance(value, list):
         return [without_places(each, key) for each in value]
+    if key == "judge" and isinstance(value, str):
+        name, colon, text = value.partition(":")
+        return f"{name}{colon}{last_part(text) if is_absolute(text) else text}"
     return last_part(value) if isinstance(value, str) and is_place(key, value) else value
 
 
@@ -56,6 +59,8 @@ def places_of(value: Any, key: str = "") -> Iterator[str]:
             yield from places_of(each, key)
     elif isinstance(value, str) and is_place(key, value):
         yield value
+    elif isinstance(value, str) and key == "judge":
+        yield from filter(is_absolute, [value.partition(":")[2]])
 
 
 def shared_text(text: str, places: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ import re
 import tomllib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -24,11 +24,13 @@ from anima_train.objective.timesteps import T_BINS
 from anima_train.reports.evaluations import (
     Checkpoint,
     Evaluated,
+    Scores,
     UpdateNorm,
     best_steps,
     checkpoints_of,
     evaluations_by_set,
     kept_step,
+    scores_of,
     update_norms,
 )
 from anima_train.reports.html import small_jpeg
@@ -74,6 +76,7 @@ class Preview:
     jpeg: str  # base64
     prompt: str = ""  # "" where the file tells none
     settings: str = ""  # the others it was drawn with
+    score: float = math.nan  # by the run's judge
 
 
 @dataclass
@@ -111,6 +114,7 @@ class RunReport:
     seen: Sequence[tuple[str, int]]  # (sample, times seen), the least first
     previews: Sequence[Preview]  # by name, then step
     num_previews: int  # in the folder
+    scores: Scores | None  # of the previews
     settings: Sequence[tuple[str, str]]  # those that matter most: (what, value)
     config: str  # the resolved config as TOML, without paths
     manifest: Mapping[str, Any]
@@ -137,7 +141,10 @@ def collect_run(run: Path) -> RunReport:
     config, paths = shared_config(written)
     warnings = read_warnings(run / "warnings.jsonl", notes)
     evaluated = list(read_lines(run / "evaluations.jsonl", notes))
-    checkpoints = checkpoints_of(evaluated)
+    scores = scores_of(read_lines(run / "scores.jsonl", notes))
+    if scores is not None:
+        previews = [replace(each, score=scores.of(each.step, each.name)) for each in previews]
+    checkpoints = checkpoints_of(evaluated, scores)
     # The page may be shown to others, so it names no folder of this machine.
     places = [str(Path.home() / "x"), str(run.resolve()), *paths]
     return RunReport(
@@ -145,12 +152,13 @@ def collect_run(run: Path) -> RunReport:
         metrics,
         evaluations_by_set(evaluated),
         checkpoints,
-        best_steps(checkpoints) | kept_step(evaluated, parsed_toml(written)),
+        best_steps(checkpoints, scores) | kept_step(evaluated, parsed_toml(written)),
         update_norms(evaluated),
         sorted(counts(seen.get("buckets")).items()),
         sorted(counts(seen.get("samples")).items(), key=lambda item: (item[1], item[0])),
         previews,
         num_previews,
+        scores,
         settings_of(written, manifest),
         config,
         manifest,
@@ -175,6 +183,8 @@ def run_facts(report: RunReport) -> dict[str, Any]:
         "checkpoints": report.checkpoints,
         "best": report.best,
         "updates": report.updates,
+        "scores": report.scores
+        and {"judge": report.scores.judge, "means": report.scores.means, "gains": report.scores.gains},
         "num_previews": report.num_previews,
         "warnings": report.warnings,
         "notes": report.notes,

@@ -10,8 +10,8 @@ from markupsafe import Markup
 
 from anima_train.core.files import write_text
 from anima_train.reports.charts import Line, chart, line_of
-from anima_train.reports.checkpoints_page import kinds_chart, parts_chart, tradeoff
-from anima_train.reports.evaluations import Evaluated, UpdateNorm
+from anima_train.reports.checkpoints_page import band_line, kinds_chart, parts_chart, tradeoff
+from anima_train.reports.evaluations import Evaluated, Scores, UpdateNorm
 from anima_train.reports.html import TEMPLATES
 from anima_train.reports.run import Preview, RunReport, collect_run
 from anima_train.reports.series import MAX_POINTS, Series, evenly_to_last
@@ -53,7 +53,7 @@ def render_run(report: RunReport, strengths: StrengthsReport | None = None) -> s
         roles=roles,
         rates=rates,
         strengths=strengths,
-        charts=run_charts(curves, roles, rates, report.updates),
+        charts=run_charts(curves, roles, rates, report.updates, report.scores),
         facts=[(key, fact_text(value)) for key, value in report.manifest.items() if not is_table(value)],
         fact_tables=[(key, *fact_table(value)) for key, value in report.manifest.items() if is_table(value)],
         max_points=MAX_POINTS,
@@ -65,7 +65,7 @@ def render_run(report: RunReport, strengths: StrengthsReport | None = None) -> s
         lowest_loss=lowest_loss,
         parts_chart=parts_chart,
         preview_rows=rows,
-        tradeoff=tradeoff(report.checkpoints, report.best, rows),
+        tradeoff=tradeoff(report.checkpoints, report.best, rows, report.scores),
     )
 
 
@@ -85,6 +85,7 @@ def run_charts(
     roles: Mapping[str, Series],
     rates: Mapping[str, Series],
     updates: Mapping[str, Sequence[UpdateNorm]],
+    scores: Scores | None,
 ) -> dict[str, Markup]:
     """Return the charts of those curves that there are, by key."""
     found = {}
@@ -99,6 +100,8 @@ def run_charts(
         shown = {component: evenly_to_last(points, MAX_POINTS) for component, points in updates.items()}
         lines = [Line(key, [(each.step, each.relative) for each in points]) for key, points in shown.items()]
         found["updates"] = chart("update relative to the base weights", lines, from_zero=True)
+    if scores is not None:
+        found["scores"] = chart(scores.judge, [band_line(scores.judge, list(scores.means.items()))])
     if "grad_norm" in curves:
         found["grad_norm"] = chart("gradient norm", [line_of("gradient norm", curves["grad_norm"])])
     if "speed" in curves:

@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from anima_train.evaluation.strengths_table import strengths_table
+from anima_train.reports.evaluations import score_of
 from anima_train.reports.run import Preview, read_previews
 from anima_train.run.folder import DAMAGED, RunFolder
 
@@ -44,9 +45,11 @@ def read_strengths(run: Path) -> StrengthsReport | None:
         return StrengthsReport(0, (), (), notes=[f"{folder.strengths_path.name} is damaged"])
     notes: list[str] = []
     found: dict[tuple[str, str, str], list[tuple[str, Preview]]] = {}
+    scores = {f"{row['strength']:g}": row.get("scores", ()) for row in record["strengths"]}
     for strength, *_ in rows:
         for preview in read_previews(folder.strengths_folder / strength, notes)[0]:
             if preview.step == step:
                 key = (preview.name, preview.prompt, preview.settings)
-                found.setdefault(key, []).append((strength, preview))
+                shown = replace(preview, score=score_of(scores[strength], preview.name))
+                found.setdefault(key, []).append((strength, shown))
     return StrengthsReport(step, headings, rows, [Strip(*key, pictures) for key, pictures in found.items()], notes)

@@ -17,6 +17,7 @@ from anima_train.core.files import UNWRITABLE, disk_errors, sha256_file, sync, w
 from anima_train.core.format import Listing, printable
 
 EVALUATIONS, WARNINGS, STRENGTHS = "evaluations.jsonl", "warnings.jsonl", "strengths.json"
+SCORES = "scores.jsonl"
 # What reading a damaged record raises: text that is none, another nesting, other types, numbers beyond all bounds.
 DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError)
 
@@ -39,8 +40,9 @@ class RunFolder:
         self.seen_path = self.path / "seen.json"
         self.strengths_path = self.path / STRENGTHS  # the LoRA at several strengths, after the last step
         self.strengths_folder = self.path / "strengths"  # previews of these
+        self.scores_path = self.path / SCORES  # of previews, by a judge
         self.hashed = (self.metrics_path, self.evaluations_path)  # in training states
-        self.records = (*self.hashed, self.warnings_path)
+        self.records = (*self.hashed, self.warnings_path, self.scores_path)
         self.written = (
             *self.records,
             self.config_path,

@@ -5,6 +5,9 @@ behind the colon of `--judge NAME:TEXT` ("" without one) and returns a `Judge`.
 """
 
 import logging
+import math
+import re
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -26,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 GROUP = "anima_train.judges"
 CLIP = "clip"
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 BATCH_SIZE = 16  # pictures that a judge is given at once
 
 
@@ -48,6 +52,17 @@ class Judged:
     higher_is_better: bool
     scores: Sequence[float]  # of the pictures in their order
 
+    @property
+    def mean(self) -> float:
+        """The mean score."""
+        return statistics.fmean(self.scores)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the mean with its standard error over the pictures, under the names that trackers show."""
+        name, number = f"score/{self.judge}", len(self.scores)
+        errors = {f"{name}_stderr": statistics.stdev(self.scores) / math.sqrt(number)} if number > 1 else {}
+        return {name: self.mean} | errors
+
 
 class Clip:
     """CLIP's score: 100 times the cosine of the embeddings of picture and prompt (Hessel et al. 2021).
@@ -67,8 +82,6 @@ class Clip:
     def __init__(self, place: str, offline: bool = False) -> None:
         from transformers import CLIPModel, CLIPTokenizer  # take long to import
 
-        if not place:
-            raise ConfigError(f"--judge {CLIP}: expected a folder or a name on the Hub; write --judge {CLIP}:PATH")
         self.name = f"CLIP {Path(place).name}"
         self.device = choose_device()
         options: dict[str, Any] = {"local_files_only": offline or Path(place).is_dir()}
@@ -78,7 +91,7 @@ class Clip:
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConfigError(
-                f"--judge {CLIP}:{place}: no CLIP can be loaded from there ({reason}); expected a folder or a name on "
+                f"judge {CLIP}:{place}: no CLIP can be loaded from there ({reason}); expected a folder or a name on "
                 "the Hub with config.json, model.safetensors and the tokenizer"
             ) from error
         self.model = model.to(self.device).eval()
@@ -108,13 +121,18 @@ def clip_pixels(picture: Image.Image, side: int) -> Float[Tensor, "3 side side"]
     return (values - mean) / std
 
 
+def installed_judges() -> dict[str, EntryPoint]:
+    """Return the judges of installed packages, by their names."""
+    return {entry.name: entry for entry in entry_points(group=GROUP)}
+
+
 def load_judges(words: Sequence[str], offline: bool = False) -> list[Judge]:
     """Return the judges that `NAME` or `NAME:TEXT` name; without words all that are installed and can be loaded.
 
     Raises:
         ConfigError: there is no such judge, or it cannot be loaded.
     """
-    installed = {entry.name: entry for entry in entry_points(group=GROUP)}
+    installed = installed_judges()
     judges = []
     for word in words or installed:
         name, _, text = word.partition(":")
@@ -126,17 +144,16 @@ def load_judges(words: Sequence[str], offline: bool = False) -> list[Judge]:
             logger.warning("%s; it is left out", "; ".join(error.problems))
     names = [judge.name for judge in judges]
     if len(set(names)) < len(names):
-        raise ConfigError(f"--judge: two are called {max(names, key=names.count)}; rename the folder of one")
+        raise ConfigError(f"judge: two are called {max(names, key=names.count)}; rename the folder of one")
     return judges
 
 
 def load_judge(name: str, text: str, installed: Mapping[str, EntryPoint], offline: bool) -> Judge:
     """Return one judge; raises as `load_judges`."""
-    if name not in installed and name == CLIP:
+    if name == CLIP and text and CLIP not in installed:
         return Clip(text, offline)
-    if name not in installed:
-        names = ", ".join(dict.fromkeys([CLIP, *installed]))
-        raise ConfigError(f"--judge: found {quoted(name)}, expected one of {names}; others are installed as packages")
+    if (fault := judge_fault(name, text, installed)) is not None:
+        raise ConfigError(f"judge: {fault}")
     try:
         make: Callable[[str], Judge] = installed[name].load()
         judge = make(text)
@@ -144,14 +161,40 @@ def load_judge(name: str, text: str, installed: Mapping[str, EntryPoint], offlin
     except UserError:
         raise
     except Exception as error:
-        problem = f"--judge {name}: {installed[name].value} cannot be loaded ({type(error).__name__}: {error})"
+        problem = f"judge {name}: {installed[name].value} cannot be loaded ({type(error).__name__}: {error})"
         raise ConfigError(problem) from error
     return judge
+
+
+def judge_fault(name: str, text: str, installed: Mapping[str, EntryPoint]) -> str | None:
+    """Return why there is no such judge, as far as that is seen without loading it; None where nothing is."""
+    if name in installed:
+        return None
+    if name != CLIP:
+        names = ", ".join(dict.fromkeys([CLIP, *installed]))
+        return (
+            f"found {quoted(name)}, expected one of {names}; another one comes with a package that has it under "
+            f"[project.entry-points.{quoted(GROUP)}]: pip install PACKAGE"
+        )
+    if not text:
+        return f"expected a folder or a name on the Hub; write {CLIP}:PATH"
+    is_there = Path(text).is_dir() or HUB_NAME.fullmatch(text) is not None
+    return None if is_there else f"{quoted(text)} is neither a folder nor a name on the Hub"
 
 
 def plain_text(prompt: str) -> str:
     """Return the words of a prompt, without its weights."""
     return "".join(text for text, _ in weighted_pieces(prompt))
+
+
+def score(word: str, offline: bool, pictures: Sequence[Path], prompts: Sequence[str]) -> Judged | None:
+    """Load a judge, and return what `judged` does; where it cannot be loaded, that is a warning, too."""
+    try:
+        (judge,) = load_judges([word], offline)
+    except Exception as error:  # noqa: BLE001 code of others, and the pictures are drawn
+        logger.warning("no scores (%s)", error)
+        return None
+    return judged(judge, pictures, prompts)
 
 
 def judged(judge: Judge, pictures: Sequence[Path], prompts: Sequence[str]) -> Judged | None:

@@ -18,6 +18,7 @@ from anima_train.checkpoint.samples import records_bytes
 from anima_train.checkpoint.training_state import trained_parameters
 from anima_train.checkpoint.weights import weights_to_save
 from anima_train.config.config import Config
+from anima_train.config.sections import Sampling
 from anima_train.core.device import DTYPES
 from anima_train.core.errors import ConfigError
 from anima_train.core.files import on_disk
@@ -35,6 +36,7 @@ from anima_train.optim.optimizers import AnyOptimizer
 from anima_train.optim.release import GradientRelease
 from anima_train.optim.split import SplitOptimizer
 from anima_train.run.intervals import Interval
+from anima_train.sampling.judges import load_judges
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +68,16 @@ def check_compiler(compiles: bool | None, device: torch.device) -> None:
 
     if (missing := missing_compiler(device)) is not None:
         raise ConfigError(f"compile: {missing}; install it, or set compile = false")
+
+
+def check_judge(sampling: Sampling | None, offline: bool) -> None:
+    """Load the judge of previews, and let it go: one that cannot be loaded is known before anything is done.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if sampling is not None and sampling.judge is not None:
+        load_judges([sampling.judge], offline)
 
 
 def check_blocks(
@@ -268,9 +280,20 @@ def all_intervals(config: Config, now: float = 0.0) -> dict[str, Interval]:
 
 def disk_plan(
     config: Config, folder: Path, sizes: FileSizes, plan: Plan, schedule: EpochSchedule, start: int = 0,
-    num_states: int = 0,
+    num_states: int = 0, base_velocities: int = 0,
 ) -> DiskPlan:  # fmt: skip
-    """Return what a run will write after its first `start` steps, of which `num_states` training states are there."""
+    """Return what a run will write after its first `start` steps.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        sizes: of its files.
+        plan: of its batches.
+        schedule: of its epochs.
+        start: number of steps that are made.
+        num_states: training states that are there.
+        base_velocities: bytes of what it keeps of the base model before the first step.
+    """
     end = schedule.num_steps
     passed = (
         range(start, end),
@@ -281,11 +304,13 @@ def disk_plan(
     # The newest states and the best are kept, and one more is there while it is written.
     num_kept = max(1, config.keep_last + 2 - num_states)
     by_time = config.checkpoint_every_n_minutes is not None
+    keeps_best = config.keep_best is not None or config.forgetting_budget is not None
     draws_first = config.sampling is not None and config.sampling.before_first_step and start == 0
     return DiskPlan(
         folder,
         sizes,
-        num_weights=times["save"] + 1,
+        num_weights=times["save"] + 1 + keeps_best,
         num_states=num_kept if by_time else min(num_kept, times["training state"]),
         num_previews=times["preview"] + draws_first + len(strengths_to_try(config.strengths_after_training)),
+        base_velocities=base_velocities if start == 0 else 0,
     )

@@ -1,6 +1,6 @@
 """The description of a run, made without running it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 
@@ -39,6 +39,7 @@ from anima_train.training.build import (
     all_intervals,
     check_blocks,
     check_compiler,
+    check_judge,
     disk_plan,
     file_sizes,
     initial_lora,
@@ -54,6 +55,7 @@ from anima_train.training.summary import (
     groups_text,
     plan_text,
     selection_text,
+    sets_text,
     trained_text,
 )  # fmt: skip
 
@@ -76,8 +78,7 @@ def describe_run(
     Raises:
         DataError, ModelFileError: the dataset, the files or the components are not those of the state.
         UserError: `starts`, as `check_start`.
-        ConfigError: the run would have no step, no compiler where one is asked for, too few blocks to swap, something
-            that cannot be divided, no room in `max_memory_gib`, or nothing to train after the state.
+        ConfigError: no step would be made, or what is asked for cannot be: compiling, swapping, dividing, fitting.
     """
     config, saved = loaded.config, None if point is None else point.saved
     if loaded.missing and saved is None:
@@ -87,7 +88,7 @@ def describe_run(
     if divides:
         check_can_divide(config.optimizer, config.blocks_to_swap, config.model.quantization, bool(config.preservation))
     lines = trained_text(config.adapter, config.learning_rates(), spec)
-    lines.extend((*(f"warning: {text}" for text in loaded.warnings), *(f"note: {text}" for text in loaded.notes)))
+    lines.extend(told(loaded.warnings, loaded.notes))
     lines.extend(line for each in scans.items() for message in data_messages(*each) for line in message_lines(message))
     plan, schedule = plan_run(config, scans["train"].samples, num_processes)
     transformer = trainable_transformer(spec, config.adapter, config.learning_rates(), config.seed)
@@ -106,18 +107,25 @@ def describe_run(
     lines.extend((*choice.lines, *choice.card_lines))
     evals = {name: scan.samples for name, scan in scans.items() if name != "train"}
     lines.extend(plan_text(plan, schedule, config.epochs, config.ema, loaded.preservation))
+    lines.extend(sets_text(config.eval_datasets, config.measures_drift, config.sampling))
     others = config.eval_before_first_step + len(strengths_to_try(config.strengths_after_training))
     lines.extend(evaluation_text(all_intervals(config)["evaluation"], others, loaded.passes(evals), plan, schedule))
-    lines.extend(f"warning: {warning}" for warning in plan_warnings(config, schedule.num_steps))
-    lines.extend(f"note: {note}" for note in plan_notes(config, spec, plan, schedule, evals))
+    lines.extend(told(plan_warnings(config, schedule.num_steps), plan_notes(config, spec, plan, schedule, evals)))
     lines.extend((*groups_text(rows), *selection_text(config.adapter, transformer)))
     if saved is None and (initial := initial_lora(config.adapter, spec, config.learning_rates())) is not None:
         lines.extend(initial.described)
     folder, sizes = Path(config.output_dir) / loaded.run_name, file_sizes(config, spec, scans["train"].samples)
-    lines.extend(files_lines(disk_plan(config, folder, sizes, plan, schedule), config.keep_last))
+    planned = disk_plan(config, folder, sizes, plan, schedule, base_velocities=loaded.base_velocity_bytes(evals))
+    lines.extend(files_lines(planned, config.keep_last))
     if starts:
         check_start(loaded, spec, plan, chain.from_iterable(evals.values()))
     return lines
+
+
+def told(warnings: Iterable[str], notes: Iterable[str]) -> Iterator[str]:
+    """Yield warnings and notes as lines that say which of both they are."""
+    yield from (f"warning: {text}" for text in warnings)
+    yield from (f"note: {text}" for text in notes)
 
 
 def files_lines(planned: DiskPlan, keep_last: int) -> list[str]:
@@ -137,13 +145,14 @@ def check_start(loaded: LoadedConfig, spec: ModelSpec, plan: Plan, evaluated: It
         evaluated: the samples of all evaluation sets.
 
     Raises:
-        ConfigError: the folder cannot be one, or another process trains in it; a tracker is not installed; the kernel
-            of attention does not work here; a prompt cannot be read.
+        ConfigError: the folder cannot be one, or another process trains in it; a tracker is not installed; the judge
+            cannot be loaded; the kernel of attention does not work here; a prompt cannot be read.
         ModelFileError: a file lacks weights, or has others.
         SpaceError: the folder cannot be written, or the disk has no room for the cache and the first files.
     """
     config, folder = loaded.config, RunFolder(Path(loaded.config.output_dir), loaded.run_name)
     check_trackers(config.monitoring)
+    check_judge(config.sampling, config.offline)
     check_writable(folder.path, "output_dir")
     if folder.lock_path.exists() and is_locked(folder):
         raise ConfigError(f"{folder.path}: another process is training in this folder")

@@ -76,7 +76,8 @@ def restore(
         start_records(run, data, facts)
         num_states = len(saved_states(run.folder.checkpoints))
         sizes = file_sizes(config, spec, data.train.samples)
-        planned = disk_plan(config, run.folder.path, sizes, plan, schedule, state.step, num_states)
+        kept = run.loaded.base_velocity_bytes({each.name: each.data.samples for each in data.evals})
+        planned = disk_plan(config, run.folder.path, sizes, plan, schedule, state.step, num_states, kept)
         if warning := planned.warning(config.keep_last):
             logger.warning("%s", warning)
     state.skipped, state.spikes = broadcast_from_main(

@@ -176,7 +176,8 @@ def encode_previews(run: RunContext, spec: ModelSpec) -> Previews | None:
     sampling = run.config.sampling
     if sampling is None or not run.is_main:
         return None
-    return Previews.of(sampling.prompts, spec, run.folder.path / "samples", run.folder.name)
+    folder, offline = run.folder, run.config.offline
+    return Previews.of(sampling.prompts, spec, folder.path / "samples", folder.name, sampling.judge, offline)
 
 
 def lora_to_begin_with(run: RunContext, spec: ModelSpec) -> InitialLora | None:

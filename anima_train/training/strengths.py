@@ -78,7 +78,8 @@ def try_at(
         run.memory.doing, run.memory.shape = "a preview", None
         with contextlib.suppress(Abandoned):  # all processes leave together, below
             paths = draw(previews)[0] if draws else []
+        judged = None if previews is None else previews.scored(paths)
     patient_barrier(run.accelerator)  # one process draws
     if run.signals.is_requested(run.accelerator):
         raise Abandoned
-    return AtStrength(strength, results, [path.relative_to(folder.path).as_posix() for path in paths])
+    return AtStrength(strength, results, [path.relative_to(folder.path).as_posix() for path in paths], judged)

@@ -2,12 +2,13 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from anima_train.adapters.addition import adapted_layers
 from anima_train.adapters.choice import AnyAdapter
 from anima_train.adapters.full import Full
 from anima_train.adapters.selection import block_linears, described
+from anima_train.config.sections import EvalDataset, Sampling
 from anima_train.core.format import Listing, count, prefixed
 from anima_train.data.buckets import Size
 from anima_train.data.plan import EpochSchedule, Plan, batch_size_for, short_by, times_seen
@@ -117,6 +118,25 @@ def evaluation_text(
     ]
 
 
+def sets_text(
+    entries: Sequence[EvalDataset], measures_drift: Callable[[EvalDataset], bool], sampling: Sampling | None
+) -> list[str]:
+    """Return lines about what is measured: the evaluation sets with their roles, and who scores the previews."""
+    named = [f"{each.name} ({each.role}{', drift' if measures_drift(each) else ''})" for each in entries]
+    lines = [f"evaluation sets: {', '.join(named)}"] if named else []
+    if sampling is not None and sampling.judge is not None:
+        lines.append(f"previews are scored by {sampling.judge}, each time that they are drawn")
+    return lines
+
+
+def regularization_text(plan: Plan, schedule: EpochSchedule) -> list[str]:
+    """Return a line about the share of the images for regularization; none without any."""
+    seen = times_seen(plan, schedule, schedule.num_steps)
+    kept = sum(times for times, sample in zip(seen, plan.samples, strict=True) if sample.role == "regularization")
+    has_some = any(sample.role == "regularization" for sample in plan.samples)
+    return [f"regularization: {kept / max(1, sum(seen)):.0%} of the samples"] if has_some else []
+
+
 def preservation_text(plan: Plan, schedule: EpochSchedule, preservation: Preservation | None) -> list[str]:
     """Return lines about the samples that keep the base, and what they cost."""
     if preservation is None:
@@ -155,4 +175,4 @@ def plan_text(
             f"note: ema.decay: {ema.decay} is not reached in {count(timetable.num_steps, 'step')}: the average "
             "covers about the last ninth of the steps, and a larger one would change nothing"
         )
-    return [*lines, *preservation_text(plan, timetable, preservation)]
+    return [*lines, *regularization_text(plan, timetable), *preservation_text(plan, timetable, preservation)]

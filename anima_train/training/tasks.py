@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,7 @@ from anima_train.checkpoint.async_writer import AsyncWriter, Groups
 from anima_train.checkpoint.manifest import StateManifest
 from anima_train.checkpoint.metadata import at_level, data_metadata, thumbnail, weights_metadata
 from anima_train.checkpoint.samples import sample_records
-from anima_train.checkpoint.training_state import (
-    START,
-    save_state,
-    start_name,
-    state_tensors,
-    take_part_in,
-)  # fmt: skip
+from anima_train.checkpoint.training_state import START, save_state, start_name, state_tensors, take_part_in
 from anima_train.checkpoint.weights import save_weights, warn_of_unused, weights_to_save
 from anima_train.config.resolved import plain
 from anima_train.config.saved_settings import settings_metadata
@@ -275,10 +269,16 @@ class PeriodicTasks:
         """
         with self.state.averaged():
             paths, pictures = self.draw(self.previews)
-        if paths and self.previews is not None:
-            step = self.state.step
-            logger.info("step %d: %s in %s", step, count(len(paths), "preview"), self.previews.folder)
-            self.log.trackers.show(pictures, self.log.x(step, self.state.samples_seen))
+        if not paths or self.previews is None:
+            return
+        step, examples, folder = self.state.step, self.state.samples_seen, self.context.folder
+        logger.info("step %d: %s in %s", step, count(len(paths), "preview"), self.previews.folder)
+        self.log.trackers.show(pictures, self.log.x(step, examples))
+        if (found := self.previews.scored(paths)) is not None:
+            line = {"step": step, "examples": examples, "requests": self.previews.identity, **asdict(found)}
+            folder.log(folder.scores_path, line)
+            self.log.trackers.log(found.metrics(), self.log.x(step, examples))
+            logger.info("step %d: %s %.4g, mean over the previews", step, found.judge, found.mean)
 
     def draw(self, previews: Previews | None) -> tuple[list[Path], Mapping[str, np.ndarray]]:
         """Draw with the weights as they are; return files and pictures, none where it fails, with a warning.

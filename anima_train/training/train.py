@@ -22,6 +22,7 @@ from anima_train.core.random import derive
 from anima_train.core.transfers import HostCopy, is_asynchronous
 from anima_train.data.loader import Batch
 from anima_train.distributed.clipping import clip_gradients
+from anima_train.distributed.collectives import broadcast_from_main
 from anima_train.distributed.environment import read_environment
 from anima_train.distributed.launcher import rank, world_size
 from anima_train.evaluation.base_drawn import split_undrawn
@@ -30,7 +31,7 @@ from anima_train.optim.by_block import step_by_block
 from anima_train.optim.skipping import step_unless
 from anima_train.run.log import logged_to, terminal
 from anima_train.training.anomalies import UpdateGuard
-from anima_train.training.build import check_compiler, check_release
+from anima_train.training.build import check_compiler, check_judge, check_release
 from anima_train.training.context import RunContext, run_context
 from anima_train.training.divided import check_can_divide
 from anima_train.training.dry_run import describe_run
@@ -98,6 +99,7 @@ def train(run: RunContext, lag: int | None = None) -> Path:
     check_compiler(config.compile, run.device)
     if run.divides:
         check_can_divide(config.optimizer, config.blocks_to_swap, config.model.quantization, bool(config.preservation))
+    broadcast_from_main(run.accelerator, partial(check_judge, config.sampling, config.offline))
     # Data: everything into the cache, then the plan of every batch.
     data = prepare_data(run.loaded, run.accelerator, trains=True, saved=run.resume_point.saved)
     plan, schedule = build_plan(run, data)

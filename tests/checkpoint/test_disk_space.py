@@ -343,3 +343,28 @@ def test_a_read_only_output_folder_is_an_error_of_its_own(trainer, disk):
     with pytest.raises(SpaceError, match=r"output_dir: \S+/run cannot be written \(Read-only file system\)") as caught:
         trainer(output_dir=str(folder))
     assert caught.value.exit_code == 6
+
+
+def test_what_a_full_fine_tune_keeps_of_its_base_is_planned(trainer, images_drawer, tmp_path):
+    others = images_drawer(tmp_path / "others", [(98, 98), (98, 98)])
+    at = {"resolutions": [96], "directory": [{"path": str(others)}]}
+    sets = [
+        {"name": "known", "role": "retention", "config": at, "sigmas": [0.3, 0.9], "repeats": 2},
+        {"name": "new", "config": at},
+    ]
+    changes = {"adapter": None, "eval_datasets": sets, "max_steps": 1}
+    run = trainer(**changes)
+    kept = sum(path.stat().st_size for path in (run.path / "base_velocities").rglob("*.safetensors"))
+    loaded = load_config(trainer.config(**changes))
+    scans = scan_all(loaded.datasets, loaded.config.seed, write=False)
+    found = loaded.base_velocity_bytes({name: scan.samples for name, scan in scans.items() if name != "train"})
+    assert found == 2 * 2 * 2 * 16 * 12 * 12 * 4
+    assert found <= kept < found + 4 * KIB
+    plan, schedule = plan_run(loaded.config, scans["train"].samples, 1)
+    sizes = FileSizes(10, 100, 1)
+    lines = disk_plan(loaded.config, tmp_path, sizes, plan, schedule, base_velocities=found).described()
+    assert lines.endswith(", 1 x velocities of the base (72.0 KiB)")
+    assert disk_plan(loaded.config, tmp_path, sizes, plan, schedule, 1, base_velocities=found).base_velocities == 0
+    of_lora = load_config(trainer.config(eval_datasets=sets, keep_best="new/loss", max_steps=1))
+    assert of_lora.base_velocity_bytes({name: scans[name].samples for name in ("known", "new")}) == 0
+    assert disk_plan(of_lora.config, tmp_path, sizes, plan, schedule).num_weights == 2  # the last and the best

@@ -4,13 +4,12 @@ import json
 import os
 import pickle
 import re
-import sys
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 from typer.testing import CliRunner
 
 from anima_train.adapters.selection import block_linears
@@ -159,9 +158,9 @@ def test_another_strength_of_a_lora_reads_no_file(run, tmp_path):
         (["--strengths", "0,1"], "--strengths: 0 is the base"),
         (["--strengths", "0.5,much"], '--strengths: found "much", expected numbers'),
         (["--prompts", "none.txt"], '--prompts: "none.txt" cannot be read'),
-        (["--judge", "taste"], '--judge: found "taste", expected one of clip'),
-        (["--judge", "clip"], "write --judge clip:PATH"),
-        (["--judge", "clip:."], "--judge clip:.: no CLIP can be loaded from there"),
+        (["--judge", "taste"], 'judge: found "taste", expected one of clip'),
+        (["--judge", "clip"], "judge: .*write clip:PATH"),
+        (["--judge", "clip:."], "judge clip:.: no CLIP can be loaded from there"),
     ],
 )  # fmt: skip
 def test_mistakes_are_sentences_before_anything_is_drawn(run, tmp_path, monkeypatch, arguments, message):
@@ -184,40 +183,6 @@ def test_a_folder_without_a_run_or_without_weights_or_prompts_is_told(run, tmp_p
 
 
 # Judges
-
-
-PACKAGE = """
-class Red:
-    name = "redness"
-    higher_is_better = False
-    def __init__(self, scale): self.scale = scale
-    def __call__(self, pictures, prompts):
-        return [self.scale * sum(picture.tobytes()) + len(prompt)
-                for picture, prompt in zip(pictures, prompts, strict=True)]
-def red(text): return Red(float(text or 1))
-class Broken(Red):
-    name = "broken"
-    def __call__(self, pictures, prompts): raise OSError("no")
-def broken(text): return Broken(1)
-def absent(text): raise RuntimeError("needs a file")
-"""
-
-
-@pytest.fixture
-def installed(tmp_path, monkeypatch):
-    """A distribution that offers judges; returns how to say which."""
-    site = tmp_path / "site"
-    (site / "taste-1.0.dist-info").mkdir(parents=True)
-    (site / "taste-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: taste\nVersion: 1.0\n")
-    (site / "taste_judges.py").write_text(PACKAGE)
-    monkeypatch.syspath_prepend(str(site))
-
-    def offer(*names):
-        lines = ["[anima_train.judges]", *(f"{name} = taste_judges:{name}" for name in names)]
-        (site / "taste-1.0.dist-info" / "entry_points.txt").write_text("\n".join(lines) + "\n")
-
-    yield offer
-    sys.modules.pop("taste_judges", None)
 
 
 def redness(path, scale=1.0):
@@ -246,28 +211,9 @@ def test_a_judge_that_fails_is_told_and_the_pictures_stay(run, installed, tmp_pa
     installed("broken", "absent")
     found = json.loads(command(run, "--checkpoints", "final", "--out", tmp_path / "out", "--json"))
     assert (found["judges"], len(found["pictures"])) == ([], 4)
-    with pytest.raises(
-        ConfigError, match=r"--judge absent: taste_judges:absent cannot be loaded \(RuntimeError: needs"
-    ):
+    with pytest.raises(ConfigError, match=r"judge absent: taste_judges:absent cannot be loaded \(RuntimeError: needs"):
         command(run, "--judge", "absent", "--out", tmp_path / "other")
     assert not (tmp_path / "other").exists()
-
-
-@pytest.fixture
-def clip_folder(tmp_path):
-    """A random CLIP in a folder, as transformers saves it."""
-    vocabulary = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2, "b</w>": 3, "c</w>": 4, "<unk>": 5}
-    text = {"vocab_size": 6, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
-            "max_position_embeddings": 8, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}  # fmt: skip
-    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
-              "image_size": 32, "patch_size": 16}  # fmt: skip
-    torch.manual_seed(0)
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=4))
-    folder = tmp_path / "clip"
-    model.save_pretrained(folder)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return folder, model.eval()
 
 
 def test_clip_from_a_folder_gives_the_cosine_of_picture_and_prompt(run, clip_folder, tmp_path):

@@ -366,21 +366,21 @@ def test_every_missing_path_is_reported(project):
         }
     )
     assert [problem.removeprefix("main.toml: ").partition(" ")[0] for problem in found] == [
+        "model.transformer_path:",
+        "model.vae_path:",
+        "model.llm_path:",
+        "model.tokenizer_path:",
         "dataset.directory[0].mask_path:",
         "dataset.directory[1].path:",
         "eval_datasets[0].config:",
         "output_dir:",
         "cache_dir:",
-        "model.transformer_path:",
-        "model.vae_path:",
-        "model.llm_path:",
-        "model.tokenizer_path:",
     ]
-    assert found[0].endswith('"dada" does not exist; did you mean "data"?')
-    assert found[1].endswith('"main.toml" is a file, expected a folder')
-    assert found[2].endswith('"data" is a folder, expected a file')
-    assert found[5].endswith('"models/anma.safetensors" does not exist; did you mean "models/anima.safetensors"?')
-    assert "expected hf://owner/name[@revision]/path" in found[7]
+    assert found[4].endswith('"dada" does not exist; did you mean "data"?')
+    assert found[5].endswith('"main.toml" is a file, expected a folder')
+    assert found[6].endswith('"data" is a folder, expected a file')
+    assert found[0].endswith('"models/anma.safetensors" does not exist; did you mean "models/anima.safetensors"?')
+    assert "expected hf://owner/name[@revision]/path" in found[2]
 
 
 def test_a_broken_dataset_file_is_named_itself(project):
@@ -523,8 +523,8 @@ def test_a_diffusion_pipe_config_without_its_paths_has_no_other_problem(project)
         load_config(Path("diffusion_pipe_main.toml"))
     keys = [problem.split(": ")[1] for problem in caught.value.problems]
     assert keys == [
-        "directory[0].path", "directory[1].path", "directory[1].mask_path",
         "model.transformer_path", "model.vae_path", "model.llm_path",
+        "directory[0].path", "directory[1].path", "directory[1].mask_path",
     ]  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import zlib
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -1384,3 +1385,28 @@ def test_transparent_images_are_known_from_their_header(folder: Path):
     image(folder / "b.png")
     found = look(folder, alpha_as_mask=True)
     assert [sample.has_mask for sample in found.samples] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("keys", "own", "shares"),
+    [
+        ({}, {}, (3, Fraction(3, 4))),  # a fifth of all
+        ({"num_repeats": 4}, {}, (12, 3)),
+        ({}, {"num_repeats": 2}, (3, 4)),
+        ({}, {"kohya_folders": True}, (3, 2)),
+        ({"weight": 1}, {}, (Fraction(5, 2), Fraction(5, 2))),
+    ],
+)
+def test_images_for_regularization_are_a_fifth_unless_a_key_says_how_often(tmp_path, keys, own, shares):
+    folders = [tmp_path / "train", tmp_path / "kept"]
+    for folder, number in zip(folders, (3, 2), strict=True):
+        folder.mkdir()
+        for each in range(number):
+            image(folder / f"{folder.name}{each}.png", caption="a")
+    dataset = settings({**SQUARES, **keys}, {}, {"role": "regularization", **own})
+    caches = [Cache(tmp_path / "cache")] * 2
+    samples = scan(dataset, folders, [None, None], caches, 0, write=False).samples
+    seen = [sum(each.repeats for each in samples if each.directory == index) for index in (0, 1)]
+    assert tuple(seen) == shares
+    if not keys and not own:
+        assert seen[1] / sum(seen) == Fraction(1, 5)

@@ -209,7 +209,9 @@ def test_a_dry_run_counts_them_among_the_evaluations(trainer, others, capsys):
     keys = {"eval_datasets": sets(others)[:1], "eval_every_n_steps": 2, "strengths_after_training": [0.5, 1.0]}
     run_training(load_config(trainer.config(**keys)), dry_run=True)
     # one before the first step, two in four steps, three strengths with the base's; two images at two noise levels
-    assert "evaluations: 6 with 4 passes of an image each" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "evaluations: 6 with 4 passes of an image each" in told
+    assert "evaluation sets: new (validation)" in told
 
 
 @pytest.mark.parametrize(

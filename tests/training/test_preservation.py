@@ -283,7 +283,9 @@ def test_the_share_is_counted_and_none_is_a_warning(trainer, pictures, capsys):
     held = {"on": "training_latents", "share": 0.4}
     keys = {"dataset": {"directory": folders}, "preservation": held, "epochs": 20, "max_steps": None}
     run_training(load_config(trainer.config(**keys)), dry_run=True)
-    assert "preservation: for 20% of the samples the target is the base's velocity" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "preservation: for 20% of the samples the target is the base's velocity" in told
+    assert "regularization: 50% of the samples" in told
     held |= {"share": 0.001}
     run_training(load_config(trainer.config(preservation=held, max_steps=2)), dry_run=True)
     text = capsys.readouterr().out

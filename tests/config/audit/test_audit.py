@@ -279,6 +279,7 @@ ROWS: dict[str, Row] = dict((
     table("sampling.schedule", "pictures", "beta", sampling=SAMPLING),
     table("sampling.every_n_steps", "due", 3, sampling=SAMPLING),
     table("sampling.every_n_epochs", "due", 1, sampling=SAMPLING),
+    ("sampling.judge", Row("", {"sampling": {"judge": "taste"}}, {"sampling": SAMPLING}, "sampling.judge")),
     table("sampling.before_first_step", "first", False, sampling=SAMPLING),
     table("sampling.prompts", "pictures", ["a", "b"], sampling=SAMPLING),
     table("sampling.prompts.prompt", "pictures", [{"prompt": "b"}], sampling=SAMPLING),
