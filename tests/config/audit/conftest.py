@@ -315,7 +315,7 @@ def of_settings(config, loaded, spec, plan, schedule):
     yield "at once", [size.number(9000) for size in sizes]
     yield "offline", loaded.train.offline
     yield "axis", StepLogger.x(SimpleNamespace(run=SimpleNamespace(config=config)), 5, 50)
-    metadata = weights_metadata("t", 1, 1, config.adapter, settings_metadata(config), {})
+    metadata = weights_metadata("t", 1, 1, config.adapter, 28, settings_metadata(config), {})
     times = ("modelspec.date", "ss_training_finished_at")
     told = at_level({key: value for key, value in metadata.items() if key not in times}, config.metadata.level)
     yield "metadata", told | {"thumbnail": config.metadata.thumbnail}
