@@ -2,9 +2,10 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,10 +117,9 @@ class Previews:
         """Return drawn pictures for the trackers, (h, w, 3) uint8 by name."""
         return {f"preview/{number}": np.asarray(Image.open(path, formats=["PNG"])) for number, path in enumerate(paths)}
 
-    @property
-    def identity(self) -> str:
-        """The pictures: scores of the same ones can be compared."""
-        return hashlib.sha256(repr(self.requests).encode()).hexdigest()[:16]
+    def record(self, found: Judged) -> dict[str, Any]:
+        """Return what is kept of scores: those of the same requests can be compared."""
+        return {"requests": hashlib.sha256(repr(self.requests).encode()).hexdigest()[:16], **asdict(found)}
 
     def scored(self, paths: Sequence[Path]) -> Judged | None:
         """Return what the judge says of drawn pictures; None without one, or, with a warning, where it fails."""

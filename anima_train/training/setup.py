@@ -69,7 +69,7 @@ class TrainState:
     samples_seen: int = 0  # in them
     release: GradientRelease | None = None  # where the update is a part of the backward pass
     base_passes: BasePasses | None = None  # where samples keep the base
-    norms: UpdateNorms | None = None  # of what is added to the base weights; where there are evaluations
+    norms: UpdateNorms | None = None  # of what is added to the base weights; where there are evaluations or previews
     skipped: SkippedUpdates = field(default_factory=SkippedUpdates)
     spikes: SpikeDetector = field(default_factory=SpikeDetector)
 
@@ -81,6 +81,10 @@ class TrainState:
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that get updates, in the optimizer's order."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def update_norms(self) -> dict[str, float]:
+        """Return the norms of what was added to the base weights; empty where they are not measured."""
+        return {} if self.norms is None else self.norms.metrics()
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which the weights are those to look at and to save: with [ema], their average.
@@ -242,7 +246,7 @@ def build_model(run: RunContext, spec: ModelSpec, num_steps: int, initial: Initi
         # Without what exchanges gradients, but with autocast.
         plain = run.accelerator.unwrap_model(model, keep_fp32_wrapper=True)
         passes = BasePasses(plain, partial(config.adapter.as_base, transformer), run.device)
-    norms = UpdateNorms(transformer) if config.eval_datasets else None
+    norms = UpdateNorms(transformer) if config.eval_datasets or config.sampling is not None else None
     return TrainState(
         transformer, model, optimizer, ema, factor, shards, release=release, base_passes=passes, norms=norms
     )

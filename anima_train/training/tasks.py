@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -178,7 +178,7 @@ class PeriodicTasks:
         context, state = self.context, self.state
         with state.averaged():
             results = self.measured()
-            norms = state.norms.metrics() if state.norms is not None and self.writes else {}
+            norms = state.update_norms() if self.writes else {}
         if not context.is_main or not results:
             return
         folder = context.folder
@@ -269,14 +269,15 @@ class PeriodicTasks:
         """
         with self.state.averaged():
             paths, pictures = self.draw(self.previews)
+            norms = self.state.update_norms() if self.writes and not self.data.evals else {}
         if not paths or self.previews is None:
             return
         step, examples, folder = self.state.step, self.state.samples_seen, self.context.folder
         logger.info("step %d: %s in %s", step, count(len(paths), "preview"), self.previews.folder)
         self.log.trackers.show(pictures, self.log.x(step, examples))
+        self.log_evaluation(norms)  # where no evaluation does
         if (found := self.previews.scored(paths)) is not None:
-            line = {"step": step, "examples": examples, "requests": self.previews.identity, **asdict(found)}
-            folder.log(folder.scores_path, line)
+            folder.log(folder.scores_path, {"step": step, "examples": examples, **self.previews.record(found)})
             self.log.trackers.log(found.metrics(), self.log.x(step, examples))
             logger.info("step %d: %s %.4g, mean over the previews", step, found.judge, found.mean)
 

@@ -137,3 +137,12 @@ def test_keys_of_all_prompts_hold_where_a_prompt_has_none(trainer):
         (96, 3, 0, 4.0),
         (96, 3, 7, 2.0),
     ]
+
+
+def test_a_run_without_evaluation_sets_logs_the_norms_of_its_update_with_previews(trainer):
+    run = trainer(sampling=SAMPLING)
+    assert [(line["step"], line["update_norm/mlp"] > 0) for line in run.evaluations] == [
+        (0, False),
+        (2, True),
+        (4, True),
+    ]
