@@ -7,7 +7,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from anima_train.adapters.addition import Addition
+from anima_train.adapters.addition import DYNAMIC, Addition
 from anima_train.adapters.names import module_key
 from anima_train.adapters.starts import uniform
 from anima_train.model.factor_linear import FactorLinear
@@ -39,6 +39,11 @@ class Lokr(Addition):
         if self.decompose_factor == 0:
             raise ValueError("decompose_factor: found 0, expected -1, or at least 1")
         return self
+
+    def metadata(self) -> dict[str, str]:
+        """Return the metadata that file managers read; whole factors have no rank."""
+        told = super().metadata()
+        return told | dict.fromkeys(("ss_network_dim", "ss_network_alpha"), DYNAMIC) if self.full_matrix else told
 
     def layer(self, name: str, base: nn.Linear, weight: Tensor | None, seed: int) -> FactorLinear:
         """Return a linear with its factors: the outer one of the second is zero, the others uniform."""

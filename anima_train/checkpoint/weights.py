@@ -1,4 +1,4 @@
-"""The weights that users load elsewhere: a LoRA or a model, safetensors only."""
+"""The weights that users load elsewhere: an adapter or a model, safetensors only."""
 
 import hashlib
 import logging
@@ -26,7 +26,7 @@ EXACT = tuple(f".{part}" for part in NEVER_ROUNDED)
 
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a LoRA or a checkpoint atomically, after reading back every key, shape and value of it.
+    """Write an adapter or a checkpoint atomically, after reading back every key, shape and value of it.
 
     Tensors of which each process holds a part are gathered, checked, written and dropped one by one.
 
@@ -69,7 +69,7 @@ def digest(tensor: Tensor) -> bytes:
 def weights_to_save(
     adapter: AnyAdapter, transformer: MiniTrainDIT, files: ModelFiles, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    """Return the LoRA or the whole model under the names of its file; of a transformer on the meta device, the shapes.
+    """Return the adapter or the model under the names of its file; of a transformer on the meta device, the shapes.
 
     Args:
         adapter: what is trained.

@@ -24,7 +24,7 @@ def compare(
     checkpoints: Annotated[
         str | None, Option(metavar="C1,C2,...", help="Steps, best, final, or names of files. Absent: all.")
     ] = None,
-    strengths: Annotated[str | None, Option(metavar="S1,S2,...", help="Of a LoRA, such as 0.5,1. Absent: 1.")] = None,
+    strengths: Annotated[str | None, Option(metavar="S1,S2,...", help="Of adapters, such as 0.5,1. Absent: 1.")] = None,
     prompts: Annotated[
         Path | None,
         Option(

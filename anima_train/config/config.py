@@ -145,7 +145,7 @@ class Config(Settings):
     much as an evaluation and a preview. They are kept in the run's strengths.json and shown in its report. Not with
     use_dora."""
     save_every_n_epochs: int | None = Field(default=None, ge=1)
-    """Save the LoRA or the model after every n epochs. It is always saved at the end."""
+    """Save the adapter or the model after every n epochs. It is always saved at the end."""
     save_every_n_steps: int | None = Field(default=None, ge=1)
     """Save after every n steps."""
     save_every_n_examples: int | None = Field(default=None, ge=1)
@@ -178,7 +178,7 @@ class Config(Settings):
     model: ModelSettings
     """The model."""
     adapter: AnyAdapter = Full()
-    """The thing to train: a LoRA, or (absent) the whole model."""
+    """The thing to train: a LoRA, a LoKr, a LoHa, or (absent) the whole model."""
     optimizer: AnyOptimizer
     """The optimizer."""
     preservation: PreservationSettings | None = None
@@ -330,7 +330,7 @@ class Config(Settings):
     def has_strengths(cls, value: AnyAdapter, earlier: ValidationInfo) -> AnyAdapter:
         """Refuse to try strengths of a whole model, and of a DoRA."""
         if isinstance(value, Full) and earlier.data.get("strengths_after_training"):
-            raise ValueError("a full fine-tune has no strength, as a LoRA has; remove strengths_after_training")
+            raise ValueError("a full fine-tune has no strength, as an adapter has; remove strengths_after_training")
         if isinstance(value, Lora) and value.use_dora and earlier.data.get("strengths_after_training"):
             raise ValueError(
                 "use_dora: at a strength, ComfyUI draws with weights between the base's and the trained ones, which a "

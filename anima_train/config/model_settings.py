@@ -37,7 +37,7 @@ class ModelSettings(Settings):
     """The type that the forward and backward pass compute in: "bfloat16", or "float32" (slower; for comparisons)."""
     transformer_dtype: WeightsDtype | None = None
     """The type that the base weights are kept in. Absent: as dtype. "float32" with dtype "bfloat16" trains fp32 weights
-    under autocast. "int8" halves the base weights of a LoRA run, and takes products of integers where the device has
+    under autocast. "int8" halves the base weights under an adapter, and takes products of integers where the device has
     them (CUDA from the 30 series on; wants compile); "float8" halves them, too, is less exact, and a little slower than
     absent. Both leave embedders, norms, modulations, the final layer and the LLM adapter as they are."""
     cache_text_embeddings: bool = True
@@ -71,7 +71,7 @@ class ModelSettings(Settings):
     loss of images of about 1024 pixels and more (0.9 * 1024 as a square). Draws attention to large shapes."""
     self_attn_lr: float | None = Field(default=None, ge=0)
     """Learning rate of the blocks' self-attention. Absent: optimizer.lr. 0 freezes it: no gradient, not in the
-    optimizer, not in the LoRA."""
+    optimizer, not in the saved adapter."""
     cross_attn_lr: float | None = Field(default=None, ge=0)
     """The same for the blocks' cross-attention."""
     mlp_lr: float | None = Field(default=None, ge=0)

@@ -34,7 +34,7 @@ def without_effect(config: Config) -> Iterator[tuple[str, str]]:
     has_matrices = config.adapter.leaves_base and not getattr(config.adapter, "use_dora", False)
     for key in ("betas", "eps") if has_matrices and config.optimizer.type == "muon" else ():
         if key in config.optimizer.model_fields_set:
-            yield f"optimizer.{key}", "a LoRA has matrices alone, for which muon has momentum"
+            yield f"optimizer.{key}", "an adapter has matrices alone, for which muon has momentum"
     if 0 < config.blocks_to_swap <= MAX_BUFFERS:
         yield "blocks_to_swap", f"the weights of {MAX_BUFFERS} swapped blocks are always on the device"
     monitoring = config.monitoring
@@ -67,7 +67,7 @@ def rate_warnings(config: Config) -> Iterator[tuple[str, str]]:
             yield key, f"{rate:g} is a factor on the rate that prodigy finds, and makes it that much smaller; write 1"
         return
     is_full = isinstance(config.adapter, Full)
-    what, usual, high = ("a full fine-tune", "1e-6 to 2e-5", 2e-5) if is_full else ("a LoRA", "2e-5 to 1e-3", 1e-3)
+    what, usual, high = ("a full fine-tune", "1e-6 to 2e-5", 2e-5) if is_full else ("an adapter", "2e-5 to 1e-3", 1e-3)
     if config.optimizer.type in SCHEDULE_FREE:
         high *= 10
     if rate >= 0.1:
@@ -90,11 +90,11 @@ def optimizer_advice(config: Config) -> Iterator[tuple[str, str]]:
             '2 % of the weights ever move; "adamw_optimi" loses none',
         )
     if not trains_all and (optimizer.type == "adamw8bit" or getattr(optimizer, "moments_dtype", "") == "8bit"):
-        yield "optimizer.type", "8-bit moments save a LoRA little, and its many small tensors make each step longer"
+        yield "optimizer.type", "8-bit moments save an adapter little, and its many small tensors make each step longer"
     if not trains_all and optimizer.releases_gradients:
         yield (
             "optimizer.gradient_release",
-            "it saves a LoRA little, and its many small tensors are updated one by one, which takes long",
+            "it saves an adapter little, and its many small tensors are updated one by one, which takes long",
         )
     if optimizer.type in SCHEDULE_FREE and config.lr_scheduler.type != "constant":
         yield "lr_scheduler", f"{optimizer.type} needs none: its average takes the place of a falling learning rate"

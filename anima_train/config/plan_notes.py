@@ -118,7 +118,7 @@ def without_effect_here(config: Config, spec: ModelSpec) -> Notes:
     stored = {entry.dtype for entry in spec.files.transformer_header.entries.values()}
     if config.adapter.leaves_base and model.uses_autocast and stored == {torch.bfloat16}:
         why = (
-            "the file holds bfloat16, a LoRA leaves the base weights as they are, and they compute in bfloat16: "
+            "the file holds bfloat16, an adapter leaves the base weights as they are, and they compute in bfloat16: "
             "float32 only doubles their memory"
         )
         yield "model.transformer_dtype", why

@@ -46,7 +46,7 @@ class EvalDataset(Settings):
 
     drift: bool | None = None
     """Measure how far the predicted velocity is from the base model's, on the same noise: almost all of what is
-    forgotten, from far fewer images than the loss needs. A LoRA has its base beside it, for a second pass; with
+    forgotten, from far fewer images than the loss needs. An adapter has its base beside it, for a second pass; with
     init_from_existing, too, the base is the model without any LoRA. A full fine-tune keeps the base's velocities, as
     they are before the first step, in the run's folder: 0.25 MiB at 512 pixels for each image, level and repeat.
     Absent: for "train" and "retention"."""
@@ -103,7 +103,7 @@ class EvalDataset(Settings):
 
 class PreservationSettings(Settings):
     """Keep what the base model does with other captions: on a share of the samples the target of the loss is the base's
-    own velocity, from the same weights without the LoRA. It needs no pictures. Such a sample takes a second pass
+    own velocity, from the same weights without the adapter. It needs no pictures. Such a sample takes a second pass
     without gradients, about a third of a step, and teaches nothing new; both are told. The loss is logged apart, as
     loss/preservation."""
 
@@ -169,7 +169,7 @@ class EarlyStopping(Settings):
 
 
 def metric_fault(metric: str, sets: Sequence[EvalDataset]) -> str | None:
-    """Return why the evaluations of these sets do not log a number; None if they do, with a LoRA."""
+    """Return why the evaluations of these sets do not log a number; None if they do, with an adapter."""
     names = {f"{each.name}/{number}" for each in sets for number in ("loss", "difference_from_base")}
     drifts = [each for each in sets if each.measures_drift]
     names |= {f"{each.name}/{number}" for each in drifts for number in ("drift", "drift_relative")}

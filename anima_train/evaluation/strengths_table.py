@@ -1,4 +1,4 @@
-"""The record of a LoRA at several strengths as a table; read without torch."""
+"""The record of an adapter at several strengths as a table; read without torch."""
 
 from collections.abc import Mapping, Sequence
 from itertools import compress

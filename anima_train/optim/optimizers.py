@@ -138,7 +138,7 @@ class AdamWKahan(AdamSettings, HostSettings):
 
 class AdamW8bit(AdamSettings, HostSettings):
     """AdamW with running means in 8 bits, by bitsandbytes: adamw_optimi with moments_dtype = "8bit". For a full
-    fine-tune; a LoRA gains little, and its many small tensors take long."""
+    fine-tune; an adapter gains little, and its many small tensors take long."""
 
     library = ("bitsandbytes", "bitsandbytes")
 
@@ -175,7 +175,7 @@ class Adafactor(SplitSettings):
     decay_rate: float = Field(default=-0.8, lt=0)
     """Power of the step, which is the share that a step has in the running means."""
     scale_parameter: bool = False
-    """Multiply lr by the root mean square of the weight, as in the paper. Not for a LoRA, which begins with zeros."""
+    """Multiply lr by the root mean square of the weight, as in the paper. Not for adapters, which begin with zeros."""
 
     def build(self, groups: Groups, seed: int = 0) -> Optimizer:
         eps = (self.eps[0], self.eps[1])

@@ -38,7 +38,7 @@ class RunFolder:
         self.config_path = self.path / "config.toml"
         self.lists_path = self.path / "lists.txt"  # of this start: what messages name the first entries of
         self.seen_path = self.path / "seen.json"
-        self.strengths_path = self.path / STRENGTHS  # the LoRA at several strengths, after the last step
+        self.strengths_path = self.path / STRENGTHS  # the adapter at several strengths, after the last step
         self.strengths_folder = self.path / "strengths"  # previews of these
         self.scores_path = self.path / SCORES  # of previews, by a judge
         self.hashed = (self.metrics_path, self.evaluations_path)  # in training states

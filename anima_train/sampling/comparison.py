@@ -20,7 +20,7 @@ STEP = re.compile(r"-s(\d{6,})")  # at the end of the name of weights that were 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights that a run has saved: a LoRA, or a whole transformer."""
+    """Weights that a run has saved: an adapter, or a whole transformer."""
 
     path: Path
     label: str  # "step 500", "best", "final"; of other files the name
@@ -32,7 +32,7 @@ class Column:
     """The weights that a column of pictures is drawn with: without a checkpoint the base model's."""
 
     checkpoint: Checkpoint | None = None
-    strength: float | None = None  # of a LoRA
+    strength: float | None = None  # of an adapter
 
     @property
     def name(self) -> str:

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from anima_train.adapters.addition import adapted_layers
+from anima_train.adapters.addition import Addition, adapted_layers
 from anima_train.adapters.choice import AnyAdapter
 from anima_train.adapters.full import Full
 from anima_train.adapters.selection import block_linears, described
@@ -54,10 +54,13 @@ def selection_text(adapter: AnyAdapter, transformer: MiniTrainDIT) -> list[str]:
         adapter: that is trained.
         transformer: with it.
     """
-    if isinstance(adapter, Full) or not adapter.is_partial:
+    if isinstance(adapter, Full):
         return []
+    lines = unscaled_text(adapter, transformer)
+    if not adapter.is_partial:
+        return lines
     chosen = [name for name, _ in adapted_layers(transformer)]
-    lines = [f"adapter: {len(chosen)} of {count(len(block_linears(transformer)), 'linear')}: {described(chosen)}"]
+    lines += [f"adapter: {len(chosen)} of {count(len(block_linears(transformer)), 'linear')}: {described(chosen)}"]
     ranks = Counter(adapter.rank_of(name) for name in chosen)
     if len(ranks) > 1:
         shown = ", ".join(f"{rank} ({number})" for rank, number in sorted(ranks.items()))
@@ -68,6 +71,17 @@ def selection_text(adapter: AnyAdapter, transformer: MiniTrainDIT) -> list[str]:
             "[model], its output is cached, and steps are shorter"
         )
     return lines
+
+
+def unscaled_text(adapter: Addition, transformer: MiniTrainDIT) -> list[str]:
+    """Return a line about the linears on which alpha has no effect: LoKrs whose factors are whole at their rank."""
+    layers = dict(adapted_layers(transformer))
+    if not (unscaled := [name for name, layer in layers.items() if layer.scale != adapter.scale_of(name)]):
+        return []
+    return [
+        f"note: adapter: alpha has no effect on {len(unscaled)} of {count(len(layers), 'linear')}, whose factors are "
+        "whole at this rank: their scale is 1, as ComfyUI has it"
+    ]
 
 
 def groups_text(rows: Sequence[GroupRow]) -> list[str]:

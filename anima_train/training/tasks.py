@@ -340,7 +340,7 @@ class PeriodicTasks:
             raise Interrupted(f"while strengths were tried; {RESUME_HINT}", request.exit_code) from None
 
     def save_weights(self, step: int | None, path: Path | None = None) -> Path:
-        """Have the LoRA or the model written; None: after the last step. Return its path."""
+        """Have the adapter or the model written; None: after the last step. Return its path."""
         path = self.context.folder.weights_path(step) if path is None else path
         done = self.state.step if step is None else step
         epoch = self.schedule.locate(max(0, done - 1))[0] + 1

@@ -17,6 +17,7 @@ from anima_train.model.modulations import LinearBatch
 from anima_train.model.quantized import quantize_blocks
 from anima_train.model.recompute import runner
 from anima_train.optim.groups import COMPONENTS, LearningRates, group_rows
+from anima_train.training.summary import selection_text
 
 RATES = LearningRates(dict.fromkeys(COMPONENTS, 1e-4))
 SHAPE = TransformerShape(2, 48, 24, 16, 20, 8)
@@ -257,6 +258,19 @@ def test_metadata_name_the_kind():
     assert Lokr(decompose_factor=4).metadata()["ss_network_module"] == "lycoris.kohya"
     assert '"decompose_factor": 4' in Lokr(decompose_factor=4).metadata()["ss_network_args"]
     assert "ss_network_args" not in Lora().metadata()
+    assert Lokr(full_matrix=True).metadata()["ss_network_dim"] == "Dynamic"
+
+
+@pytest.mark.parametrize(
+    ("adapter", "some"), [(Lokr(rank=3, alpha=1.5), False), (Lokr(rank=4, alpha=2.0), True), (Lokr(rank=64), False)]
+)
+def test_linears_on_which_alpha_has_no_effect_are_told(adapter, some):
+    model = base_model()
+    adapter.attach(model, RATES, 0)
+    sides = [[divided(side, 8)[1] for side in layer.weight.shape] for _, layer in adapted_layers(model)]
+    number = sum(2 * adapter.rank >= max(pair) for pair in sides)
+    expected = f"note: adapter: alpha has no effect on {number} of {len(sides)} linears, whose factors are whole"
+    assert [line.startswith(expected) for line in selection_text(adapter, model)] == [True] * some
 
 
 @pytest.mark.slow

@@ -44,7 +44,7 @@ NO_SETS = "there are no eval_datasets"
         ({"x_axis_examples": True}, []),
         (
             {"optimizer": {"type": "muon", "lr": 1e-4, "eps": 1e-7, "momentum": 0.9}},
-            [("optimizer.eps", "a LoRA has matrices alone, for which muon has momentum")],
+            [("optimizer.eps", "an adapter has matrices alone, for which muon has momentum")],
         ),
         ({"adapter": {"type": "full"}, "optimizer": {"type": "muon", "lr": 1e-4, "eps": 1e-7}}, []),
         (
@@ -154,11 +154,11 @@ ADAM = {"type": "adamw_optimi"}
     ("changes", "warned"),
     [
         ({"optimizer.lr": 1e-3}, ""),
-        ({"optimizer.lr": 2e-3}, "optimizer.lr: 0.002 is much for a LoRA, which may forget all or end in NaN; write "
-                                 "2e-5 to 1e-3"),
+        ({"optimizer.lr": 2e-3}, "optimizer.lr: 0.002 is much for an adapter, which may forget all or end in NaN; "
+                                 "write 2e-5 to 1e-3"),
         ({"optimizer.lr": 1.0},
          'optimizer.lr: 1 is for type = "prodigy", which finds the rate; adamw wants 2e-5 to 1e-3'),
-        ({"model.mlp_lr": 0.01}, "model.mlp_lr: 0.01 is much for a LoRA"),
+        ({"model.mlp_lr": 0.01}, "model.mlp_lr: 0.01 is much for an adapter"),
         ({"optimizer": ADAM | {"lr": 2e-5}, "adapter": FULL}, ""),
         ({"optimizer": ADAM | {"lr": 1e-4}, "adapter": FULL},
          "optimizer.lr: 0.0001 is much for a full fine-tune, which may "

@@ -213,7 +213,7 @@ def test_what_an_evaluation_does_not_use_is_noted(notes_of, pictures):
 def test_what_does_nothing_with_these_files_or_on_this_device_is_noted(notes_of):
     as_float32 = {"dtype": "bfloat16", "transformer_dtype": "float32"}
     (note,) = notes_of(model=as_float32)
-    assert note.startswith("model.transformer_dtype: has no effect, as the file holds bfloat16, a LoRA leaves")
+    assert note.startswith("model.transformer_dtype: has no effect, as the file holds bfloat16, an adapter leaves")
     assert notes_of(model=as_float32, adapter=None) == []
     (note,) = notes_of(model={"text_encoder_device": "cpu"})
     assert note == "model.text_encoder_device: has no effect, as training is on the CPU, too"

@@ -176,3 +176,16 @@ def test_any_number_of_processes_gives_the_numbers_of_one_and_resumes_from_any(t
             assert calls["c10d::_reduce_scatter_base_"] == (units if name == "full2d" else 2) * number
             assert calls["c10d::allreduce_"] == 2  # the norm, and the sums of the step
     assert [number for number, _ in more["full4d"]] == [1, 1]
+
+
+@pytest.mark.slow
+def test_two_processes_divide_a_lokr_and_a_loha_and_compute_what_one_does(trainer, train_all):
+    kinds = [{"type": "lokr", "rank": 3}, {"type": "lokr", "full_matrix": True}, {"type": "loha", "rank": 3}]
+    runs = {f"{adapter['type']}{number}": {"adapter": adapter, "max_steps": 3} for number, adapter in enumerate(kinds)}
+    for name, keys in runs.items():
+        trainer(name, gradient_accumulation_steps=4, **keys)
+    train_all(2, *((f"{name}d", {**keys, "sharding": "fsdp2"}, False) for name, keys in runs.items()))
+    for name in runs:
+        assert numbers(trainer, f"{name}d") == pytest.approx(numbers(trainer, name), rel=1e-5), name
+        for key, tensor in weights(trainer, f"{name}d").items():
+            torch.testing.assert_close(tensor, weights(trainer, name)[key], rtol=1e-3, atol=1e-5, msg=f"{name} {key}")

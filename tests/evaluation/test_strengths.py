@@ -220,7 +220,7 @@ def test_a_dry_run_counts_them_among_the_evaluations(trainer, others, capsys):
         ({"strengths_after_training": [0.5]}, "strengths_after_training: needs a set in eval_datasets with role"),
         ({"strengths_after_training": [-1.0]}, r"strengths_after_training\[0\]: found -1"),
         ({"strengths_after_training": [0.5], "adapter": {"type": "full"}, "eval_datasets": True},
-         "adapter: a full fine-tune has no strength, as a LoRA has; remove strengths_after_training"),
+         "adapter: a full fine-tune has no strength, as an adapter has; remove strengths_after_training"),
         ({"strengths_after_training": [0.5], "adapter": {"type": "lora", "use_dora": True}, "eval_datasets": True},
          "adapter: use_dora: at a strength, ComfyUI draws with weights between .* remove strengths_after_training"),
     ],
