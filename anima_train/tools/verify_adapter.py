@@ -52,7 +52,8 @@ def adapter_verdict(file: TensorFile, base: TensorFile | None) -> Verdict:
         groups[key.parameter if key.module else key.stem].append(key)
     misfits = shape_faults(file, groups, base)
     kinds = Counter(group_kind(parts) or "" for parts in groups.values() if parts[0].stem)
-    comfy = Reading.of((key.key, comfy_reason(key, groups, misfits)) for key in keys)
+    whose = "Anima" if base is None else base.path.name
+    comfy = Reading.of((key.key, comfy_reason(key, groups, misfits, whose)) for key in keys)
     refusal = diffusers_refusal(file.entries)
     diffusers = Reading.of(((key.key, diffusers_reason(key, groups, misfits)) for key in keys), refusal)
     problems = [*dict.fromkeys(misfits.values()), *halves(groups)]
@@ -143,14 +144,14 @@ def first_of(metadata: Mapping[str, str], names: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(metadata[name] for name in names if metadata.get(name)))
 
 
-def comfy_reason(key: AdapterKey, groups: Groups, misfits: Mapping[str, str]) -> str | None:
+def comfy_reason(key: AdapterKey, groups: Groups, misfits: Mapping[str, str], whose: str) -> str | None:
     """Return why ComfyUI would ignore a key; None if it uses it."""
     if LLLITE.match(key.key) or (key.stem and COMFY_TEXT_ENCODER.match(f"{key.stem}.")):
         return None
     if not key.stem:
         return "they are no part of an adapter that it knows"
     if key.module is None:
-        return "Anima has no such module"
+        return f"{whose} has no such module"
     if key.form not in ("ComfyUI", "kohya"):
         return f"their names are {FORM_NAMES[key.form or 'bare']}, and it looks for {LORA_PREFIX} and lora_unet_"
     if key.part.startswith(MAGNITUDE):
@@ -225,13 +226,16 @@ def misalignment(keys: Sequence[AdapterKey], base: TensorFile | None) -> Iterabl
 
     The variants have copies of blocks inserted between those of the first, which shift the numbers of all behind them.
     """
-    made_for = num_blocks((f".{key.module}." for key in keys if key.module), BLOCK_NUMBER)
+    made_for = num_blocks((key.key for key in keys), BLOCK_NUMBER)  # those that the base lacks have no module
     found = 0 if base is None else num_blocks(base.entries, BLOCK_NUMBER)
-    if base is not None and made_for in VARIANTS and found in VARIANTS and made_for < found:
-        yield (
-            f"it has changes for {made_for} blocks, as {VARIANTS[made_for]} has, and {base.path.name} {found}: if it "
-            "was made for the former, it loads without a word and changes blocks that it was not trained on"
-        )
+    if base is None or made_for not in VARIANTS or found not in VARIANTS or made_for == found:
+        return
+    how = "loads without a word and" if made_for < found else "loses those for blocks that are not there, and the rest"
+    yield (
+        f"it has changes for {made_for} blocks, as {VARIANTS[made_for]} has, and {base.path.name} {found}: if it was "
+        f"made for the former, it {how} changes blocks that it was not trained on; "
+        f"`anima remap --to {found}` moves them"
+    )
 
 
 def notes(file: TensorFile, keys: Sequence[AdapterKey]) -> Iterable[str]:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from anima_train.adapters.parts import read_adapter
 from anima_train.cli.main import main
 from anima_train.core.errors import ModelFileError
+from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.tiny import tiny_paths
 from anima_train.tools.convert import to_diffusers
 from anima_train.tools.verdict import lines
@@ -303,3 +304,35 @@ def test_a_dora_of_peft_is_not_read_as_a_lora_without_its_lengths(tmp_path):
     save_file(pair(OURS) | {f"{OURS}.lora_magnitude_vector": torch.ones(OUT)}, path)
     with pytest.raises(ModelFileError, match="parts that make no change that is known"):
         read_adapter(path)
+
+
+@pytest.mark.parametrize(
+    ("num_made", "num_base", "words"),
+    [
+        (28, 40, "as Anima 2B has, and base.safetensors 40: if it was made for the former, it loads without a word"),
+        (
+            40,
+            28,
+            "as Anima 2.9B has, and base.safetensors 28: if it was made for the former, it loses those for blocks",
+        ),
+        (40, 40, ""),
+    ],
+)
+def test_an_adapter_for_another_depth_than_its_base_is_warned_of(tmp_path, num_made, num_base, words):
+    with torch.device("meta"):
+        model = MiniTrainDIT(TransformerShape(num_base, 48, 24, 16, 20, 8))
+    save_file(
+        {name: torch.zeros(weight.shape) for name, weight in model.named_parameters()}, tmp_path / "base.safetensors"
+    )
+    stems = [f"lora_unet_blocks_{number}_mlp_layer1" for number in range(num_made)]
+    factors = {"lora_down": torch.ones(2, 48), "lora_up": torch.ones(192, 2)}
+    tensors = {f"{stem}.{half}.weight": factor.clone() for stem in stems for half, factor in factors.items()}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    found = verify(tmp_path / "lora.safetensors", tmp_path / "base.safetensors")
+    warned = [note for note in found.notes if "it was made for the former" in note]
+    assert [words in note and f"`anima remap --to {num_base}`" in note for note in warned] == [True] * bool(words)
+    ignored = found.programs["ComfyUI"].ignored
+    lost = 2 * max(0, num_made - num_base)
+    assert {reason: len(keys) for reason, keys in ignored.items()} == (
+        {"base.safetensors has no such module": lost} if lost else {}
+    )
