@@ -23,9 +23,7 @@ FIRST_SEED = 2**40  # far from the seeds of pictures that are measured
 class Preserved:
     """The samples that keep the base, and where they come from."""
 
-    settings: (
-        PreservationSettings  # with the captions of a file in them, so that others are noticed, and no file is needed
-    )
+    settings: PreservationSettings  # with the captions of a file in them: others are noticed, and it may be gone
     samples: Preservation
     dataset: "Dataset | None"  # of pictures that are added to the training set
     captions: frozenset[str]

@@ -52,7 +52,7 @@ class PictureSettings(Settings):
     def is_used(cls, value: str, earlier: ValidationInfo) -> str:
         """Refuse a negative prompt without guidance, which would have no effect."""
         if value and earlier.data.get("cfg") == 1:
-            raise ValueError("has no effect with cfg 1, Turbo's default; leave it out, or write another cfg")
+            raise ValueError("has no effect with cfg 1 (of Turbo the default); leave it out, or write another cfg")
         return value
 
 

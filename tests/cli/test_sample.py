@@ -463,7 +463,7 @@ def test_a_negative_prompt_for_a_config_without_guidance_is_refused(config, tmp_
         result = CliRunner().invoke(application(COMMANDS, "anima"), arguments)
         assert (
             str(result.exception)
-            == "--negative: has no effect with cfg 1, Turbo's default; leave it out, or write another cfg"
+            == "--negative: has no effect with cfg 1 (of Turbo the default); leave it out, or write another cfg"
         )
 
 
@@ -499,7 +499,7 @@ def test_turbo_is_drawn_with_its_own_cfg_and_steps_where_nothing_else_is_set(con
     assert drawn("--cfg", "2", "--steps", "1")[:2] == (2, 1)
     words = [str(word) for word in (*always, "--negative", "b")]
     refused = CliRunner().invoke(application(COMMANDS, "anima"), words).exception
-    assert "--negative: has no effect with cfg 1, Turbo's default" in str(refused)
+    assert "--negative: has no effect with cfg 1 (of Turbo the default)" in str(refused)
 
 
 def test_keys_of_sampling_hold_against_the_defaults_of_turbo(config, tmp_path):
