@@ -67,6 +67,8 @@ def trained_text(adapter: Mapping[str, Any]) -> str:
         return "all weights (full)" if kind == "full" else value_text(kind or "")
     values = {key: adapter.get(key) for key in ("rank", "alpha", "dtype", "dropout")}
     values["alpha"] = values["alpha"] or values["rank"]  # as it is where it is not written
+    if adapter.get("full_matrix"):
+        values |= {"rank": None, "alpha": None}  # they have no effect
     values |= {key: adapter.get(key) for key in CHOICES if adapter.get(key) != "all"}
     return ", ".join([ADDITIONS[kind], *(f"{key} {value_text(value)}" for key, value in values.items() if value)])
 

@@ -47,6 +47,11 @@ def test_a_lora_tells_its_sizes_rates_and_optimizer(tmp_path):
     assert "betas [0.9, 0.95]" in optimizer
 
 
+def test_sizes_that_a_whole_factor_does_not_have_are_not_told(tmp_path):
+    adapter = {"type": "lokr", "full_matrix": True, "decompose_factor": 4}
+    assert rows_of(tmp_path, adapter=adapter)["trained"] == "LoKr, dtype float32, decompose_factor 4, full_matrix true"
+
+
 def test_sizes_among_the_resolutions_keep_their_brackets(tmp_path):
     for resolutions, shown in (([[1280, 704]], "[1280, 704]"), ([512, [704, 1280]], "512, [704, 1280]")):
         dataset = {"resolutions": resolutions, "directory": [{"path": "."}]}
