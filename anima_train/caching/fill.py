@@ -38,7 +38,7 @@ from anima_train.data.image_headers import BadImage, Unreadable
 from anima_train.data.loader import Entry, read_ahead
 from anima_train.data.samples import View
 from anima_train.model.loading import ModelSpec
-from anima_train.model.text import TokenCounts, Tokenizers, count_tokens, load_tokenizers
+from anima_train.model.text import TokenCounts, Tokenizers, count_tokens
 from anima_train.model.vae import load_vae, to_pixels
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def fill_cache(
         for cache in needed.caches():
             cache.remove_unfinished()
     missing = missing_entries(needed)
-    tokenizers = load_tokenizers(model.files.tokenizer, model.files.t5_tokenizer) if missing.texts else None
+    tokenizers = model.files.load_tokenizers() if missing.texts else None
     if ranks.is_main:
         for message in truncated(require_room(missing, model, tokenizers, first_files), missing.owners):
             logger.warning(message)

@@ -11,6 +11,7 @@ from anima_train.core.format import count
 from anima_train.core.shapes import LATENT_CHANNELS, LATENT_PIXELS
 from anima_train.data.loader import Entry
 from anima_train.data.samples import View
+from anima_train.model.dit import TransformerShape
 from anima_train.model.llm_adapter import LLMAdapterShape
 from anima_train.model.loading import ModelSpec
 from anima_train.model.text import TokenCounts
@@ -23,16 +24,19 @@ NUM_OTHER_FILES = 2  # in a cache beside its entries: the lock, and that of its 
 class TextFormat:
     """The format in which conditions are cached, as far as their size depends on it."""
 
-    apply_llm_adapter: bool  # True: the LLM adapter's output; False: what a trained one reads
-    source_width: int  # of the Qwen3 states
-    context_width: int  # of the LLM adapter's output
+    apply_llm_adapter: bool  # True: what the transformer reads; False: what a trained LLM adapter reads
+    source_width: int  # of the Qwen3 states, where these are cached
+    context_width: int  # of what the transformer reads
     value_bytes: int  # of each number
 
     @classmethod
     def of(cls, model: ModelSpec) -> "TextFormat":
         """Return the format of a model's conditions."""
-        shape = LLMAdapterShape.of(model.files.llm_adapter_header.entries)
-        return cls(not model.trains_llm_adapter, shape.source_width, shape.target_width, model.dtype.itemsize)
+        context_width = TransformerShape.of(model.files.transformer_header.entries).context_width
+        trains, entries = model.trains_llm_adapter, model.files.llm_adapter_header.entries
+        return cls(
+            not trains, LLMAdapterShape.of(entries).source_width if trains else 0, context_width, model.dtype.itemsize
+        )
 
     def num_bytes(self, length: TokenCounts) -> int:
         """Return the bytes of the tensors of a caption of this length."""

@@ -15,8 +15,8 @@ from anima_train.core.errors import ModelFileError
 from anima_train.core.format import Listing, count
 from anima_train.core.text_batch import pad_states
 from anima_train.data.samples import Sample
-from anima_train.model.loading import ModelSpec, load_llm_adapter
-from anima_train.model.text import TokenCounts, Tokenizers, load_text_encoder, tokenize
+from anima_train.model.loading import ModelSpec
+from anima_train.model.text import TokenCounts, Tokenizers, tokenize
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ NUM_REMEMBERED = 64  # conditions of captions; two resolutions of an image often
 
 
 class CaptionEncoder:
-    """The text encoder and, where it is frozen, the LLM adapter, both in float32.
+    """The text encoder and, where it is frozen, what makes contexts of its states (the LLM adapter), both in float32.
 
     Args:
         model: to be loaded.
@@ -40,9 +40,9 @@ class CaptionEncoder:
         self.device = model.text_device
         self.dtype = model.dtype
         self.max_tokens = model.max_tokens
-        self.text_encoder = load_text_encoder(model.files.llm, tokenizers, self.device, model.text_quantization)
-        self.llm_adapter = (
-            None if model.trains_llm_adapter else load_llm_adapter(model.files, torch.float32, self.device).eval()
+        self.text_encoder = model.files.load_text_encoder(tokenizers, self.device, model.text_quantization)
+        self.conditioner = (
+            None if model.trains_llm_adapter else model.files.load_conditioner(torch.float32, self.device)
         )
 
     @torch.no_grad()
@@ -55,11 +55,11 @@ class CaptionEncoder:
         encoded = self.text_encoder.encode(
             [tokenize(self.tokenizers, caption, self.max_tokens) for caption in captions]
         )
-        if self.llm_adapter is None:
-            tensors = [{"qwen": text.qwen.to(self.dtype), "t5_ids": text.t5_ids} for text in encoded]
+        if self.conditioner is None:
+            tensors = [{"qwen": text.source.to(self.dtype), "t5_ids": text.t5_ids} for text in encoded]
         else:
             states = pad_states(encoded).to(self.device)
-            contexts = self.llm_adapter(states.qwen, states.t5_ids, states.qwen_mask, states.t5_mask).cpu()
+            contexts = self.conditioner(states.source, states.t5_ids, states.source_mask, states.t5_mask).cpu()
             rows = zip(contexts, encoded, strict=True)
             tensors = [{"context": row[: len(text.t5_ids)].to(self.dtype)} for row, text in rows]
         for caption, entry in zip(captions, tensors, strict=True):

@@ -138,7 +138,7 @@ def start_again(saved: SavedState, adapter: AnyAdapter, files: ModelFiles) -> li
     if path is None:
         return ["start another run; this one has no saved weights to begin with (save_every_n_steps saves them)"]
     lines = begin_with(path, place_of(adapter.type, adapter.is_plain))
-    if is_part:
+    if is_part and files.llm_adapter_header.entries:
         lines.append(toml_line("llm_adapter_path", files.llm_adapter or files.transformer))
     return lines
 

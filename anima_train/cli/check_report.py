@@ -33,7 +33,7 @@ from anima_train.data.scan import Scan
 from anima_train.evaluation.base_drawn import split_undrawn
 from anima_train.model.attention_choice import AttentionShape, choose_attention
 from anima_train.model.loading import ModelSpec
-from anima_train.model.text import TokenCounts, load_tokenizers
+from anima_train.model.text import TokenCounts
 from anima_train.optim.groups import group_rows
 from anima_train.reports.captions import Tokenized, tokenized
 from anima_train.reports.check import summary
@@ -178,7 +178,7 @@ class Checked:
         config = loaded.config
         captions = captions_of(scans, config.seed)
         texts = (text for of_set in captions.values() for of_picture in of_set.values() for text in of_picture)
-        known = tokenized(load_tokenizers(spec.files.tokenizer, spec.files.t5_tokenizer), ["", *texts], spec.max_tokens)
+        known = tokenized(spec.files.load_tokenizers(), ["", *texts], spec.max_tokens)
         plan, schedule = plan_run(config, scans["train"].samples, num_processes=1)
         sizes, kept = file_sizes(config, spec, plan.samples), loaded.base_velocity_bytes(evaluated(scans))
         files = disk_plan(config, Path(config.output_dir), sizes, plan, schedule, base_velocities=kept)

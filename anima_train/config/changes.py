@@ -21,6 +21,7 @@ MAY_CHANGE = frozenset(
         # Where things are. The run is found in output_dir and run_name, wherever they lead; what is in the files and
         # folders is compared by its hash, see `checkpoint.resume.check_same_content`.
         *("output_dir", "run_name", "cache_dir", "model.transformer_path", "model.vae_path", "model.llm_path"),
+        "model.t5_path",
         *("model.llm_adapter_path", "model.tokenizer_path", "model.t5_tokenizer_path", "model.tiny_path"),
         *("dataset.directory.path", "dataset.directory.mask_path", "dataset.directory.hf_dataset"),
         *("dataset.directory.hf_subset", "dataset.directory.hf_split", "dataset.directory.hf_revision"),

@@ -23,8 +23,6 @@ class Keys:
     """The keys of a file that its settings classes do not have. Names are dotted."""
 
     ignored: dict[str, str]  # without meaning here: why. Accepted with one note each
-    off: dict[str, Any] = field(default_factory=dict)  # not supported yet: the value that means "off", accepted
-    off_remedies: dict[str, str] = field(default_factory=dict)  # what to do instead of each of these
     not_yet: dict[str, dict[str, str]] = field(default_factory=dict)  # values that are not supported yet: what to do
     instead: dict[str, dict[str, str]] = field(default_factory=dict)  # values that are not chosen: what to write
 
@@ -54,7 +52,7 @@ def translate(
     Args:
         data: one table; nested tables are looked into.
         keys: what its file may hold besides settings.
-        problem: gets the name of each key that is not supported yet, and a sentence.
+        problem: gets the name of each key whose value is not ours, and a sentence.
         note: gets the name of each key without meaning, and why.
         prefix: dotted name of the table, with a final dot, or "".
     """
@@ -63,10 +61,6 @@ def translate(
         name = prefix + key
         if name in keys.ignored:
             note(name, keys.ignored[name])
-        elif name in keys.off:
-            off = keys.off[name]
-            if value != off or isinstance(value, bool) != isinstance(off, bool):
-                problem(name, f"not supported yet; {keys.off_remedies[name]}")
         else:
             if isinstance(value, str) and (fault := keys.value_fault(name, value)):
                 problem(name, fault)

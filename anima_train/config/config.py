@@ -15,7 +15,7 @@ from anima_train.config.combinations import (
     optimizer_fault,
     weights_fault,
 )  # fmt: skip
-from anima_train.config.model_settings import ModelSettings
+from anima_train.config.model_settings import AnyModel
 from anima_train.config.sections import (
     EarlyStopping,
     EvalDataset,
@@ -175,7 +175,7 @@ class Config(Settings):
     """Open no connection: nothing is looked up or downloaded, and W&B only writes files, for `wandb sync` to send."""
     x_axis_examples: bool = False
     """Curves in TensorBoard and W&B over images seen instead of steps."""
-    model: ModelSettings
+    model: AnyModel
     """The model."""
     adapter: AnyAdapter = Full()
     """The thing to train: a LoRA, a LoKr, a LoHa, or (absent) the whole model."""
@@ -442,7 +442,7 @@ class Config(Settings):
         return self.micro_batch_size_per_gpu if own is None else own
 
 
-def component_rate(model: ModelSettings, optimizer: AnyOptimizer, component: Component) -> float:
+def component_rate(model: AnyModel, optimizer: AnyOptimizer, component: Component) -> float:
     """Return a component's learning rate: its own, else the optimizer's."""
     own = None if component == "base" else getattr(model, f"{component}_lr")
     return optimizer.lr if own is None else own

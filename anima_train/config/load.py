@@ -17,7 +17,7 @@ from anima_train.config.base_drawn import SHIPPED, SHIPPED_CAPTIONS, BaseDrawn, 
 from anima_train.config.compat import DATASET, FOREIGN, MAIN, Keys, translate
 from anima_train.config.config import Config
 from anima_train.config.judge import find_judge
-from anima_train.config.model_settings import ModelSettings
+from anima_train.config.model_settings import FAMILIES, MODEL_PATHS, AnyModel, unknown_family
 from anima_train.config.notes import optimizer_advice, rate_warnings, without_effect
 from anima_train.config.other_files import is_kohya, lifted, whole_file_fault
 from anima_train.config.paths import Place, expected_kind, find_path, path_fault
@@ -25,7 +25,7 @@ from anima_train.config.preserved import Preserved, load_preserved, measured_too
 from anima_train.config.read import Table, apply_override, name_by_time, read_toml, replace_tables
 from anima_train.config.sections import EvalDataset, Role, Sampling
 from anima_train.core.errors import ConfigError
-from anima_train.core.settings import Settings, nearest, quoted, validation_problems
+from anima_train.core.settings import Settings, quoted, validation_problems
 from anima_train.core.shapes import LATENT_CHANNELS, LATENT_PIXELS
 from anima_train.data.buckets import Size
 from anima_train.data.cache import CACHE_FOLDER, Cache
@@ -41,7 +41,6 @@ AnySettings = TypeVar("AnySettings", bound=Settings)
 FLOAT32 = 4  # bytes
 MAX_NAME = 255  # bytes of the name of a file or a folder
 HUB_DATASET = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?<!\.parquet)(?<!\.tar)")
-MODEL_PATHS = ("transformer_path", "vae_path", "llm_path", "llm_adapter_path", "tokenizer_path", "t5_tokenizer_path")
 # What to say about unknown keys: those of other trainers, and those that stand in the other file.
 MAIN_HINTS = dict.fromkeys(DatasetSettings.model_fields, "it belongs in the dataset") | FOREIGN
 DATASET_HINTS = dict.fromkeys(Config.model_fields, "it belongs in the main file") | FOREIGN
@@ -147,23 +146,18 @@ class Loader:
                 "them is below; or begin with configs/style_lora.toml"
             )
             data = lifted(data, Config.model_fields)
-        return self.of_anima(data)
+        return self.of_ours(data)
 
-    def of_anima(self, data: Table) -> Table:
-        """Return the main table with only the keys that Anima has in [model]; another model is filed, once."""
+    def of_ours(self, data: Table) -> Table:
+        """Return the main table with only the keys that our models have in [model]; another model is filed, once."""
         model = data.get("model")
         kind = model.get("type") if isinstance(model, dict) else None
-        if not isinstance(model, dict) or not isinstance(kind, str) or kind == "anima":
+        if not isinstance(model, dict) or not isinstance(kind, str) or kind in FAMILIES:
             return data
-        if "anima" in kind.lower() or nearest(kind, ["anima"]):
-            self.add_problem(self.main, "model.type", f'found {quoted(kind)}; write "anima"')
-        else:
-            self.add_problem(
-                self.main, "model.type", f'found {quoted(kind)}, but only Anima is trained here: write "anima", and '
-                "its files as transformer_path, vae_path and llm_path; absent ones are downloaded",
-            )  # fmt: skip
-        own = {key: value for key, value in model.items() if key in ModelSettings.model_fields}
-        return data | {"model": own | {"type": "anima"}}
+        text, name = unknown_family(kind)
+        self.add_problem(self.main, "model.type", text)
+        own = {key: value for key, value in model.items() if key in FAMILIES[name].model_fields}
+        return data | {"model": own | {"type": name}}
 
     def key_name(self, place: Place, key: str) -> str:
         """Return a key as messages name it: with its file, or with --set."""
@@ -278,7 +272,7 @@ class Loader:
         if settings is None:
             return None
         settings = settings.model_copy(update={"seed": (settings.seed + first_seed) % 2**64})
-        base = config.model.model_dump(include={"tiny_path", *MODEL_PATHS}, mode="json")
+        base = config.model.model_dump(include=MODEL_PATHS | {"tiny_path"}, mode="json")
         drawn = BaseDrawn(captions, settings, Path(config.cache_dir or config.output_dir), base)
         return self.find_folders(name, drawn.dataset(), self.main, config, drawn)
 
@@ -320,13 +314,12 @@ class Loader:
             self.add_problem(place, "hf_dataset", f"{quoted(text)} is neither here nor owner/name, as on the Hub")
         return path if os.path.exists(path) else Path(text)
 
-    def find_model_files(self, model: ModelSettings) -> ModelSettings:
+    def find_model_files(self, model: AnyModel) -> AnyModel:
         """Return the model's settings with its files found; those that are missing are filed."""
         self.check_folder("model.tiny_path", model.tiny_path)
         place = self.main.inside("model")
         found = {}
-        for key in MODEL_PATHS:
-            text = getattr(model, key)
+        for key, text in model.model_dump(include=MODEL_PATHS).items():  # those that its family has
             if text is None:
                 continue
             if is_reference(text):

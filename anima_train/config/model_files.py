@@ -1,6 +1,7 @@
 """The model's files that a configuration names or implies."""
 
-from dataclasses import astuple, replace
+from collections.abc import Callable
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,11 +11,37 @@ from anima_train.config.model_part import ModelPart
 from anima_train.core.device import DTYPES
 from anima_train.core.errors import ConfigError, ModelFileError, UserError
 from anima_train.model import hub
+from anima_train.model.cosmos import CosmosFiles
 from anima_train.model.file_kinds import SLOT_KEYS
 from anima_train.model.loading import ModelFiles, ModelSpec, header_problems
-from anima_train.model.text import find_tokenizer_folder, num_positions
+from anima_train.model.text import find_tokenizer_folder
 from anima_train.model.text_quantized import check_library
-from anima_train.model.tiny import tiny_paths, write_tiny
+from anima_train.model.tiny import tiny_cosmos_paths, tiny_paths, write_tiny, write_tiny_cosmos
+
+
+@dataclass(frozen=True)
+class Family:
+    """The files that the models of one `type` consist of."""
+
+    files: type[ModelFiles]
+    tiny_paths: Callable[[Path], ModelFiles]
+    write_tiny: Callable[[Path], ModelFiles]
+    tokenizers: dict[str, str]  # by their keys, the folders that lie near the text encoder
+    is_downloaded: bool  # True: the official files are fetched where no others are given
+
+
+FAMILIES = {
+    "anima": Family(
+        ModelFiles,
+        tiny_paths,
+        write_tiny,
+        {"tokenizer_path": "tokenizer", "t5_tokenizer_path": "t5_tokenizer"},
+        is_downloaded=True,
+    ),
+    "cosmos_predict2": Family(
+        CosmosFiles, tiny_cosmos_paths, write_tiny_cosmos, {"t5_tokenizer_path": "t5_tokenizer"}, is_downloaded=False
+    ),
+}
 
 
 def find_model_files(config: Config | ModelPart) -> ModelFiles:
@@ -24,11 +51,12 @@ def find_model_files(config: Config | ModelPart) -> ModelFiles:
         ModelFileError: every file that is missing and cannot be downloaded, with those that are wrong, at once.
     """
     model = config.model
+    family = FAMILIES[model.type]
     if model.tiny_path is not None:
         folder = Path(model.tiny_path)
-        files = tiny_paths(folder)
+        files = family.tiny_paths(folder)
         if not all(path.exists() for path in astuple(files) if path is not None):
-            files = write_tiny(folder)
+            files = family.write_tiny(folder)
         other = model.transformer_path  # for pictures alone: a configuration has only one of the two
         llm_adapter = model.llm_adapter_path
         return replace(
@@ -48,23 +76,32 @@ def find_model_files(config: Config | ModelPart) -> ModelFiles:
         except UserError as error:
             failures.append(error)
 
-    for slot in ("transformer_path", "vae_path", "llm_path"):
-        resolve(slot, getattr(model, slot))
-    for slot, name in (("tokenizer_path", "tokenizer"), ("t5_tokenizer_path", "t5_tokenizer")):
-        path = getattr(model, slot)
-        near = None if path is not None or "llm_path" not in found else find_tokenizer_folder(name, found["llm_path"])
-        resolve(slot, path if near is None else str(near))
+    given = model.model_dump()
+    slots = {slot: SLOT_KEYS[slot].removeprefix("model.") for slot in family.files.SLOTS}
+    if not family.is_downloaded and (absent := [key for key in slots.values() if given[key] is None]):
+        raise ConfigError(
+            f'model: {", ".join(absent)} missing, and required with type = "{model.type}"; or tiny_path, to try it'
+        )
+    for key in slots.values():
+        resolve(key, given[key])
+    *_, text_key = slots.values()
+    for key, name in family.tokenizers.items():
+        path = given[key]
+        near = None if path is not None or text_key not in found else find_tokenizer_folder(name, found[text_key])
+        resolve(key, path if near is None else str(near))
     if model.llm_adapter_path is not None:
         resolve("llm_adapter_path", model.llm_adapter_path)
     if failures:
         # The files that are here are looked at now, or what is wrong with them would come out after the next start.
-        here = {slot: found[name] for slot, key in SLOT_KEYS.items() if (name := key.partition(".")[2]) in found}
+        slots["llm_adapter"] = "llm_adapter_path"
+        here = {slot: found[key] for slot, key in slots.items() if key in found}
         wrong = header_problems(here, model.llm_adapter_path is not None)
         raise ModelFileError([*wrong, *hub.together(failures)])
-    return ModelFiles(
-        found["transformer_path"], found["vae_path"], found["llm_path"], found["tokenizer_path"],
-        found["t5_tokenizer_path"], found.get("llm_adapter_path"),
-    )  # fmt: skip
+    transformer, vae, text_encoder = (found[key] for key in slots.values())
+    tokenizer = found[next(iter(family.tokenizers))]  # the text encoder's
+    return family.files(
+        transformer, vae, text_encoder, tokenizer, found["t5_tokenizer_path"], found.get("llm_adapter_path")
+    )
 
 
 def build_model_spec(config: Config | ModelPart, device: torch.device) -> ModelSpec:
@@ -78,7 +115,7 @@ def build_model_spec(config: Config | ModelPart, device: torch.device) -> ModelS
     files = find_model_files(config)
     files.check_headers()
     model = config.model
-    if model.max_caption_tokens > (most := num_positions(files.llm)):
+    if model.max_caption_tokens > (most := files.max_tokens):
         raise ConfigError(
             f"model.max_caption_tokens: found {model.max_caption_tokens:,}, but the text encoder in {files.llm} reads "
             f"{most:,} tokens; set {most:,} or less"

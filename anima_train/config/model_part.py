@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from anima_train.config.compat import MAIN
 from anima_train.config.load import MAIN_HINTS, Loader
-from anima_train.config.model_settings import ModelSettings
+from anima_train.config.model_settings import AnyModel
 from anima_train.config.sections import VariantSampling
 from anima_train.core.errors import ConfigError
 from anima_train.core.settings import Settings
@@ -16,7 +16,7 @@ from anima_train.model.variants import picture_defaults
 class ModelPart(Settings):
     """The keys of a configuration that say which model it is about, and what to draw with it."""
 
-    model: ModelSettings
+    model: AnyModel
     offline: bool = False
     attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = "auto"
     sampling: VariantSampling | None = None

@@ -1,20 +1,22 @@
 """The [model] table of the main file."""
 
-from typing import Literal
+import re
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from anima_train.config.values import CaptionTokens, ComputeDtype, Dtype, Folder, WeightsDtype
-from anima_train.core.settings import Settings
+from anima_train.core.settings import Settings, nearest, quoted
 from anima_train.core.text_batch import MAX_TOKENS
 from anima_train.model.quantized import Quantization
 from anima_train.model.text_quantized import TextQuantization
+from anima_train.model.variants import LICENSE
 
 
-class ModelSettings(Settings):
-    """The model's files, what t is drawn from, and the learning rate of each component."""
+class AnimaFiles(Settings):
+    """The files of Anima."""
 
-    type: Literal["anima"]
+    type: Literal["anima"] = "anima"
     """The model family."""
     transformer_path: str | None = None
     """The transformer, with the LLM adapter inside: a .safetensors file or hf://owner/name/path, where @revision after
@@ -33,6 +35,14 @@ class ModelSettings(Settings):
     tiny_path: Folder | None = None
     """Use the random tiny stand-in model in this folder, written there first if missing: tries everything, learns
     nothing useful."""
+    text_encoder_nf4: bool = False
+    """Keep the text encoder's linears in 4 bits a value (bitsandbytes, to be installed): 0.6 GB instead of 2.4 GB while
+    it is in memory. Captions are encoded with an error, and cached under keys of their own."""
+
+
+class ModelSettings(Settings):
+    """The part of [model] that all families have: what is computed in, how captions are read, what t is drawn from."""
+
     dtype: ComputeDtype = "bfloat16"
     """The type that the forward and backward pass compute in: "bfloat16", or "float32" (slower; for comparisons)."""
     transformer_dtype: WeightsDtype | None = None
@@ -47,13 +57,11 @@ class ModelSettings(Settings):
     text_encoder_device: Literal["training", "cpu"] = "training"
     """The device that encodes captions: "training", the one that trains; "cpu" saves its memory (2.4 GB where captions
     are encoded during training)."""
-    text_encoder_nf4: bool = False
-    """Keep the text encoder's linears in 4 bits a value (bitsandbytes, to be installed): 0.6 GB instead of 2.4 GB while
-    it is in memory. Captions are encoded with an error, and cached under keys of their own."""
     text_encoder_fp8: bool = False
-    """The same in 8 bits: 0.8 GB, and a smaller error."""
+    """Keep the text encoder's linears in 8 bits a value: 0.8 GB of Qwen3 instead of 2.4 GB, 4.9 GB of T5-XXL instead of
+    19 GB, while it is in memory. Captions are encoded with an error, and cached under keys of their own."""
     max_caption_tokens: CaptionTokens = MAX_TOKENS
-    """Tokens of a caption that are read, by Qwen3 and by T5 each; what is behind them is cut off. 512, as the reference
+    """Tokens of a caption that are read, by each tokenizer; what is behind them is cut off. 512, as the reference
     trainer has it, to 32768, as Qwen3 reads. Shorter captions are padded to 512 rows whatever it is, as in ComfyUI,
     which cuts nothing off; so prompts of previews and of anima sample are never cut. Above 512 captions take memory and
     time by their length, and micro-batches of this length are tried before the first step. A change encodes all
@@ -78,15 +86,12 @@ class ModelSettings(Settings):
     """The same for the blocks' MLPs."""
     mod_lr: float | None = Field(default=None, ge=0)
     """The same for the AdaLN modulations."""
-    llm_adapter_lr: float | None = Field(default=None, ge=0)
-    """The same for the LLM adapter. 0 also caches its output and keeps it out of memory; start with 0 on small
-    datasets."""
 
-    @field_validator("tiny_path")
+    @field_validator("tiny_path", check_fields=False)
     @classmethod
     def excludes_files(cls, value: str | None, earlier: ValidationInfo) -> str | None:
         """Refuse other files: the tiny model has its own."""
-        replaced = ("transformer_path", "vae_path", "llm_path", "tokenizer_path", "t5_tokenizer_path")
+        replaced = ("transformer_path", "vae_path", "llm_path", "t5_path", "tokenizer_path", "t5_tokenizer_path")
         if value is not None and (others := [key for key in replaced if earlier.data.get(key) is not None]):
             raise ValueError(f"replaces {', '.join(others)}, which would have no effect; keep one")
         return value
@@ -105,11 +110,6 @@ class ModelSettings(Settings):
     def quantization(self) -> Quantization | None:
         """The way in which the blocks' linears have a byte a value; None if they do not."""
         return self.transformer_dtype if self.transformer_dtype in ("int8", "float8") else None
-
-    @property
-    def text_quantization(self) -> TextQuantization | None:
-        """The way in which the text encoder's linears have a byte a value, or less."""
-        return "nf4" if self.text_encoder_nf4 else "float8" if self.text_encoder_fp8 else None
 
     @field_validator("transformer_dtype")
     @classmethod
@@ -142,3 +142,69 @@ class ModelSettings(Settings):
         if value and earlier.data.get("shift") is not None:
             raise ValueError("excludes shift, which moves t too; keep one")
         return value
+
+
+class Anima(ModelSettings, AnimaFiles):
+    """Anima: its files, what t is drawn from, and the learning rate of each component."""
+
+    license: ClassVar[str] = LICENSE
+    llm_adapter_lr: float | None = Field(default=None, ge=0)
+    """The same for the LLM adapter. 0 also caches its output and keeps it out of memory; start with 0 on small
+    datasets."""
+
+    @property
+    def text_quantization(self) -> TextQuantization | None:
+        """The way in which the text encoder's linears have a byte a value, or less."""
+        return "nf4" if self.text_encoder_nf4 else "float8" if self.text_encoder_fp8 else None
+
+
+class CosmosFiles(Settings):
+    """The files of Cosmos-Predict2."""
+
+    type: Literal["cosmos_predict2"] = "cosmos_predict2"
+    """The model family."""
+    transformer_path: str | None = None
+    """The transformer of Cosmos-Predict2 Text2Image, 2B or 14B: a .safetensors file or an hf:// reference. Required, as
+    is all that is not in tiny_path: nothing but the tokenizer is downloaded unasked."""
+    vae_path: str | None = None
+    """The Wan 2.1 VAE, in its original names, such as wan_2.1_vae.safetensors: file or hf:// reference."""
+    t5_path: str | None = None
+    """The encoder of T5-XXL, the first ("t5-11b", not v1.1), such as oldt5_xxl_fp16.safetensors: a file, a Hugging Face
+    folder of .safetensors files, or an hf:// reference. It computes in float32, and takes 19 GB while it is in memory:
+    text_encoder_fp8 and text_encoder_device have less."""
+    t5_tokenizer_path: str | None = None
+    """Folder of the T5 tokenizer. Absent: a folder `t5_tokenizer` near t5_path, else downloaded."""
+    tiny_path: Folder | None = None
+    """Use the random tiny stand-in model in this folder, written there first if missing: tries everything, learns
+    nothing useful."""
+
+
+class CosmosPredict2(ModelSettings, CosmosFiles):
+    """Cosmos-Predict2, text to image: the same transformer, which reads the states of T5 without an LLM adapter."""
+
+    license: ClassVar[str] = "NVIDIA Open Model License"
+    llm_adapter_path: ClassVar[None] = None
+    llm_adapter_lr: ClassVar[float] = 0.0  # as if it were frozen: there is none
+
+    @property
+    def text_quantization(self) -> TextQuantization | None:
+        """The way in which the text encoder's linears have a byte a value."""
+        return "float8" if self.text_encoder_fp8 else None
+
+
+AnyModel = Annotated[Anima | CosmosPredict2, Field(discriminator="type")]
+FAMILIES: dict[str, type[Anima] | type[CosmosPredict2]] = {"anima": Anima, "cosmos_predict2": CosmosPredict2}
+MODEL_PATHS = {key for family in FAMILIES.values() for key in family.model_fields if key.endswith("_path")}
+MODEL_PATHS.remove("tiny_path")
+
+
+def unknown_family(kind: str) -> tuple[str, str]:
+    """Return the message about a `type` of [model] that is none of ours, and the one that is nearest."""
+    word = re.split(r"[^a-z]", kind.lower())[0]
+    close = next((name for name in FAMILIES if (word and word in name) or nearest(kind, [name])), None)
+    if close is not None:
+        return f"found {quoted(kind)}; write {quoted(close)}", close
+    return (
+        f'found {quoted(kind)}, but only Anima and Cosmos-Predict2 are trained here: write "anima", and its files as '
+        "transformer_path, vae_path and llm_path; absent ones are downloaded"
+    ), "anima"

@@ -9,7 +9,7 @@ from anima_train.config.base_drawn import caption_problems
 from anima_train.config.values import printable_name
 from anima_train.core.settings import Settings, quoted
 from anima_train.data.settings import DatasetSettings
-from anima_train.model.variants import LICENSE, picture_defaults
+from anima_train.model.variants import picture_defaults
 from anima_train.objective.timesteps import TENTHS, Points
 from anima_train.sampling.generate import PictureSettings, Request, with_shared
 
@@ -216,7 +216,7 @@ class Metadata(Settings):
     """A short text for those who use it, such as "strength 0.8"."""
     tags: list[str] = Field(default=[])
     """Words by which it can be found, such as "style"."""
-    license: str = LICENSE
+    license: str | None = None
     """The licence, by default those of the base model, which what is made of it has to follow. Empty: not named."""
     thumbnail: bool = False
     """Put the first of the last previews into the file, 256 pixels large; needs [sampling]."""

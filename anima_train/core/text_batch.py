@@ -21,9 +21,9 @@ T5_PAD = 0  # the id of <pad>
 
 @dataclass(frozen=True)
 class EncodedText:
-    """The input of the LLM adapter for one caption, without padding; on the CPU."""
+    """The output of the text encoder and of T5's tokenizer for one caption, without padding; on the CPU."""
 
-    qwen: Float[Tensor, "S D"]  # last hidden state after the final norm, float32; S is 0 for the empty caption
+    source: Float[Tensor, "S D"]  # last hidden states after the final norm, float32; Qwen3's of "" have no row
     t5_ids: Int[Tensor, " L"]  # int64
 
 
@@ -31,8 +31,8 @@ class EncodedText:
 class TextStates(TensorFields):
     """The input of the LLM adapter for a batch, padded on the right; masks are True at real rows."""
 
-    qwen: Float[Tensor, "B S D"]
-    qwen_mask: Bool[Tensor, "B S"]
+    source: Float[Tensor, "B S D"]
+    source_mask: Bool[Tensor, "B S"]
     t5_ids: Int[Tensor, "B L"]
     t5_mask: Bool[Tensor, "B L"]
     bias: Float[Tensor, "B 1 1 L"] | None = None  # of the LLM adapter's rows, see `row_bias`
@@ -77,17 +77,17 @@ def pad_rows(context: Float[Tensor, "B L C"]) -> Float[Tensor, "B rows C"]:
 
 
 def pad_states(texts: Sequence[EncodedText]) -> TextStates:
-    """Return the batch of these texts; padded rows are zero (Qwen3) or `T5_PAD` (T5) and masked.
+    """Return the batch of these texts; padded rows are zero (of states) or `T5_PAD` (of ids) and masked.
 
     A batch of empty captions only gets one masked row, because attention over no rows at all is not defined.
     """
-    qwen = pad_sequence([text.qwen for text in texts], batch_first=True)  # (B, S, D)
-    if qwen.shape[1] == 0:
-        qwen = qwen.new_zeros(len(texts), 1, qwen.shape[2])
+    source = pad_sequence([text.source for text in texts], batch_first=True)  # (B, S, D)
+    if source.shape[1] == 0:
+        source = source.new_zeros(len(texts), 1, source.shape[2])
     t5_ids = pad_sequence([text.t5_ids for text in texts], batch_first=True, padding_value=T5_PAD)  # (B, L)
     return TextStates(
-        qwen=qwen,
-        qwen_mask=length_mask([len(text.qwen) for text in texts], qwen),
+        source=source,
+        source_mask=length_mask([len(text.source) for text in texts], source),
         t5_ids=t5_ids,
         t5_mask=length_mask([len(text.t5_ids) for text in texts], t5_ids),
         bias=row_bias([len(text.t5_ids) for text in texts]),

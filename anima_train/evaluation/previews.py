@@ -16,8 +16,7 @@ from anima_train.core.device import release_memory
 from anima_train.core.files import atomic_path
 from anima_train.model.dit import MiniTrainDIT
 from anima_train.model.llm_adapter import LLMAdapter
-from anima_train.model.loading import ModelSpec, load_llm_adapter
-from anima_train.model.text import load_text_encoder, load_tokenizers
+from anima_train.model.loading import ModelSpec
 from anima_train.model.vae import load_vae
 from anima_train.sampling.generate import Request, Transformer, decode, generate
 from anima_train.sampling.judges import Judged, score
@@ -65,14 +64,14 @@ class Previews:
             ModelFileError: a file cannot be loaded.
         """
         files = spec.files
-        tokenizers = load_tokenizers(files.tokenizer, files.t5_tokenizer)
-        text_encoder = load_text_encoder(files.llm, tokenizers, spec.text_device, spec.text_quantization)
+        tokenizers = files.load_tokenizers()
+        text_encoder = files.load_text_encoder(tokenizers, spec.text_device, spec.text_quantization)
         states = {text: prompt_states(text, tokenizers, text_encoder) for text in texts_of(requests)}
         contexts = {}
         if not spec.trains_llm_adapter:
-            llm_adapter = load_llm_adapter(files, torch.float32, spec.text_device).eval()
-            contexts = {text: context_of(found, llm_adapter) for text, found in states.items()}
-            del llm_adapter
+            conditioner = files.load_conditioner(torch.float32, spec.text_device)
+            contexts = {text: context_of(found, conditioner) for text, found in states.items()}
+            del conditioner
         del text_encoder
         release_memory(spec.text_device)
         return cls(requests, states, contexts, spec, folder, name, judge, offline)

@@ -307,7 +307,7 @@ class MiniTrainDIT(nn.Module):
 
     def context(self, text: TextStates) -> TextContext:
         """Run the LLM adapter inside this model; count the rows that cross-attention expects after its output."""
-        return fold_rows(self.llm_adapter(text.qwen, text.t5_ids, text.qwen_mask, text.t5_mask), text.bias)
+        return fold_rows(self.llm_adapter(text.source, text.t5_ids, text.source_mask, text.t5_mask), text.bias)
 
     def modulations(self, emb: Float[Tensor, "B D"], shared: Float[Tensor, "B 3*D"]) -> list[tuple[Tensor, ...]]:
         """Return what modulates each block, as its forward pass takes it; or what it makes that from."""

@@ -24,12 +24,15 @@ SLOTS = {
     "cosmos": "a Cosmos-Predict2 transformer (no LLM adapter)",
     "llm_adapter": "an Anima LLM adapter",
     "text_encoder": "a Qwen3 text encoder",
+    "t5": "the T5-XXL encoder of Cosmos-Predict2",
     "vae": "the Qwen-Image VAE in Wan names",
 }
 SLOT_KEYS = {
     "transformer": "model.transformer_path",
+    "cosmos": "model.transformer_path",
     "llm_adapter": "model.llm_adapter_path",
     "text_encoder": "model.llm_path",
+    "t5": "model.t5_path",
     "vae": "model.vae_path",
 }
 A_LORA = "a LoRA"
@@ -53,7 +56,8 @@ SIGNATURES = (
     (r"^(model\.)?layers\.0\.self_attn\.q_norm\.weight$", "text_encoder"),
     (r"(^|\.)layers\.\d+\.self_attn\.q_proj\.bias$", "a Qwen2 text encoder"),
     (r"(^|\.)layers\.\d+\.self_attn\.q_proj\.weight$", "a language model that is not Qwen3"),
-    (r"(^|\.)encoder\.block\.\d+\.layer\.0\.SelfAttention\.", "a T5 text encoder"),
+    (r"(^|\.)encoder\.block\.\d+\.layer\.1\.DenseReluDense\.wi_0\.", "a T5 v1.1 text encoder"),
+    (r"(^|\.)encoder\.block\.\d+\.layer\.0\.SelfAttention\.", "t5"),
     (r"^encoder\.downsamples\.0\.residual\.0\.gamma$", "vae"),
     (r"^encoder\.downsamples\.0\.downsamples\.", "the VAE of Wan 2.2"),
     (r"^(first_stage_model\.|vae\.)?encoder\.down\.\d+\.block\.", "an SD or Flux VAE"),
@@ -64,7 +68,19 @@ SIGNATURE_KEYS = {  # those that every file of the kind has, without prefix
     "cosmos": "x_embedder.proj.1.weight",
     "llm_adapter": "blocks.0.norm_cross_attn.weight",
     "text_encoder": "layers.0.self_attn.q_norm.weight",
+    "t5": "encoder.block.0.layer.0.SelfAttention.q.weight",
     "vae": "encoder.downsamples.0.residual.0.gamma",
+}
+BEGINS_WITH_LORA = "a LoRA to begin with is init_from_existing, in [adapter]"
+# What to do with a file of this kind (second) in this slot (first), where it is not just another key that it is for.
+REMEDIES = {
+    ("transformer", "cosmos"): (
+        'give the LLM adapter as model.llm_adapter_path, or a file with it inside; or write type = "cosmos_predict2"'
+    ),
+    ("cosmos", "transformer"): 'write type = "anima"',
+    ("transformer", A_LORA): BEGINS_WITH_LORA,
+    ("cosmos", A_LORA): BEGINS_WITH_LORA,
+    ("t5", "a T5 v1.1 text encoder"): "Cosmos-Predict2 reads the first T5, such as oldt5_xxl_fp16.safetensors",
 }
 # Tensors that the dimensions of each model are read from, with the number of sides: no module is built without them.
 DIMENSIONS: Mapping[str, Mapping[str, int]] = {
@@ -81,6 +97,12 @@ DIMENSIONS: Mapping[str, Mapping[str, int]] = {
         "layers.0.self_attn.q_proj.weight": 2,
         "layers.0.self_attn.k_proj.weight": 2,
         "layers.0.mlp.gate_proj.weight": 2,
+    },
+    "t5": {
+        "shared.weight": 2,
+        "encoder.block.0.layer.0.SelfAttention.q.weight": 2,
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": 2,
+        "encoder.block.0.layer.1.DenseReluDense.wi.weight": 2,
     },
     "vae": {"encoder.downsamples.0.residual.0.gamma": 4},
 }
@@ -99,7 +121,8 @@ def open_slot(path: Path, slot: str) -> TensorFile:
 
 def several_files_fault(path: Path, slot: str) -> str | None:
     """Return why a path does not lead to a model in a single file, and what to give instead; None if it may."""
-    whole = "its folder, with config.json" if slot == "text_encoder" else "one file that holds all, as ComfyUI has it"
+    has_folder = slot in ("text_encoder", "t5")
+    whole = "its folder, with config.json" if has_folder else "one file that holds all, as ComfyUI has it"
     if path.name.endswith(INDEX):
         return f"{path} is the list of a model in several files; give {whole}"
     if SHARD.search(path.name):
@@ -159,12 +182,10 @@ def validate_kind(file: TensorFile, slot: str, *others: str) -> str:
     """
     kind, key = identify(file), SLOT_KEYS[slot]
     if kind not in (slot, *others):
-        remedy = f"; it belongs in {SLOT_KEYS[kind]}" if kind in SLOT_KEYS else ""
-        if kind == "cosmos" and slot == "transformer":
-            remedy = "; give the LLM adapter as model.llm_adapter_path, or a file with it inside"
-        elif kind == A_LORA and slot == "transformer":
-            remedy = "; a LoRA to begin with is init_from_existing, in [adapter]"
-        raise ModelFileError(f"{key}: expects {SLOTS[slot]}; {file.path} looks like {SLOTS.get(kind, kind)}{remedy}")
+        elsewhere = f"it belongs in {SLOT_KEYS[kind]}" if kind in SLOT_KEYS else ""
+        remedy = REMEDIES.get((slot, kind), elsewhere)
+        text = f"{key}: expects {SLOTS[slot]}; {file.path} looks like {SLOTS.get(kind, kind)}"
+        raise ModelFileError(f"{text}; {remedy}" if remedy else text)
     kinds = Counter(entry.dtype for entry in file.without(is_buffer).entries.values())
     if quantised := {dtype: number for dtype, number in kinds.items() if dtype not in FLOATS}:
         listing = ", ".join(f"{number} {str(dtype).removeprefix('torch.')}" for dtype, number in quantised.items())

@@ -98,7 +98,16 @@ class TransformerBlock(nn.Module):
         return x + self.mlp(self.norm_mlp(x))
 
 
-class LLMAdapter(nn.Module):
+class Conditioner(nn.Module):
+    """The map from encoded texts to contexts, called as `LLMAdapter` is."""
+
+    @property
+    def place(self) -> tuple[torch.device, torch.dtype]:
+        """The device and the dtype that it computes in."""
+        raise NotImplementedError
+
+
+class LLMAdapter(Conditioner):
     """The map from Qwen3 states and T5 ids to the context that the transformer's cross-attention reads."""
 
     def __init__(self, shape: LLMAdapterShape) -> None:
@@ -110,6 +119,11 @@ class LLMAdapter(nn.Module):
         self.blocks = nn.ModuleList(TransformerBlock(shape) for _ in range(shape.num_blocks))
         self.out_proj = nn.Linear(shape.width, shape.target_width)
         self.norm = RMSNorm(shape.target_width)
+
+    @property
+    def place(self) -> tuple[torch.device, torch.dtype]:
+        """The device and the dtype that it computes in."""
+        return self.embed.weight.device, self.embed.weight.dtype
 
     def forward(
         self,

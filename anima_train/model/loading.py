@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,24 +14,37 @@ from anima_train.core.text_batch import MAX_TOKENS
 from anima_train.model.block_swap import swapped_blocks, swaps
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX, is_buffer, key_prefix, open_slot, validate_kind
-from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
+from anima_train.model.llm_adapter import Conditioner, LLMAdapter, LLMAdapterShape
 from anima_train.model.quantized import Quantization, quantize_linear
 from anima_train.model.safetensors_io import TensorFile, load_into, match_keys, read_tensors
-from anima_train.model.text import Tokenizers, check_text_encoder, empty_text_encoder, open_text_encoder
+from anima_train.model.t5 import check_t5
+from anima_train.model.text import (
+    TextEncoder,
+    Tokenizers,
+    check_text_encoder,
+    empty_text_encoder,
+    load_text_encoder,
+    load_tokenizers,
+    num_positions,
+    open_text_encoder,
+)
 from anima_train.model.text_quantized import TextQuantization, stored_bytes
 from anima_train.model.vae import open_vae
+from anima_train.model.variants import variant_warnings
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The paths of a model's files on this machine."""
+    """The paths of a model's files on this machine: of Anima's; another family's is a class below it."""
 
     transformer: Path
     vae: Path
-    llm: Path
+    llm: Path  # the text encoder
     tokenizer: Path
     t5_tokenizer: Path
     llm_adapter: Path | None = None  # instead of the one inside the transformer file
+
+    SLOTS: ClassVar[tuple[str, str, str]] = ("transformer", "vae", "text_encoder")  # of the first three
 
     @cached_property
     def transformer_header(self) -> TensorFile:
@@ -40,8 +54,9 @@ class ModelFiles:
     @cached_property
     def whole_transformer_header(self) -> TensorFile:
         """The transformer file's tensors, LLM adapter included, without prefix and buffers."""
-        file = open_slot(self.transformer, "transformer")
-        kind = validate_kind(file, "transformer", *([] if self.llm_adapter is None else ["cosmos"]))
+        slot = self.SLOTS[0]
+        file = open_slot(self.transformer, slot)
+        kind = validate_kind(file, slot, *([] if self.llm_adapter is None else ["cosmos"]))
         return file.stripped(key_prefix(file, kind)).without(is_buffer)
 
     @cached_property
@@ -60,7 +75,7 @@ class ModelFiles:
         Raises:
             ModelFileError: every wrong file at once.
         """
-        paths = {"transformer": self.transformer, "vae": self.vae, "text_encoder": self.llm}
+        paths = dict(zip(self.SLOTS, (self.transformer, self.vae, self.llm), strict=True))
         if self.llm_adapter is not None:
             paths["llm_adapter"] = self.llm_adapter
         if (problems := header_problems(paths, self.llm_adapter is not None)) or (
@@ -75,13 +90,7 @@ class ModelFiles:
             ModelFileError: every wrong file at once.
         """
         problems: list[str] = []
-        checks: list[Callable[[], object]] = [
-            lambda: empty_transformer(self),
-            lambda: empty_llm_adapter(self),
-            lambda: open_vae(self.vae),
-            lambda: empty_text_encoder(self.llm, tokenizers),
-        ]
-        for check in checks:
+        for check in (lambda: empty_transformer(self), lambda: open_vae(self.vae), *self.text_checks(tokenizers)):
             try:
                 check()
             except ModelFileError as error:
@@ -89,11 +98,47 @@ class ModelFiles:
         if problems:
             raise ModelFileError(problems)
 
+    def text_checks(self, tokenizers: Tokenizers) -> list[Callable[[], object]]:
+        """Return what checks the parts that make contexts of captions, each as `check_keys` does."""
+        return [lambda: empty_llm_adapter(self), lambda: empty_text_encoder(self.llm, tokenizers)]
+
+    def load_tokenizers(self) -> Tokenizers:
+        """Load the tokenizers."""
+        return load_tokenizers(self.tokenizer, self.t5_tokenizer)
+
+    def load_text_encoder(
+        self, tokenizers: Tokenizers, device: torch.device, quantization: TextQuantization | None = None
+    ) -> TextEncoder:
+        """Load the text encoder in float32."""
+        return load_text_encoder(self.llm, tokenizers, device, quantization)
+
+    def load_conditioner(self, dtype: torch.dtype, device: torch.device) -> Conditioner:
+        """Load what makes contexts of encoded texts, frozen."""
+        return load_llm_adapter(self, dtype, device).eval()
+
+    @property
+    def text_encoder_header(self) -> TensorFile:
+        """The text encoder's tensors."""
+        return open_text_encoder(self.llm)
+
+    @property
+    def max_tokens(self) -> int:
+        """The number of tokens that the text encoder reads of one text."""
+        return num_positions(self.llm)
+
+    def metadata(self, is_adapter: bool) -> dict[str, str]:
+        """Return the metadata of saved files that are not those of Anima, of an adapter or of a whole model."""
+        return {}
+
+    def warnings(self) -> Iterator[str]:
+        """Yield what to know before training on these files."""
+        yield from variant_warnings(self.transformer, TransformerShape.of(self.transformer_header.entries).num_blocks)
+
     def incompatibilities(self) -> Iterator[str]:
         """Yield the mistakes of parts that are each right, and of different models."""
         llm_adapter = LLMAdapterShape.of(self.llm_adapter_header.entries)
         transformer = TransformerShape.of(self.transformer_header.entries)
-        text_width = open_text_encoder(self.llm).entries["embed_tokens.weight"].shape[1]
+        text_width = self.text_encoder_header.entries["embed_tokens.weight"].shape[1]
         if text_width != llm_adapter.source_width:
             yield (
                 f"model.llm_path: {self.llm} gives states of width {text_width:,}, and the LLM adapter reads "
@@ -108,7 +153,7 @@ class ModelFiles:
     def text_bytes(self, trains_llm_adapter: bool, quantization: TextQuantization | None) -> int:
         """Return the bytes in memory of the text encoder and, if it is frozen, the LLM adapter."""
         llm_adapter = 0 if trains_llm_adapter else self.llm_adapter_header.num_values * torch.float32.itemsize
-        entries = open_text_encoder(self.llm).entries.items()
+        entries = self.text_encoder_header.entries.items()
         return round(sum(stored_bytes(name, entry, quantization) for name, entry in entries)) + llm_adapter
 
     def llm_adapter_tensors(self, on_meta: bool) -> dict[str, Tensor]:
@@ -134,6 +179,9 @@ class ModelSpec:
     max_tokens: int = MAX_TOKENS  # of a caption that are read
 
 
+TEXT_SLOTS = {"text_encoder": check_text_encoder, "t5": check_t5}  # whose files may be folders
+
+
 def header_problems(paths: Mapping[str, Path], has_llm_adapter: bool) -> list[str]:
     """Return what is wrong with files by their headers, each looked at by itself.
 
@@ -145,8 +193,8 @@ def header_problems(paths: Mapping[str, Path], has_llm_adapter: bool) -> list[st
     problems: list[str] = []
     for slot, path in paths.items():
         try:
-            if slot == "text_encoder":
-                check_text_encoder(path)
+            if slot in TEXT_SLOTS:
+                TEXT_SLOTS[slot](path)
             else:
                 validate_kind(open_slot(path, slot), slot, *others.get(slot, ()))
         except ModelFileError as error:

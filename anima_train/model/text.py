@@ -21,13 +21,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config
 from anima_train.core.errors import ModelFileError
 from anima_train.core.files import sha256_file
 from anima_train.core.text_batch import MAX_TOKENS, QWEN_POSITIONS, EncodedText, length_mask
-from anima_train.model.file_kinds import SHARD, identify, is_buffer, open_slot, validate_kind
+from anima_train.model.file_kinds import SHARD, SLOT_KEYS, identify, is_buffer, open_slot, validate_kind
 from anima_train.model.hub import PICKLES
 from anima_train.model.safetensors_io import Entry, TensorFile, count_blocks, match_keys, open_header, read_tensors
 from anima_train.model.text_quantized import TextQuantization, TextQuantizer
 
 if TYPE_CHECKING:
-    from transformers import Qwen3Model
+    from transformers import PreTrainedModel, Qwen3Model
 
 T5_END = 1  # </s>
 # `verbose` would have transformers log that a caption is long.
@@ -60,7 +60,7 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Tokenizers:
-    """The tokenizers of Qwen3 and T5."""
+    """The tokenizers of Qwen3 and T5; where no part of a model reads Qwen3's ids, T5's stands for both."""
 
     qwen: PreTrainedTokenizerFast
     t5: PreTrainedTokenizerFast
@@ -72,21 +72,25 @@ def load_tokenizers(qwen_folder: Path, t5_folder: Path) -> Tokenizers:
     Raises:
         ModelFileError: a folder is missing, holds no tokenizer, a damaged one, or another model's.
     """
-    qwen_key, t5_key = "model.tokenizer_path", "model.t5_tokenizer_path"
-    qwen = load_tokenizer(
-        qwen_folder, qwen_key, "vocab.json and merges.txt with tokenizer_config.json, or tokenizer.json"
-    )
-    t5 = load_tokenizer(t5_folder, t5_key, "tokenizer.json")
+    key = "model.tokenizer_path"
+    qwen = load_tokenizer(qwen_folder, key, "vocab.json and merges.txt with tokenizer_config.json, or tokenizer.json")
     if qwen.pad_token != QWEN_PAD_TOKEN:
         raise ModelFileError(
-            f"{qwen_key}: {qwen_folder} is not Qwen3's tokenizer: its padding token is {qwen.pad_token!r}, "
+            f"{key}: {qwen_folder} is not Qwen3's tokenizer: its padding token is {qwen.pad_token!r}, "
             f"expected {QWEN_PAD_TOKEN!r}"
         )
+    return Tokenizers(qwen, load_t5_tokenizer(t5_folder))
+
+
+def load_t5_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Load T5's tokenizer as `load_tokenizers` does."""
+    key = "model.t5_tokenizer_path"
+    t5 = load_tokenizer(folder, key, "tokenizer.json")
     if (ids := t5("")["input_ids"]) != [T5_END]:
         raise ModelFileError(
-            f"{t5_key}: {t5_folder} is not T5's tokenizer: the empty caption gives the ids {ids}, expected [{T5_END}]"
+            f"{key}: {folder} is not T5's tokenizer: the empty caption gives the ids {ids}, expected [{T5_END}]"
         )
-    return Tokenizers(qwen, t5)
+    return t5
 
 
 def load_tokenizer(folder: Path, key: str, files: str) -> PreTrainedTokenizerFast:
@@ -195,7 +199,7 @@ def count_tokens(
 class TextEncoder:
     """The Qwen3 model as it is used here: token ids in, last hidden states out, in float32."""
 
-    def __init__(self, model: "Qwen3Model", pad_id: int) -> None:
+    def __init__(self, model: "PreTrainedModel", pad_id: int) -> None:
         self.model = model
         self.pad_id = pad_id
 
@@ -208,6 +212,10 @@ class TextEncoder:
             EncodedText(next(states) if item.qwen_ids else nothing, torch.tensor(item.t5_ids, dtype=torch.int64))
             for item in tokens
         ]
+
+    def encode_prompt(self, tokens: Tokens, weights: Sequence[float]) -> tuple[EncodedText, list[float]]:
+        """Encode a prompt, and return the weights of T5's tokens that its context is still to be multiplied by: all."""
+        return self.encode([tokens])[0], list(weights)
 
     @torch.no_grad()
     def states(self, sequences: Sequence[Int[Tensor, " S"]]) -> list[Float[Tensor, "S D"]]:
@@ -305,39 +313,40 @@ def open_text_encoder(path: Path) -> TensorFile:
     return merge(path, open_shards(path))
 
 
-def open_shards(path: Path) -> list[TensorFile]:
-    """Return the header of the file, or of each file in the folder, with keys as `Qwen3Model` names them."""
+def open_shards(path: Path, slot: str = "text_encoder") -> list[TensorFile]:
+    """Return the header of the file, or of each file in the folder, with keys as transformers' models name them."""
     if not path.is_dir():
-        return [without_prefix(open_slot(path, "text_encoder"))]
-    return [without_prefix(open_header(file)) for file in weight_files(path)]
+        return [without_prefix(open_slot(path, slot))]
+    return [without_prefix(open_header(file)) for file in weight_files(path, slot)]
 
 
-def weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path, slot: str = "text_encoder") -> list[Path]:
     """Return all safetensors files in the folder."""
     if files := sorted(path.glob("*.safetensors")):
         return files
     pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES)
     found = f"{pickles[0]} is a pickle, which can run code when opened and is never loaded; " if pickles else ""
     raise ModelFileError(
-        f"{KEY}: the folder {path} holds no .safetensors file; {found}expected config.json and .safetensors files"
+        f"{SLOT_KEYS[slot]}: the folder {path} holds no .safetensors file; {found}expected config.json and "
+        ".safetensors files"
     )
 
 
 def without_prefix(file: TensorFile) -> TensorFile:
-    """Return the header as `Qwen3Model` names its keys, without buffers and the output head (tied to the embedding)."""
+    """Return the header as transformers names its keys, without buffers and the output head (tied to the embedding)."""
     model = file.without(is_buffer).without(lambda name: name == "lm_head.weight")
     entries = {name.removeprefix("model."): entry for name, entry in model.entries.items()}
     return TensorFile(file.path, entries, file.metadata)
 
 
-def merge(path: Path, files: Sequence[TensorFile]) -> TensorFile:
+def merge(path: Path, files: Sequence[TensorFile], slot: str = "text_encoder") -> TensorFile:
     """Return all shards' entries as one header, for checks; no tensor may come twice."""
     entries: dict[str, Entry] = {}
     for file in files:
         if twice := sorted(entries.keys() & file.entries.keys()):
             raise ModelFileError(
-                f"{KEY}: {path} holds {len(twice)} tensors more than once, among them {twice[0]} in {file.path.name}; "
-                "leave only one set of weights in the folder"
+                f"{SLOT_KEYS[slot]}: {path} holds {len(twice)} tensors more than once, among them {twice[0]} in "
+                f"{file.path.name}; leave only one set of weights in the folder"
             )
         entries.update(file.entries)
     return TensorFile(path, entries, {})

@@ -18,7 +18,9 @@ logger = logging.getLogger(__name__)
 TextQuantization = Literal["nf4", "float8"]
 LINEAR_BYTES = {"nf4": 0.5 + 4 / 64 / 4, "float8": 1.0}  # a value; of nf4 with its scales, in 8 bits themselves
 EMBEDDING = "embed_tokens.weight"
-LINEAR = re.compile(r"layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight")
+LINEAR = re.compile(  # of Qwen3, and of T5
+    r"layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight|encoder\.block\.\d+\.layer\.\d\.\w+\.(q|k|v|o|wi|wo)\.weight"
+)
 
 
 class StoredEmbedding(nn.Embedding):
@@ -32,7 +34,7 @@ class TextQuantizer:
     """The exchange of a text encoder's modules, one by one as their weights are read, and the error that it makes.
 
     Args:
-        model: Qwen3, on the meta device.
+        model: on the meta device.
         quantization: of the linears of its layers.
         device: of the weights afterwards.
     """

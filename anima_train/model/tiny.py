@@ -21,10 +21,12 @@ from transformers import Qwen3Config
 from anima_train.core.files import atomic_path, write_text
 from anima_train.core.random import stream
 from anima_train.core.shapes import LATENT_CHANNELS
+from anima_train.model.cosmos import CosmosFiles
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
 from anima_train.model.loading import ModelFiles
 from anima_train.model.safetensors_io import write_tensors
+from anima_train.model.t5 import EMBEDDING
 from anima_train.model.text import QWEN_PAD_TOKEN, T5_END
 from anima_train.model.vae import wan_key
 
@@ -114,26 +116,63 @@ def write_tiny(folder: Path, seed: int = 0, comfy: bool = False) -> ModelFiles:
     Raises:
         SpaceError: the disk is full or read-only.
     """
-    from diffusers import AutoencoderKLQwenImage  # classes that take seconds to import: who reads one needs them not
-    from transformers import Qwen3Model
+    from transformers import Qwen3Model  # takes seconds to import: who reads one needs it not
 
     paths = tiny_paths(folder)
     size = COMFY if comfy else SMALL
     width = size.transformer.context_width
-    qwen, t5 = qwen_tokenizer(), t5_tokenizer()
+    qwen, t5_rows = qwen_tokenizer(), write_shared(paths, seed)
     write_tokenizer(paths.tokenizer, qwen, {"pad_token": QWEN_PAD_TOKEN, "eos_token": QWEN_PAD_TOKEN})
-    write_tokenizer(paths.t5_tokenizer, t5, {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"})
 
     with torch.device("meta"):
-        fields = {"vocab_size": rows_for(t5.get_vocab_size()), **size.llm_adapter}
+        fields = {"vocab_size": t5_rows, **size.llm_adapter}
         llm_adapter = LLMAdapter(LLMAdapterShape(width=width, source_width=width, target_width=width, **fields))
         transformer = MiniTrainDIT(size.transformer, llm_adapter)
         rows = rows_for(qwen.get_vocab_size())
         llm = Qwen3Model(Qwen3Config(vocab_size=rows, hidden_size=width, num_hidden_layers=LLM_LAYERS, **size.llm))
-        vae = AutoencoderKLQwenImage(base_dim=VAE_BASE_DIM)
     write_weights(paths.transformer, random_weights(transformer, lambda name: f"net.{name}", seed))
     write_weights(paths.llm, random_weights(llm, lambda name: f"model.{name}", seed))
+    return paths
+
+
+def write_shared(paths: ModelFiles, seed: int) -> int:
+    """Write T5's tokenizer and the VAE, which all families have; return the rows of an embedding of the tokens."""
+    from diffusers import AutoencoderKLQwenImage  # takes seconds to import
+
+    t5 = t5_tokenizer()
+    write_tokenizer(paths.t5_tokenizer, t5, {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"})
+    with torch.device("meta"):
+        vae = AutoencoderKLQwenImage(base_dim=VAE_BASE_DIM)
     write_weights(paths.vae, calibrated(vae, random_weights(vae, wan_key, seed), seed))
+    return rows_for(t5.get_vocab_size())
+
+
+def tiny_cosmos_paths(folder: Path) -> CosmosFiles:
+    """Return the paths of a tiny Cosmos-Predict2 in this folder, written or not."""
+    files, t5_tokenizer = folder / "split_files", folder / "t5_tokenizer"
+    return CosmosFiles(
+        transformer=files / "diffusion_models" / "cosmos-predict2-tiny.safetensors",
+        vae=files / "vae" / "wan_2.1_vae.safetensors",
+        llm=files / "text_encoders" / "oldt5_tiny.safetensors",
+        tokenizer=t5_tokenizer,
+        t5_tokenizer=t5_tokenizer,
+    )
+
+
+def write_tiny_cosmos(folder: Path, seed: int = 0) -> CosmosFiles:
+    """Write a random Cosmos-Predict2 as `write_tiny` does."""
+    from transformers import T5Config, T5EncoderModel  # takes seconds to import
+
+    paths = tiny_cosmos_paths(folder)
+    rows, width = write_shared(paths, seed), SMALL.transformer.context_width
+    fields = {"d_kv": 16, "d_ff": 128, "num_heads": 4, "num_layers": LLM_LAYERS, "feed_forward_proj": "relu"}
+    with torch.device("meta"):
+        transformer = MiniTrainDIT(SMALL.transformer)
+        t5 = T5EncoderModel(T5Config(vocab_size=rows, d_model=width, **fields))
+    write_weights(paths.transformer, random_weights(transformer, lambda name: f"net.{name}", seed))
+    weights = random_weights(t5, lambda name: name, seed)
+    del weights[EMBEDDING]  # ComfyUI's file has it once
+    write_weights(paths.llm, weights)
     return paths
 
 

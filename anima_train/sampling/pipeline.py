@@ -11,8 +11,7 @@ from anima_train.adapters.parts import Adapter
 from anima_train.core.device import release_memory
 from anima_train.core.files import sha256_file
 from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX
-from anima_train.model.loading import ModelFiles, ModelSpec, load_llm_adapter, load_transformer
-from anima_train.model.text import load_text_encoder, load_tokenizers
+from anima_train.model.loading import ModelFiles, ModelSpec, load_transformer
 from anima_train.model.vae import load_vae
 from anima_train.sampling.generate import Request, Tell, decode, generate
 from anima_train.sampling.grids import Cell, ChosenLora, by_loras
@@ -121,17 +120,17 @@ def changes_llm_adapter(path: Path, files: ModelFiles) -> bool:
 def encode_all(spec: ModelSpec, texts: Sequence[tuple[Loras, str]]) -> Contexts:
     """Return the context of each text with the LoRAs on the LLM adapter, in float32 on the CPU; models are freed."""
     files, device = spec.files, spec.text_device
-    tokenizers = load_tokenizers(files.tokenizer, files.t5_tokenizer)
-    text_encoder = load_text_encoder(files.llm, tokenizers, device, spec.text_quantization)
+    tokenizers = files.load_tokenizers()
+    text_encoder = files.load_text_encoder(tokenizers, device, spec.text_quantization)
     states = {text: prompt_states(text, tokenizers, text_encoder) for text in dict.fromkeys(text for _, text in texts)}
     del text_encoder
-    llm_adapter = load_llm_adapter(files, torch.float32, device).eval()
+    conditioner = files.load_conditioner(torch.float32, device)
     combinations = list(dict.fromkeys(loras for loras, _ in texts))
-    switch = LoraSwitch(llm_adapter, files, LLM_ADAPTER_PREFIX, keeps=len(combinations) > 1)
+    switch = LoraSwitch(conditioner, files, LLM_ADAPTER_PREFIX, keeps=len(combinations) > 1)
     contexts: dict[tuple[Loras, str], Tensor] = {}
     for loras, text in sorted(dict.fromkeys(texts), key=lambda pair: combinations.index(pair[0])):
         switch.set(loras)
-        contexts[loras, text] = context_of(states[text], llm_adapter)
-    del llm_adapter, switch
+        contexts[loras, text] = context_of(states[text], conditioner)
+    del conditioner, switch
     release_memory(device)
     return contexts

@@ -24,7 +24,7 @@ from torch import Tensor
 from anima_train.core.errors import ConfigError
 from anima_train.core.settings import quoted
 from anima_train.core.text_batch import EncodedText, pad_rows, pad_states
-from anima_train.model.llm_adapter import LLMAdapter
+from anima_train.model.llm_adapter import Conditioner
 from anima_train.model.text import T5_END, TextEncoder, Tokenizers, Tokens, token_ids
 from anima_train.sampling.elsewhere import prompt_fault
 
@@ -108,30 +108,29 @@ def tokenize_prompt(tokenizers: Tokenizers, prompt: str) -> tuple[Tokens, list[f
 
 @dataclass(frozen=True)
 class PromptStates:
-    """The input of the LLM adapter for a prompt, and the weights of its output's rows; on the CPU."""
+    """The input of the conditioner for a prompt, and the weights of its output's rows; on the CPU."""
 
     text: EncodedText
     weights: list[float]  # one for each T5 id
 
 
 def prompt_states(prompt: str, tokenizers: Tokenizers, text_encoder: TextEncoder) -> PromptStates:
-    """Return a prompt as the LLM adapter reads it.
+    """Return a prompt as the conditioner, which is the LLM adapter in Anima, reads it.
 
     Raises:
         ConfigError: a weight is not finite.
     """
-    tokens, weights = tokenize_prompt(tokenizers, prompt)
-    return PromptStates(text_encoder.encode([tokens])[0], weights)
+    return PromptStates(*text_encoder.encode_prompt(*tokenize_prompt(tokenizers, prompt)))
 
 
 @torch.no_grad()
-def context_of(prompt: PromptStates, llm_adapter: LLMAdapter) -> Float[Tensor, "1 L C"]:
-    """Return the context of a prompt: the LLM adapter's output, each row times its token's weight; at least 512 rows.
+def context_of(prompt: PromptStates, conditioner: Conditioner) -> Float[Tensor, "1 L C"]:
+    """Return the context of a prompt: the conditioner's output, each row times its token's weight; at least 512 rows.
 
-    In the LLM adapter's dtype, on the CPU.
+    In the conditioner's dtype, on the CPU.
     """
-    weight = llm_adapter.embed.weight
-    states = pad_states([prompt.text]).to(weight.device)
-    qwen = states.qwen.to(weight.dtype)
-    context = llm_adapter(qwen, states.t5_ids, states.qwen_mask, states.t5_mask).to("cpu", weight.dtype)
+    device, dtype = conditioner.place
+    states = pad_states([prompt.text]).to(device)
+    source = states.source.to(dtype)
+    context = conditioner(source, states.t5_ids, states.source_mask, states.t5_mask).to("cpu", dtype)
     return pad_rows(context * torch.tensor(prompt.weights, dtype=context.dtype)[:, None])

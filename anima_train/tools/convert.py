@@ -59,6 +59,11 @@ def to_diffusers(files: ModelFiles, folder: Path, dtype: torch.dtype | None = No
         SpaceError: the disk is full or read-only.
     """
     expect_new(folder)
+    if not files.llm_adapter_header.entries:
+        raise ModelFileError(
+            f"{files.transformer} has no LLM adapter: a pipeline of diffusers is made of Anima alone; diffusers' own "
+            "scripts/convert_cosmos_to_diffusers.py makes one of Cosmos-Predict2"
+        )
     tokenizers = load_tokenizers(files.tokenizer, files.t5_tokenizer)
     with atomic_folder(folder) as temporary:
         write_transformer(temporary / "transformer", files.transformer_header, dtype)

@@ -28,7 +28,6 @@ from anima_train.data.scan import Scan
 from anima_train.evaluation.strengths import strengths_to_try
 from anima_train.model.attention_choice import AttentionShape, choose_attention
 from anima_train.model.loading import ModelSpec
-from anima_train.model.text import load_tokenizers
 from anima_train.optim.groups import group_rows
 from anima_train.run.folder import RunFolder
 from anima_train.run.manifest import manifest
@@ -156,7 +155,7 @@ def check_start(loaded: LoadedConfig, spec: ModelSpec, plan: Plan, evaluated: It
     check_writable(folder.path, "output_dir")
     if folder.lock_path.exists() and is_locked(folder):
         raise ConfigError(f"{folder.path}: another process is training in this folder")
-    tokenizers = load_tokenizers(spec.files.tokenizer, spec.files.t5_tokenizer)
+    tokenizers = spec.files.load_tokenizers()
     spec.files.check_keys(tokenizers)
     for text in texts_of([] if config.sampling is None else config.sampling.prompts):
         tokenize_prompt(tokenizers, text)

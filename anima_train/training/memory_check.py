@@ -21,9 +21,9 @@ from anima_train.data.buckets import Size
 from anima_train.data.loader import Batch
 from anima_train.data.plan import Plan, batch_size_for
 from anima_train.evaluation.evaluate import EvalSet
+from anima_train.model.dit import TransformerShape
 from anima_train.model.llm_adapter import LLMAdapterShape
 from anima_train.model.loading import ModelSpec
-from anima_train.model.text import load_tokenizers
 from anima_train.objective.losses import Loss
 from anima_train.objective.step import compute_loss
 from anima_train.optim.by_block import step_by_block
@@ -116,11 +116,11 @@ def random_batch(size: Size, batch_size: int, spec: ModelSpec) -> Batch:
 
 
 def random_text(batch_size: int, spec: ModelSpec, generator: torch.Generator) -> TextContext | TextStates:
-    """Return what a frozen LLM adapter gives, or what a trained one reads."""
-    shape = LLMAdapterShape.of(spec.files.llm_adapter_header.entries)
+    """Return what the transformer reads, or what a trained LLM adapter reads."""
     if not spec.trains_llm_adapter:
-        rows = torch.randn(batch_size, spec.max_tokens, shape.target_width, generator=generator)
-        return TextContext(rows.to(spec.dtype), 0)
+        width = TransformerShape.of(spec.files.transformer_header.entries).context_width
+        return TextContext(torch.randn(batch_size, spec.max_tokens, width, generator=generator).to(spec.dtype), 0)
+    shape = LLMAdapterShape.of(spec.files.llm_adapter_header.entries)
     qwen = torch.randn(spec.max_tokens, shape.source_width, generator=generator).to(spec.dtype)
     t5_ids = torch.randint(shape.vocab_size, (spec.max_tokens,), generator=generator)
     return pad_states([EncodedText(qwen, t5_ids)] * batch_size)
@@ -157,7 +157,7 @@ def measure(
     encoder = None
     try:
         if encodes_online:
-            encoder = CaptionEncoder(spec, load_tokenizers(spec.files.tokenizer, spec.files.t5_tokenizer))
+            encoder = CaptionEncoder(spec, spec.files.load_tokenizers())
         transformer, groups = load_trained(
             spec, config.adapter, config.learning_rates(), config.seed, config.optimizer.weight_decay,
             block_runner(config.recompute, config.compile, device, config.checkpointed_blocks), config.blocks_to_swap,

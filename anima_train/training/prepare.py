@@ -43,7 +43,7 @@ from anima_train.distributed.consistency import check_same_data
 from anima_train.evaluation.base_drawn import draw_missing, split_undrawn, stand_ins, undrawn
 from anima_train.evaluation.evaluate import EvalSet
 from anima_train.model.loading import ModelSpec
-from anima_train.model.text import count_tokens, load_tokenizers
+from anima_train.model.text import count_tokens
 from anima_train.optim.groups import LearningRates
 from anima_train.training.build import check_blocks, file_sizes, initial_lora
 from anima_train.training.memory import MemoryContext, memory_errors
@@ -225,7 +225,7 @@ def with_online_text_encoder(data: Prepared, caches_texts: bool, seed: int) -> P
     samples, spec = data.train.samples, data.spec
     if not encodes_online(caches_texts, samples):
         return data
-    encoder = CaptionEncoder(spec, load_tokenizers(spec.files.tokenizer, spec.files.t5_tokenizer))
+    encoder = CaptionEncoder(spec, spec.files.load_tokenizers())
     logger.info("captions are encoded during training, on %s", encoder.device)
     online = [each for each in samples if each.options.draws_tags or not caches_texts]
     owners: dict[str, list[Sample]] = defaultdict(list)

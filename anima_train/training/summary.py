@@ -15,10 +15,9 @@ from anima_train.data.plan import EpochSchedule, Plan, batch_size_for, short_by,
 from anima_train.data.preservation import Preservation
 from anima_train.data.scan import Scan
 from anima_train.model.comfy_quantized import quantization_text
-from anima_train.model.dit import MiniTrainDIT, TransformerShape
+from anima_train.model.dit import MiniTrainDIT
 from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX
 from anima_train.model.loading import ModelSpec
-from anima_train.model.variants import variant_warnings
 from anima_train.optim.ema import Ema
 from anima_train.optim.groups import GroupRow, LearningRates
 from anima_train.run.intervals import Interval
@@ -35,11 +34,10 @@ def trained_text(adapter: AnyAdapter, rates: LearningRates, spec: ModelSpec) -> 
     """Return lines about what is trained that may be a surprise: the base's file, and that there is no adapter."""
     header = spec.files.transformer_header
     lines = [] if (text := quantization_text(header)) is None else [text]
-    blocks = TransformerShape.of(header.entries).num_blocks
-    lines.extend(f"warning: {text}" for text in variant_warnings(spec.files.transformer, blocks))
+    lines.extend(f"warning: {text}" for text in spec.files.warnings())
     if adapter.leaves_base:
         return lines
-    entries = [*spec.files.transformer_header.entries.items()]
+    entries = [*header.entries.items()]
     entries += [(LLM_ADAPTER_PREFIX + name, entry) for name, entry in spec.files.llm_adapter_header.entries.items()]
     trained = sum(math.prod(entry.shape) for name, entry in entries if not rates.is_frozen(name))
     of_all = "" if any(rates.is_frozen(name) for name, _ in entries) else "all "

@@ -345,8 +345,8 @@ class PeriodicTasks:
         done = self.state.step if step is None else step
         epoch = self.schedule.locate(max(0, done - 1))[0] + 1
         config = self.context.config
-        base, settings = self.manifest["model_files"].get("transformer", {}), settings_metadata(config)
-        num_blocks = len(self.state.transformer.blocks)
+        base, num_blocks = self.manifest["model_files"].get("transformer", {}), len(self.state.transformer.blocks)
+        settings = settings_metadata(config) | self.data.spec.files.metadata(is_adapter=config.adapter.leaves_base)
         metadata = weights_metadata(self.context.folder.name, done, epoch, config.adapter, num_blocks, settings, base)
 
         def write(groups: Groups) -> None:

@@ -39,7 +39,7 @@ def drawn_latents(files: ModelFiles, captions: Sequence[str], lora: Path | None,
         merge(transformer, update)
         merge(llm_adapter, update, LLM_ADAPTER_PREFIX)
     texts = pad_states([prompt_states(caption, tokenizers, text_encoder).text for caption in captions])
-    context = fold_rows(llm_adapter(texts.qwen, texts.t5_ids, texts.qwen_mask, texts.t5_mask), texts.bias)
+    context = fold_rows(llm_adapter(texts.source, texts.t5_ids, texts.source_mask, texts.t5_mask), texts.bias)
     noise = torch.randn(len(captions), CHANNELS, 1, CELLS, CELLS, generator=stream(seed, "toy", "drawn"))
     velocity = guided(transformer, context, None, 1.0, torch.float32)
     return Euler().sample(velocity, noise, Simple().sigmas(STEPS, SHIFT), SHIFT, lambda: noise)

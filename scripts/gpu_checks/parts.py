@@ -194,7 +194,7 @@ def text_rows(place: Place) -> Iterator[Row]:
 
     def encode(tokens: list[Tokens]) -> Tensor:
         states = pad_states(encoder.encode(tokens)).to(place.device)
-        return adapter(states.qwen, states.t5_ids, states.qwen_mask, states.t5_mask)
+        return adapter(states.source, states.t5_ids, states.source_mask, states.t5_mask)
 
     ids = [index * 7 % (scale.llm_adapter.vocab_size - 1) + 1 for index in range(CAPTION_TOKENS)]
     for batch_size in (1, 16):

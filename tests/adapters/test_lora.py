@@ -296,7 +296,7 @@ def pipeline(cosmos):
 
 def diffusers_velocity(pipeline):
     x, t, text = inputs()
-    context = pipeline.text_conditioner(text.qwen, text.t5_ids, text.t5_mask, text.qwen_mask)
+    context = pipeline.text_conditioner(text.source, text.t5_ids, text.t5_mask, text.source_mask)
     padded = torch.cat([x, torch.zeros(2, 1, 1, 4, 6)], dim=1)
     return pipeline.transformer(padded, t[:, 0], context, return_dict=False)[0], context
 

@@ -22,7 +22,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from anima_train.caching import fill as encode_module
-from anima_train.caching import text_encoding as texts_module
 from anima_train.caching.entries import needed_entries, text_identity, vae_identity
 from anima_train.caching.fill import RankInfo, fill_cache, lock_all
 from anima_train.cli.cache import cache as anima_cache
@@ -30,6 +29,7 @@ from anima_train.config.load import load_config
 from anima_train.config.model_files import build_model_spec, find_model_files
 from anima_train.core.errors import DataError, SpaceError
 from anima_train.data.cache import Cache
+from anima_train.model.loading import ModelFiles
 from anima_train.model.tiny import tiny_paths, write_tiny
 from anima_train.model.vae import SingleFrameVAE, load_vae
 from anima_train.training.prepare import scan_all
@@ -518,7 +518,7 @@ def test_a_second_start_reads_no_image_and_loads_neither_vae_nor_text_encoder(fi
 
     assert fill()[0] == (12, 12)
     monkeypatch.setattr(encode_module, "load_vae", refuse)
-    monkeypatch.setattr(texts_module, "load_text_encoder", refuse)
+    monkeypatch.setattr(ModelFiles, "load_text_encoder", refuse)
     opened.clear()
     assert fill()[0] == (0, 0)
     assert any(name.endswith(".json") for name in opened)  # the memory of the images was read

@@ -25,23 +25,6 @@ def test_a_video_key_gets_one_note_where_it_stands(project):
     )
 
 
-KEYS = [(key, off) for key, off in MAIN.off.items()]
-KEYS += [(f"dataset.{key}", off) for key, off in DATASET.off.items()]
-KEYS += [(f"dataset.directory.0.{key}", off) for key, off in DATASET.off.items()]
-
-
-@pytest.mark.parametrize(("key", "off"), KEYS)
-def test_a_key_for_later_is_accepted_only_where_it_says_off(project, key, off):
-    if off is not None:
-        assert project.load({key: off}).notes == ()
-    path = key.replace(".0", "[0]")
-    for value in (True, False, 0, 1, 0.5, "x", "", [1], {"a": 1}):
-        if value == off and isinstance(value, bool) == isinstance(off, bool):
-            continue
-        remedy = MAIN.off_remedies[key]
-        assert project.problems({key: value}) == [f"main.toml: {path}: not supported yet; {remedy}"]
-
-
 VALUES = [(key, value, text) for key, values in MAIN.not_yet.items() for value, text in values.items()]
 
 

@@ -282,12 +282,12 @@ def test_a_trained_adapter_gets_states_and_ids_with_masks(tmp_path: Path):
     data = make_data(tmp_path, STATES)
     text = batch_of(data, (0, 0), (2, 0), (3, 0)).text  # 3, 1 and 9 T5 tokens, one less of Qwen
     assert isinstance(text, TextStates)
-    assert text.qwen.shape == (3, 8, 8)
-    assert text.qwen_mask.sum(dim=1).tolist() == [2, 0, 8]
+    assert text.source.shape == (3, 8, 8)
+    assert text.source_mask.sum(dim=1).tolist() == [2, 0, 8]
     assert text.t5_ids.shape == (3, 9)
     assert text.t5_mask.sum(dim=1).tolist() == [3, 1, 9]
     assert text.t5_ids[0].tolist() == [5, 6, 7] + [0] * 6
-    assert not text.qwen[0, 2:].any()
+    assert not text.source[0, 2:].any()
 
 
 # Masks
@@ -322,7 +322,7 @@ def test_given_captions_t_and_noise_are_taken_as_they_are(data: CachedData):
 def test_a_batch_moves_whole(tmp_path: Path, identity: TextIdentity):
     moved = batch_of(make_data(tmp_path, identity, masked="a"), (0, 0)).to(torch.device("meta"))
     text = moved.text
-    texts = [text.qwen, text.qwen_mask, text.t5_ids, text.t5_mask] if isinstance(text, TextStates) else [text.rows]
+    texts = [text.source, text.source_mask, text.t5_ids, text.t5_mask] if isinstance(text, TextStates) else [text.rows]
     assert moved.mask is not None
     assert {tensor.device.type for tensor in (moved.latents, moved.noise, moved.t, moved.mask, *texts)} == {"meta"}
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from anima_train.config.model_files import build_model_spec
 from anima_train.config.model_part import ModelPart
-from anima_train.config.model_settings import ModelSettings
+from anima_train.config.model_settings import Anima
 from anima_train.core.errors import ModelFileError
 from anima_train.model import hub
 from anima_train.model.file_kinds import open_slot
@@ -153,7 +153,7 @@ def test_wrong_files_are_told_together_with_those_that_the_hub_cannot_give(tiny,
     folder.mkdir()
     shutil.copy(tiny.llm, folder / "qwen.safetensors")
     paths = {"transformer_path": str(tiny.vae), "llm_path": str(folder)}
-    model = ModelSettings(type="anima", **paths, llm_adapter_path=llm_adapter)
+    model = Anima(**paths, llm_adapter_path=llm_adapter)
     with pytest.raises(ModelFileError) as caught:
         build_model_spec(ModelPart(model=model, offline=True), CPU)
     transformer, llm, absent = caught.value.problems

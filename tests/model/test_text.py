@@ -290,8 +290,8 @@ def test_every_layout_equals_from_pretrained(qwen_folder, tokenizers, tmp_path, 
     encoder = load_text_encoder(path, tokenizers, CPU)
     tokens = tokenize(tokenizers, CAPTIONS[0])
     [text] = encoder.encode([tokens])
-    assert text.qwen.dtype == torch.float32
-    assert error(text.qwen, oracle_states(qwen_folder, tokens.qwen_ids)) < 1e-6
+    assert text.source.dtype == torch.float32
+    assert error(text.source, oracle_states(qwen_folder, tokens.qwen_ids)) < 1e-6
     assert text.t5_ids.tolist() == tokens.t5_ids
 
 
@@ -299,7 +299,7 @@ def test_a_folder_keeps_the_rope_base_of_its_config(tokenizers, tmp_path, error)
     folder = save_qwen(tmp_path, theta=1e4)
     tokens = tokenize(tokenizers, CAPTIONS[0])
     [text] = load_text_encoder(folder, tokenizers, CPU).encode([tokens])
-    assert error(text.qwen, oracle_states(folder, tokens.qwen_ids)) < 1e-6
+    assert error(text.source, oracle_states(folder, tokens.qwen_ids)) < 1e-6
 
 
 def test_rotary_frequencies_are_exact(qwen_file, tokenizers):
@@ -314,20 +314,20 @@ def test_batch_equals_one_by_one_and_padding_is_removed(qwen_file, tokenizers, e
     encoder = load_text_encoder(qwen_file, tokenizers, CPU)
     tokens = [tokenize(tokenizers, caption) for caption in CAPTIONS]
     together = encoder.encode(tokens)
-    assert [len(text.qwen) for text in together] == [len(item.qwen_ids) for item in tokens]
+    assert [len(text.source) for text in together] == [len(item.qwen_ids) for item in tokens]
     for text, item in zip(together, tokens, strict=True):
         [alone] = encoder.encode([item])
-        assert error(text.qwen, alone.qwen) < 1e-5
+        assert error(text.source, alone.source) < 1e-5
         assert torch.equal(text.t5_ids, alone.t5_ids)
         assert text.t5_ids.tolist() == item.t5_ids
-        assert text.qwen.untyped_storage().nbytes() == text.qwen.numel() * 4
+        assert text.source.untyped_storage().nbytes() == text.source.numel() * 4
 
 
 def test_empty_captions_give_no_rows(qwen_file, tokenizers):
     encoder = load_text_encoder(qwen_file, tokenizers, CPU)
     for text in encoder.encode([tokenize(tokenizers, "")] * 2):
-        assert text.qwen.shape == (0, 48)
-        assert text.qwen.dtype == torch.float32
+        assert text.source.shape == (0, 48)
+        assert text.source.dtype == torch.float32
         assert text.t5_ids.tolist() == [1]
     assert encoder.encode([]) == []
 
@@ -431,18 +431,18 @@ def test_pad_states_pads_with_zeros_and_masks_them():
     second = EncodedText(torch.full((1, 4), 2.0), torch.tensor([7, 8, 9, 1]))
     empty = EncodedText(torch.empty(0, 4), torch.tensor([1]))
     states = pad_states([first, second, empty])
-    assert states.qwen[:, :, 0].tolist() == [[1, 1, 1], [2, 0, 0], [0, 0, 0]]
-    assert states.qwen.dtype == torch.float32
-    assert states.qwen_mask.tolist() == [[True] * 3, [True, False, False], [False] * 3]
+    assert states.source[:, :, 0].tolist() == [[1, 1, 1], [2, 0, 0], [0, 0, 0]]
+    assert states.source.dtype == torch.float32
+    assert states.source_mask.tolist() == [[True] * 3, [True, False, False], [False] * 3]
     assert states.t5_ids.tolist() == [[5, 6, 1, 0], [7, 8, 9, 1], [1, 0, 0, 0]]
     assert states.t5_mask.tolist() == [[True, True, True, False], [True] * 4, [True, False, False, False]]
 
 
 def test_pad_states_of_empty_captions_only_has_one_masked_row():
     states = pad_states([EncodedText(torch.empty(0, 4), torch.tensor([1]))] * 2)
-    assert states.qwen.shape == (2, 1, 4)
-    assert not states.qwen.any()
-    assert states.qwen_mask.tolist() == [[False], [False]]
+    assert states.source.shape == (2, 1, 4)
+    assert not states.source.any()
+    assert states.source_mask.tolist() == [[False], [False]]
     assert states.t5_mask.tolist() == [[True], [True]]
 
 

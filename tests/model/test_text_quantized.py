@@ -42,8 +42,8 @@ def test_states_are_near_the_exact_ones_and_the_error_is_told(files, tokenizers,
     with caplog.at_level(logging.INFO):
         encoder = load_text_encoder(files.llm, tokenizers, CPU, kind)
     [found] = encoder.encode(tokens)
-    assert found.qwen.dtype == torch.float32
-    assert 0.1 * KINDS[kind] < error(found.qwen, exact.qwen) < KINDS[kind]
+    assert found.source.dtype == torch.float32
+    assert 0.1 * KINDS[kind] < error(found.source, exact.source) < KINDS[kind]
     [line] = [record.getMessage() for record in caplog.records if "text encoder is in" in record.getMessage()]
     told = float(line.partition("off by ")[2].partition(" %")[0]) / 100
     assert told == pytest.approx({"float8": 0.026, "nf4": 0.09}[kind], rel=0.15)

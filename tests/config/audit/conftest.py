@@ -8,6 +8,7 @@ import re
 import shutil
 import tarfile
 import threading
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -48,7 +49,7 @@ from anima_train.model.attention_choice import AttentionShape, choose_attention
 from anima_train.model.compiled import CompiledBlocks
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.safetensors_io import open_header
-from anima_train.model.tiny import tiny_paths
+from anima_train.model.tiny import tiny_paths, write_tiny_cosmos
 from anima_train.objective.timesteps import TENTHS
 from anima_train.optim.groups import COMPONENTS, LearningRates
 from anima_train.run.accelerator import make_accelerator
@@ -183,7 +184,19 @@ class Audit:
         if not isinstance(value, str):
             return value
         files = vars(tiny_paths(self.tiny))
+        if value.startswith("$COSMOS"):
+            files |= {f"cosmos_{name}": path for name, path in self.cosmos.items()}
         return re.sub(r"\$(\w+)", lambda m: str(files.get(m[1].lower(), self.folder / m[1].lower())), value)
+
+    @cached_property
+    def cosmos(self):
+        """The files of a tiny Cosmos-Predict2, of which there are copies of other names."""
+        files, copies = vars(write_tiny_cosmos(self.folder / "cosmos")), self.folder / "cosmos_copies"
+        copies.mkdir()
+        for name, path in files.items():
+            if path is not None:
+                (shutil.copytree if path.is_dir() else shutil.copy)(path, copies / name)
+        return files
 
     def __call__(self, *changes, steps=0, work=False, memory=False, trackers=False, machine=False):
         """The observations of a configuration: of its data and settings, and of its first steps or its memory."""

@@ -12,6 +12,7 @@ import pytest
 
 from anima_train.adapters.choice import AnyAdapter
 from anima_train.config.config import Config
+from anima_train.config.model_settings import Anima, CosmosPredict2
 from anima_train.config.reference import is_same
 from anima_train.core.settings import is_settings, item_types, type_name
 from anima_train.data.settings import DatasetSettings, DirectoryOptions
@@ -144,6 +145,60 @@ def of_table(key, moves, value, refused="", **given):
     )
 
 
+FILES = {"tiny_path": None, "transformer_path": "$TRANSFORMER", "vae_path": "$VAE", "llm_path": "$LLM"}
+TOKENIZERS = {"tokenizer_path": "$TOKENIZER", "t5_tokenizer_path": "$T5_TOKENIZER"}
+COSMOS = {"type": "cosmos_predict2", "tiny_path": "$COSMOS", "llm_adapter_lr": None}
+COSMOS_FILES = {
+    "tiny_path": None, "transformer_path": "$COSMOS_TRANSFORMER", "vae_path": "$COSMOS_VAE", "t5_path": "$COSMOS_LLM",
+    "t5_tokenizer_path": "$COSMOS_TOKENIZER",
+}  # fmt: skip
+RATES = "metadata,rates,rates in use,saved,weights"
+MODEL = {  # (what it moves, another value, other keys), of every family that has the key
+    "dtype": ("metadata,computed,precision,texts", "bfloat16", {}),
+    "transformer_dtype": ("computed,precision", "float8", {"dtype": "bfloat16"}),
+    "cache_text_embeddings": ("texts", False, {}),
+    "text_encoder_device": ("notes", "cpu", {}),
+    "text_encoder_nf4": ("encoder,loss,saved,texts,weights", True, {}),
+    "text_encoder_fp8": ("computed,encoder,texts", True, {}),
+    "max_caption_tokens": ("texts", 600, {}),
+    "timestep_sample_method": ("computed,t", "uniform", {}),
+    "sigmoid_scale": ("computed,t", 1.5, {}),
+    "shift": ("computed,t", 3.0, {}),
+    "flux_shift": ("computed,t", True, {}),
+    "multiscale_loss_weight": ("notes,objective", 0.5, {}),
+    "self_attn_lr": (RATES, 2e-3, {}),
+    "cross_attn_lr": (RATES, 2e-3, {}),
+    "mlp_lr": (f"gradient,{RATES}", 0, {}),
+    "mod_lr": (RATES, 2e-3, {}),
+}
+ANIMA_KEYS = {  # files of the same content under other names: the same is computed
+    "transformer_path": ("files", "$COPIES/transformer.safetensors", FILES),
+    "vae_path": ("files", "$COPIES/vae.safetensors", FILES),
+    "llm_path": ("files", "$COPIES/llm.safetensors", FILES | TOKENIZERS),
+    "tokenizer_path": ("files", "$COPIES/tokenizer", FILES),
+    "t5_tokenizer_path": ("files", "$COPIES/t5_tokenizer", FILES),
+    "llm_adapter_path": ("files", "$COPIES/transformer.safetensors", {}),
+    "tiny_path": ("files", "$OTHER_TINY", {}),
+    "llm_adapter_lr": (f"texts,{RATES}", 1e-4, {}),
+}
+COSMOS_KEYS = {
+    "transformer_path": ("files", "$COSMOS_COPIES/transformer", COSMOS_FILES),
+    "vae_path": ("files", "$COSMOS_COPIES/vae", COSMOS_FILES),
+    "t5_path": ("files", "$COSMOS_COPIES/llm", COSMOS_FILES),
+    "t5_tokenizer_path": ("files", "$COSMOS_COPIES/tokenizer", COSMOS_FILES),
+    "tiny_path": ("files", "$COSMOS_OTHER", {}),
+}
+
+
+def of_models():
+    """Yield a row for each key of each family of models."""
+    for family, own, given in ((Anima, ANIMA_KEYS, {}), (CosmosPredict2, COSMOS_KEYS, COSMOS)):
+        for key, (moves, value, others) in (MODEL | own).items():
+            if key in family.model_fields:
+                row = Row(moves, {"model": {key: value}}, {"model": {**given, **others}}, kind="steps")
+                yield f"model[{type_name(family)}].{key}", row
+
+
 ROWS: dict[str, Row] = dict((
     table("output_dir", "place", "$ELSEWHERE"),
     table("dataset", "cache,other images,rates,texts", {"directory": [{"path": "$OTHERS"}]}),
@@ -217,39 +272,10 @@ ROWS: dict[str, Row] = dict((
     table("num_workers", "threads", 0, "steps"),
     table("offline", "offline,trackers", True, "trackers", monitoring={"enable_wandb": True}),
     table("x_axis_examples", "axis", True, monitoring={"tensorboard": True}),
-    # The model. Files of the same content under other names: the same is computed.
-    table("model.transformer_path", "files", "$COPIES/transformer.safetensors", "steps", model={"tiny_path": None,
-          "transformer_path": "$TRANSFORMER", "vae_path": "$VAE", "llm_path": "$LLM"}),
-    table("model.vae_path", "files", "$COPIES/vae.safetensors", "steps", model={"tiny_path": None,
-          "transformer_path": "$TRANSFORMER", "vae_path": "$VAE", "llm_path": "$LLM"}),
-    table("model.llm_path", "files", "$COPIES/llm.safetensors", "steps", model={"tiny_path": None,
-          "transformer_path": "$TRANSFORMER", "vae_path": "$VAE", "llm_path": "$LLM", "tokenizer_path": "$TOKENIZER",
-          "t5_tokenizer_path": "$T5_TOKENIZER"}),
-    table("model.tokenizer_path", "files", "$COPIES/tokenizer", "steps", model={"tiny_path": None,
-          "transformer_path": "$TRANSFORMER", "vae_path": "$VAE", "llm_path": "$LLM"}),
-    table("model.t5_tokenizer_path", "files", "$COPIES/t5_tokenizer", "steps", model={"tiny_path": None,
-          "transformer_path": "$TRANSFORMER", "vae_path": "$VAE", "llm_path": "$LLM"}),
-    table("model.llm_adapter_path", "files", "$COPIES/transformer.safetensors", "steps"),
-    table("model.tiny_path", "files", "$OTHER_TINY", "steps"),
-    table("model.dtype", "metadata,computed,precision,texts", "bfloat16", "steps"),
-    table("model.transformer_dtype", "computed,precision", "float8", "steps", model={"dtype": "bfloat16"}),
-    table("model.cache_text_embeddings", "texts", False, "steps"),
-    table("model.text_encoder_device", "notes", "cpu", "steps"),
-    table("model.text_encoder_nf4", "encoder,loss,saved,texts,weights", True, "steps"),
-    table("model.text_encoder_fp8", "computed,encoder,texts", True, "steps"),
-    table("model.timestep_sample_method", "computed,t", "uniform", "steps"),
-    table("model.sigmoid_scale", "computed,t", 1.5, "steps"),
-    table("model.shift", "computed,t", 3.0, "steps"),
-    table("model.flux_shift", "computed,t", True, "steps"),
-    table("model.multiscale_loss_weight", "notes,objective", 0.5),
-    table("model.self_attn_lr", "metadata,rates,rates in use,saved,weights", 2e-3, "steps"),
-    table("model.cross_attn_lr", "metadata,rates,rates in use,saved,weights", 2e-3, "steps"),
-    table("model.mlp_lr", "metadata,gradient,rates,rates in use,saved,weights", 0, "steps"),
-    table("model.mod_lr", "metadata,rates,rates in use,saved,weights", 2e-3, "steps"),
-    table("model.llm_adapter_lr", "metadata,rates,rates in use,saved,texts,weights", 1e-4, "steps"),
+    table("model", "files,gradient,loss,metadata,saved,texts,weights", COSMOS, "steps"),
+    *of_models(),
     table("adapter", "gradient,metadata,rates in use,saved,weights", {"type": "full", "rank": None}, "steps"),
     *of_choices(AnyAdapter, "adapter", ADAPTERS, "steps"),
-    table("model.max_caption_tokens", "texts", 600, "steps"),
     table("metadata.level", "metadata", "minimal"),
     table("metadata.author", "metadata", "me"),
     table("metadata.description", "metadata", "a style"),
@@ -392,13 +418,13 @@ def test_a_row_that_says_too_much_or_too_little_is_found(audit):
     assert faults(audit, Row("place", {"run_names": "run"}))[0].startswith("refused: config.toml: run_names: unknown")
 
 
-def is_of_another_optimizer(name):
-    """True for the keys of the optimizers and adapters that are not the first: their rows are like its rows."""
-    return re.match(r"optimizer\[(?!adamw\])|adapter\[(?!lora\])", name) is not None
+def is_of_another_choice(name):
+    """True for the keys of the optimizers, adapters and models that are not the first: their rows are like its rows."""
+    return re.match(r"(optimizer|adapter|model)\[(?!adamw\]|lora\]|anima\])", name) is not None
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * is_of_another_optimizer(name)) for name in ROWS]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * is_of_another_choice(name)) for name in ROWS]
 )
 def test_a_key_moves_what_its_row_says_and_nothing_else(audit, name):
     assert faults(audit, ROWS[name]) == []
