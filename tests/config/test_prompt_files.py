@@ -58,8 +58,8 @@ def test_mistakes_in_tables_are_all_named_with_a_suggestion(tmp_path):
         "prompts.toml: prompt[1].steps: found 2.5 (a number), expected an integer",
         "prompts.toml: prompt[1].prompt: missing, and required",
         "prompts.toml: prompt[1].size: unknown key; it is called width and height",
-        "prompts.toml: prompt[2].negative_prompt: has no effect with cfg 1 (of Turbo the default); leave it out, or write "
-        "another cfg",
+        "prompts.toml: prompt[2].negative_prompt: has no effect with cfg 1 (of Turbo the default); leave it out, or "
+        "write another cfg",
     ]
 
 
