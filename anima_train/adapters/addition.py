@@ -69,6 +69,7 @@ class Addition(Selection):
             base = transformer.get_submodule(name)
             assert isinstance(base, nn.Linear)
             transformer.set_submodule(name, self.layer(name, base, weights.get(f"{name}.weight"), seed))
+        transformer.rank_mask = "training" if self.masks_ranks else "none"
 
     def learning_rates(self, by_component: Mapping[Component, float]) -> LearningRates:
         """Return the learning rates of the trained weights."""
@@ -103,6 +104,11 @@ class Addition(Selection):
     @property
     def is_plain(self) -> bool:
         """True if the trained weights are a LoRA's up and down, and no others."""
+        return False
+
+    @property
+    def masks_ranks(self) -> bool:
+        """True if ranks fall with noise in training, and the file acts otherwise."""
         return False
 
     def made(self, values: Tensor, base: nn.Linear) -> Tensor:

@@ -40,6 +40,11 @@ class Full(Settings):
         """False: it is no LoRA."""
         return False
 
+    @property
+    def masks_ranks(self) -> bool:
+        """False: it has no ranks."""
+        return False
+
     def attach(self, transformer: MiniTrainDIT, rates: LearningRates, seed: int) -> None:
         """Mark every parameter whose component is not frozen as trainable."""
         for name, parameter in transformer.named_parameters():

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal
 
 import torch
+from jaxtyping import Float
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
@@ -39,6 +40,14 @@ class Lora(Addition):
     use_dora: bool = False
     """Also train the lengths of the rows of the weights (DoRA, arXiv:2402.09353): between a LoRA and a full fine-tune,
     for steps that take longer. Needs the base weights as they are, and is not divided among processes."""
+    min_rank: int | None = Field(default=None, ge=1)
+    """Train a T-LoRA (arXiv:2507.05964), against learning a few pictures by heart: at noise level t, 1 is noise, only
+    the first floor((1 - t)^alpha_rank_scale (rank - min_rank)) + min_rank of the rank's components act, of each linear
+    in the transformer; those of the LLM adapter all do. The authors take half of the rank, with init = "orthogonal".
+    The file is a plain LoRA, which ComfyUI applies whole at every t: evaluations and previews show that, and
+    `loss_masked` is the loss as it is trained. Absent: all components act always."""
+    alpha_rank_scale: float = Field(default=1.0, gt=0)
+    """The way the rank of a T-LoRA falls with noise: 1 evenly, more than 1 at less noise already."""
     zero_factors: ClassVar[tuple[str, ...]] = (".lora_B.weight",)
 
     @field_validator("use_dora")
@@ -47,6 +56,19 @@ class Lora(Addition):
         """Refuse the LoRA to begin with, whose rows have other lengths."""
         if value and earlier.data.get("init_from_existing"):
             raise ValueError("excludes init_from_existing, a LoRA whose rows have other lengths; remove one of them")
+        return value
+
+    @field_validator("min_rank")
+    @classmethod
+    def masks_something(cls, value: int | None, earlier: ValidationInfo) -> int | None:
+        """Refuse a rank to fall to that linears do not have, or all have anyway, and lengths of whole updates."""
+        if value is None:
+            return value
+        if earlier.data.get("use_dora"):
+            raise ValueError("excludes use_dora, whose rows have the lengths of the whole update; remove one of them")
+        ranks = [earlier.data.get("rank", value + 1), *earlier.data.get("rank_pattern", {}).values()]
+        if value > min(ranks) or value == max(ranks):
+            raise ValueError(f"is not below the rank, {min(ranks)}: write a smaller number, such as half of it")
         return value
 
     @field_validator("init_from_existing")
@@ -74,6 +96,11 @@ class Lora(Addition):
         """True if the trained weights are a LoRA's up and down, and no others."""
         return not self.use_dora
 
+    @property
+    def masks_ranks(self) -> bool:
+        """True if ranks fall with noise in training, and the file acts otherwise."""
+        return self.min_rank is not None
+
     def layer(self, name: str, base: nn.Linear, weight: Tensor | None, seed: int) -> LoraLinear:
         """Return a linear with its LoRA: B is zero."""
         rank = self.rank_of(name)
@@ -81,7 +108,10 @@ class Lora(Addition):
         lora_a = self.made(down_matrix(self.init, rank, shape if weight is None else weight, seed, name), base)
         lora_b = self.made(torch.zeros(base.out_features, rank), base)
         if not self.use_dora:
-            return LoraLinear(base, lora_a, lora_b, self.scale_of(name), self.dropout)
+            limits = None
+            if self.min_rank is not None:
+                limits = rank_limits(rank, self.min_rank, self.alpha_rank_scale).to(base.weight.device)
+            return LoraLinear(base, lora_a, lora_b, self.scale_of(name), self.dropout, limits)
         assert weight is not None
         norms = weight.float().norm(dim=1).to(base.weight.device)  # of more digits than bfloat16 has
         return DoraLinear(base, lora_a, lora_b, self.scale_of(name), self.dropout, norms)
@@ -99,6 +129,16 @@ class Lora(Addition):
             lengths = layer.lora_magnitude.detach().float() * ratio
             tensors[module_key(name, "dora_scale")] = lengths[:, None]
         return tensors
+
+
+def rank_limits(rank: int, min_rank: int, alpha_rank_scale: float) -> Float[Tensor, " rank"]:
+    """Return the highest noise level at which each component of a T-LoRA acts, 1 for the first `min_rank`.
+
+    Component i, counted from 1, acts while `i <= floor((1 - t)^a (rank - min_rank)) + min_rank`, the rule of the paper
+    (arXiv:2507.05964, a = 1) and of its authors' code: while `1 - t >= ((i - min_rank) / (rank - min_rank))^(1 / a)`.
+    """
+    above = (torch.arange(1, rank + 1, dtype=torch.float64) - min_rank).clamp_min(0)
+    return (1 - (above / max(1, rank - min_rank)) ** (1 / alpha_rank_scale)).float()
 
 
 def lora_layers(transformer: nn.Module) -> Iterator[tuple[str, LoraLinear]]:

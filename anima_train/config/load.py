@@ -89,9 +89,9 @@ class LoadedConfig:
         Args:
             evals: the samples of each set that is not to be drawn first, by its name.
         """
-        asks_base = self.config.adapter.leaves_base
+        adapter = self.config.adapter
         return [
-            (size, len(entry.points()) * (1 + (asks_base and entry.measures_drift)))
+            (size, len(entry.points()) * (1 + adapter.masks_ranks + (adapter.leaves_base and entry.measures_drift)))
             for entry, size in self.evaluated(evals)
         ]
 

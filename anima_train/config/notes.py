@@ -28,6 +28,8 @@ def without_effect(config: Config) -> Iterator[tuple[str, str]]:
             yield f"model.{key}", "force_constant_lr takes its place"
     if "rank" in config.adapter.model_fields_set and getattr(config.adapter, "full_matrix", False):
         yield "adapter.rank", "full_matrix is true"
+    if "alpha_rank_scale" in config.adapter.model_fields_set and not config.adapter.masks_ranks:
+        yield "adapter.alpha_rank_scale", "there is no min_rank to fall to"
     for key in ("lr_pattern", "b_lr_ratio") if config.force_constant_lr is not None else ():
         if key in config.adapter.model_fields_set:
             yield f"adapter.{key}", "force_constant_lr takes its place"

@@ -129,6 +129,7 @@ class Evaluation:
     kinds: tuple[str, ...]  # of the samples; "": of none
     losses: Float[Tensor, "S L"]
     drift: Drift | None = None  # where it is measured
+    masked: Float[Tensor, "S L"] | None = None  # the losses of a T-LoRA as it is trained, its ranks falling with noise
 
     @property
     def loss(self) -> float:
@@ -155,6 +156,8 @@ class Evaluation:
             values[f"{self.name}/loss_{level}"] = float(loss)
         for kind, rows in rows_by_kind(self.kinds):
             values[f"{self.name}/loss_of_{kind}"] = float(self.losses[rows].mean())
+        if self.masked is not None:
+            values[f"{self.name}/loss_masked"] = float(self.masked.mean())
         if self.drift is not None:
             values |= self.drift.metrics(f"{self.name}/drift", self.kinds)
         if base is not None:

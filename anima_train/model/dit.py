@@ -7,7 +7,7 @@ branches on shapes, and dtypes are the caller's: the residual stream runs in the
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +20,14 @@ from anima_train.model.attention import attend_with_zeros, can_fold
 from anima_train.model.layers import RMSNorm, add_gated, modulate, rope_values, rotate
 from anima_train.model.llm_adapter import LLMAdapter
 from anima_train.model.lora_linear import project
-from anima_train.model.modulations import LinearBatch, split_modulations
+from anima_train.model.modulations import LinearBatch, modulation_of, split_modulations
 from anima_train.model.safetensors_io import Entry, count_blocks
 
 if TYPE_CHECKING:
     from anima_train.model.block_swap import BlockSwap
 
+# When the ranks of updates with limits fall with noise: in training, or in evaluation, too. Their file has no limits.
+RankMask = Literal["none", "training", "always"]
 PATCH = 2  # latent pixels per token side
 MAX_TABLES = 64  # of rotary values; 2 MB each at 1024 pixels
 
@@ -99,28 +101,28 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(head_dim)
         self.k_norm = RMSNorm(head_dim)
 
-    def attend_self(self, x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-        """Let x (B, N, D) attend to itself; cos and signed sin (N, d) are those of `rotate`."""
-        q, k, v = self.heads(x, self.q_proj, self.k_proj, self.v_proj)
+    def attend_self(self, x: Tensor, cos: Tensor, signed_sin: Tensor, t: Tensor | None) -> Tensor:
+        """Let x (B, N, D) attend to itself; cos and signed sin (N, d) are those of `rotate`, t as for `project`."""
+        q, k, v = self.heads(x, t, self.q_proj, self.k_proj, self.v_proj)
         cos, signed_sin = cos[:, None], signed_sin[:, None]  # the same for all heads
         q, k = rotate(self.q_norm(q), cos, signed_sin), rotate(self.k_norm(k), cos, signed_sin)
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return self.output_proj(out.transpose(1, 2).flatten(-2))
+        return project(out.transpose(1, 2).flatten(-2), self.output_proj, t=t)[0]
 
-    def attend_text(self, x: Tensor, text: Tensor, log_zeros: Tensor | None) -> Tensor:
+    def attend_text(self, x: Tensor, text: Tensor, log_zeros: Tensor | None, t: Tensor | None) -> Tensor:
         """Let x (B, N, D) attend to text (B, L, C) and exp(log_zeros) rows of zeros: they are not masked.
 
         There is no rotation, as text rows have no place in the image.
         """
-        (q,) = self.heads(x, self.q_proj)
-        k, v = self.heads(text, self.k_proj, self.v_proj)
+        (q,) = self.heads(x, t, self.q_proj)
+        k, v = self.heads(text, t, self.k_proj, self.v_proj)
         q, k = self.q_norm(q), self.k_norm(k)
         out = attend_with_zeros(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), log_zeros)
-        return self.output_proj(out.transpose(1, 2).flatten(-2))
+        return project(out.transpose(1, 2).flatten(-2), self.output_proj, t=t)[0]
 
-    def heads(self, x: Tensor, *linears: nn.Linear) -> list[Tensor]:
+    def heads(self, x: Tensor, t: Tensor | None, *linears: nn.Linear) -> list[Tensor]:
         """Return the projections of x, each (B, N, heads, d)."""
-        return [out.unflatten(-1, (-1, self.head_dim)) for out in project(x, *linears)]
+        return [out.unflatten(-1, (-1, self.head_dim)) for out in project(x, *linears, t=t)]
 
 
 class MLP(nn.Module):
@@ -131,8 +133,8 @@ class MLP(nn.Module):
         self.layer1 = nn.Linear(width, 4 * width, bias=False)
         self.layer2 = nn.Linear(4 * width, width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer2(F.gelu(self.layer1(x)))
+    def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
+        return project(F.gelu(project(x, self.layer1, t=t)[0]), self.layer2, t=t)[0]
 
 
 def modulation(width: int, inner: int, chunks: int) -> nn.Sequential:
@@ -161,7 +163,7 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, modulations: tuple[Tensor, ...], text: Tensor, log_zeros: Tensor | None, cos: Tensor,
-        sin: Tensor,
+        sin: Tensor, t: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """Return the tokens after this block, (B, N, D).
 
@@ -172,15 +174,16 @@ class Block(nn.Module):
             log_zeros: logarithm of the number of rows of zeros after them; None: there is none.
             cos: of the rotary angles, (N, d).
             sin: of the same, signed.
+            t: noise levels, (B, 1), for updates with limits; None: there is none.
         """
         shift, one_plus_scale, gate = modulations[:3]
-        h = self.self_attn.attend_self(modulate(x, shift, one_plus_scale), cos, sin)
+        h = self.self_attn.attend_self(modulate(x, shift, one_plus_scale), cos, sin, t)
         x = add_gated(x, h, gate)
         shift, one_plus_scale, gate = modulations[3:6]
-        h = self.cross_attn.attend_text(modulate(x, shift, one_plus_scale), text, log_zeros)
+        h = self.cross_attn.attend_text(modulate(x, shift, one_plus_scale), text, log_zeros, t)
         x = add_gated(x, h, gate)
         shift, one_plus_scale, gate = modulations[6:]
-        return add_gated(x, self.mlp(modulate(x, shift, one_plus_scale)), gate)
+        return add_gated(x, self.mlp(modulate(x, shift, one_plus_scale), t), gate)
 
 
 RunBlock = Callable[..., Tensor]  # (block, and what its forward pass takes) -> tokens
@@ -246,6 +249,7 @@ class MiniTrainDIT(nn.Module):
         self.folds_zeros = True  # rows of zeros at the end of the text are counted; False: they are computed
         self.modulation_batches: tuple[LinearBatch, LinearBatch] | None = None
         self.blocks_modulate = False  # True: each block makes its own modulations, see `model.sharding`
+        self.rank_mask: RankMask = "none"
         self.rope_tables: dict[tuple[int, int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         self.x_embedder = PatchEmbed((shape.in_channels + 1) * PATCH**2, shape.width)
         self.t_embedder = nn.Sequential(nn.Identity(), TimestepMLP(shape.width))
@@ -281,8 +285,9 @@ class MiniTrainDIT(nn.Module):
         shared = self.t_embedder(sinusoid.to(x.dtype))  # and adds this, the same in all
         text_rows, log_zeros = self.text_rows(context, x)
         cos, sin = self.rope_table(rows, columns, x.device, x.dtype)
-        for block, modulations in zip(self.blocks, self.modulations(emb, shared), strict=True):
-            x = self.run_block(block, x, modulations, text_rows, log_zeros, cos, sin)
+        limited = self.limited(t)
+        for block, modulations in zip(self.blocks, self.modulations(emb, shared, limited), strict=True):
+            x = self.run_block(block, x, modulations, text_rows, log_zeros, cos, sin, limited)
 
         x = self.final_layer(x, emb, shared)  # (B, N, p1 p2 16)
         # The channel is the last part here, unlike in the patches above: this is not their inverse.
@@ -309,14 +314,22 @@ class MiniTrainDIT(nn.Module):
         """Run the LLM adapter inside this model; count the rows that cross-attention expects after its output."""
         return fold_rows(self.llm_adapter(text.source, text.t5_ids, text.source_mask, text.t5_mask), text.bias)
 
-    def modulations(self, emb: Float[Tensor, "B D"], shared: Float[Tensor, "B 3*D"]) -> list[tuple[Tensor, ...]]:
+    def limited(self, t: Float[Tensor, "B 1"]) -> Float[Tensor, "B 1"] | None:
+        """Return the noise levels that updates with limits get; 0 where the whole of them acts, in the same graphs."""
+        if self.rank_mask == "none":
+            return None
+        return t if self.training or self.rank_mask == "always" else torch.zeros_like(t)
+
+    def modulations(
+        self, emb: Float[Tensor, "B D"], shared: Float[Tensor, "B 3*D"], t: Float[Tensor, "B 1"] | None
+    ) -> list[tuple[Tensor, ...]] | list[tuple[Tensor, Tensor, Tensor | None]]:
         """Return what modulates each block, as its forward pass takes it; or what it makes that from."""
         if self.blocks_modulate:
-            return [(emb, shared)] * len(self.blocks)
+            return [(emb, shared, t)] * len(self.blocks)
         if self.modulation_batches is not None:
             first, second = self.modulation_batches
-            return split_modulations(second(first(emb)) + shared)
-        return split_modulations(torch.stack([pair[2](pair[1](emb)) for pair in self.modulation_pairs]) + shared)
+            return split_modulations(second(first(emb, t), t) + shared)
+        return split_modulations(torch.stack([modulation_of(pair, emb, t) for pair in self.modulation_pairs]) + shared)
 
     @property
     def modulation_pairs(self) -> list[nn.Sequential]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
@@ -37,17 +37,24 @@ class AdaptedLinear(nn.Linear):
 class LoraLinear(AdaptedLinear):
     """A frozen linear and its low-rank update, `y = x W^T + b + scale x A^T B^T` (LoRA, arXiv:2106.09685).
 
+    With limits, of each sample at noise level t only the rows of A with `t <= limit` act (T-LoRA, arXiv:2507.05964).
+
     Args:
         base: the linear; its parameters, or its quantised weight, become this module's.
         lora_a: (rank, in), trained; its dtype may be another than the base's, which is what is computed in.
         lora_b: (out, rank), trained.
         scale: alpha / rank.
         dropout: share of the update's inputs set to zero in training.
+        limits: (rank,), float32; None: all rows act at any t.
     """
 
-    def __init__(self, base: nn.Linear, lora_a: Tensor, lora_b: Tensor, scale: float, dropout: float) -> None:
+    def __init__(
+        self, base: nn.Linear, lora_a: Tensor, lora_b: Tensor, scale: float, dropout: float,
+        limits: Tensor | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(base, scale, dropout)
         self.lora_A, self.lora_B = nn.Parameter(lora_a), nn.Parameter(lora_b)
+        self.lora_limits = limits  # no buffer: processes would exchange it in each pass
 
     def starts(self) -> list[tuple[nn.Parameter, Tensor | None]]:
         """Return B, which is zero at the start."""
@@ -101,24 +108,34 @@ class DoraLinear(LoraLinear):
         return torch.addcmul(out, out - self.bias if self.has_bias else out, gain)
 
 
-def project(x: Float[Tensor, "... D"], *linears: nn.Linear) -> list[Tensor]:
-    """Return the outputs of linears that read the same input; low-rank updates share their first product."""
+def project(x: Float[Tensor, "... D"], *linears: nn.Linear, t: Float[Tensor, "B 1"] | None = None) -> list[Tensor]:
+    """Return the outputs of linears that read the same input; low-rank updates share their first product.
+
+    Args:
+        x: the input, B samples.
+        linears: that read it.
+        t: noise levels, for updates with limits; None: the whole of each acts.
+    """
     adapted = [linear for linear in linears if isinstance(linear, LoraLinear)]
     if len(adapted) < len(linears):
-        return [linear(x) for linear in linears]
-    return [linear.scaled(out) for linear, out in zip(adapted, lora_outputs(x, adapted), strict=True)]
+        return [project(x, each, t=t)[0] if isinstance(each, LoraLinear) else each(x) for each in linears]
+    return [linear.scaled(out) for linear, out in zip(adapted, lora_outputs(x, adapted, t), strict=True)]
 
 
-def lora_outputs(x: Float[Tensor, "... D"], linears: Sequence[LoraLinear]) -> list[Tensor]:
-    """Return the outputs of linears with a low-rank update that read the same input, in its dtype."""
+def lora_outputs(
+    x: Float[Tensor, "... D"], linears: Sequence[LoraLinear], t: Float[Tensor, "B 1"] | None = None
+) -> list[Tensor]:
+    """Return the outputs of linears with a low-rank update that read the same input, in its dtype; see `project`."""
     tokens = x.flatten(0, -2)  # (N, D)
     dropout = linears[0].dropout if linears[0].training else 0.0
     dropped = F.dropout(tokens, dropout) if dropout else None
     down = down_weights(linears).to(x.dtype)
     ups = [linear.lora_B.to(x.dtype) for linear in linears]
+    limits = [linear.lora_limits for linear in linears if linear.lora_limits is not None]  # of all, or of none
+    mask = t.view(-1, *[1] * (x.ndim - 1)) <= torch.cat(limits) if t is not None and limits else None  # (B, 1, ranks)
     # A compiler makes the products itself, and autocast rules the dtypes of float32 weights: torch's own gradients.
     if is_compiling() or torch.is_autocast_enabled(x.device.type):
-        low = F.linear(tokens if dropped is None else dropped, down)
+        low = masked(F.linear(tokens if dropped is None else dropped, down), mask, x.shape)
         parts = low.split([len(linear.lora_A) for linear in linears], dim=-1)
         weights = quantized_weights(linears)
         bases = QuantizedProducts.apply(tokens, weights) if weights else base_outputs(tokens, linears)
@@ -128,7 +145,7 @@ def lora_outputs(x: Float[Tensor, "... D"], linears: Sequence[LoraLinear]) -> li
             for base, part, up in zip(bases, parts, ups, strict=True)
         ]
     else:
-        outputs = LoraProducts.apply(tokens, dropped, down, linears, *ups)
+        outputs = LoraProducts.apply(tokens, dropped, down, mask, x.shape, linears, *ups)
     return [output.unflatten(0, x.shape[:-1]) for output in outputs]
 
 
@@ -161,6 +178,14 @@ def down_weights(linears: Sequence[LoraLinear]) -> Float[Tensor, "ranks D"]:
     return weights[0] if len(weights) == 1 else torch.cat(weights)
 
 
+def masked(
+    low: Float[Tensor, "N ranks"], mask: Bool[Tensor, "B ... ranks"] | None, shape: torch.Size
+) -> Float[Tensor, "N ranks"]:
+    """Return products of A with an input of some shape, samples first; zeros for rows that do not act on a sample."""
+    # By shape and not by (B, -1): the quotient in it is half of the time that the compiler takes to trace a block.
+    return low if mask is None else (low.unflatten(0, shape[:-1]) * mask).flatten(0, -2)
+
+
 class LoraProducts(torch.autograd.Function):
     """The products of `lora_outputs`: each update is added by the product that makes it, forward and backward.
 
@@ -169,12 +194,14 @@ class LoraProducts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, tokens: Tensor, dropped: Tensor | None, down: Tensor, linears: Sequence[LoraLinear], *ups: Tensor
-    ) -> tuple[Tensor, ...]:
+        ctx: Any, tokens: Tensor, dropped: Tensor | None, down: Tensor, mask: Tensor | None, shape: torch.Size,
+        linears: Sequence[LoraLinear], *ups: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         read = tokens if dropped is None else dropped  # by the updates
-        low = read @ down.t()
+        low = masked(read @ down.t(), mask, shape)
         ctx.linears, ctx.ranks, ctx.has_dropout = linears, [up.shape[1] for up in ups], dropped is not None
-        ctx.save_for_backward(read, low, down, *ups)
+        ctx.shape = shape
+        ctx.save_for_backward(read, low, down, mask, *ups)
         return tuple(
             base.addmm_(part, up.t())
             for base, part, up in zip(base_outputs(tokens, linears), low.split(ctx.ranks, dim=1), ups, strict=True)
@@ -182,9 +209,10 @@ class LoraProducts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        read, low, down, *ups = ctx.saved_tensors
+        read, low, down, mask, *ups = ctx.saved_tensors
         low_gradients = [gradient @ up for gradient, up in zip(gradients, ups, strict=True)]
         low_gradient = low_gradients[0] if len(ups) == 1 else torch.cat(low_gradients, dim=1)
+        low_gradient = masked(low_gradient, mask, ctx.shape)
         up_gradients = [
             gradient.t() @ part for gradient, part in zip(gradients, low.split(ctx.ranks, dim=1), strict=True)
         ]
@@ -196,4 +224,4 @@ class LoraProducts(torch.autograd.Function):
                 dropped_gradient = low_gradient @ down
             else:
                 token_gradient.addmm_(low_gradient, down)
-        return token_gradient, dropped_gradient, down_gradient, None, *up_gradients
+        return token_gradient, dropped_gradient, down_gradient, None, None, None, *up_gradients

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from anima_train.core.transfers import to_device
-from anima_train.model.lora_linear import LoraLinear
+from anima_train.model.lora_linear import LoraLinear, project
 
 
 class LinearBatch:
@@ -44,8 +44,8 @@ class LinearBatch:
         same = len(loras) == len(updates) and len(kinds) <= 1
         return same and not any(linear.weight.requires_grad for linear in linears)
 
-    def __call__(self, x: Tensor) -> Float[Tensor, "n B out"]:
-        """Return each linear's output for x, (B, in) for all or (n, B, in)."""
+    def __call__(self, x: Tensor, t: Float[Tensor, "B 1"] | None) -> Float[Tensor, "n B out"]:
+        """Return each linear's output for x, (B, in) for all or (n, B, in); t as for `project`."""
         now = self.linears[0].weight
         if (now.device, now.dtype) != (self.weight.device, self.weight.dtype):  # the model has been moved
             self.weight = self.shared()
@@ -60,6 +60,8 @@ class LinearBatch:
         down = torch.stack([linear.lora_A for linear in self.adapted])
         up = torch.stack([linear.lora_B for linear in self.adapted])
         low = product(x, (down if first.scale == 1 else down * first.scale).to(x.dtype))
+        if t is not None and first.lora_limits is not None:
+            low = low * (t <= first.lora_limits)
         up = up.to(x.dtype).transpose(1, 2)
         if are_all:
             return torch.baddbmm(out, low, up)
@@ -71,6 +73,16 @@ def product(x: Tensor, weights: Float[Tensor, "n out in"]) -> Float[Tensor, "n B
     if x.ndim == 2:
         return F.linear(x, weights.flatten(0, 1)).unflatten(-1, weights.shape[:2]).transpose(0, 1)
     return torch.bmm(weights, x.transpose(1, 2)).transpose(1, 2)  # the weights are what is read: row by row
+
+
+def modulation_of(
+    pair: nn.Sequential, emb: Float[Tensor, "B D"], t: Float[Tensor, "B 1"] | None
+) -> Float[Tensor, "B 3*D"]:
+    """Return what a pair of linears makes of the timestep; t as for `project`."""
+    for linear in (pair[1], pair[2]):
+        assert isinstance(linear, nn.Linear)
+        (emb,) = project(emb, linear, t=t)
+    return emb
 
 
 def split_modulations(out: Float[Tensor, "n B 3*D"]) -> list[tuple[Tensor, ...]]:

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from anima_train.core.divided import local
 from anima_train.model.dit import Block, MiniTrainDIT, RunBlock
-from anima_train.model.modulations import split_modulations
+from anima_train.model.modulations import modulation_of, split_modulations
 
 
 class Shards:
@@ -94,7 +94,7 @@ def call_block(block: Block, *inputs: Any) -> Tensor:
 
 
 def run_with_modulations(
-    run: RunBlock, block: Block, tokens: Tensor, sources: tuple[Tensor, Tensor], *inputs: Any
+    run: RunBlock, block: Block, tokens: Tensor, sources: tuple[Tensor, Tensor, Tensor | None], *inputs: Any
 ) -> Tensor:
     """Run a block, whose modulations are made while its weights are there.
 
@@ -102,11 +102,12 @@ def run_with_modulations(
         run: the way to run a block.
         block: its weights gathered.
         tokens: before it.
-        sources: what its modulations read (B, D), and what they add (B, 3D).
+        sources: what its modulations read (B, D), what they add (B, 3D), and t for updates with limits.
         inputs: the others of `Block.forward`.
     """
-    emb, shared = sources
-    (modulations,) = split_modulations(torch.stack([pair[2](pair[1](emb)) for pair in block.modulations]) + shared)
+    emb, shared, t = sources
+    made = torch.stack([modulation_of(pair, emb, t) for pair in block.modulations])
+    (modulations,) = split_modulations(made + shared)
     return run(block, tokens, modulations, *inputs)
 
 

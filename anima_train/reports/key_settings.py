@@ -8,7 +8,7 @@ from anima_train.core.format import count
 LOSSES = ("huber_delta", "smooth_l1_beta", "pseudo_huber_c")
 NOISE = ("timestep_sample_method", "sigmoid_scale", "shift", "flux_shift", "multiscale_loss_weight")
 ADDITIONS = {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa"}
-CHOICES = ("decompose_factor", "full_matrix", "use_dora", "use_rslora", "target_modules", "exclude_modules")
+CHOICES = ("decompose_factor", "full_matrix", "use_dora", "use_rslora", "min_rank", "target_modules", "exclude_modules")
 SAVING = ("activation_checkpointing", "checkpointed_blocks", "blocks_to_swap")  # memory
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from anima_train.adapters.addition import Addition, adapted_layers
 from anima_train.adapters.choice import AnyAdapter
 from anima_train.adapters.full import Full
+from anima_train.adapters.lora import Lora
 from anima_train.adapters.selection import block_linears, described
 from anima_train.config.sections import EvalDataset, Sampling
 from anima_train.core.format import Listing, count, prefixed
@@ -46,7 +47,7 @@ def trained_text(adapter: AnyAdapter, rates: LearningRates, spec: ModelSpec) -> 
 
 
 def selection_text(adapter: AnyAdapter, transformer: MiniTrainDIT) -> list[str]:
-    """Return lines about the linears that the adapter's expressions choose, and what differs among them.
+    """Return lines about the linears that the adapter's expressions choose, what differs among them, and T-LoRA.
 
     Args:
         adapter: that is trained.
@@ -55,10 +56,15 @@ def selection_text(adapter: AnyAdapter, transformer: MiniTrainDIT) -> list[str]:
     if isinstance(adapter, Full):
         return []
     lines = unscaled_text(adapter, transformer)
+    if isinstance(adapter, Lora) and adapter.min_rank is not None:
+        lines.append(
+            f"adapter: a T-LoRA, whose ranks fall to {adapter.min_rank} with noise in training alone: evaluations and "
+            "previews show its file, a plain LoRA; loss_masked is the loss as it is trained"
+        )
     if not adapter.is_partial:
         return lines
     chosen = [name for name, _ in adapted_layers(transformer)]
-    lines += [f"adapter: {len(chosen)} of {count(len(block_linears(transformer)), 'linear')}: {described(chosen)}"]
+    lines.append(f"adapter: {len(chosen)} of {count(len(block_linears(transformer)), 'linear')}: {described(chosen)}")
     ranks = Counter(adapter.rank_of(name) for name in chosen)
     if len(ranks) > 1:
         shown = ", ".join(f"{rank} ({number})" for rank, number in sorted(ranks.items()))

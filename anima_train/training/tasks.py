@@ -31,7 +31,7 @@ from anima_train.distributed.collectives import broadcast_from_main, patient_bar
 from anima_train.distributed.signals import Abandoned
 from anima_train.evaluation.base_velocities import BaseVelocity, FromWeights, Recording, recorded
 from anima_train.evaluation.bounds import Bounds, history_of
-from anima_train.evaluation.evaluate import EvalSet, base_text, evaluate, read_base
+from anima_train.evaluation.evaluate import EvalSet, base_text, evaluate, masking_of, read_base
 from anima_train.evaluation.previews import Previews
 from anima_train.evaluation.results import Evaluation, described, score, summary
 from anima_train.model.safetensors_io import open_header, read_tensors
@@ -207,7 +207,7 @@ class PeriodicTasks:
             velocities = self.base_velocity(eval_set)
             results.append(evaluate(
                 state.model, eval_set, config.loss(), config.timesteps(), context.accelerator, config.num_workers,
-                context.signals, idle, velocities,
+                context.signals, idle, velocities, masking_of(state.transformer),
             ))  # fmt: skip
             if isinstance(velocities, Recording):
                 rank = context.accelerator.process_index

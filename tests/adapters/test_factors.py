@@ -27,6 +27,7 @@ ADAPTERS = {
     "lokr, whole": Lokr(decompose_factor=4, full_matrix=True),
     "loha": Loha(rank=3, alpha=1.5),
     "dora": Lora(rank=3, alpha=1.5, use_dora=True),
+    "t-lora": Lora(rank=3, alpha=1.5, min_rank=1),
 }
 
 

@@ -64,13 +64,32 @@ def test_a_run_measures_what_it_learns_memorizes_and_forgets(trainer, pictures, 
 @pytest.mark.parametrize("sharding", [None, "fsdp2"])
 def test_two_processes_measure_the_drift_of_one(trainer, other, sharding):
     sets = {"eval_datasets": [held("known", other / "text", role="retention")], "eval_every_n_steps": 2, "max_steps": 2}
+    sets["adapter"] = {"rank": 4, "min_rank": 1}
     one = trainer("one", gradient_accumulation_steps=2, **sets)
     two = trainer.processes(2, "two", sharding=sharding, **sets)
     assert two.evaluations[-1]["known/drift"] == pytest.approx(one.evaluations[-1]["known/drift"], rel=1e-3)
     assert one.evaluations[-1]["known/drift"] > 0
+    masked = [run.evaluations[-1]["known/loss_masked"] for run in (one, two)]
+    assert masked[1] == pytest.approx(masked[0], rel=1e-4)
     norms = [{key: each for key, each in run.evaluations[-1].items() if "update" in key} for run in (one, two)]
     assert norms[1] == pytest.approx(norms[0], rel=1e-3)
     assert norms[0]["update_norm_relative/mlp"] > 0
+
+
+@pytest.mark.slow
+def test_a_t_lora_is_measured_as_its_file_which_is_a_plain_lora_and_as_it_is_trained(trainer, other):
+    sets = {"eval_datasets": [held("known", other / "text", role="retention")], "eval_every_n_steps": 4}
+    run = trainer("run", adapter={"rank": 4, "min_rank": 1}, optimizer={"lr": 1e-2}, **sets)
+    start, end = ({key: value for line in run.evaluations if line["step"] == step for key, value in line.items()}
+                  for step in (0, 4))  # fmt: skip
+    assert start["known/loss_masked"] == start["known/loss"]
+    assert end["known/loss_masked"] != pytest.approx(end["known/loss"], rel=1e-4)
+    file = run.path / "weights" / "run.safetensors"
+    plain = trainer("plain", adapter={"rank": 4, "init_from_existing": str(file)}, max_steps=1, **sets)
+    first = plain.evaluations[0]
+    assert "known/loss_masked" not in first
+    for key in ("known/loss", "known/drift", "known/loss_quantile_0.90"):
+        assert first[key] == pytest.approx(end[key], rel=1e-4)
 
 
 FULL = {"adapter": None, "optimizer": {"lr": 1e-4}}

@@ -195,7 +195,9 @@ def test_selective_recomputation_compiles_without_a_warning(same, caplog):
 
 
 @pytest.mark.usefixtures("fresh")
-@pytest.mark.parametrize("adapter", [Lora(rank=4, alpha=2.0, dropout=0.3), Full()], ids=["dropout", "full"])
+@pytest.mark.parametrize(
+    "adapter", [Lora(rank=4, alpha=2.0, dropout=0.3, min_rank=1), Full()], ids=["dropout, t-lora", "full"]
+)
 def test_other_adapters_compile(adapter, same):
     model, run = make_model(adapter), blocks_of("nothing", "eager")
     assert graphs_of(same, train, model, run, *inputs_of((8, 16), 2)) == 1

@@ -20,10 +20,10 @@ def linear(out, bias=False, seed=0):
     return module
 
 
-def lora(base, scale=1.0, dropout=0.0, seed=10, dtype=torch.float32, rank=RANK):
+def lora(base, scale=1.0, dropout=0.0, seed=10, dtype=torch.float32, rank=RANK, limits=None):
     generator = torch.Generator().manual_seed(seed)
     a, b = (torch.randn(shape, generator=generator).to(dtype) for shape in ((rank, WIDTH), (base.out_features, rank)))
-    return LoraLinear(base, a, b, scale, dropout)
+    return LoraLinear(base, a, b, scale, dropout, limits)
 
 
 def gradients(outputs, x, modules):
@@ -65,11 +65,47 @@ def test_linears_that_read_the_same_input_together_are_the_same_as_alone(error, 
         assert error(mine, other) < 1e-6
 
 
+LIMITS = [torch.tensor([1.0, 0.5, 0.1]), torch.tensor([1.0, 0.7]), torch.tensor([0.9, 0.6, 0.3, 0.0])]
+LEVELS = torch.tensor([[0.5], [0.8]])
+
+
+def test_rows_of_a_act_up_to_their_limits_on_each_sample_and_on_no_other(error):
+    modules = [
+        lora(linear(out, seed=place).double(), 0.7, 0.3, 20 + place, torch.float64, len(limits), limits)
+        for place, (out, limits) in enumerate(zip(OUT, LIMITS, strict=True))
+    ]
+    x = torch.randn(2, 5, WIDTH, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(3)
+    found = project(x, *modules, t=LEVELS)
+    torch.manual_seed(3)
+    dropped = F.dropout(x.flatten(0, 1), 0.3).view_as(x)
+    expected = [
+        F.linear(x, m.weight) + torch.stack([
+            0.7 * dropped[place] @ m.lora_A.t() @ torch.diag((t <= limits).double()) @ m.lora_B.t()
+            for place, t in enumerate(LEVELS)
+        ])
+        for m, limits in zip(modules, LIMITS, strict=True)
+    ]  # fmt: skip
+    assert max(map(error, found, expected)) < 1e-12
+    for mine, other in zip(gradients(found, x, modules), gradients(expected, x, modules), strict=True):
+        assert error(mine, other) < 1e-12
+    modules[0].eval()
+    whole = F.linear(x, modules[0].weight + 0.7 * modules[0].lora_B @ modules[0].lora_A)
+    assert error(modules[0](x), whole) < 1e-12  # without t, as the LLM adapter calls it
+    beside, alone = project(x, linear(8).double(), modules[0], t=LEVELS)[1], project(x, modules[0], t=LEVELS)[0]
+    assert torch.equal(beside, alone)
+
+
 def test_gradients_are_those_of_finite_differences():
     modules = [lora(linear(out, seed=place).double(), 0.7, dtype=torch.float64) for place, out in enumerate(OUT)]
     parameters = [parameter for module in modules for parameter in (module.lora_A, module.lora_B)]
     x = torch.randn(4, WIDTH, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, *_: tuple(project(x, *modules)), (x, *parameters))
+    for module in modules:
+        module.lora_limits = LIMITS[0]
+    assert torch.autograd.gradcheck(
+        lambda x, *_: tuple(project(x.view(2, 2, -1), *modules, t=LEVELS)), (x, *parameters)
+    )
 
 
 def test_a_linear_without_an_update_may_stand_beside_one_with_it(error):

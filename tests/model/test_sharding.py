@@ -49,12 +49,12 @@ def transformer(kind="full", dtype=torch.float32):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     model.to(dtype)
-    adapter = Lora(rank=3) if kind == "lora" else Full()
+    adapter = {"full": Full(), "lora": Lora(rank=3), "t-lora": Lora(rank=3, min_rank=1)}[kind]
     adapter.attach(model, LearningRates(dict.fromkeys(COMPONENTS, 1.0)), 0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    if kind == "lora":
+    if kind != "full":
         model.batch_modulations()
     return model
 
@@ -64,7 +64,7 @@ def backward(model, number=2):
         model(LATENTS, T, TEXT).square().mean().backward()
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["full", "lora", pytest.param("t-lora", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("policy", ["nothing", "selective", "blocks", "offload"])
 def test_gradients_are_those_of_the_undivided_model(group, kind, policy, error):
     expected, model = transformer(kind), transformer(kind)
@@ -80,7 +80,7 @@ def test_gradients_are_those_of_the_undivided_model(group, kind, policy, error):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("kind", ["lora"])
+@pytest.mark.parametrize("kind", ["lora", "t-lora"])
 def test_divided_blocks_compile_to_one_graph(group, kind, error):
     from torch._dynamo.utils import counters
 

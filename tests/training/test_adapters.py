@@ -25,7 +25,7 @@ from anima_train.training.prepare import scan_all
 CHOSEN = {
     "rank": 4, "alpha": 2.0, "target_modules": "attention+mlp", "exclude_modules": ["blocks[.]0[.]cross_attn[.].*"],
     "rank_pattern": {".*layer1": 6}, "alpha_pattern": {".*layer2": 8.0}, "lr_pattern": {".*q_proj": 2e-3},
-    "use_rslora": True, "b_lr_ratio": 4.0, "init": "svd",
+    "use_rslora": True, "b_lr_ratio": 4.0, "init": "svd", "min_rank": 2, "alpha_rank_scale": 2.0,
 }  # fmt: skip
 ADAPTERS = {
     "lora, chosen modules": CHOSEN,
@@ -59,6 +59,7 @@ def test_the_file_says_what_it_is(whole):
     settings, run = whole
     found = json.loads(run.metadata()["ss_network_args"])
     assert found.get("algo", "lora") == settings.get("type", "lora")
+    assert found.get("min_rank") == settings.get("min_rank")
     assert run.metadata()["modelspec.architecture"] == "anima/lora"  # of a depth that is none of those known
 
 

@@ -43,6 +43,10 @@ COMBINATIONS = {
         | {"adapter": {"init": "svd", "target_modules": "attention", "rank_pattern": {".*q_proj": 2}}},
         {},
     ),
+    "t-lora, int8, selective, swap": (
+        INT8 | SWAP | {"activation_checkpointing": "selective", "adapter": {"min_rank": 2, "init": "orthogonal"}},
+        {},
+    ),
     "dora, selective, swap": (
         SWAP | {"activation_checkpointing": "selective", "adapter": {"use_dora": True, "alpha": 2.0}},
         {},

@@ -9,6 +9,7 @@ import importlib
 import itertools
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from unittest.mock import patch
@@ -25,7 +26,7 @@ from anima_train.checkpoint.async_writer import on_host
 from anima_train.checkpoint.weights import weights_to_save
 from anima_train.config.load import load_config
 from anima_train.data.plan import EpochSchedule, Plan
-from anima_train.evaluation.evaluate import evaluate
+from anima_train.evaluation.evaluate import evaluate, masked_ranks
 from anima_train.evaluation.previews import Previews
 from anima_train.model import block_swap, safetensors_io
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
@@ -44,6 +45,7 @@ REPO = Path(__file__).parents[2]
 CUDA = torch.device("cuda", 0)
 BF16 = {"model": {"dtype": "bfloat16"}, "monitoring": {"tensorboard": False}}
 FULL = BF16 | {"adapter": None, "optimizer": {"type": "adamw_optimi", "lr": 1e-5}}
+T_LORA = {"adapter": {"rank": 4, "min_rank": 1}}
 INT8 = BF16 | {"model": {"dtype": "bfloat16", "transformer_dtype": "int8"}}
 WAITS_OF_A_STEP = 0  # its numbers are read later, see `test_waits.py`
 
@@ -133,7 +135,10 @@ def devices(tensors) -> set[torch.device]:
 
 @pytest.mark.parametrize(
     "changes",
-    [BF16, FULL, INT8, *(BF16 | {"activation_checkpointing": policy} for policy in (True, "selective", "offload"))],
+    [
+        *(BF16, FULL, INT8),
+        *(BF16 | T_LORA | {"activation_checkpointing": policy} for policy in (True, "selective", "offload")),
+    ],
 )
 def test_a_step_is_on_the_device_from_the_files_to_the_update(started, changes):
     cuda = started(**changes)
@@ -219,15 +224,17 @@ def test_an_evaluation_reads_from_the_device_once_a_batch(started, images_drawer
     images = images_drawer(tmp_path / "held", [(96, 96)] * 2)
     held = {"resolutions": [96], "directory": [{"path": str(images)}]}
     cuda = started(
-        **BF16, eval_datasets=[{"name": "held", "config": held}], eval_every_n_epochs=1, eval_micro_batch_size_per_gpu=2
-    )
+        **BF16 | T_LORA, eval_datasets=[{"name": "held", "config": held}], eval_every_n_epochs=1,
+        eval_micro_batch_size_per_gpu=2,
+    )  # fmt: skip
     state = cuda.load()
     (eval_set,) = cuda.data.evals
     config = cuda.run.config
     found = evaluate(
-        state.model, eval_set, config.loss(), config.timesteps(), cuda.run.accelerator, 1, cuda.run.signals
-    )
-    assert found.losses.shape == (2, 9)
+        state.model, eval_set, config.loss(), config.timesteps(), cuda.run.accelerator, 1, cuda.run.signals,
+        masking=partial(masked_ranks, state.transformer),
+    )  # fmt: skip
+    assert found.losses.shape == found.masked.shape == (2, 9)
     assert cuda.waits.total == 9
     assert state.model.training
 

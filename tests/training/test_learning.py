@@ -91,6 +91,7 @@ def test_full_fine_tune_learns_latents_and_sampling_gives_them_back(pretrained, 
 ADAPTERS = {
     "lora": (Lora(rank=16), 3e-3),
     "dora": (Lora(rank=16, use_dora=True), 3e-3),
+    "t-lora": (Lora(rank=16, min_rank=8, init="orthogonal"), 3e-3),
     "lokr": (Lokr(decompose_factor=2, full_matrix=True), 3e-3),
     "loha": (Loha(rank=8), 3e-3),
 }

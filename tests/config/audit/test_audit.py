@@ -100,6 +100,8 @@ ADAPTERS = {  # of every adapter that has the key
     "use_rslora": (CHANGED, True),
     "b_lr_ratio": ("metadata,rates in use,saved,weights", 4.0),
     "use_dora": (CHANGED, True),
+    "min_rank": (CHANGED, 1),
+    "alpha_rank_scale": (CHANGED, 4.0),
     "init": (CHANGED, "orthogonal"),
     "init_from_existing": ("computed", "$LORA.safetensors"),
     "decompose_factor": (CHANGED, 4),
@@ -107,6 +109,7 @@ ADAPTERS = {  # of every adapter that has the key
 }
 SPECIAL = {  # what makes a key act in two steps on a small model
     **{f"adapter[lokr].{key}": {"given": {"decompose_factor": 2}} for key in ADAPTERS},  # else factors are whole
+    "adapter[lora].alpha_rank_scale": {"given": {"min_rank": 1}},
     "optimizer[adafactor].eps": {"value": [1e-3, 1e-3]},
     "optimizer[muon].betas": {"adapter": FULL},
     "optimizer[muon].eps": {"adapter": FULL},
