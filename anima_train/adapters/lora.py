@@ -43,11 +43,12 @@ class Lora(Addition):
     min_rank: int | None = Field(default=None, ge=1)
     """Train a T-LoRA (arXiv:2507.05964), against learning a few pictures by heart: at noise level t, 1 is noise, only
     the first floor((1 - t)^alpha_rank_scale (rank - min_rank)) + min_rank of the rank's components act, of each linear
-    in the transformer; those of the LLM adapter all do. The authors take half of the rank, with init = "orthogonal".
-    The file is a plain LoRA, which ComfyUI applies whole at every t: evaluations and previews show that, and
-    `loss_masked` is the loss as it is trained. Absent: all components act always."""
+    in the transformer; those of the LLM adapter all do. The authors take half of the rank. The file is a plain LoRA,
+    which ComfyUI applies whole at every t: evaluations and previews show that, and `loss_as_trained` is the loss with
+    the mask. A LoRA of init_from_existing is masked, too. Absent: all components act always."""
     alpha_rank_scale: float = Field(default=1.0, gt=0)
-    """The way the rank of a T-LoRA falls with noise: 1 evenly, more than 1 at less noise already."""
+    """The way the rank of a T-LoRA falls with noise: 1 evenly, more than 1 at less noise already, less than 1 later:
+    with shift = 3 only one sample in seven has t below 0.5."""
     zero_factors: ClassVar[tuple[str, ...]] = (".lora_B.weight",)
 
     @field_validator("use_dora")
@@ -66,9 +67,9 @@ class Lora(Addition):
             return value
         if earlier.data.get("use_dora"):
             raise ValueError("excludes use_dora, whose rows have the lengths of the whole update; remove one of them")
-        ranks = [earlier.data.get("rank", value + 1), *earlier.data.get("rank_pattern", {}).values()]
-        if value > min(ranks) or value == max(ranks):
-            raise ValueError(f"is not below the rank, {min(ranks)}: write a smaller number, such as half of it")
+        rank = max(earlier.data.get("rank", value + 1), *earlier.data.get("rank_pattern", {}).values(), 1)
+        if value >= rank:
+            raise ValueError(f"is not below the rank, {rank}: write a smaller number, such as half of it")
         return value
 
     @field_validator("init_from_existing")

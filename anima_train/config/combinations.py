@@ -76,6 +76,24 @@ def weights_fault(adapter: AnyAdapter, earlier: Mapping[str, Any]) -> str | None
     return None
 
 
+def preservation_fault(earlier: Mapping[str, Any]) -> str | None:
+    """Return why the base cannot be kept, and what to do; None if it can. The argument is as of `optimizer_fault`."""
+    adapter = earlier.get("adapter")
+    if isinstance(adapter, Full):
+        return (
+            "needs [adapter]: a full fine-tune has no base beside it; add a [[directory]] with "
+            'role = "regularization" instead'
+        )
+    if isinstance(adapter, Lora) and adapter.masks_ranks:
+        return (
+            "excludes min_rank in [adapter]: the masked LoRA would be held to the base, and the file acts whole; "
+            'remove one of them, or add a [[directory]] with role = "regularization" instead'
+        )
+    if earlier.get("sharding") is not None:
+        return "excludes sharding: a process asks the base alone; remove one of them"
+    return None
+
+
 def average_fault(average: Ema | None, earlier: Mapping[str, Any]) -> str | None:
     """Return what an average of the weights cannot work with, and what to do; None if it can with all of it."""
     if average is None:

@@ -13,6 +13,7 @@ from anima_train.config.combinations import (
     base_is_lost,
     checkpointed_blocks_fault,
     optimizer_fault,
+    preservation_fault,
     weights_fault,
 )  # fmt: skip
 from anima_train.config.model_settings import AnyModel
@@ -341,14 +342,9 @@ class Config(Settings):
     @field_validator("preservation")
     @classmethod
     def asks_its_base(cls, value: PreservationSettings | None, earlier: ValidationInfo) -> PreservationSettings | None:
-        """Refuse to keep a base that is not there, or that one process cannot ask for alone."""
-        if value is not None and isinstance(earlier.data.get("adapter"), Full):
-            raise ValueError(
-                "needs [adapter]: a full fine-tune has no base beside it; add a [[directory]] with "
-                'role = "regularization" instead'
-            )
-        if value is not None and earlier.data.get("sharding") is not None:
-            raise ValueError("excludes sharding: a process asks the base alone; remove one of them")
+        """Refuse to keep a base that is not there, or that what is saved would not be held to."""
+        if value is not None and (fault := preservation_fault(earlier.data)) is not None:
+            raise ValueError(fault)
         return value
 
     @field_validator("adapter")

@@ -157,7 +157,7 @@ class Evaluation:
         for kind, rows in rows_by_kind(self.kinds):
             values[f"{self.name}/loss_of_{kind}"] = float(self.losses[rows].mean())
         if self.masked is not None:
-            values[f"{self.name}/loss_masked"] = float(self.masked.mean())
+            values[f"{self.name}/loss_as_trained"] = float(self.masked.mean())
         if self.drift is not None:
             values |= self.drift.metrics(f"{self.name}/drift", self.kinds)
         if base is not None:

@@ -132,7 +132,10 @@ def lora_outputs(
     down = down_weights(linears).to(x.dtype)
     ups = [linear.lora_B.to(x.dtype) for linear in linears]
     limits = [linear.lora_limits for linear in linears if linear.lora_limits is not None]  # of all, or of none
-    mask = t.view(-1, *[1] * (x.ndim - 1)) <= torch.cat(limits) if t is not None and limits else None  # (B, 1, ranks)
+    mask = None
+    if t is not None and limits:
+        highest = limits[0] if len(limits) == 1 else torch.cat(limits)
+        mask = t.view(-1, *[1] * (x.ndim - 1)) <= highest  # (B, 1, ranks)
     # A compiler makes the products itself, and autocast rules the dtypes of float32 weights: torch's own gradients.
     if is_compiling() or torch.is_autocast_enabled(x.device.type):
         low = masked(F.linear(tokens if dropped is None else dropped, down), mask, x.shape)

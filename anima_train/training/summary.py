@@ -59,7 +59,7 @@ def selection_text(adapter: AnyAdapter, transformer: MiniTrainDIT) -> list[str]:
     if isinstance(adapter, Lora) and adapter.min_rank is not None:
         lines.append(
             f"adapter: a T-LoRA, whose ranks fall to {adapter.min_rank} with noise in training alone: evaluations and "
-            "previews show its file, a plain LoRA; loss_masked is the loss as it is trained"
+            "previews show its file, a plain LoRA; loss_as_trained is the loss as it is trained"
         )
     if not adapter.is_partial:
         return lines

@@ -117,7 +117,7 @@ def test_an_evaluation_measures_the_file_and_beside_it_what_was_trained():
     result = Evaluation("new", "validation", ("sigma_0.50",), ("",) * 3, whole[:, None], None, masked[:, None])
     metrics = result.metrics(None)
     assert metrics["new/loss"] == pytest.approx(float(whole.mean()))
-    assert metrics["new/loss_masked"] == pytest.approx(float(masked.mean()))
+    assert metrics["new/loss_as_trained"] == pytest.approx(float(masked.mean()))
 
 
 def gradients(model, *given):
@@ -159,14 +159,14 @@ def test_components_that_act_in_no_sample_get_no_gradient():
 @pytest.mark.parametrize(("settings", "problem"), [
     ({"rank": 8, "min_rank": 8}, "is not below the rank, 8: write a smaller number"),
     ({"rank": 8, "min_rank": 9}, "is not below the rank, 8"),
-    ({"rank": 8, "min_rank": 5, "rank_pattern": {".*mlp.*": 4}}, "is not below the rank, 4"),
+    ({"rank": 4, "min_rank": 8, "rank_pattern": {".*mlp.*": 8}}, "is not below the rank, 8"),
     ({"rank": 8, "min_rank": 4, "use_dora": True}, "excludes use_dora"),
     ({"rank": 8, "min_rank": 0}, "greater than or equal to 1"),
 ])  # fmt: skip
 def test_what_cannot_be_masked_is_refused(settings, problem):
     with pytest.raises(ValidationError, match=problem):
         Lora(**settings)
-    assert Lora(rank=8, min_rank=4, rank_pattern={".*mlp.*": 4}).masks_ranks
+    assert Lora(rank=8, min_rank=5, rank_pattern={".*mlp.*": 4}).masks_ranks
 
 
 def test_how_the_rank_falls_has_no_effect_without_where_to():

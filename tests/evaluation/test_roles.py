@@ -69,7 +69,7 @@ def test_two_processes_measure_the_drift_of_one(trainer, other, sharding):
     two = trainer.processes(2, "two", sharding=sharding, **sets)
     assert two.evaluations[-1]["known/drift"] == pytest.approx(one.evaluations[-1]["known/drift"], rel=1e-3)
     assert one.evaluations[-1]["known/drift"] > 0
-    masked = [run.evaluations[-1]["known/loss_masked"] for run in (one, two)]
+    masked = [run.evaluations[-1]["known/loss_as_trained"] for run in (one, two)]
     assert masked[1] == pytest.approx(masked[0], rel=1e-4)
     norms = [{key: each for key, each in run.evaluations[-1].items() if "update" in key} for run in (one, two)]
     assert norms[1] == pytest.approx(norms[0], rel=1e-3)
@@ -82,12 +82,12 @@ def test_a_t_lora_is_measured_as_its_file_which_is_a_plain_lora_and_as_it_is_tra
     run = trainer("run", adapter={"rank": 4, "min_rank": 1}, optimizer={"lr": 1e-2}, **sets)
     start, end = ({key: value for line in run.evaluations if line["step"] == step for key, value in line.items()}
                   for step in (0, 4))  # fmt: skip
-    assert start["known/loss_masked"] == start["known/loss"]
-    assert end["known/loss_masked"] != pytest.approx(end["known/loss"], rel=1e-4)
+    assert start["known/loss_as_trained"] == start["known/loss"]
+    assert end["known/loss_as_trained"] != pytest.approx(end["known/loss"], rel=1e-4)
     file = run.path / "weights" / "run.safetensors"
     plain = trainer("plain", adapter={"rank": 4, "init_from_existing": str(file)}, max_steps=1, **sets)
     first = plain.evaluations[0]
-    assert "known/loss_masked" not in first
+    assert "known/loss_as_trained" not in first
     for key in ("known/loss", "known/drift", "known/loss_quantile_0.90"):
         assert first[key] == pytest.approx(end[key], rel=1e-4)
 

@@ -204,6 +204,7 @@ def test_a_mask_does_not_hide_what_is_kept(trainer, tmp_path, pictures):
     [
         ({"adapter": {"type": "full", "rank": None}}, "preservation: needs [adapter]: a full fine-tune has no base"),
         ({"sharding": "fsdp2"}, "preservation: excludes sharding: a process asks the base alone"),
+        ({"adapter": {"type": "lora", "min_rank": 2}}, "preservation: excludes min_rank in [adapter]: the masked LoRA"),
         ({"preservation": {"on": "class_caption"}}, 'preservation.class_caption: missing, with on = "class_caption"'),
         ({"preservation": {"class_caption": "1girl"}}, 'class_caption: has no effect without on = "class_caption"'),
         ({"preservation": {"on": "empty_caption", "captions": CAPTIONS}}, 'has no effect with on = "empty_caption"'),
