@@ -19,10 +19,10 @@ from anima_train.sampling.generate import guided
 from anima_train.sampling.noise_schedules import Simple
 from anima_train.sampling.prompts import prompt_states
 from anima_train.sampling.samplers import Euler
-from forgetting.toy import CELLS, CHANNELS, NEW, SHAPES, Words, caption_of, draw, latents_of, random_words
+from forgetting.toy import CELLS, CHANNELS, NEW, NEW_COLOURS, SHAPES, Words, caption_of, draw, latents_of, random_words
 
 CPU = torch.device("cpu")
-STEPS = 12
+STEPS = 16
 SHIFT = 3.0
 CLASSES = (*SHAPES, NEW)
 
@@ -71,7 +71,7 @@ def latents_for(words: Sequence[Words], generator: np.random.Generator) -> Tenso
     return latents_of(torch.tensor(cells, dtype=torch.float32).permute(0, 3, 1, 2) * 2 - 1)
 
 
-def trained_judge(path: Path, steps: int = 300, batch: int = 64) -> Judge:
+def trained_judge(path: Path, steps: int = 800, batch: int = 64) -> Judge:
     """Return the judge, trained if the file is missing, and print how often it is right on drawings."""
     torch.manual_seed(0)
     judge = Judge()
@@ -107,7 +107,7 @@ def look(
 ) -> dict[str, float]:
     """Draw old and new shapes; return the shares of right ones, and of old ones that became the new one."""
     generator = np.random.default_rng(3)
-    old, new = random_words(2 * number, generator), random_words(number, generator, [NEW])
+    old, new = random_words(2 * number, generator), random_words(number, generator, [NEW], NEW_COLOURS)
     latents = drawn_latents(files, [caption_of(each) for each in (*old, *new)], lora, strength, seed=3)
     found = judge.read(latents)
     seen_old, seen_new = found[: len(old)], found[len(old) :]

@@ -22,6 +22,7 @@ from forgetting.toy import (
     COLOURS,
     GROUNDS,
     NEW,
+    NEW_COLOURS,
     SHAPES,
     SIDE,
     caption_of,
@@ -33,11 +34,14 @@ from forgetting.toy import (
     write_weights,
 )  # fmt: skip
 
-BASE_PICTURES = 3200
+BASE_PICTURES = 6400
 NUM_TRAINED, NUM_REGULARIZATION = 20, 64
 QUANTILES = [0.2, 0.5, 0.8]
-EVERY = 40  # steps between evaluations
+LR = 3e-4
+EVERY = 30  # steps between evaluations
+LOOK_EVERY = 2 * EVERY  # between looks at pictures
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25)  # at which the plain run's LoRA is measured in the end
+CLASS_CAPTION = "checker"  # of the old shapes the one that the new one is most like
 PICTURES = {"width": SIDE, "height": SIDE, "steps": 16, "cfg": 1, "sampler": "euler"}
 Tables = dict[str, Any]
 
@@ -128,6 +132,8 @@ def preservation(world: World, on: str, share: float) -> Tables:
         keys["captions"] = str(world.folder / "preserved.toml")
     if on == "retention":
         keys["pictures"] = PICTURES
+    if on == "class_caption":
+        keys["class_caption"] = CLASS_CAPTION
     return {"preservation": keys}
 
 
@@ -138,21 +144,24 @@ def changes(world: World, method: str, seed: int) -> Tables:
         KeyError: there is no such method.
     """
     kind, _, number = method.rpartition(" ")
+    longer = {"max_steps": world.steps * 3 // 2}  # where less is learnt in a step
     if kind.startswith("preservation on "):
         keys = preservation(world, kind.removeprefix("preservation on ").replace(" ", "_"), float(number) / 100)
-        return keys | ({"max_steps": world.steps * 3 // 2} if float(number) > 30 else {})  # it learns late
+        return keys | (longer if float(number) > 30 else {})
     if kind == "regularization":
         return regularization(world, seed, float(number) / 100)
     if kind == "rank":
         return {"adapter": {"type": "lora", "rank": int(number)}}
     if kind == "lr":
-        return {"optimizer": {"type": "adamw", "lr": float(number)}}
+        return {"optimizer": {"type": "adamw", "lr": float(number)}} | (longer if float(number) < LR else {})
     return {
         "plain": {"strengths_after_training": list(STRENGTHS)},
         "early": early(world, seed),
         "both 20": regularization(world, seed, 0.2) | preservation(world, "retention", 0.2),
         "DoRA": {"adapter": {"type": "lora", "rank": 16, "use_dora": True}},
-        "LLM adapter": {"model": world.model_keys() | {"llm_adapter_lr": 1e-3}},
+        "T-LoRA": {"adapter": {"type": "lora", "rank": 16, "min_rank": 8}},
+        "LoKr": {"adapter": {"type": "lokr", "rank": 16}, "optimizer": {"type": "adamw", "lr": 1e-3}},  # it learns late
+        "LLM adapter": {"model": world.model_keys() | {"llm_adapter_lr": LR}},
     }[method]
 
 
@@ -161,7 +170,7 @@ def early(world: World, seed: int) -> Tables:
     sets = evaluations(world, seed)
     folders = [world.folder / "miscaptioned" / shape for shape in SHAPES]
     sets.append({"name": "miscaptioned", "config": pictures_in(*folders), "quantiles": QUANTILES})
-    return {"max_steps": 12, "eval_every_n_steps": 6, "eval_datasets": sets}
+    return {"max_steps": 30, "eval_every_n_steps": 15, "eval_datasets": sets}
 
 
 def evaluations(world: World, seed: int) -> list[Tables]:
@@ -181,8 +190,8 @@ def configuration(world: World, method: str, seed: int) -> Tables:
     return {
         **world.common(f"{method} {seed}".replace(" ", "_")),
         "seed": seed, "max_steps": world.steps, "micro_batch_size_per_gpu": 4, "warmup_steps": 20,
-        "eval_micro_batch_size_per_gpu": 32, "eval_every_n_steps": EVERY, "save_every_n_steps": 2 * EVERY,
-        "adapter": {"type": "lora", "rank": 16}, "optimizer": {"type": "adamw", "lr": 1e-3},
+        "eval_micro_batch_size_per_gpu": 32, "eval_every_n_steps": EVERY, "save_every_n_steps": LOOK_EVERY,
+        "adapter": {"type": "lora", "rank": 16}, "optimizer": {"type": "adamw", "lr": LR},
         "dataset": pictures_in(world.folder / f"new {seed}"),
         "eval_datasets": evaluations(world, seed),
         "model": world.model_keys() | {"llm_adapter_lr": 0},
@@ -193,7 +202,7 @@ def write_data(world: World, seed: int) -> None:
     """Draw the pictures that all runs are measured on, and those that the runs of a seed learn from."""
     if not (world.folder / "captions.toml").is_file():
         generator = np.random.default_rng(2)
-        write_pictures(world.folder / "held", random_words(32, generator, [NEW]), generator)
+        write_pictures(world.folder / "held", random_words(32, generator, [NEW], NEW_COLOURS), generator)
         known = random_words(48, generator)
         others = [(known[place - 1][0], *rest) for place, (_, *rest) in enumerate(known)]
         for name, told in (("known", known), ("miscaptioned", others)):
@@ -207,7 +216,9 @@ def write_data(world: World, seed: int) -> None:
         write_text(world.folder / "captions.toml", tomli_w.dumps(measured))
     if not (world.folder / f"old {seed}").is_dir():
         generator = np.random.default_rng([4, seed])
-        write_pictures(world.folder / f"new {seed}", random_words(NUM_TRAINED, generator, [NEW]), generator)
+        write_pictures(
+            world.folder / f"new {seed}", random_words(NUM_TRAINED, generator, [NEW], NEW_COLOURS), generator
+        )
         write_pictures(world.folder / f"old {seed}", random_words(NUM_REGULARIZATION, generator), generator)
 
 
@@ -223,23 +234,43 @@ def train(world: World, tables: Mapping[str, Any]) -> Path:
     return weights
 
 
-def run(world: World, method: str, seed: int, with_pictures: bool) -> Tables:
-    """Train and look; return what was logged, and what the judge sees in pictures, as JSON has it."""
+def run(world: World, method: str, seed: int, base_look: Mapping[str, float] | None) -> Tables:
+    """Train and look; return what was logged, and what the judge sees in pictures, as JSON has it.
+
+    Args:
+        world: with the base.
+        method: of `changes`.
+        seed: of the pictures, the adapter and the noise.
+        base_look: what the judge sees in the base's pictures; None: no pictures are drawn.
+    """
     write_data(world, seed)
     last = train(world, configuration(world, method, seed))
     folder = last.parent.parent
     found: Tables = {"method": method, "seed": seed, **logged(folder)}
-    if with_pictures:
+    if base_look is not None:
         judge = trained_judge(world.folder / "judge.safetensors")
         end = found["evaluations"][-1]["step"]
-        saved = {end: last}
-        for step in range(2 * EVERY, end, 2 * EVERY):
-            saved[step] = last.with_name(f"{folder.name}-s{step:06}.safetensors")
-        found["pictures"] = {step: look(judge, world.files, path) for step, path in sorted(saved.items())}
+        saved = {
+            step: last.with_name(f"{folder.name}-s{step:06}.safetensors") for step in range(LOOK_EVERY, end, LOOK_EVERY)
+        }
+        looks = {step: look(judge, world.files, path) for step, path in (saved | {end: last}).items()}
+        found["pictures"] = {0: base_look} | looks
         if "strengths" in found:
             tried = [strength for strength in STRENGTHS if strength != 1]
-            found["pictures_at_strength"] = {each: look(judge, world.files, last, each) for each in tried}
+            found["pictures_at_strength"] = {0: base_look} | {
+                each: look(judge, world.files, last, each) for each in tried
+            } | {1.0: looks[end]}  # fmt: skip
     return found
+
+
+def step_seconds(world: World, method: str, turn: int) -> float:
+    """Return the seconds of a step of a method, the median of 40 without evaluations."""
+    write_data(world, seed=0)
+    tables = configuration(world, method, 0)
+    tables |= {"eval_datasets": [], "strengths_after_training": [], "save_every_n_steps": 1000, "max_steps": 40}
+    last = train(world, tables | {"run_name": f"timed_{turn}_{tables['run_name']}"})
+    lines = (last.parent.parent / "metrics.jsonl").read_text().splitlines()
+    return float(np.median(np.diff([json.loads(line)["seconds"] for line in lines])))
 
 
 def logged(folder: Path) -> Tables:

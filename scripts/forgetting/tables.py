@@ -71,7 +71,7 @@ def by_kind(plain: dict[int, Run]) -> str:
 
 def points_of(run: Run) -> list[Run]:
     """Return the evaluations of a run, each with what the judge saw in its pictures, if it looked."""
-    looks = {0: {"new right": 0.0}} | {int(step): seen for step, seen in run.get("pictures", {}).items()}
+    looks = {int(step): seen for step, seen in run.get("pictures", {}).items()}
     return [point | looks.get(point["step"], {}) for point in run["evaluations"]]
 
 
@@ -104,21 +104,28 @@ def ratios(runs: Runs, method: str, gain: str, levels: dict[int, float], cost: s
     return found
 
 
-def compared(runs: Runs) -> str:
-    """Return each method's forgetting over the plain run's at equal learning, by loss and by pictures."""
+def compared(runs: Runs, seconds: dict[str, list[float]]) -> str:
+    """Return each method's forgetting over the plain run's at equal learning, by loss and by pictures, and its cost.
+
+    Args:
+        runs: by method and seed.
+        seconds: of a step, by method, one number for each turn; may be empty.
+    """
     plain = runs["plain"]
     best = {seed: max(point[LEARNING] for point in run["evaluations"]) for seed, run in plain.items()}
     at = {level: {seed: level * value for seed, value in best.items()} for level in LEVELS}
     columns = {f"{level:.0%} of the gain": (LEARNING, at[level], FORGETTING) for level in LEVELS}
     if any("pictures" in run for run in plain.values()):
-        columns[f"new shape in {DRAWN:.0%} of pictures"] = ("new right", dict.fromkeys(plain, DRAWN), FORGETTING)
+        columns[f"new pattern in {DRAWN:.0%} of pictures"] = ("new right", dict.fromkeys(plain, DRAWN), FORGETTING)
     columns["steps to 85 %"] = (LEARNING, at[0.85], "step")
     rows, weaker = [], {seed: run | {"evaluations": at_strengths(run)} for seed, run in plain.items()}
     runs = {**runs, "plain, at lower strength": {seed: run for seed, run in weaker.items() if run["evaluations"]}}
     for method in [method for method in runs if method not in APART]:
         found = (ratios(runs, method, *column) for column in columns.values())
-        rows.append([method, *map(mean_error, found)])
-    return table(["method", *columns], rows)
+        # The least of its rounds: what else the machine does only adds to the time.
+        time = [f"{min(seconds[method]) / min(seconds['plain']):.2f}" if method in seconds else ""] if seconds else []
+        rows.append([method, *map(mean_error, found), *time])
+    return table(["method", *columns, *(["time of a step"] if seconds else [])], rows)
 
 
 SHOWN = {
@@ -146,10 +153,10 @@ def at_end(runs: Runs) -> str:
 
 def at_strengths(run: Run) -> list[Run]:
     """Return the evaluations of a LoRA at its strengths, 0 the first, with what the judge saw at each."""
-    looks = run.get("pictures_at_strength", {})
+    looks = {float(strength): seen for strength, seen in run.get("pictures_at_strength", {}).items()}
     step = {"step": run["evaluations"][-1]["step"]}  # of the training, whatever the strength
     return [
-        with_gains(each["metrics"]) | looks.get(str(each["strength"]), {}) | step | {"strength": each["strength"]}
+        with_gains(each["metrics"]) | looks.get(each["strength"], {}) | step | {"strength": each["strength"]}
         for each in run.get("strengths", [])
     ]
 
@@ -200,14 +207,14 @@ def difference_over_drift(runs: Runs) -> str:
     return table(["method", *RATIOS], rows)
 
 
-def everything(runs: Runs) -> str:
-    """Return all tables; the plain method has to be among the runs."""
+def everything(runs: Runs, seconds: dict[str, list[float]]) -> str:
+    """Return all tables, of runs and of the seconds of their steps; the plain method has to be among the runs."""
     runs = {method: {seed: with_points(run) for seed, run in found.items()} for method, found in runs.items()}
     parts = {
         "Forgetting against steps, of plain runs": against_steps(runs["plain"]),
         "The first steps": against_steps(runs["early"]) if "early" in runs else "",
         "Forgetting of each kind in the end": by_kind(runs["plain"]),
-        "Forgetting over the plain run's, at equal learning": compared(runs),
+        "Forgetting over the plain run's, at equal learning": compared(runs, seconds),
         "In the end": at_end(runs),
         "Rank correlation with forgetting": predictors(runs),
         "Difference over drift, median and range": difference_over_drift(runs),
