@@ -9,6 +9,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from anima_train.config.config import Config
+from anima_train.config.model_settings import FAMILIES
 from anima_train.core.format import printable
 from anima_train.core.settings import Location, Settings, is_settings, item_types, key_path, type_name
 from anima_train.data.settings import DatasetSettings, DirectoryOptions
@@ -113,6 +114,9 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
             for side in (before[table], now[table]):
                 if other in side:
                     side.setdefault(key, side[other])
+    for side in (before, now):
+        if (family := FAMILIES.get(side["model"].get("type"))) is not None:  # as `sections.with_license` fills it
+            side["metadata"].setdefault("license", family.license)
     forget_where_it_was(before["adapter"], now["adapter"])
     changes, known = Changes(), set(key_names(Config))
     frozen = set(find_frozen_or_thawed(before, now))

@@ -20,6 +20,7 @@ from anima_train.config.model_settings import AnyModel
 from anima_train.config.sections import (
     EarlyStopping,
     EvalDataset,
+    LicensedMetadata,
     Metadata,
     Monitoring,
     PreservationSettings,
@@ -188,7 +189,7 @@ class Config(Settings):
     """Save, evaluate and draw an average of the trained weights. Absent: the weights as they are."""
     monitoring: Monitoring = Monitoring()
     """Trackers."""
-    metadata: Metadata = Metadata()
+    metadata: LicensedMetadata = Metadata()
     """The texts in saved files."""
     sampling: VariantSampling | None = None
     """Previews. Absent: none."""

@@ -7,7 +7,7 @@ def settings_metadata(config: Config) -> dict[str, str]:
     """Return the settings that managers of LoRA files show; no path, and nothing secret."""
     written = config.metadata
     texts = {
-        "modelspec.license": config.model.license if written.license is None else written.license,
+        "modelspec.license": written.license,
         "modelspec.author": written.author,
         "modelspec.description": written.description,
         "modelspec.usage_hint": written.usage_hint,

@@ -225,6 +225,15 @@ class Metadata(Settings):
     Off: whoever gets the file learns nothing about the captions."""
 
 
+def with_license(value: Metadata, earlier: ValidationInfo) -> Metadata:
+    """Return [metadata] with the licence of its model's family, where none is set."""
+    model = earlier.data.get("model")
+    return value if model is None or value.license is not None else value.model_copy(update={"license": model.license})
+
+
+LicensedMetadata = Annotated[Metadata, AfterValidator(with_license)]
+
+
 def as_request(value: Any) -> Any:
     """Return a text as a table with nothing but that prompt."""
     return {"prompt": value} if isinstance(value, str) else value

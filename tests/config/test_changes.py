@@ -247,6 +247,23 @@ def test_a_key_of_the_dataset_is_shown_where_it_holds(resolved):
     assert changes.refused == ["dataset.directory[1].num_repeats: 1.0 -> 3.0 (decides what each step sees)"]
 
 
+@pytest.mark.parametrize(
+    ("model", "licences"),
+    [
+        ({"type": "anima"}, "CircleStone Labs Non-Commercial License v1.2; NVIDIA Open Model License"),
+        ({"type": "cosmos_predict2", "tiny_path": "tiny"}, "NVIDIA Open Model License"),
+    ],
+)
+def test_the_licences_of_the_base_are_no_change_whether_written_or_not(resolved, model, licences):
+    """Earlier versions wrote them into config.toml and states, later ones not, and now they are written again."""
+    now = resolved({"model": model})
+    assert now["metadata"]["license"] == licences
+    without = now | {"metadata": {key: value for key, value in now["metadata"].items() if key != "license"}}
+    for before in (now, without):
+        assert lines(compare(before, now)) == ([], [])
+    assert lines(compare(now, resolved({"model": model, "metadata.license": ""})))[0] != []
+
+
 def with_default(data, table, location=()):
     """The location of every key in a resolved table that has a default, which an older version might not know."""
     for key, value in data.items():
