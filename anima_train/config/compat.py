@@ -23,6 +23,7 @@ class Keys:
     """The keys of a file that its settings classes do not have. Names are dotted."""
 
     ignored: dict[str, str]  # without meaning here: why. Accepted with one note each
+    off: dict[str, Any] = field(default_factory=dict)  # values that mean that the key is absent
     not_yet: dict[str, dict[str, str]] = field(default_factory=dict)  # values that are not supported yet: what to do
     instead: dict[str, dict[str, str]] = field(default_factory=dict)  # values that are not chosen: what to write
 
@@ -61,7 +62,7 @@ def translate(
         name = prefix + key
         if name in keys.ignored:
             note(name, keys.ignored[name])
-        else:
+        elif name not in keys.off or value != keys.off[name]:
             if isinstance(value, str) and (fault := keys.value_fault(name, value)):
                 problem(name, fault)
             kept[key] = translate(value, keys, problem, note, f"{name}.") if isinstance(value, dict) else value

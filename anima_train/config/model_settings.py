@@ -1,6 +1,5 @@
 """The [model] table of the main file."""
 
-import re
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -200,11 +199,10 @@ MODEL_PATHS.remove("tiny_path")
 
 def unknown_family(kind: str) -> tuple[str, str]:
     """Return the message about a `type` of [model] that is none of ours, and the one that is nearest."""
-    word = re.split(r"[^a-z]", kind.lower())[0]
-    close = next((name for name in FAMILIES if (word and word in name) or nearest(kind, [name])), None)
+    close = next((name for name in FAMILIES if name in kind.lower()), None) or nearest(kind, FAMILIES)
     if close is not None:
         return f"found {quoted(kind)}; write {quoted(close)}", close
     return (
         f'found {quoted(kind)}, but only Anima and Cosmos-Predict2 are trained here: write "anima", and its files as '
-        "transformer_path, vae_path and llm_path; absent ones are downloaded"
+        'transformer_path, vae_path and llm_path (absent ones are downloaded), or "cosmos_predict2"'
     ), "anima"

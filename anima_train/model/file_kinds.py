@@ -80,6 +80,8 @@ REMEDIES = {
     ("cosmos", "transformer"): 'write type = "anima"',
     ("transformer", A_LORA): BEGINS_WITH_LORA,
     ("cosmos", A_LORA): BEGINS_WITH_LORA,
+    ("text_encoder", "t5"): 'give Qwen3-0.6B, or write type = "cosmos_predict2"',
+    ("t5", "text_encoder"): 'give T5-XXL, or write type = "anima"',
     ("t5", "a T5 v1.1 text encoder"): "Cosmos-Predict2 reads the first T5, such as oldt5_xxl_fp16.safetensors",
 }
 # Tensors that the dimensions of each model are read from, with the number of sides: no module is built without them.

@@ -25,6 +25,13 @@ def test_a_video_key_gets_one_note_where_it_stands(project):
     )
 
 
+@pytest.mark.parametrize("model", [{"type": "anima"}, {"type": "cosmos_predict2", "tiny_path": "tiny"}])
+def test_a_key_that_says_off_is_as_if_it_were_absent(project, model):
+    for key, off in MAIN.off.items():
+        without, given = (project.load({"model": dict(model)} | more) for more in ({}, {key: off}))
+        assert (given.config, given.notes) == (without.config, ())
+
+
 VALUES = [(key, value, text) for key, values in MAIN.not_yet.items() for value, text in values.items()]
 
 

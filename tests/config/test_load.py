@@ -332,7 +332,8 @@ OPTIMIZERS = '"adamw", "adamw_optimi", "adamw8bit", "schedule_free", "prodigy", 
          '"polynomial", "wsd", "rex"'),
         ({"optimizer.adamw": 1}, 'optimizer.adamw: unknown key; "adamw" has lr, weight_decay, betas, eps'),
         ({"model.type": "Anima-2B"}, 'model.type: found "Anima-2B"; write "anima"'),
-        ({"model.type": "cosmos"}, 'model.type: found "cosmos"; write "cosmos_predict2"'),
+        ({"model.type": "anima_preview"}, 'model.type: found "anima_preview"; write "anima"'),
+        ({"model.type": "Cosmos-Predict2"}, 'model.type: found "Cosmos-Predict2"; write "cosmos_predict2"'),
         ({"model.t5_path": "a"}, 'model.t5_path: unknown key of type "anima"; only "cosmos_predict2" has it'),
     ],
 )  # fmt: skip
@@ -391,12 +392,12 @@ def test_a_broken_dataset_file_is_named_itself(project):
     assert problem == "sets/dataset.toml: line 1: invalid value\n  a = = 1\n      ^"
 
 
-@pytest.mark.parametrize("kind", ["flux", "wan", "qwen_image", "sdxl"])
+@pytest.mark.parametrize("kind", ["flux", "wan", "cosmos", "s", ""])
 def test_another_model_is_one_message_and_names_the_slots_of_anima(project, kind):
     keys = {"type": kind, "diffusers_path": "x", "clip_path": "y", "v_pred": True, "text_encoders": [{"path": "z"}]}
     assert project.problems({"model": keys}) == [
         f'main.toml: model.type: found "{kind}", but only Anima and Cosmos-Predict2 are trained here: write "anima", '
-        "and its files as transformer_path, vae_path and llm_path; absent ones are downloaded"
+        'and its files as transformer_path, vae_path and llm_path (absent ones are downloaded), or "cosmos_predict2"'
     ]
 
 

@@ -220,7 +220,10 @@ def test_files_of_another_family_are_refused_with_what_to_write(files, tmp_path)
     assert "expects a Cosmos-Predict2 transformer (no LLM adapter)" in text
     assert text.endswith('looks like an Anima transformer; write type = "anima"')
     assert header_fault(anima, transformer=files.transformer).endswith('or write type = "cosmos_predict2"')
-    assert header_fault(files, llm=anima.llm).endswith("a Qwen3 text encoder; it belongs in model.llm_path")
+    text = header_fault(files, llm=anima.llm)
+    assert text.endswith('looks like a Qwen3 text encoder; give T5-XXL, or write type = "anima"')
+    text = header_fault(anima, llm=files.llm)
+    assert text.endswith('of Cosmos-Predict2; give Qwen3-0.6B, or write type = "cosmos_predict2"')
 
     state = load_file(files.llm)
     newer = {name.replace(".wi.", ".wi_0."): each for name, each in state.items()}
