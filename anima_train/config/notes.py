@@ -30,6 +30,9 @@ def without_effect(config: Config) -> Iterator[tuple[str, str]]:
         yield "adapter.rank", "full_matrix is true"
     if "alpha_rank_scale" in config.adapter.model_fields_set and not config.adapter.masks_ranks:
         yield "adapter.alpha_rank_scale", "there is no min_rank to fall to"
+    rates = config.learning_rates().by_component
+    if config.adapter.masks_ranks and not any(rates[part] for part in ("self_attn", "cross_attn", "mlp", "mod")):
+        yield "adapter.min_rank", "only the LLM adapter trains, and what is added to it acts whole"
     for key in ("lr_pattern", "b_lr_ratio") if config.force_constant_lr is not None else ():
         if key in config.adapter.model_fields_set:
             yield f"adapter.{key}", "force_constant_lr takes its place"

@@ -169,6 +169,15 @@ def test_what_cannot_be_masked_is_refused(settings, problem):
     assert Lora(rank=8, min_rank=5, rank_pattern={".*mlp.*": 4}).masks_ranks
 
 
+def test_a_rank_to_fall_to_has_no_effect_where_the_llm_adapter_trains_alone():
+    frozen = {f"{part}_lr": 0 for part in ("self_attn", "cross_attn", "mlp", "mod")}
+    given = {"output_dir": "runs", "dataset": "a.toml", "max_steps": 1, "optimizer": {"type": "adamw", "lr": 1e-4}}
+    for rates, noted in ((frozen, True), ({**frozen, "mod_lr": 1e-5}, False)):
+        model = {"type": "anima", "transformer_path": "a", "vae_path": "b", "llm_path": "c", **rates}
+        config = Config.model_validate({**given, "model": model, "adapter": {"type": "lora", "min_rank": 2}})
+        assert ("adapter.min_rank" in dict(without_effect(config))) == noted
+
+
 def test_how_the_rank_falls_has_no_effect_without_where_to():
     given = {"output_dir": "runs", "dataset": "a.toml", "max_steps": 1, "optimizer": {"type": "adamw", "lr": 1e-4}}
     given["model"] = {"type": "anima", "transformer_path": "a", "vae_path": "b", "llm_path": "c"}
