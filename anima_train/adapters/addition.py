@@ -151,7 +151,7 @@ class Addition(Selection):
         if self.lycoris is not None:
             others = {"algo": self.lycoris, **others}
         return {
-            "ss_network_module": "networks.lora_anima" if self.lycoris is None else "lycoris.kohya",
+            **({} if self.lycoris is None else {"ss_network_module": "lycoris.kohya"}),
             "ss_network_dim": rank,
             "ss_network_alpha": rank,
             "ss_network_dropout": str(self.dropout),

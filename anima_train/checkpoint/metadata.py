@@ -20,7 +20,7 @@ from anima_train.adapters.choice import AnyAdapter
 from anima_train.data.caption_parts import tags_of
 from anima_train.data.samples import Sample
 from anima_train.model.safetensors_io import PLACEHOLDER
-from anima_train.model.variants import architecture
+from anima_train.model.variants import KOHYA_MODULE, architecture, is_of_cosmos
 
 THUMBNAIL_SIDE = 256  # pixels
 PREVIEW = re.compile(r"s(\d+)_00\.png")
@@ -51,6 +51,7 @@ def weights_metadata(
         settings: `config.saved_settings.settings_metadata`.
         base: "name" and "sha256" of the file of the base model.
     """
+    is_kohya = adapter.leaves_base and not is_of_cosmos(settings)
     return {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": architecture(num_blocks, adapter.leaves_base),
@@ -68,6 +69,7 @@ def weights_metadata(
         "ss_steps": str(step),
         "ss_epoch": str(epoch),
         "ss_training_finished_at": str(datetime.now(UTC).timestamp()),
+        **({"ss_network_module": KOHYA_MODULE} if is_kohya else {}),
         **settings,
         **adapter.metadata(),
     }

@@ -1,10 +1,15 @@
 """The variants of Anima, told apart by the names and sizes of their files, and what to know before training on them."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+ARCHITECTURE = "modelspec.architecture"  # the key of metadata
+KOHYA_MODULE = "networks.lora_anima"  # of kohya's scripts, for Anima alone: ss_network_module
+COSMOS = "cosmos-predict2"
+COSMOS_LICENSE = "NVIDIA Open Model License"
+COSMOS_SIZES = {2048: "-2b", 5120: "-14b"}  # by the width
 LICENSE = "CircleStone Labs Non-Commercial License v1.2; NVIDIA Open Model License"  # of the base
 # By the number of blocks; those after the first are by others: the base's blocks with copies between them.
 VARIANTS = {28: "Anima 2B", 40: "Anima 2.9B", 52: "Anima 3.8B"}
@@ -24,6 +29,16 @@ def architecture(num_blocks: int, is_adapter: bool = False) -> str:
     """
     name = VARIANTS.get(num_blocks, "Anima").lower().replace(" ", "-")
     return f"{name}/lora" if is_adapter else name
+
+
+def cosmos_architecture(width: int, is_adapter: bool = False) -> str:
+    """Return the name of an architecture of Cosmos-Predict2 as `architecture` does: "cosmos-predict2-2b/lora"."""
+    return COSMOS + COSMOS_SIZES.get(width, "") + ("/lora" if is_adapter else "")
+
+
+def is_of_cosmos(metadata: Mapping[str, str]) -> bool:
+    """Return True if the metadata of a file tell that it is of, or for, Cosmos-Predict2."""
+    return metadata.get(ARCHITECTURE, "").startswith(COSMOS)
 
 
 def picture_defaults(transformer: str | Path | None) -> dict[str, Any]:

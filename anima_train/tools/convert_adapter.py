@@ -11,8 +11,7 @@ from anima_train.adapters.names import LORA_PREFIX, diffusers_name, kohya_name
 from anima_train.adapters.parts import read_adapter
 from anima_train.adapters.updates import NEVER_ROUNDED, Parts, kind_of, scale_of
 from anima_train.core.errors import ConfigError
-from anima_train.model.variants import architecture
-from anima_train.tools.outputs import adapter_depth, metadata_of, save_streamed
+from anima_train.tools.outputs import adapter_architecture, adapter_depth, metadata_of, save_streamed
 
 Keys = Literal["comfyui", "kohya", "diffusers"]
 HALVES = {  # the names of `down` and `up`
@@ -48,7 +47,7 @@ def convert_adapter(path: Path, out: Path, keys: Keys, dtype: torch.dtype | None
             tensors[key_of(name, part, keys)] = tensor if part in NEVER_ROUNDED or dtype is None else tensor.to(dtype)
     folded = ("ss_network_alpha",) if keys == "diffusers" else ()
     others = {name: text for name, text in adapter.metadata.items() if name not in folded}
-    made = architecture(adapter_depth(adapter.changes, adapter.metadata), is_adapter=True)
+    made = adapter_architecture(adapter_depth(adapter.changes, adapter.metadata), adapter.metadata)
     metadata = metadata_of(made, out, {"convert": path.name, "to": keys}, others)
     save_streamed(out, tensors, metadata, tensors.__getitem__)
     return len(adapter.changes)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from anima_train.adapters.names import anima_modules, cosmos_key
-from anima_train.adapters.parts import BLOCK_NUMBER, num_blocks, numbers
+from anima_train.adapters.parts import BLOCK_NUMBER, numbers
 from anima_train.core.errors import ConfigError, ModelFileError
 from anima_train.core.files import atomic_folder
 from anima_train.core.format import count
@@ -15,8 +15,7 @@ from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.file_kinds import BUNDLE_KEY, LLM_ADAPTER_PREFIX, is_buffer, key_prefix, open_slot, validate_kind
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
 from anima_train.model.safetensors_io import Entry, TensorFile, match_keys, open_header, read_tensors
-from anima_train.model.variants import architecture
-from anima_train.tools.outputs import metadata_of, save_streamed
+from anima_train.tools.outputs import base_architecture, metadata_of, save_streamed
 
 PARTS = {"transformer": "diffusion_model", "text_encoder": "text_encoder", "vae": "vae"}  # slot -> name of its file
 FOLDERS = {"transformer": "", "text_conditioner": LLM_ADAPTER_PREFIX}  # of diffusers -> prefix in a whole transformer
@@ -38,7 +37,7 @@ def convert_checkpoint(path: Path, out: Path, prefix: str, dtype: torch.dtype | 
     """
     places = places_in_folder(path) if path.is_dir() else places_in_file(path)
     others = {} if path.is_dir() else open_header(path).metadata
-    made = architecture(num_blocks(places, BLOCK_NUMBER))
+    made = base_architecture({name: file.entries[key] for name, (file, key) in places.items()}, others)
     write(places, out, prefix, dtype, metadata_of(made, out, {"convert": path.name, "prefix": prefix}, others))
     return len(places)
 

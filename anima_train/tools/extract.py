@@ -6,11 +6,10 @@ from pathlib import Path
 
 import torch
 
-from anima_train.adapters.parts import BLOCK_NUMBER, num_blocks
 from anima_train.core.errors import ModelFileError
 from anima_train.model.safetensors_io import read_tensors
 from anima_train.tools.diff import delta_of, open_transformer
-from anima_train.tools.outputs import save_lora
+from anima_train.tools.outputs import base_architecture, save_lora
 from anima_train.tools.spectra import Limit, LowRank, truncated
 
 
@@ -59,7 +58,7 @@ def extract(
     if not found:
         raise ModelFileError(f"{other_path}: no matrix differs from {base_path}; there is nothing to extract")
     origin = {"extract": other_path.name, "from": base_path.name, **vars(limit)}
-    save_lora(out, found, dtype, num_blocks(base.entries, BLOCK_NUMBER), origin, {})
+    save_lora(out, found, dtype, base_architecture(base.entries, base.metadata, is_adapter=True), origin, {})
     largest = max(len(factors.down) for factors in found.values())
     return Extracted({name: each.error for name, each in found.items()}, (rest / total) ** 0.5, largest, left_out)
 

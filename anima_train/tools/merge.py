@@ -8,14 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anima_train.adapters.parts import BLOCK_NUMBER, is_adapter, num_blocks, read_adapter
+from anima_train.adapters.parts import is_adapter, read_adapter
 from anima_train.adapters.updates import Parts, kind_of, low_rank_factors, product
 from anima_train.core.errors import ConfigError, ModelFileError
 from anima_train.core.format import count
 from anima_train.model.file_kinds import is_buffer, key_prefix, open_slot, validate_kind
 from anima_train.model.safetensors_io import TensorFile, first_five, open_header, read_tensors
 from anima_train.model.variants import architecture
-from anima_train.tools.outputs import adapter_depth, metadata_of, save_lora, save_streamed
+from anima_train.tools.outputs import (
+    adapter_architecture,
+    adapter_depth,
+    base_architecture,
+    metadata_of,
+    save_lora,
+    save_streamed,
+)
 from anima_train.tools.spectra import Limit, LowRank, truncated, truncated_product
 
 Tell = Callable[[str], object]  # gets the name of each weight before it is worked on
@@ -109,13 +116,13 @@ def merge_into(
                 tensor = adapter.updated(bare, tensor, strength)
         return tensor.to(shapes[name].dtype)
 
-    save_streamed(out, shapes, model_metadata(out, file, {"merge": told(sources), "into": base.name}), make)
+    save_streamed(out, shapes, model_metadata(out, file, prefix, {"merge": told(sources), "into": base.name}), make)
     return Merged("a checkpoint", len(changed), {})
 
 
-def model_metadata(path: Path, first: TensorFile, origin: Mapping[str, Any]) -> dict[str, str]:
-    """Return the metadata of a checkpoint that is made of others, of which this is the first."""
-    made = architecture(num_blocks(first.entries, BLOCK_NUMBER))
+def model_metadata(path: Path, first: TensorFile, prefix: str, origin: Mapping[str, Any]) -> dict[str, str]:
+    """Return the metadata of a checkpoint that is made of others, of which this is the first, with its prefix."""
+    made = base_architecture(first.stripped(prefix).entries, first.metadata)
     return metadata_of(made, path, origin, first.metadata)
 
 
@@ -149,7 +156,7 @@ def merge_checkpoints(
         return total.to(shapes[name].dtype)
 
     named = [Source(source.path, weight) for source, weight in zip(sources, weights, strict=True)]
-    save_streamed(out, shapes, model_metadata(out, file, {"merge": told(named)}), make)
+    save_streamed(out, shapes, model_metadata(out, file, prefix, {"merge": told(named)}), make)
     return Merged("a checkpoint", len(file.entries), {})
 
 
@@ -205,7 +212,9 @@ def merge_adapters(
     )
     origin = {"merge": told(sources)} | ({} if limit is None else vars(limit))
     depth = max(adapter_depth(adapter.changes, adapter.metadata) for adapter, _ in adapters)
-    save_lora(out, found, precision, depth, origin, adapters[0][0].metadata if len(adapters) == 1 else {})
+    architectures = {adapter_architecture(depth, adapter.metadata) for adapter, _ in adapters}
+    made = architectures.pop() if len(architectures) == 1 else architecture(depth, is_adapter=True)
+    save_lora(out, found, precision, made, origin, adapters[0][0].metadata if len(adapters) == 1 else {})
     ranks = sorted({len(factors.down) for factors in found.values()})
     kind = f"a LoRA of rank {ranks[0]}" if len(ranks) == 1 else f"a LoRA of ranks {ranks[0]} to {ranks[-1]}"
     return Merged(kind, len(found), errors)

@@ -16,14 +16,25 @@ from anima_train.adapters.read import DIFFUSERS_METADATA, STATE_SCALE
 from anima_train.core.errors import ConfigError, NumericError
 from anima_train.core.files import atomic_path
 from anima_train.model.comfy_quantized import TABLE
-from anima_train.model.safetensors_io import FLOATS, PLACEHOLDER, file_bytes, write_streamed
-from anima_train.model.variants import LICENSE, VARIANTS, architecture
+from anima_train.model.dit import TransformerShape
+from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX
+from anima_train.model.safetensors_io import FLOATS, PLACEHOLDER, Entry, file_bytes, write_streamed
+from anima_train.model.variants import (
+    ARCHITECTURE,
+    COSMOS,
+    COSMOS_LICENSE,
+    KOHYA_MODULE,
+    LICENSE,
+    VARIANTS,
+    architecture,
+    cosmos_architecture,
+    is_of_cosmos,
+)
 from anima_train.tools.spectra import LowRank
 
 # Metadata of a file that do not hold for one that is made of it: hashes, and scales and formats of its tensors.
 NO_LONGER_TRUE = ("sshs_", "modelspec.hash", DIFFUSERS_METADATA, STATE_SCALE, TABLE)
 ORIGIN = "anima_train.origin"  # the key of how a file came about, in JSON
-ARCHITECTURE = "modelspec.architecture"
 
 
 def expect_new_file(path: Path) -> None:
@@ -49,16 +60,36 @@ def adapter_depth(names: Iterable[str], metadata: Mapping[str, str]) -> int:
     return next(iter([*told, *fitting]), least)
 
 
+def adapter_architecture(depth: int, metadata: Mapping[str, str]) -> str:
+    """Return the architecture of an adapter that is made of one with these metadata: Cosmos-Predict2's stays."""
+    return metadata[ARCHITECTURE] if is_of_cosmos(metadata) else architecture(depth, is_adapter=True)
+
+
+def base_architecture(entries: Mapping[str, Entry], metadata: Mapping[str, str], is_adapter: bool = False) -> str:
+    """Return the architecture of a checkpoint, or of an adapter for it.
+
+    Args:
+        entries: its tensors, without prefix. Without LLM adapter it is Cosmos-Predict2, unless its metadata tell Anima.
+        metadata: of its file.
+        is_adapter: for that of an adapter.
+    """
+    has_llm_adapter = any(name.startswith(LLM_ADAPTER_PREFIX) for name in entries)
+    if has_llm_adapter or metadata.get(ARCHITECTURE, "").startswith("anima"):
+        return architecture(num_blocks(entries, BLOCK_NUMBER), is_adapter)
+    return cosmos_architecture(TransformerShape.of(entries).width, is_adapter)
+
+
 def metadata_of(made: str, path: Path, origin: Mapping[str, Any], others: Mapping[str, str]) -> dict[str, str]:
     """Return the metadata of a file.
 
     Args:
-        made: its architecture, of `variants.architecture`.
+        made: its architecture, of `variants`.
         path: of the file.
         origin: how it came about; kept as JSON.
         others: of a file that it was made from, which are kept where they still hold.
     """
     kept = {name: text for name, text in others.items() if not name.startswith(NO_LONGER_TRUE)}
+    version, licences = (COSMOS, COSMOS_LICENSE) if made.startswith(COSMOS) else ("anima", LICENSE)
     return kept | {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
@@ -67,8 +98,8 @@ def metadata_of(made: str, path: Path, origin: Mapping[str, Any], others: Mappin
         "modelspec.title": path.stem,
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "modelspec.prediction_type": "rectified_flow",
-        "ss_base_model_version": "anima",
-        "modelspec.license": kept.get("modelspec.license", LICENSE),
+        "ss_base_model_version": version,
+        "modelspec.license": kept.get("modelspec.license", licences),
         "modelspec.hash_sha256": f"0x{PLACEHOLDER}",
         "sshs_model_hash": PLACEHOLDER,
         "anima_train.version": __version__,
@@ -108,7 +139,7 @@ def save_streamed(
 
 
 def save_lora(
-    path: Path, found: Mapping[str, LowRank], dtype: torch.dtype, depth: int, origin: Mapping[str, Any],
+    path: Path, found: Mapping[str, LowRank], dtype: torch.dtype, made: str, origin: Mapping[str, Any],
     others: Mapping[str, str],
 ) -> None:  # fmt: skip
     """Write a LoRA of scale 1, under keys that ComfyUI and diffusers load.
@@ -117,7 +148,7 @@ def save_lora(
         path: of the file.
         found: factors by the full names of modules.
         dtype: of the file.
-        depth: the number of blocks of the model that it is for.
+        made: its architecture, of `variants`.
         origin: as of `metadata_of`.
         others: as of `metadata_of`.
 
@@ -132,7 +163,9 @@ def save_lora(
         tensors[lora_key(module, "lora_B")] = factors.up.to(dtype)
     ranks = {factors.down.shape[0] for factors in found.values()}
     rank = str(*ranks) if len(ranks) == 1 else "Dynamic"  # kohya's word where modules differ
-    facts = {"ss_network_module": "networks.lora_anima", "ss_network_dim": rank, "ss_network_alpha": rank}
-    kept = {name: text for name, text in others.items() if name != "ss_network_args"} | facts
-    made = architecture(depth, is_adapter=True)
+    facts = {"ss_network_dim": rank, "ss_network_alpha": rank}
+    if not made.startswith(COSMOS):
+        facts["ss_network_module"] = KOHYA_MODULE
+    told = ("ss_network_args", "ss_network_module")
+    kept = {name: text for name, text in others.items() if name not in told} | facts
     save_streamed(path, tensors, metadata_of(made, path, origin, kept), tensors.__getitem__)

@@ -13,9 +13,9 @@ from anima_train.adapters.parts import BLOCK_NUMBER, num_blocks, read_adapter
 from anima_train.core.errors import ConfigError, ModelFileError
 from anima_train.model.file_kinds import key_prefix, open_slot, validate_kind
 from anima_train.model.safetensors_io import TensorFile
-from anima_train.model.variants import VARIANTS, architecture
+from anima_train.model.variants import VARIANTS
 from anima_train.tools.convert_adapter import key_of
-from anima_train.tools.outputs import adapter_depth, metadata_of, save_streamed
+from anima_train.tools.outputs import adapter_architecture, adapter_depth, metadata_of, save_streamed
 
 # By the number of blocks: the places, in its own numbers, of those that were added to the next smaller variant.
 INSERTED: Mapping[int, Sequence[int]] = {
@@ -161,7 +161,7 @@ def remap(path: Path, out: Path, target: Variant, source: int | None = None) -> 
     if not tensors:
         raise ConfigError(f"{path}: none of the blocks that it changes is in a model of {target.num_blocks} blocks")
     origin = {"remap": path.name, "from": depth, "to": target.num_blocks}
-    made = architecture(target.num_blocks, is_adapter=True)
+    made = adapter_architecture(target.num_blocks, adapter.metadata)
     others = {name: text for name, text in adapter.metadata.items() if name not in OF_BASE}
     save_streamed(out, tensors, metadata_of(made, out, origin, others), tensors.__getitem__)
     return Remapped((depth, target.num_blocks), len(adapter.changes) - len(left_out), left_out)

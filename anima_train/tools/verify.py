@@ -12,7 +12,7 @@ from anima_train.tools.verify_checkpoint import NEEDS_FOLDER, checkpoint_verdict
 RENAMED_TRANSFORMER = "a transformer in diffusers names, not in ComfyUI's"  # as `identify` calls it
 RENAMED_VAE = "a VAE in diffusers names, not in Wan's"
 # Files that ComfyUI loads beside the transformer: it takes them whole, and their keys are not looked at one by one.
-OTHER_PARTS = ("text_encoder", "vae")
+OTHER_PARTS = ("text_encoder", "t5", "vae")
 
 
 def verify(path: Path, base: Path | None = None) -> Verdict:
@@ -36,7 +36,7 @@ def verify(path: Path, base: Path | None = None) -> Verdict:
         return checkpoint_verdict(file, kind, base_file)
     if kind == RENAMED_TRANSFORMER or is_text_conditioner(file, kind):
         return renamed_verdict(file, kind)
-    apart = Reading(refusal=NEEDS_FOLDER)
+    apart = Reading(refusal="it takes a model as a folder, as NVIDIA has it" if kind == "t5" else NEEDS_FOLDER)
     whole = Reading(len(file.entries))
     comfy = diffusers = Reading(refusal="it is no file for Anima, or has names that are not known")
     if kind in OTHER_PARTS:

@@ -19,7 +19,7 @@ from anima_train.adapters.read import OTHER_LORAS
 from anima_train.adapters.updates import MIDDLES, change_shape, kind_of
 from anima_train.core.format import count
 from anima_train.model.safetensors_io import TensorFile, read_tensors
-from anima_train.model.variants import VARIANTS
+from anima_train.model.variants import ARCHITECTURE, VARIANTS, is_of_cosmos
 from anima_train.optim.groups import COMPONENTS, component_of
 from anima_train.tools.verdict import Reading, Verdict
 
@@ -37,7 +37,7 @@ KIND_NAMES = {"difference": "whole differences of weights", "replacement": "whol
 # Kinds that ComfyUI reads, and nothing here computes.
 BY_NAME = {"oft_blocks": "OFT", "a1.weight": "GLoRA", **dict.fromkeys(MIDDLES, "LyCORIS for convolutions")}
 MAGNITUDE = "lora_magnitude_vector"
-TRAINED_ON = ("ss_sd_model_name", "ss_base_model_version", "modelspec.architecture")
+TRAINED_ON = ("ss_sd_model_name", "ss_base_model_version", ARCHITECTURE)
 TRAINED_WITH = ("modelspec.implementation", "ss_network_module")
 
 Groups = Mapping[str, Sequence[AdapterKey]]  # stem -> its keys; those of a bias apart
@@ -52,7 +52,7 @@ def adapter_verdict(file: TensorFile, base: TensorFile | None) -> Verdict:
         groups[key.parameter if key.module else key.stem].append(key)
     misfits = shape_faults(file, groups, base)
     kinds = Counter(group_kind(parts) or "" for parts in groups.values() if parts[0].stem)
-    whose = "Anima" if base is None else base.path.name
+    whose = family(file) if base is None else base.path.name
     comfy = Reading.of((key.key, comfy_reason(key, groups, misfits, whose)) for key in keys)
     refusal = diffusers_refusal(file.entries)
     diffusers = Reading.of(((key.key, diffusers_reason(key, groups, misfits)) for key in keys), refusal)
@@ -85,7 +85,12 @@ def kind_text(file: TensorFile, keys: Sequence[AdapterKey], kinds: Counter[str])
             return f"{text} of Anima's text encoder"
         others = (model for pattern, model in OTHER_LORAS if any(re.search(pattern, name) for name in names))
         return f"{text} {next(others, 'of another model')}, not of Anima"
-    return f"{text} of Anima"
+    return f"{text} of {family(file)}"
+
+
+def family(file: TensorFile) -> str:
+    """Return the model family that an adapter of Anima's modules was made for, as its metadata tell it."""
+    return "Cosmos-Predict2" if is_of_cosmos(file.metadata) else "Anima"
 
 
 def facts(file: TensorFile, keys: Sequence[AdapterKey], groups: Groups, kinds: Counter[str]) -> dict[str, str]:
@@ -101,7 +106,7 @@ def facts(file: TensorFile, keys: Sequence[AdapterKey], groups: Groups, kinds: C
         "rank": ", ".join(str(rank) for rank in sorted(ranks)),
         "alpha": alpha_text(file),
         "modules": f"{len(modules):,} ({numbers})" if modules else "",
-        "blocks": blocks_text(modules),
+        "blocks": blocks_text(modules, {} if is_of_cosmos(file.metadata) else VARIANTS),
         "keys": " and ".join(FORM_NAMES[form] for form in forms),
         "dtype": ", ".join(dtypes),
         "trained on": first_of(file.metadata, TRAINED_ON),
@@ -130,12 +135,12 @@ def rank_of(file: TensorFile, parts: Iterable[AdapterKey]) -> int | None:
     return None
 
 
-def blocks_text(modules: Collection[str | None]) -> str:
+def blocks_text(modules: Collection[str | None], variants: Mapping[int, str]) -> str:
     """Return how many blocks are changed, and which variant has so many."""
     numbers = {int(match[1]) for name in modules if name and (match := re.match(r"blocks\.(\d+)\.", name))}
     if not numbers:
         return ""
-    least = next((f"; {name} has {number}" for number, name in VARIANTS.items() if max(numbers) < number), "")
+    least = next((f"; {name} has {number}" for number, name in variants.items() if max(numbers) < number), "")
     return f"{len(numbers)}, up to number {max(numbers)}{least}"
 
 
@@ -242,7 +247,7 @@ def notes(file: TensorFile, keys: Sequence[AdapterKey]) -> Iterable[str]:
     """Yield what users run into later."""
     numbers = [int(match[1]) for key in keys if key.module and (match := re.match(r"blocks\.(\d+)\.", key.module))]
     first = min(VARIANTS)
-    if numbers and max(numbers) >= first:
+    if numbers and max(numbers) >= first and not is_of_cosmos(file.metadata):
         beyond = sum(number >= first for number in numbers)
         yield (
             f"made for a model with more than {first} blocks: with {VARIANTS[first]} {count(beyond, 'key')} would be "

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +11,16 @@ from safetensors.torch import load_file, save_file
 
 from anima_train.cli.main import main
 from anima_train.core.errors import ConfigError, ModelFileError
-from anima_train.model.tiny import tiny_paths
+from anima_train.model.tiny import tiny_paths, write_tiny_cosmos
+from anima_train.model.variants import LICENSE
+from anima_train.tools.convert_adapter import convert_adapter
+from anima_train.tools.convert_checkpoint import convert_checkpoint
 from anima_train.tools.diff import difference
+from anima_train.tools.extract import extract
 from anima_train.tools.inspect import inspect
 from anima_train.tools.merge import Source, merge
+from anima_train.tools.remap import Variant, remap
+from anima_train.tools.spectra import Limit
 from anima_train.tools.verify import verify
 
 CASES = ("lora", "lora_alpha", "lokr_full", "lokr_w2_low", "lokr_both_low", "loha", "dora_in", "dora_out", "diff")
@@ -83,6 +90,38 @@ def test_several_adapters_are_added_one_after_the_other(golden, checkpoint, tmp_
     found = load_file(out)
     torch.testing.assert_close(found[f"net.{NAME.format(0)}.weight"], expected, rtol=1e-5, atol=1e-6)
     assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+
+
+NVIDIA = {"modelspec.license": "NVIDIA Open Model License", "ss_base_model_version": "cosmos-predict2"}
+
+
+def told(path):
+    with safe_open(path, "pt") as file:
+        found = file.metadata()
+    return {key: found.get(key) for key in (*NVIDIA, "modelspec.architecture", "ss_network_module")}
+
+
+def test_what_is_made_of_cosmos_predict2_has_its_licence_and_architecture(tmp_path):
+    base = write_tiny_cosmos(tmp_path).transformer
+    lora, out = tmp_path / "lora.safetensors", tmp_path / "{}.safetensors"
+    stem = f"diffusion_model.{NAME.format(0)}"
+    factors = {f"{stem}.lora_A.weight": torch.ones(2, 64), f"{stem}.lora_B.weight": torch.ones(64, 2)}
+    save_file(factors, lora, {"modelspec.architecture": "cosmos-predict2-2b/lora"})
+    paths = [Path(str(out).format(name)) for name in ("into", "prefix", "extract", "one", "two", "keys", "moved")]
+    merge([Source(lora)], paths[0], into=base)
+    convert_checkpoint(base, paths[1], "")
+    extract(base, paths[0], paths[2], Limit(2))
+    merge([Source(lora)], paths[3], rank=1)
+    merge([Source(lora), Source(lora)], paths[4])
+    convert_adapter(lora, paths[5], "kohya")
+    remap(lora, paths[6], Variant.of("40"), 28)
+    kinds = ["", "", "/lora", *["-2b/lora"] * 4]
+    assert [told(path) for path in paths] == [
+        NVIDIA | {"modelspec.architecture": f"cosmos-predict2{kind}", "ss_network_module": None} for kind in kinds
+    ]
+    save_file(factors, tmp_path / "anima.safetensors")
+    merge([Source(lora), Source(tmp_path / "anima.safetensors")], tmp_path / "both.safetensors")
+    assert told(tmp_path / "both.safetensors")["modelspec.license"] == LICENSE
 
 
 def product(path, module):

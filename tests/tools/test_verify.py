@@ -13,7 +13,7 @@ from anima_train.adapters.parts import read_adapter
 from anima_train.cli.main import main
 from anima_train.core.errors import ModelFileError
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
-from anima_train.model.tiny import tiny_paths
+from anima_train.model.tiny import tiny_paths, write_tiny_cosmos
 from anima_train.tools.convert import to_diffusers
 from anima_train.tools.verdict import lines
 from anima_train.tools.verify import verify
@@ -304,6 +304,18 @@ def test_a_dora_of_peft_is_not_read_as_a_lora_without_its_lengths(tmp_path):
     save_file(pair(OURS) | {f"{OURS}.lora_magnitude_vector": torch.ones(OUT)}, path)
     with pytest.raises(ModelFileError, match="parts that make no change that is known"):
         read_adapter(path)
+
+
+def test_files_of_cosmos_predict2_are_told_as_such(tmp_path):
+    path = write_tiny_cosmos(tmp_path).llm
+    found = verify(path)
+    assert "T5-XXL" in found.kind
+    assert found.is_good_for("ComfyUI")
+    assert "as NVIDIA has it" in found.programs["diffusers"].refusal
+    save_file(pair(OURS.replace(".1.", ".35.")), path, {"modelspec.architecture": "cosmos-predict2-14b/lora"})
+    found = verify(path)
+    assert (found.kind, found.facts["blocks"]) == ("LoRA of Cosmos-Predict2", "1, up to number 35")
+    assert not any("Anima" in text for text in (*found.facts.values(), *found.notes))
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,8 @@ def test_the_file_says_what_it_is(whole):
     settings, run = whole
     found = json.loads(run.metadata()["ss_network_args"])
     assert found.get("algo", "lora") == settings.get("type", "lora")
+    kohya = "lycoris.kohya" if "algo" in found else "networks.lora_anima"
+    assert run.metadata()["ss_network_module"] == kohya
     assert found.get("min_rank") == settings.get("min_rank")
     assert run.metadata()["modelspec.architecture"] == "anima/lora"  # of a depth that is none of those known
 
