@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from anima_train.core.device import free_device_bytes, is_out_of_memory, release_memory
-from anima_train.core.text_batch import MAX_TOKENS
 from anima_train.data.loader import Entry
 from anima_train.data.samples import View
 
@@ -24,7 +23,6 @@ MAX_PIXELS = 4 * 1024**2
 MAX_IMAGES = 64
 MAX_CAPTIONS = 32
 ENCODER_TENSORS = 7  # of full resolution and the first width, that live at once (6.2 in bfloat16), with some room
-CAPTION_BYTES = 96 * 2**20  # of the text encoder's activations for a caption of MAX_TOKENS, with some room
 
 
 class BatchSize:
@@ -63,9 +61,9 @@ def image_batch_size(given: int | None, device: torch.device, base_channels: int
     return BatchSize(given, lambda num_pixels: images_at_once(num_pixels, base_channels, value_bytes, free))
 
 
-def caption_batch_size(given: int | None, device: torch.device, max_tokens: int = MAX_TOKENS) -> BatchSize:
-    """Return the number of captions, of at most so many tokens, that the text encoder on the device takes at once."""
-    number = captions_at_once(free_device_bytes(device) * MAX_TOKENS / max_tokens) if device.type == "cuda" else 1
+def caption_batch_size(given: int | None, device: torch.device, caption_bytes: float) -> BatchSize:
+    """Return the number of captions, of so many bytes each, that the text encoder on the device takes at once."""
+    number = captions_at_once(free_device_bytes(device), caption_bytes) if device.type == "cuda" else 1
     return BatchSize(given, lambda _: number)
 
 
@@ -82,9 +80,9 @@ def images_at_once(num_pixels: int, base_channels: int, value_bytes: int, free_b
     return max(1, min(MAX_IMAGES, MAX_PIXELS // num_pixels, int(SHARE * free_bytes / image_bytes)))
 
 
-def captions_at_once(free_bytes: float) -> int:
-    """Return the number of captions that suits a GPU with this much free memory."""
-    return max(1, min(MAX_CAPTIONS, int(SHARE * free_bytes / CAPTION_BYTES)))
+def captions_at_once(free_bytes: float, caption_bytes: float) -> int:
+    """Return the number of captions, of so many bytes each, that suits a GPU with this much free memory."""
+    return max(1, min(MAX_CAPTIONS, int(SHARE * free_bytes / caption_bytes)))
 
 
 def encoded(

@@ -240,7 +240,7 @@ def encode_texts(
     """Encode these captions and have their conditions written."""
     device = model.text_device
     encoder = CaptionEncoder(model, tokenizers)
-    at_once = caption_batch_size(batch_size, device, model.max_tokens)
+    at_once = caption_batch_size(batch_size, device, model.files.caption_bytes(model.max_tokens))
     logger.info(ENCODING, "captions", at_once.number())
 
     def encode(batch: Sequence[Entry[str]]) -> list[dict[str, Tensor]]:

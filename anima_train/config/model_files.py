@@ -26,7 +26,7 @@ class Family:
     files: type[ModelFiles]
     tiny_paths: Callable[[Path], ModelFiles]
     write_tiny: Callable[[Path], ModelFiles]
-    tokenizers: dict[str, str]  # by their keys, the folders that lie near the text encoder
+    tokenizers: dict[str, tuple[str, ...]]  # by their keys, names of folders near the text encoder
     is_downloaded: bool  # True: the official files are fetched where no others are given
 
 
@@ -35,11 +35,15 @@ FAMILIES = {
         ModelFiles,
         tiny_paths,
         write_tiny,
-        {"tokenizer_path": "tokenizer", "t5_tokenizer_path": "t5_tokenizer"},
+        {"tokenizer_path": ("tokenizer",), "t5_tokenizer_path": ("t5_tokenizer",)},
         is_downloaded=True,
     ),
     "cosmos_predict2": Family(
-        CosmosFiles, tiny_cosmos_paths, write_tiny_cosmos, {"t5_tokenizer_path": "t5_tokenizer"}, is_downloaded=False
+        CosmosFiles,
+        tiny_cosmos_paths,
+        write_tiny_cosmos,
+        {"t5_tokenizer_path": ("t5_tokenizer", "tokenizer")},  # the latter in NVIDIA's own folder
+        is_downloaded=False,
     ),
 }
 
@@ -85,10 +89,12 @@ def find_model_files(config: Config | ModelPart) -> ModelFiles:
     for key in slots.values():
         resolve(key, given[key])
     *_, text_key = slots.values()
-    for key, name in family.tokenizers.items():
+    for key, names in family.tokenizers.items():
         path = given[key]
-        near = None if path is not None or text_key not in found else find_tokenizer_folder(name, found[text_key])
-        resolve(key, path if near is None else str(near))
+        if path is None and text_key in found:
+            near = (find_tokenizer_folder(name, found[text_key]) for name in names)
+            path = next((str(folder) for folder in near if folder is not None), None)
+        resolve(key, path)
     if model.llm_adapter_path is not None:
         resolve("llm_adapter_path", model.llm_adapter_path)
     if failures:

@@ -4,12 +4,12 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from anima_train.config.values import CaptionTokens, ComputeDtype, Dtype, Folder, WeightsDtype
+from anima_train.config.values import CaptionTokens, ComputeDtype, Dtype, Folder, T5CaptionTokens, WeightsDtype
 from anima_train.core.settings import Settings, nearest, quoted
 from anima_train.core.text_batch import MAX_TOKENS
 from anima_train.model.quantized import Quantization
 from anima_train.model.text_quantized import TextQuantization
-from anima_train.model.variants import LICENSE
+from anima_train.model.variants import COSMOS_LICENSE, LICENSE
 
 
 class AnimaFiles(Settings):
@@ -172,7 +172,7 @@ class CosmosFiles(Settings):
     folder of .safetensors files, or an hf:// reference. It computes in float32, and takes 19 GB while it is in memory:
     text_encoder_fp8 and text_encoder_device have less."""
     t5_tokenizer_path: str | None = None
-    """Folder of the T5 tokenizer. Absent: a folder `t5_tokenizer` near t5_path, else downloaded."""
+    """Folder of the T5 tokenizer. Absent: a folder `t5_tokenizer` or `tokenizer` near t5_path, else downloaded."""
     tiny_path: Folder | None = None
     """Use the random tiny stand-in model in this folder, written there first if missing: tries everything, learns
     nothing useful."""
@@ -181,9 +181,13 @@ class CosmosFiles(Settings):
 class CosmosPredict2(ModelSettings, CosmosFiles):
     """Cosmos-Predict2, text to image: the same transformer, which reads the states of T5 without an LLM adapter."""
 
-    license: ClassVar[str] = "NVIDIA Open Model License"
+    license: ClassVar[str] = COSMOS_LICENSE
     llm_adapter_path: ClassVar[None] = None
     llm_adapter_lr: ClassVar[float] = 0.0  # as if it were frozen: there is none
+    max_caption_tokens: T5CaptionTokens = MAX_TOKENS
+    """Tokens of a caption that are read; what is behind them is cut off. 512 to 2048: the memory of T5's attention
+    grows with the square. Shorter captions are padded to 512 rows whatever it is. A change encodes all captions
+    anew."""
 
     @property
     def text_quantization(self) -> TextQuantization | None:

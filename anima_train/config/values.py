@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from anima_train.core.settings import describe_value, quoted
-from anima_train.core.text_batch import MAX_TOKENS, QWEN_POSITIONS
+from anima_train.core.text_batch import MAX_TOKENS, QWEN_POSITIONS, T5_TOKENS
 
 
 def refuse_float16(value: Any) -> Any:
@@ -54,6 +54,16 @@ def caption_tokens(value: int) -> int:
     return value
 
 
+def t5_caption_tokens(value: int) -> int:
+    """Refuse less than captions are padded to, and more than T5-XXL has memory for."""
+    if not MAX_TOKENS <= value <= T5_TOKENS:
+        raise ValueError(
+            f"found {value}, expected {MAX_TOKENS} to {T5_TOKENS}: captions are padded to {MAX_TOKENS} anyway, so that "
+            "less would only cut them off, and the memory of T5's attention grows with the square of their length"
+        )
+    return value
+
+
 def one_byte_name(value: Any) -> Any:
     """Return "float8" under the name that torch has for it; refuse other small types with the reason."""
     if value == "nf4":
@@ -70,4 +80,5 @@ WeightsDtype = Annotated[
 ComputeDtype = Annotated[Dtype, BeforeValidator(refuse_float16)]
 Folder = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 CaptionTokens = Annotated[int, AfterValidator(caption_tokens)]
+T5CaptionTokens = Annotated[int, AfterValidator(t5_caption_tokens)]
 BatchSizes = Annotated[int | list[list[int]], AfterValidator(batch_sizes)]

@@ -15,6 +15,7 @@ from anima_train.core.tensor_fields import TensorFields
 CONTEXT_ROWS = 512  # cross-attention sees at least this many rows; those past the caption are zeros, and count
 MAX_TOKENS = 512  # of a caption that are read, of Qwen3's and T5's each; the reference trainer's limit
 QWEN_POSITIONS = 32_768  # tokens that Qwen3-0.6B reads; T5's ids and the LLM adapter have no limit of their own
+T5_TOKENS = 2048  # that T5-XXL may read: its attention of 128 heads is whole in memory, 2.1 GB then
 ROW_MULTIPLE = 16  # of a folded context's rows: never one alone, which a compiler takes for another kind
 T5_PAD = 0  # the id of <pad>
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from anima_train.core.shapes import LATENT_CHANNELS
-from anima_train.core.text_batch import QWEN_POSITIONS
+from anima_train.core.text_batch import MAX_TOKENS, T5_TOKENS
 from anima_train.model.dit import TransformerShape
 from anima_train.model.llm_adapter import Conditioner
 from anima_train.model.loading import ModelFiles
@@ -15,8 +15,9 @@ from anima_train.model.safetensors_io import TensorFile
 from anima_train.model.t5 import SHARED, empty_t5, load_t5, open_t5
 from anima_train.model.text import TextEncoder, Tokenizers, load_t5_tokenizer
 from anima_train.model.text_quantized import TextQuantization
+from anima_train.model.variants import COSMOS, cosmos_architecture
 
-SIZES = {2048: "-2b", 5120: "-14b"}  # by the width
+CAPTION_BYTES = 480 * 2**20  # of T5-XXL's activations for MAX_TOKENS: 128 MiB a copy of the logits or the MLP's
 
 
 class T5Context(Conditioner):
@@ -38,7 +39,7 @@ class CosmosFiles(ModelFiles):
     SLOTS: ClassVar[tuple[str, str, str]] = ("cosmos", "vae", "t5")
 
     def text_checks(self, tokenizers: Tokenizers) -> list[Callable[[], object]]:
-        return [lambda: empty_t5(self.llm)]
+        return [lambda: empty_t5(self.llm, tokenizers)]
 
     def load_tokenizers(self) -> Tokenizers:
         t5 = load_t5_tokenizer(self.t5_tokenizer)
@@ -59,15 +60,15 @@ class CosmosFiles(ModelFiles):
 
     @property
     def max_tokens(self) -> int:
-        """The most that a configuration may ask for: T5's positions are relative, and have no end."""
-        return QWEN_POSITIONS
+        """The most that a configuration may ask for: T5's positions have no end, memory for its attention has."""
+        return T5_TOKENS
+
+    def caption_bytes(self, max_tokens: int) -> float:
+        return CAPTION_BYTES * (max_tokens / MAX_TOKENS) ** 2
 
     def metadata(self, is_adapter: bool) -> dict[str, str]:
-        size = SIZES.get(TransformerShape.of(self.transformer_header.entries).width, "")
-        return {
-            "ss_base_model_version": "cosmos-predict2",
-            "modelspec.architecture": f"cosmos-predict2{size}" + ("/lora" if is_adapter else ""),
-        }
+        width = TransformerShape.of(self.transformer_header.entries).width
+        return {"ss_base_model_version": COSMOS, "modelspec.architecture": cosmos_architecture(width, is_adapter)}
 
     def warnings(self) -> Iterator[str]:
         yield from ()

@@ -57,7 +57,7 @@ SIGNATURES = (
     (r"(^|\.)layers\.\d+\.self_attn\.q_proj\.bias$", "a Qwen2 text encoder"),
     (r"(^|\.)layers\.\d+\.self_attn\.q_proj\.weight$", "a language model that is not Qwen3"),
     (r"(^|\.)encoder\.block\.\d+\.layer\.1\.DenseReluDense\.wi_0\.", "a T5 v1.1 text encoder"),
-    (r"(^|\.)encoder\.block\.\d+\.layer\.0\.SelfAttention\.", "t5"),
+    (r"^encoder\.block\.\d+\.layer\.0\.SelfAttention\.", "t5"),
     (r"^encoder\.downsamples\.0\.residual\.0\.gamma$", "vae"),
     (r"^encoder\.downsamples\.0\.downsamples\.", "the VAE of Wan 2.2"),
     (r"^(first_stage_model\.|vae\.)?encoder\.down\.\d+\.block\.", "an SD or Flux VAE"),

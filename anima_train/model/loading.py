@@ -32,6 +32,8 @@ from anima_train.model.text_quantized import TextQuantization, stored_bytes
 from anima_train.model.vae import open_vae
 from anima_train.model.variants import variant_warnings
 
+CAPTION_BYTES = 96 * 2**20  # of Qwen3-0.6B, for MAX_TOKENS
+
 
 @dataclass(frozen=True)
 class ModelFiles:
@@ -125,6 +127,10 @@ class ModelFiles:
     def max_tokens(self) -> int:
         """The number of tokens that the text encoder reads of one text."""
         return num_positions(self.llm)
+
+    def caption_bytes(self, max_tokens: int) -> float:
+        """Return the bytes of the text encoder's activations for a caption of so many tokens, with some room."""
+        return CAPTION_BYTES * max_tokens / MAX_TOKENS
 
     def metadata(self, is_adapter: bool) -> dict[str, str]:
         """Return the metadata of saved files that are not those of Anima, of an adapter or of a whole model."""

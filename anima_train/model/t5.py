@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
 
+from anima_train.core.errors import ModelFileError
 from anima_train.core.text_batch import EncodedText
 from anima_train.model.file_kinds import validate_kind
 from anima_train.model.safetensors_io import TensorFile, count_blocks, match_keys, read_tensors
@@ -44,7 +45,7 @@ def load_t5(
     path: Path, tokenizers: Tokenizers, device: torch.device, quantization: TextQuantization | None = None
 ) -> T5Encoder:
     """Load T5's encoder in float32, whatever dtype the file has; arguments and errors as of `load_text_encoder`."""
-    files, model = empty_t5(path)
+    files, model = empty_t5(path, tokenizers)
     quantizer = None if quantization is None else TextQuantizer(model, quantization, device)
     state = {
         name: tensor.to(device=device, dtype=torch.float32)
@@ -58,19 +59,25 @@ def load_t5(
     return T5Encoder(model.to(device).eval().requires_grad_(False), tokenizers.t5.pad_token_id)
 
 
-def empty_t5(path: Path) -> tuple[list[TensorFile], "T5EncoderModel"]:
+def empty_t5(path: Path, tokenizers: Tokenizers) -> tuple[list[TensorFile], "T5EncoderModel"]:
     """Return the headers of a T5 encoder's files, and the model without its weights, to which they fit.
 
     Raises:
-        ModelFileError: another kind of model, or tensors missing, unexpected or misshapen.
+        ModelFileError: another kind of model, or tensors missing, unexpected or misshapen, or too few embeddings.
     """
     from transformers import T5EncoderModel  # takes long to import
 
     files = open_shards(path, SLOT)
     merged = merge(path, files, SLOT)
     validate_kind(merged, SLOT)
+    config = t5_config(merged)
+    if len(tokenizers.t5) > config.vocab_size:
+        raise ModelFileError(
+            f"model.t5_path: {path} has embeddings for {config.vocab_size:,} tokens, but the tokenizer of "
+            f"model.t5_tokenizer_path has {len(tokenizers.t5):,}; they belong to different models"
+        )
     with init_empty_weights():
-        model = T5EncoderModel(t5_config(merged))
+        model = T5EncoderModel(config)
     wanted = {name: tensor for name, tensor in model.state_dict().items() if name != EMBEDDING}
     match_keys(merged.without(is_unused).entries, wanted, f"model.t5_path: {path}")
     return files, model

@@ -21,8 +21,8 @@ GIB = 2**30
 
 
 def test_the_cpu_takes_one_at_once_unless_told():
-    assert image_batch_size(None, CPU, 96, 4).number(1024**2) == caption_batch_size(None, CPU).number() == 1
-    assert image_batch_size(5, CPU, 96, 4).number(1024**2) == caption_batch_size(5, CPU).number() == 5
+    assert image_batch_size(None, CPU, 96, 4).number(1024**2) == caption_batch_size(None, CPU, 1).number() == 1
+    assert image_batch_size(5, CPU, 96, 4).number(1024**2) == caption_batch_size(5, CPU, 1).number() == 5
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_a_gpu_takes_what_its_resolution_and_free_memory_allow(side, free_gib, e
 
 
 def test_captions_on_a_gpu_depend_on_its_free_memory():
-    assert [captions_at_once(gib * GIB) for gib in (0, 1, 100)] == [1, 5, MAX_CAPTIONS]
+    assert [captions_at_once(gib * GIB, 96 * 2**20) for gib in (0, 1, 100)] == [1, 5, MAX_CAPTIONS]
 
 
 def make(limit, calls):

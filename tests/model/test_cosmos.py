@@ -238,6 +238,16 @@ def test_files_of_another_family_are_refused_with_what_to_write(files, tmp_path)
     )
 
 
+def test_a_t5_file_with_a_prefix_or_too_few_embeddings_is_refused(files, tokenizers, tmp_path):
+    state, path = load_file(files.llm), tmp_path / "t5.safetensors"
+    save_file({f"t5xxl.transformer.{name}": each for name, each in state.items()}, path)
+    assert "looks like a file of unknown kind (its first key is t5xxl." in header_fault(files, llm=path)
+    number = len(tokenizers.t5) - 1
+    save_file(state | {"shared.weight": state["shared.weight"][:number].clone()}, path)
+    with pytest.raises(ModelFileError, match=rf"t5_path: .* has embeddings for {number} tokens.*t5_tokenizer_path has"):
+        dataclasses.replace(files, llm=path).check_keys(tokenizers)
+
+
 def test_the_video_model_is_refused(files, tmp_path):
     state = load_file(files.transformer)
     name = "net.x_embedder.proj.1.weight"
@@ -271,4 +281,5 @@ def test_a_text_encoder_in_8_bits_is_near(error, files, tokenizers):
         files.load_text_encoder(tokenizers, CPU, kind).encode(tokens)[0].source for kind in (None, "float8")
     )
     assert 0.001 < error(rounded, exact) < 0.2
+    assert files.caption_bytes(1024) == 4 * files.caption_bytes(512) > 4 * 3 * 128 * 512**2 * 4
     assert files.text_bytes(False, "float8") < files.text_bytes(False, None) / 2

@@ -1,5 +1,7 @@
 """Runs on Cosmos-Predict2: what they save, resuming, previews and pictures."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from anima_train.cli.main import COMMANDS, application
+from anima_train.config.model_files import find_model_files
+from anima_train.config.model_part import ModelPart
 from anima_train.core.errors import ConfigError, UserError
 from anima_train.model.tiny import tiny_cosmos_paths, write_tiny_cosmos
 
@@ -52,6 +56,7 @@ def test_a_stopped_run_resumes_bitwise_and_its_file_has_the_keys_of_comfyui(cosm
     assert told["modelspec.architecture"] == architecture
     assert told["ss_base_model_version"] == "cosmos-predict2"
     assert told["modelspec.license"] == "NVIDIA Open Model License"
+    assert "ss_network_module" not in told
     assert whole.manifest["llm_adapter_trained"] is False
 
 
@@ -115,6 +120,23 @@ def test_files_that_are_not_given_are_named_and_keys_of_anima_are_refused(cosmos
         cosmos_trainer.base["model"] = {"type": "cosmos_predict2", key: value}
         with pytest.raises(UserError, match=f'{key}: unknown key of type "cosmos_predict2"; only "anima" has it'):
             cosmos_trainer("refused")
+
+
+def test_more_tokens_than_t5_has_memory_for_are_refused(cosmos_trainer):
+    cosmos_trainer.base["model"] |= {"max_caption_tokens": 2049}
+    with pytest.raises(ConfigError, match=r"found 2049, expected 512 to 2048: .* the memory of T5's attention grows"):
+        cosmos_trainer("refused")
+
+
+def test_the_tokenizer_of_nvidias_folder_is_found(folder, tmp_path):
+    files = tiny_cosmos_paths(folder)
+    text_encoder = tmp_path / "text_encoder"
+    shutil.copytree(files.t5_tokenizer, tmp_path / "tokenizer")
+    text_encoder.mkdir()
+    t5 = shutil.copy(files.llm, text_encoder / "model.safetensors")
+    paths = {"transformer_path": str(files.transformer), "vae_path": str(files.vae), "t5_path": str(t5)}
+    part = ModelPart.model_validate({"model": {"type": "cosmos_predict2", **paths}})
+    assert find_model_files(part).t5_tokenizer == tmp_path / "tokenizer"
 
 
 @pytest.mark.slow

@@ -324,7 +324,10 @@ def of_settings(config, loaded, spec, plan, schedule):
     yield "due", due_steps(config, plan, schedule)
     context = SimpleNamespace(config=config, resume_point=ResumePoint("run"))
     yield "first", PeriodicTasks.before_first_step(SimpleNamespace(context=context))
-    sizes = image_batch_size(config.caching_batch_size, CPU, 8, 4), caption_batch_size(config.caching_batch_size, CPU)
+    sizes = (
+        image_batch_size(config.caching_batch_size, CPU, 8, 4),
+        caption_batch_size(config.caching_batch_size, CPU, 1),
+    )
     yield "at once", [size.number(9000) for size in sizes]
     yield "offline", loaded.train.offline
     yield "axis", StepLogger.x(SimpleNamespace(run=SimpleNamespace(config=config)), 5, 50)
