@@ -23,7 +23,6 @@ from torch import Tensor
 from anima_train.core.device import choose_device
 from anima_train.core.errors import ConfigError, UserError
 from anima_train.core.settings import quoted
-from anima_train.sampling.prompts import weighted_pieces
 
 logger = logging.getLogger(__name__)
 
@@ -184,6 +183,8 @@ def judge_fault(name: str, text: str, installed: Mapping[str, EntryPoint]) -> st
 
 def plain_text(prompt: str) -> str:
     """Return the words of a prompt, without its weights."""
+    from anima_train.sampling.prompts import weighted_pieces  # imports transformers; a configuration reads without it
+
     return "".join(text for text, _ in weighted_pieces(prompt))
 
 
