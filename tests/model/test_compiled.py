@@ -334,6 +334,7 @@ def test_more_kinds_of_batches_than_dynamo_takes_by_itself_are_compiled(caplog):
     assert lines(caplog) == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh")
 def test_two_ways_to_run_blocks_share_the_graph_without_gradients():
     model, run = make_model(Lora(rank=4)), mixed(blocks_of("blocks", "eager"), blocks_of("nothing", "eager"), 1)

@@ -149,6 +149,7 @@ def test_a_run_keeps_the_base_resumes_on_the_same_bits_and_tells_the_cost(traine
         trainer("run", resume=True, **keys | {"preservation": DRAWN | {"share": 0.4}})
 
 
+@pytest.mark.slow
 def test_a_model_that_is_held_drifts_less(trainer):
     known = {"name": "known", "role": "retention", "captions": "shipped", "quantiles": [0.5]}
     known["pictures"] = {"width": 64, "height": 64, "steps": 1}
