@@ -32,10 +32,12 @@ from anima_train.training.train import run_training
 run_training(load_config(Path(sys.argv[1])))
 print(json.dumps({"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
 """
+# VmHWM, in KiB: ru_maxrss of a process is never below that of the one that started it.
 TOOL = """
-import atexit, resource
+import atexit, re
+from pathlib import Path
 from anima_train.cli.start import anima
-atexit.register(lambda: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+atexit.register(lambda: print(int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024))
 anima()
 """
 
