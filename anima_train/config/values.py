@@ -46,20 +46,20 @@ def batch_sizes(value: int | list[list[int]]) -> int | list[list[int]]:
 
 def caption_tokens(value: int) -> int:
     """Refuse less than captions are padded to, and more than Qwen3 reads."""
-    if not MAX_TOKENS <= value <= QWEN_POSITIONS:
-        raise ValueError(
-            f"found {value}, expected {MAX_TOKENS} to {QWEN_POSITIONS}: captions are padded to {MAX_TOKENS} anyway, so "
-            "that less would only cut them off, and Qwen3 reads no more"
-        )
-    return value
+    return tokens_up_to(QWEN_POSITIONS, "Qwen3 reads no more", value)
 
 
 def t5_caption_tokens(value: int) -> int:
     """Refuse less than captions are padded to, and more than T5-XXL has memory for."""
-    if not MAX_TOKENS <= value <= T5_TOKENS:
+    return tokens_up_to(T5_TOKENS, "the memory of T5's attention grows with the square of their length", value)
+
+
+def tokens_up_to(most: int, reason: str, value: int) -> int:
+    """Return a number of tokens, if it is at least what captions are padded to and at most this, for a reason."""
+    if not MAX_TOKENS <= value <= most:
         raise ValueError(
-            f"found {value}, expected {MAX_TOKENS} to {T5_TOKENS}: captions are padded to {MAX_TOKENS} anyway, so that "
-            "less would only cut them off, and the memory of T5's attention grows with the square of their length"
+            f"found {value}, expected {MAX_TOKENS} to {most}: captions are padded to {MAX_TOKENS} anyway, so that less "
+            f"would only cut them off, and {reason}"
         )
     return value
 
