@@ -31,8 +31,9 @@ from anima_train.optim.groups import COMPONENTS, LearningRates
 from anima_train.optim.optimizers import AdamWKahan
 
 SHAPE = TransformerShape(3, 32, 16, 16, 24, 8)
-LATENTS, T = torch.randn(2, 16, 1, 8, 8), torch.rand(2, 1)
-TEXT = torch.randn(2, 5, 24)
+RANDOM = torch.Generator().manual_seed(0)
+LATENTS, T = torch.randn(2, 16, 1, 8, 8, generator=RANDOM), torch.rand(2, 1, generator=RANDOM)
+TEXT = torch.randn(2, 5, 24, generator=RANDOM)
 
 
 @pytest.fixture
