@@ -16,7 +16,7 @@ from anima_train.checkpoint.disk_space import DiskPlan
 from anima_train.cli.output import Facts
 from anima_train.config.config import Config
 from anima_train.config.ladder import rungs
-from anima_train.config.load import LoadedConfig
+from anima_train.config.loaded import LoadedConfig
 from anima_train.config.memory_advice import memory_suggestions
 from anima_train.config.model_files import build_model_spec
 from anima_train.config.plan_notes import plan_notes, plan_warnings

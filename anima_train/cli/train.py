@@ -14,7 +14,7 @@ from anima_train.core.format import printable
 from anima_train.distributed.launcher import rank
 
 if TYPE_CHECKING:
-    from anima_train.config.load import LoadedConfig
+    from anima_train.config.loaded import LoadedConfig
 
 RESUME = "--resume"
 

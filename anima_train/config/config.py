@@ -1,21 +1,12 @@
 """The configuration tree, in diffusion-pipe's words. The docstring under each key is its reference."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from anima_train.adapters.choice import AnyAdapter
 from anima_train.adapters.full import Full
-from anima_train.adapters.lora import Lora
-from anima_train.config.combinations import (
-    BASE_IS_LOST,
-    average_fault,
-    base_is_lost,
-    checkpointed_blocks_fault,
-    optimizer_fault,
-    preservation_fault,
-    weights_fault,
-)  # fmt: skip
+from anima_train.config.combinations import CHECKS, DEFAULT_KEEP_LAST, STATE_INTERVALS
 from anima_train.config.model_settings import AnyModel
 from anima_train.config.sections import (
     EarlyStopping,
@@ -24,12 +15,10 @@ from anima_train.config.sections import (
     Metadata,
     Monitoring,
     PreservationSettings,
-    Sampling,
     VariantSampling,
-    metric_fault,
 )  # fmt: skip
 from anima_train.config.values import BatchSizes, Dtype, Folder, plain_name  # fmt: skip
-from anima_train.core.settings import Settings, quoted
+from anima_train.core.settings import Settings
 from anima_train.data.settings import DatasetSettings
 from anima_train.model.recompute import Recompute
 from anima_train.objective.losses import Loss
@@ -38,10 +27,6 @@ from anima_train.optim.ema import Ema
 from anima_train.optim.groups import COMPONENTS, Component, LearningRates
 from anima_train.optim.lr_schedules import Constant, ScheduleSetting
 from anima_train.optim.optimizers import AnyOptimizer
-
-EVAL_INTERVALS = ("eval_every_n_epochs", "eval_every_n_steps", "eval_every_n_examples")
-STATE_INTERVALS = ("checkpoint_every_n_epochs", "checkpoint_every_n_steps", "checkpoint_every_n_minutes")
-DEFAULT_KEEP_LAST = 2
 
 
 class Config(Settings):
@@ -196,199 +181,13 @@ class Config(Settings):
     early_stopping: EarlyStopping | None = None
     """An end where evaluations no longer get better. Absent: the run ends after its last step."""
 
-    # Options that exclude each other, or could not take effect: each a check of the last field it concerns, so that all
-    # are found at once. `earlier` holds the fields above that are right by themselves.
-
-    @field_validator("max_steps")
+    @field_validator(*CHECKS)
     @classmethod
-    def has_an_end(cls, value: int | None, earlier: ValidationInfo) -> int | None:
-        """Require epochs or max_steps, after which the run ends."""
-        if value is None and earlier.data.get("epochs", 1) is None:
-            raise ValueError("neither epochs nor max_steps is set; set at least one")
-        return value
-
-    @field_validator("force_constant_lr")
-    @classmethod
-    def excludes_schedule(cls, value: float | None, earlier: ValidationInfo) -> float | None:
-        """Refuse a warmup or schedule, which a constant rate does not have."""
-        others = [key for key in ("lr_scheduler", "warmup_steps") if earlier.data.get(key) not in (None, 0, Constant())]
-        if value is not None and others:
-            raise ValueError(f"excludes {' and '.join(others)}; remove {'it' if len(others) == 1 else 'them'} or this")
-        return value
-
-    @field_validator("attention")
-    @classmethod
-    def can_be_deterministic(cls, value: str, earlier: ValidationInfo) -> str:
-        """Refuse the kernel that does not give the same bits each time where that is asked for."""
-        if value == "cudnn" and earlier.data.get("deterministic"):
-            raise ValueError('found "cudnn", which torch does not allow with deterministic = true; use "auto"')
-        return value
-
-    @field_validator("smooth_l1_beta", "pseudo_huber_c")
-    @classmethod
-    def one_loss(cls, value: float | None, earlier: ValidationInfo) -> float | None:
-        """Refuse a second loss."""
-        others = [key for key in ("huber_delta", "smooth_l1_beta") if earlier.data.get(key) is not None]
-        if value is not None and others:
-            raise ValueError(f"chooses another loss than {' and '.join(others)}; keep one")
-        return value
-
-    @field_validator("eval_datasets")
-    @classmethod
-    def own_names(cls, value: list[EvalDataset]) -> list[EvalDataset]:
-        """Require a name for every set that no other curves have."""
-        names = [dataset.name for dataset in value]
-        for name in {"train", "preservation"} & set(names):
-            raise ValueError(f"found the name {quoted(name)}, which is that of samples that are trained")
-        if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"two sets are called {', '.join(map(quoted, repeated))}, and would share a curve")
-        return value
-
-    @field_validator("eval_before_first_step")
-    @classmethod
-    def ever_evaluates(cls, value: bool, earlier: ValidationInfo) -> bool:
-        """Require a time at which the evaluation sets are evaluated."""
-        if not value and earlier.data.get("eval_datasets") and not any(map(earlier.data.get, EVAL_INTERVALS)):
-            raise ValueError(f"found false, so eval_datasets are never evaluated; set {' or '.join(EVAL_INTERVALS)}")
-        return value
-
-    @field_validator("keep_best")
-    @classmethod
-    def is_logged(cls, value: str | None, earlier: ValidationInfo) -> str | None:
-        """Refuse a number that no evaluation logs."""
-        if value is not None and (fault := metric_fault(value, earlier.data.get("eval_datasets", ()))) is not None:
-            raise ValueError(fault)
-        return value
-
-    @field_validator("forgetting_budget")
-    @classmethod
-    def can_be_measured(cls, value: float | None, earlier: ValidationInfo) -> float | None:
-        """Require a set on which forgetting is measured."""
-        sets = earlier.data.get("eval_datasets", ())
-        if value is not None and not any(each.role == "retention" and each.measures_drift for each in sets):
-            raise ValueError('needs a set in eval_datasets with role = "retention", such as captions = "shipped"')
-        return value
-
-    @field_validator("at_budget")
-    @classmethod
-    def has_a_budget(cls, value: str, earlier: ValidationInfo) -> str:
-        """Refuse to go on at a budget that there is not."""
-        if value != "stop" and earlier.data.get("forgetting_budget", 1) is None:
-            raise ValueError("has no effect without forgetting_budget")
-        return value
-
-    @field_validator("sampling")
-    @classmethod
-    def draws_the_thumbnail(cls, value: Sampling | None, earlier: ValidationInfo) -> Sampling | None:
-        """Require the pictures of which one goes into saved files."""
-        metadata = earlier.data.get("metadata")
-        if value is None and metadata is not None and metadata.thumbnail:
-            raise ValueError("missing, from whose previews metadata.thumbnail is taken; add it, or remove thumbnail")
-        return value
-
-    @field_validator("strengths_after_training")
-    @classmethod
-    def can_be_told_apart(cls, value: list[float], earlier: ValidationInfo) -> list[float]:
-        """Require a set on which learning or forgetting is measured."""
-        sets = earlier.data.get("eval_datasets", ())
-        if value and not any(each.role in ("validation", "retention") for each in sets):
-            raise ValueError('needs a set in eval_datasets with role = "validation" or "retention"')
-        return value
-
-    @field_validator("early_stopping")
-    @classmethod
-    def watches_what_is_logged(cls, value: EarlyStopping | None, earlier: ValidationInfo) -> EarlyStopping | None:
-        """Refuse a number that no evaluation logs."""
-        sets = earlier.data.get("eval_datasets", ())
-        if value is not None and (fault := metric_fault(value.metric, sets)) is not None:
-            raise ValueError(f"metric: {fault}")
-        if value is not None and "/drift" in value.metric and base_is_lost(earlier.data):
-            raise ValueError(f"metric: {BASE_IS_LOST}")
-        return value
-
-    @field_validator("keep_last")
-    @classmethod
-    def has_states_to_keep(cls, value: int, earlier: ValidationInfo) -> int:
-        """Refuse it in a run that saves no training states."""
-        if value != DEFAULT_KEEP_LAST and all(earlier.data.get(key, 1) is None for key in STATE_INTERVALS):
-            raise ValueError(f"has no effect, as no training state is saved; set {' or '.join(STATE_INTERVALS)}")
-        return value
-
-    @field_validator("adapter")
-    @classmethod
-    def has_its_base(cls, value: AnyAdapter, earlier: ValidationInfo) -> AnyAdapter:
-        """Refuse to measure drift where the base model is gone before it is measured."""
-        drifts = [f"drift of eval_datasets {each.name}" for each in earlier.data.get("eval_datasets", ()) if each.drift]
-        if "/drift" in (earlier.data.get("keep_best") or ""):
-            drifts.append("keep_best")
-        if earlier.data.get("forgetting_budget") is not None:
-            drifts.append("forgetting_budget")
-        if drifts and base_is_lost({**earlier.data, "adapter": value}):
-            raise ValueError(f"{drifts[-1]} {BASE_IS_LOST}")
-        return value
-
-    @field_validator("adapter")
-    @classmethod
-    def has_strengths(cls, value: AnyAdapter, earlier: ValidationInfo) -> AnyAdapter:
-        """Refuse to try strengths of a whole model, and of a DoRA."""
-        if isinstance(value, Full) and earlier.data.get("strengths_after_training"):
-            raise ValueError("a full fine-tune has no strength, as an adapter has; remove strengths_after_training")
-        if isinstance(value, Lora) and value.use_dora and earlier.data.get("strengths_after_training"):
-            raise ValueError(
-                "use_dora: at a strength, ComfyUI draws with weights between the base's and the trained ones, which a "
-                "run does not have; remove strengths_after_training, and draw strengths with anima compare"
-            )
-        return value
-
-    @field_validator("preservation")
-    @classmethod
-    def asks_its_base(cls, value: PreservationSettings | None, earlier: ValidationInfo) -> PreservationSettings | None:
-        """Refuse to keep a base that is not there, or that what is saved would not be held to."""
-        if value is not None and (fault := preservation_fault(earlier.data)) is not None:
-            raise ValueError(fault)
-        return value
-
-    @field_validator("adapter")
-    @classmethod
-    def leaves_quantized_weights(cls, value: AnyAdapter, earlier: ValidationInfo) -> AnyAdapter:
-        """Refuse to train weights of a byte a value, to read them, and to divide what is of whole rows."""
-        if (fault := weights_fault(value, earlier.data)) is not None:
-            raise ValueError(fault)
-        return value
-
-    @field_validator("optimizer")
-    @classmethod
-    def trains_something(cls, value: AnyOptimizer, earlier: ValidationInfo) -> AnyOptimizer:
-        """Require a learning rate above 0 for something."""
-        model, adapter = earlier.data.get("model"), earlier.data.get("adapter")
-        # What belongs to no component has no linear for a LoRA.
-        components = COMPONENTS[:-1] if adapter is not None and adapter.leaves_base else COMPONENTS
-        if model is not None and all(component_rate(model, value, component) == 0 for component in components):
-            raise ValueError("lr is 0 for every component that could be trained; nothing would be")
-        return value
-
-    @field_validator("optimizer")
-    @classmethod
-    def fits_optimizer(cls, value: AnyOptimizer, earlier: ValidationInfo) -> AnyOptimizer:
-        """Refuse an optimizer that cannot work with keys above it."""
-        if (fault := optimizer_fault(value, earlier.data)) is not None:
-            raise ValueError(fault)
-        return value
-
-    @field_validator("checkpointed_blocks")
-    @classmethod
-    def fits_policy(cls, value: int, earlier: ValidationInfo) -> int:
-        """Refuse some checkpointed blocks where the others are not "selective"."""
-        if (fault := checkpointed_blocks_fault(value, earlier.data)) is not None:
-            raise ValueError(fault)
-        return value
-
-    @field_validator("ema")
-    @classmethod
-    def fits_average(cls, value: Ema | None, earlier: ValidationInfo) -> Ema | None:
-        """Refuse an average that cannot work with keys above it."""
-        if (fault := average_fault(value, earlier.data)) is not None:
-            raise ValueError(fault)
+    def fits(cls, value: Any, earlier: ValidationInfo) -> Any:
+        """Refuse what excludes a field above, or could not take effect beside it."""
+        for check in CHECKS[str(earlier.field_name)]:
+            if (fault := check(value, earlier.data)) is not None:
+                raise ValueError(fault)
         return value
 
     # What the rooms below take, made from the flat keys ---------------------------------------------------------------
@@ -419,7 +218,7 @@ class Config(Settings):
         """Return the base learning rate of each component."""
         rates: dict[Component, float] = {}
         for component in COMPONENTS:
-            rate = component_rate(self.model, self.optimizer, component)
+            rate = self.model.learning_rate(component, self.optimizer.lr)
             rates[component] = rate if self.force_constant_lr is None or rate == 0 else self.force_constant_lr
         return LearningRates(rates) if self.force_constant_lr is not None else self.adapter.learning_rates(rates)
 
@@ -437,9 +236,3 @@ class Config(Settings):
         """Return the micro-batch sizes for evaluation."""
         own = self.eval_micro_batch_size_per_gpu
         return self.micro_batch_size_per_gpu if own is None else own
-
-
-def component_rate(model: AnyModel, optimizer: AnyOptimizer, component: Component) -> float:
-    """Return a component's learning rate: its own, else the optimizer's."""
-    own = None if component == "base" else getattr(model, f"{component}_lr")
-    return optimizer.lr if own is None else own

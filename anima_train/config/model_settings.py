@@ -10,6 +10,7 @@ from anima_train.core.text_batch import MAX_TOKENS
 from anima_train.model.quantized import Quantization
 from anima_train.model.text_quantized import TextQuantization
 from anima_train.model.variants import COSMOS_LICENSE, LICENSE
+from anima_train.optim.groups import Component
 
 
 class AnimaFiles(Settings):
@@ -109,6 +110,11 @@ class ModelSettings(Settings):
     def quantization(self) -> Quantization | None:
         """The way in which the blocks' linears have a byte a value; None if they do not."""
         return self.transformer_dtype if self.transformer_dtype in ("int8", "float8") else None
+
+    def learning_rate(self, component: Component, default: float) -> float:
+        """Return the learning rate of a component: its own, else the default."""
+        own: float | None = None if component == "base" else getattr(self, f"{component}_lr")
+        return default if own is None else own
 
     @field_validator("transformer_dtype")
     @classmethod

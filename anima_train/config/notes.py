@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 from anima_train.adapters.full import Full
-from anima_train.config.config import EVAL_INTERVALS, STATE_INTERVALS, Config
+from anima_train.config.combinations import EVAL_INTERVALS, STATE_INTERVALS
+from anima_train.config.config import Config
 from anima_train.model.block_swap import MAX_BUFFERS
 from anima_train.model.variants import picture_defaults
 from anima_train.optim.groups import COMPONENTS

@@ -6,7 +6,8 @@ from itertools import chain
 
 import torch
 
-from anima_train.config.config import EVAL_INTERVALS, Config
+from anima_train.config.combinations import EVAL_INTERVALS
+from anima_train.config.config import Config
 from anima_train.config.data_notes import without_effect_on_data
 from anima_train.core.format import count
 from anima_train.data.plan import BatchSizes, EpochSchedule, Plan, batch_entry_for, times_seen

@@ -1,35 +1,25 @@
 """The samples that keep the base, as [preservation] asks for them, and the pictures that it draws for them."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING
 
 from anima_train.config.base_drawn import PRESERVED_CAPTIONS, SHIPPED
 from anima_train.config.config import Config
-from anima_train.config.sections import PreservationSettings
+from anima_train.config.loaded import Dataset, Preserved
 from anima_train.core.format import count
 from anima_train.data.buckets import SIDE_MULTIPLE
 from anima_train.data.preservation import Preservation
 from anima_train.data.settings import DatasetSettings
 
 if TYPE_CHECKING:
-    from anima_train.config.load import Dataset, Loader
+    from anima_train.config.load import Loader
 
 FIRST_SEED = 2**40  # far from the seeds of pictures that are measured
 
 
-@dataclass(frozen=True)
-class Preserved:
-    """The samples that keep the base, and where they come from."""
-
-    settings: PreservationSettings  # with the captions of a file in them: others are noticed, and it may be gone
-    samples: Preservation
-    dataset: "Dataset | None"  # of pictures that are added to the training set
-    captions: frozenset[str]
-
-
-def load_preserved(loader: "Loader", config: Config, train: "Dataset | None") -> Preserved | None:
+def load_preserved(loader: "Loader", config: Config, train: Dataset | None) -> Preserved | None:
     """Return what keeps the base; None where nothing does, or with its problems filed.
 
     Args:
@@ -67,7 +57,7 @@ def largest_side(settings: DatasetSettings) -> int:
     return max(SIDE_MULTIPLE, largest // SIDE_MULTIPLE * SIDE_MULTIPLE)
 
 
-def measured_too(kept: Preserved, evals: Iterable["Dataset"]) -> Iterator[str]:
+def measured_too(kept: Preserved, evals: Iterable[Dataset]) -> Iterator[str]:
     """Yield a warning for each set that measures on what is protected."""
     for each in evals:
         drawn = each.drawn

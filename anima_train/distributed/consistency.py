@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from anima_train import __version__
-from anima_train.config.load import LoadedConfig
+from anima_train.config.loaded import LoadedConfig
 from anima_train.core.errors import ConfigError, DataError
 from anima_train.core.format import count
 from anima_train.data.loader import CachedData

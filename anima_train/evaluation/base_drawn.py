@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from tqdm import tqdm
 
 from anima_train.config.base_drawn import BaseDrawn
-from anima_train.config.load import Dataset
+from anima_train.config.loaded import Dataset
 from anima_train.core.device import release_memory
 from anima_train.core.files import sha256_file, write_text
 from anima_train.core.format import count

@@ -15,7 +15,7 @@ from anima_train.checkpoint.resume import ResumePoint, find_resume_point
 from anima_train.config.config import Config
 from anima_train.config.ladder import Rung
 from anima_train.config.launch import launch_settings
-from anima_train.config.load import LoadedConfig
+from anima_train.config.loaded import LoadedConfig
 from anima_train.config.resolved import plain
 from anima_train.core.determinism import PRICE
 from anima_train.core.device import DTYPES, describe_device

@@ -16,7 +16,7 @@ from anima_train.checkpoint.disk_space import DiskPlan, first_requirements
 from anima_train.checkpoint.resume import ResumePoint, check_same_run, is_locked
 from anima_train.checkpoint.samples import check_same_samples
 from anima_train.config.ladder import rungs
-from anima_train.config.load import LoadedConfig
+from anima_train.config.loaded import LoadedConfig
 from anima_train.config.plan_notes import plan_notes, plan_warnings
 from anima_train.core.errors import ConfigError
 from anima_train.core.files import check_writable

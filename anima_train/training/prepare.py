@@ -26,7 +26,7 @@ from anima_train.caching.text_encoding import CaptionEncoder, OnlineTextEncoder,
 from anima_train.checkpoint.disk_space import first_requirements
 from anima_train.checkpoint.manifest import SavedState
 from anima_train.checkpoint.samples import check_same_samples
-from anima_train.config.load import Dataset, LoadedConfig
+from anima_train.config.loaded import Dataset, LoadedConfig
 from anima_train.config.memory_advice import cache_suggestions
 from anima_train.config.model_files import build_model_spec
 from anima_train.config.sections import EvalDataset, Role

@@ -13,7 +13,7 @@ import torch
 
 from anima_train.checkpoint.resume import find_resume_point
 from anima_train.config.launch import launch_settings
-from anima_train.config.load import LoadedConfig
+from anima_train.config.loaded import LoadedConfig
 from anima_train.config.model_files import build_model_spec
 from anima_train.config.resolved import plain
 from anima_train.core.determinism import deterministic_kernels

@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from anima_train.checkpoint.resume import ResumePoint
-from anima_train.config.load import LoadedConfig, load_config
+from anima_train.config.load import load_config
+from anima_train.config.loaded import LoadedConfig
 from anima_train.config.model_files import build_model_spec
 from anima_train.data.buckets import Size
 from anima_train.data.loader import Batch
