@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from anima_train.cli.options import Argument, Json, Option, Overrides, Quiet
-from anima_train.cli.output import Facts, print_json, quiet
-from anima_train.core.format import printable
+from anima_train.cli.output import Facts, Findings, quiet, show
 
 if TYPE_CHECKING:
     from anima_train.sampling.comparison import Comparison
@@ -44,16 +43,15 @@ def compare(
     """
     from anima_train.sampling.comparison import parse_strengths
 
-    def make() -> Facts:
+    def make() -> Findings:
         values = None if strengths is None else parse_strengths(strengths)
         words = [] if checkpoints is None else [word.strip() for word in checkpoints.split(",")]
         with quiet(quietly):
-            return draw_comparison(run, words, values, prompts, judge or [], out or run / "compare", overrides or [])
+            folder = out or run / "compare"
+            found = draw_comparison(run, words, values, prompts, judge or [], folder, overrides or [])
+        return found, [str(found["page"])]
 
-    if as_json:
-        print_json(make)
-    else:
-        print(printable(str(make()["page"])))
+    show(make, as_json)
 
 
 def draw_comparison(

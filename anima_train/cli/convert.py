@@ -104,6 +104,7 @@ def convert_model(
 
     from anima_train.config.model_files import find_model_files
     from anima_train.core.device import DTYPES
+    from anima_train.core.files import written_to
     from anima_train.tools.convert import expect_new, to_diffusers
 
     expect_new(folder)  # before anything is downloaded
@@ -112,9 +113,7 @@ def convert_model(
         files = replace(files, transformer=checkpoint, llm_adapter=None)
     files.check_headers()
     precision = None if dtype is None else DTYPES[dtype]
-    try:
+    with written_to(folder):
         to_diffusers(files, folder, precision)
-    except OSError as error:  # a file where its folder should be, or a name that is none
-        raise ConfigError(f"{folder} cannot be written ({error.strerror or error}); choose another place") from error
     print(f"{folder}: load it with diffusers.ModularPipeline.from_pretrained('{folder}'), then .load_components()")
     check_written(folder, "diffusers")

@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 from anima_train.cli.options import Argument, Json, Option
-from anima_train.cli.output import Facts, print_json
-from anima_train.core.errors import ConfigError
-from anima_train.core.format import printable
+from anima_train.cli.output import Findings, show
+from anima_train.core.files import written_to
 
 
 def diff(
@@ -24,16 +23,10 @@ def diff(
     checkpoint's own precision. rank: effective, |D|^4 / |D'D|^2, mean over the matrices. in top k: share of the change
     in the k leading singular directions of its matrix, on either side, where what the base knows best lies.
     """
-    if as_json:
-        print_json(lambda: compare(base, other, html, directions)[0])
-        return
-    for line in compare(base, other, html, directions)[1]:
-        print(printable(line))
-    if html is not None:
-        print(printable(f"page: {html}"))
+    show(lambda: compare(base, other, html, directions), as_json)
 
 
-def compare(base: Path, other: Path, html: Path | None, directions: int) -> tuple[Facts, list[str]]:
+def compare(base: Path, other: Path, html: Path | None, directions: int) -> Findings:
     """Return the difference for programs, and as lines; write its page.
 
     Raises:
@@ -47,9 +40,8 @@ def compare(base: Path, other: Path, html: Path | None, directions: int) -> tupl
 
     with tqdm(desc="tensors", unit="", leave=False) as bar:
         found = difference(base, other, directions, tell=lambda name: bar.update())
-    if html is not None:
-        try:
-            write_diff_page(html, found)
-        except OSError as error:
-            raise ConfigError(f"{html}: cannot be written ({error.strerror}); choose another place") from error
-    return vars(found), list(table(found))
+    if html is None:
+        return vars(found), table(found)
+    with written_to(html):
+        write_diff_page(html, found)
+    return vars(found), [*table(found), f"page: {html}"]

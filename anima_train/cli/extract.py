@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from anima_train.cli.merge import error_lines
 from anima_train.cli.options import Argument, Json, Option
-from anima_train.cli.output import Facts, check_written, print_json
+from anima_train.cli.output import Findings, check_written, show
 from anima_train.core.errors import ConfigError
-from anima_train.core.format import count, printable
+from anima_train.core.format import count
 
 if TYPE_CHECKING:
     from anima_train.tools.spectra import Limit
@@ -31,7 +31,7 @@ def extract(
 ) -> None:
     """Write the difference of two checkpoints as a LoRA: with it, A is nearly B. The error of each module is told."""
 
-    def run() -> Facts:
+    def run() -> Findings:
         from tqdm import tqdm
 
         from anima_train.core.device import DTYPES
@@ -42,21 +42,18 @@ def extract(
         expect_new_file(out)
         with tqdm(desc="weights", unit="", leave=False) as bar:
             found = extraction.extract(base, other, out, limit, DTYPES[dtype], lambda name: bar.update())
-        return {"path": out, **vars(found)}
+        lines = [
+            f"{out}: a LoRA of rank {found.largest_rank} for {count(len(found.errors), 'module')}",
+            f"relative error of all together: {found.error:.2%}",
+            *error_lines(found.errors),
+        ]
+        if found.left_out:
+            name, share = max(found.left_out.items(), key=lambda pair: pair[1])
+            what = f"{count(len(found.left_out), 'changed tensor')} left out, which a LoRA does not hold"
+            lines.append(f"{what}; the largest change: {share:.2%} of {name}")
+        return {"path": out, **vars(found)}, lines
 
-    if as_json:
-        print_json(run)
-        check_written(out)
-        return
-    found = run()
-    print(printable(f"{out}: a LoRA of rank {found['largest_rank']} for {count(len(found['errors']), 'module')}"))
-    print(f"relative error of all together: {found['error']:.2%}")
-    for line in error_lines(found["errors"]):
-        print(printable(line))
-    if left_out := found["left_out"]:
-        name, share = max(left_out.items(), key=lambda pair: pair[1])
-        what = f"{count(len(left_out), 'changed tensor')} left out, which a LoRA does not hold"
-        print(printable(f"{what}; the largest change: {share:.2%} of {name}"))
+    show(run, as_json)
     check_written(out)
 
 
@@ -72,7 +69,7 @@ def resize(
 ) -> None:
     """Make a LoRA of a lower rank of a LoRA, or a LoRA of a LoKr or LoHa, and tell the error of each module."""
 
-    def run() -> Facts:
+    def run() -> Findings:
         from tqdm import tqdm
 
         from anima_train.core.device import DTYPES
@@ -84,15 +81,10 @@ def resize(
         with tqdm(desc="weights", unit="", leave=False) as bar:
             precision = None if dtype is None else DTYPES[dtype]
             found = merge_adapters([Source(path)], out, limit, precision, lambda name: bar.update())
-        return {"path": out, **vars(found)}
+        line = f"{out}: {found.kind} for {count(found.num_changed, 'module')}"
+        return {"path": out, **vars(found)}, [line, *error_lines(found.errors)]
 
-    if as_json:
-        print_json(run)
-    else:
-        found = run()
-        print(printable(f"{out}: {found['kind']} for {count(found['num_changed'], 'module')}"))
-        for line in error_lines(found["errors"]):
-            print(printable(line))
+    show(run, as_json)
     check_written(out)
 
 

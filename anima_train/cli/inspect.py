@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 from anima_train.cli.options import Argument, Json, Option
-from anima_train.cli.output import Facts, print_json
-from anima_train.core.errors import ConfigError
-from anima_train.core.format import printable
+from anima_train.cli.output import Findings, show
+from anima_train.core.files import written_to
 
 
 def inspect(
@@ -19,16 +18,10 @@ def inspect(
     norm: |D| of a change at strength 1, or of the weights of a checkpoint. spectral: the largest singular value. rank:
     effective, |D|^4 / |D'D|^2, the mean over the weights of an adapter. dead: all zero.
     """
-    if as_json:
-        print_json(lambda: look(path, html)[0])
-        return
-    for line in look(path, html)[1]:
-        print(printable(line))
-    if html is not None:
-        print(printable(f"page: {html}"))
+    show(lambda: look(path, html), as_json)
 
 
-def look(path: Path, html: Path | None) -> tuple[Facts, list[str]]:
+def look(path: Path, html: Path | None) -> Findings:
     """Return the statistics for programs, and as lines; write their page.
 
     Raises:
@@ -42,9 +35,8 @@ def look(path: Path, html: Path | None) -> tuple[Facts, list[str]]:
 
     with tqdm(desc="weights", unit="", leave=False) as bar:
         found = inspection.inspect(path, tell=lambda name: bar.update())
-    if html is not None:
-        try:
-            write_inspect_page(html, found)
-        except OSError as error:
-            raise ConfigError(f"{html}: cannot be written ({error.strerror}); choose another place") from error
-    return vars(found), list(inspection.table(found))
+    if html is None:
+        return vars(found), inspection.table(found)
+    with written_to(html):
+        write_inspect_page(html, found)
+    return vars(found), [*inspection.table(found), f"page: {html}"]

@@ -2,13 +2,14 @@
 
 import contextlib
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from anima_train.cli.options import Argument, Json, Option
-from anima_train.cli.output import Facts, check_written, print_json
+from anima_train.cli.output import Findings, check_written, show
 from anima_train.core.errors import ConfigError
-from anima_train.core.format import count, printable
+from anima_train.core.format import count
 
 if TYPE_CHECKING:
     from anima_train.tools.merge import Source
@@ -32,7 +33,7 @@ def merge(
     written behind the name: style.safetensors:0.8. The file says in its metadata what it was made of.
     """
 
-    def run() -> Facts:
+    def run() -> Findings:
         from tqdm import tqdm
 
         from anima_train.core.device import DTYPES
@@ -44,15 +45,10 @@ def merge(
         with tqdm(desc="weights", unit="", leave=False) as bar:
             precision = None if dtype is None else DTYPES[dtype]
             found = merging.merge(sources, out, into, rank, precision, lambda name: bar.update())
-        return {"path": out, **vars(found)}
+        line = f"{out}: {found.kind}, with {count(found.num_changed, 'weight')} changed"
+        return {"path": out, **vars(found)}, [line, *error_lines(found.errors)]
 
-    if as_json:
-        print_json(run)
-    else:
-        found = run()
-        print(printable(f"{out}: {found['kind']}, with {count(found['num_changed'], 'weight')} changed"))
-        for line in error_lines(found["errors"]):
-            print(printable(line))
+    show(run, as_json)
     check_written(out)
 
 
@@ -69,7 +65,7 @@ def source(text: str) -> "Source":
     raise ConfigError(f"{text}: {number!a} is no strength; write FILE or FILE:0.8")
 
 
-def error_lines(errors: dict[str, float]) -> list[str]:
+def error_lines(errors: Mapping[str, float]) -> list[str]:
     """Return the mean and the largest of relative errors by module."""
     if not errors:
         return []

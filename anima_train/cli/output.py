@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from anima_train.core.errors import UserError
 from anima_train.core.format import printable
 
 Facts = Mapping[str, Any]
+Findings = tuple[Facts, Iterable[str]]  # the same for programs, and in lines for people
 
 
 @contextlib.contextmanager
@@ -48,6 +49,15 @@ def print_json(make: Callable[[], Facts]) -> None:
         print(json.dumps({"errors": errors, "exit_code": error.exit_code}))
         raise
     print(json.dumps(as_json(found), allow_nan=False))
+
+
+def show(make: Callable[[], Findings], in_json: bool) -> None:
+    """Print what is made, for programs or for people; errors as of `print_json`."""
+    if in_json:
+        print_json(lambda: make()[0])
+        return
+    for line in make()[1]:
+        print(printable(line))
 
 
 def as_json(value: Any) -> Any:

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 from anima_train.cli.options import Argument, Json, Option
-from anima_train.cli.output import Facts, check_written, print_json
-from anima_train.core.format import count, printable
+from anima_train.cli.output import Findings, check_written, show
+from anima_train.core.format import count
 
 
 def remap(
@@ -26,21 +26,18 @@ def remap(
     depth loads without a word, on the wrong blocks.
     """
 
-    def run() -> Facts:
+    def run() -> Findings:
         from anima_train.tools import remap as remapping
         from anima_train.tools.outputs import expect_new_file
 
         expect_new_file(out)
-        return {"path": out, **vars(remapping.remap(path, out, remapping.Variant.of(to), source))}
+        found = remapping.remap(path, out, remapping.Variant.of(to), source)
+        before, now = found.depths
+        lines = [f"{out}: {count(found.num_changed, 'weight')} changed, in {now} blocks instead of {before}"]
+        if found.left_out:
+            what = f"{count(len(found.left_out), 'change')} left out, of blocks that are not there"
+            lines.append(f"{what}, such as {next(iter(found.left_out))}")
+        return {"path": out, **vars(found)}, lines
 
-    if as_json:
-        print_json(run)
-        check_written(out)
-        return
-    found = run()
-    before, now = found["depths"]
-    print(printable(f"{out}: {count(found['num_changed'], 'weight')} changed, in {now} blocks instead of {before}"))
-    if left_out := found["left_out"]:
-        what = f"{count(len(left_out), 'change')} left out, of blocks that are not there"
-        print(printable(f"{what}, such as {next(iter(left_out))}"))
+    show(run, as_json)
     check_written(out)

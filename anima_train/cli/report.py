@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 from anima_train.cli.options import Argument, Json, Option
-from anima_train.cli.output import Facts, print_json
+from anima_train.cli.output import Findings, show
 from anima_train.core.errors import ConfigError
-from anima_train.core.format import printable
 
 
 def report(
@@ -17,13 +16,10 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Show a run as a page: losses, evaluations, costs, previews, data; whether it has ended or not."""
-    if as_json:
-        print_json(lambda: write_report(run, html))
-    else:
-        print(printable(f"page: {write_report(run, html)['page']}"))
+    show(lambda: write_report(run, html), as_json)
 
 
-def write_report(run: Path, html: Path | None) -> Facts:
+def write_report(run: Path, html: Path | None) -> Findings:
     """Write the page of a run; return what is in it for programs.
 
     Raises:
@@ -34,7 +30,8 @@ def write_report(run: Path, html: Path | None) -> Facts:
 
     try:
         found = collect_run(run)
-        return {"page": write_run_report(run, html, found), **run_facts(found)}
+        page = write_run_report(run, html, found)
+        return {"page": page, **run_facts(found)}, [f"page: {page}"]
     except OSError as error:  # no permission, or a file where a folder should be
         raise ConfigError(
             f"{error.filename}: cannot be read or written ({error.strerror}); --html chooses another page"

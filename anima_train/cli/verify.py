@@ -6,8 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from anima_train.cli.options import Argument, Json, Option
-from anima_train.cli.output import print_json
-from anima_train.core.format import printable
+from anima_train.cli.output import Findings, show
 
 
 def verify(
@@ -25,20 +24,15 @@ def verify(
     """
     from anima_train.tools import verdict, verify
 
-    found = None
+    is_good = False
 
-    def look() -> dict[str, object]:
-        nonlocal found
+    def look() -> Findings:
+        nonlocal is_good
         found = verify.verify(path, base)
-        return vars(found) | {"good_for": {name: found.is_good_for(name) for name in found.programs}}
+        is_good = found.is_good_for(program)
+        good_for = {name: found.is_good_for(name) for name in found.programs}
+        return vars(found) | {"good_for": good_for}, verdict.lines(found)
 
-    if as_json:
-        print_json(look)
-    else:
-        look()
-        assert found is not None
-        for line in verdict.lines(found):
-            print(printable(line))
-    assert found is not None
-    if not found.is_good_for(program):
+    show(look, as_json)
+    if not is_good:
         raise typer.Exit(1)

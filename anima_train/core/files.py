@@ -48,6 +48,19 @@ def existing_folder(folder: Path) -> Path:
     return next(place for place in (folder, *folder.parents) if os.path.isdir(place))
 
 
+@contextlib.contextmanager
+def written_to(path: Path) -> Iterator[None]:
+    """Report what cannot be written while entered: there is a file where a folder should be, or the name is none.
+
+    Raises:
+        ConfigError: a file cannot be there.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror or error}); choose another place") from error
+
+
 def check_writable(folder: Path, name: str) -> None:
     """Check that a folder can be made, or written if it is there; nothing is left behind.
 

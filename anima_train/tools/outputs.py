@@ -14,7 +14,7 @@ from anima_train.adapters.names import lora_key
 from anima_train.adapters.parts import BLOCK_NUMBER, num_blocks
 from anima_train.adapters.read import DIFFUSERS_METADATA, STATE_SCALE
 from anima_train.core.errors import ConfigError, NumericError
-from anima_train.core.files import atomic_path
+from anima_train.core.files import atomic_path, written_to
 from anima_train.model.comfy_quantized import TABLE
 from anima_train.model.dit import TransformerShape
 from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX
@@ -131,11 +131,8 @@ def save_streamed(
             raise NumericError(f"{path}: not written, because {name} is not finite in {kind}; choose another dtype")
         return tensor
 
-    try:
-        with atomic_path(path, file_bytes(shapes, metadata)) as temporary:
-            write_streamed(temporary, shapes, metadata, finite)
-    except OSError as error:  # a file where its folder should be, or a name that is none
-        raise ConfigError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
+    with written_to(path), atomic_path(path, file_bytes(shapes, metadata)) as temporary:
+        write_streamed(temporary, shapes, metadata, finite)
 
 
 def save_lora(

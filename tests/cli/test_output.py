@@ -62,9 +62,8 @@ def test_output_that_cannot_show_a_character_escapes_it_in_lines_and_errors(trai
     config = config.rename(config.with_name(f"{name}.toml"))
     base = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "LANG", "PYTHON"))}
     environment = {**base, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), **ENCODINGS[encoding]}
-    script = (
-        "from anima_train.cli import main, report\nreport.write_report = lambda run, html: {'page': run}\nmain.main()"
-    )
+    fake = "report.write_report = lambda run, html: ({}, [str(run)])"
+    script = f"from anima_train.cli import main, report\n{fake}\nmain.main()"
     commands = [(["report", str(folder)], 0), (["report", "--html"], 2)]
     if encoding != "C":  # where Python cannot name the folder either
         commands.append((["check", str(config)], 3))
