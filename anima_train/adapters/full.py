@@ -17,6 +17,8 @@ class Full(Settings):
     """The training of every weight of the transformer, and of the LLM adapter unless its lr is 0."""
 
     leaves_base: ClassVar[bool] = False
+    is_plain: ClassVar[bool] = False  # no LoRA
+    masks_ranks: ClassVar[bool] = False
     zero_factors: ClassVar[tuple[str, ...]] = ()
     type: Literal["full"] = "full"
 
@@ -34,16 +36,6 @@ class Full(Settings):
     def learning_rates(self, by_component: Mapping[Component, float]) -> LearningRates:
         """Return the learning rates of the parameters."""
         return LearningRates(by_component)
-
-    @property
-    def is_plain(self) -> bool:
-        """False: it is no LoRA."""
-        return False
-
-    @property
-    def masks_ranks(self) -> bool:
-        """False: it has no ranks."""
-        return False
 
     def attach(self, transformer: MiniTrainDIT, rates: LearningRates, seed: int) -> None:
         """Mark every parameter whose component is not frozen as trainable."""

@@ -45,7 +45,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Rejected:
-    """An entry that cannot be made; see `Cache.reject`."""
+    """An entry that cannot be made; see `Cache.rejection_file`."""
 
     entry: Entry[View]
     reason: str

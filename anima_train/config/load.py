@@ -16,7 +16,6 @@ from anima_train.adapters.lora import Lora
 from anima_train.config.base_drawn import SHIPPED, SHIPPED_CAPTIONS, BaseDrawn, read_captions
 from anima_train.config.compat import DATASET, FOREIGN, MAIN, Keys, translate
 from anima_train.config.config import Config
-from anima_train.config.judge import find_judge
 from anima_train.config.loaded import Dataset, LoadedConfig
 from anima_train.config.model_settings import FAMILIES, MODEL_PATHS, AnyModel, unknown_family
 from anima_train.config.notes import optimizer_advice, rate_warnings, without_effect
@@ -32,6 +31,7 @@ from anima_train.data.settings import DatasetSettings, Directory
 from anima_train.model.hub import is_reference, parse_reference
 from anima_train.model.variants import picture_defaults
 from anima_train.sampling.generate import PictureSettings
+from anima_train.sampling.judges import installed_judges, judge_fault
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
@@ -270,10 +270,12 @@ class Loader:
         """Return the settings of previews with the judge's folder found; if there is no such judge, that is filed."""
         if sampling is None or sampling.judge is None:
             return sampling
-        word, fault = find_judge(sampling.judge, self.main.folder)
-        if fault is not None:
+        name, colon, text = sampling.judge.partition(":")
+        if text and os.path.isdir(path := find_path(text, self.main.folder)):
+            text = str(path.absolute())
+        if (fault := judge_fault(name, text, installed_judges())) is not None:
             self.add_problem(self.main.inside("sampling"), "judge", fault)
-        return sampling.model_copy(update={"judge": word})
+        return sampling.model_copy(update={"judge": f"{name}{colon}{text}"})
 
     def note_unused(self, dataset: Dataset) -> None:
         """Note the keys of an evaluation set that only training heeds."""

@@ -69,14 +69,6 @@ class Cache:
         """Return the keys of all entries of a kind: one listing instead of a question per entry."""
         return {path.stem for path in (self.folder / kind).glob("??/*.safetensors")}
 
-    def save(self, kind: Kind, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write an entry.
-
-        Raises:
-            SpaceError: as `write_files`.
-        """
-        write_files([self.entry_file(kind, key, tensors)])
-
     def entry_file(self, kind: Kind, key: str, tensors: Mapping[str, Tensor]) -> "CacheFile":
         """Return the file of an entry, to be written."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -127,21 +119,14 @@ class Cache:
         """Remove an entry."""
         self.path(kind, key).unlink(missing_ok=True)
 
-    def reject(self, key: str, reason: str, for_now: bool = False) -> None:
-        """Remember that the latent or mask of this key cannot be made, so that no run tries again.
+    def rejection_file(self, key: str, reason: str, for_now: bool = False) -> "CacheFile":
+        """Return the file that says that the latent or mask of this key cannot be made, so that no run tries again.
 
         Args:
             key: of the latent or mask.
             reason: why not.
             for_now: True if the next run shall try again, because the file could not be read, say.
-
-        Raises:
-            SpaceError: as `write_files`.
         """
-        write_files([self.rejection_file(key, reason, for_now)])
-
-    def rejection_file(self, key: str, reason: str, for_now: bool = False) -> "CacheFile":
-        """Return the file that `reject` writes; arguments as there."""
         text = FOR_NOW + reason if for_now else reason
         # A reason may name a file, and a file's name may hold bytes that are no UTF-8.
         return CacheFile(self, self.rejection(key), text.encode("utf-8", errors="backslashreplace"))

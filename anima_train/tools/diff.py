@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -30,16 +31,6 @@ class TensorChange:
     base_squared: float  # |W|^2
     fourth: float | None  # |D'D|^2, of a matrix
     outside: float | None  # |D|^2 outside of the leading directions of W on both sides; None where not asked for
-
-    @property
-    def component(self) -> Component:
-        """The component that it belongs to."""
-        return component_of(self.name)
-
-    @property
-    def block(self) -> str:
-        """The block: a number, "llm_adapter" or "" for what is in none."""
-        return block_of(self.name)
 
 
 @dataclass(frozen=True)
@@ -83,6 +74,16 @@ class Difference:
     largest: Sequence[tuple[str, Change]]  # tensors, that with the largest relative change first
 
 
+class Named(Protocol):
+    """A value about one tensor of a model."""
+
+    @property
+    def name(self) -> str:
+        """The tensor's name."""
+
+
+Part = TypeVar("Part", bound=Named)
+Total = TypeVar("Total")
 # Computes the change of a tensor, in float32, and how many of its values are others, from its name, its value in
 # float32, and the dtype that it has in the file.
 Delta = Callable[[str, Tensor, torch.dtype], tuple[Tensor, int]]
@@ -110,21 +111,23 @@ def difference(
     for name, tensor in read_tensors(base):
         tell(name)
         parts.append(tensor_change(name, tensor, delta, directions))
-    whole = Change.of(parts)
-    by_component = {key: Change.of([part for part in parts if part.component == key]) for key in COMPONENTS}
-    blocks = sorted({part.block for part in parts}, key=lambda block: (not block.isdecimal(), block.zfill(4)))
-    by_block = {
-        block: {
-            key: Change.of(found)
-            for key in COMPONENTS
-            if (found := [part for part in parts if part.block == block and part.component == key])
-        }
-        for block in blocks
-    }
     each = [(part.name, Change.of([part])) for part in parts if part.squared]
-    largest = sorted(each, key=lambda pair: -pair[1].relative)[:num_largest]
-    used = {key: change for key, change in by_component.items() if change.num_values}
-    return Difference(base_path.name, other_path.name, directions, whole, used, by_block, largest)
+    return Difference(
+        base_path.name, other_path.name, directions, Change.of(parts), by_component(parts, Change.of),
+        by_block(parts, Change.of), sorted(each, key=lambda pair: -pair[1].relative)[:num_largest],
+    )  # fmt: skip
+
+
+def by_component(parts: Sequence[Part], total: Callable[[Sequence[Part]], Total]) -> dict[Component, Total]:
+    """Return what parts are together, for each component that there is."""
+    found = {key: [part for part in parts if component_of(part.name) == key] for key in COMPONENTS}
+    return {key: total(group) for key, group in found.items() if group}
+
+
+def by_block(parts: Sequence[Part], total: Callable[[Sequence[Part]], Total]) -> dict[str, dict[Component, Total]]:
+    """Return the same for each block: numbers first, then "llm_adapter", or "" for what is in none."""
+    blocks = sorted({block_of(part.name) for part in parts}, key=lambda name: (not name.isdecimal(), name.zfill(4)))
+    return {block: by_component([part for part in parts if block_of(part.name) == block], total) for block in blocks}
 
 
 def open_transformer(path: Path) -> TensorFile:

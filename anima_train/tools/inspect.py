@@ -11,8 +11,8 @@ from anima_train.adapters.updates import Parts, kind_of, product
 from anima_train.core.format import count
 from anima_train.model.file_kinds import uncompiled
 from anima_train.model.safetensors_io import open_header, read_tensors
-from anima_train.optim.groups import COMPONENTS, Component, block_of, component_of
-from anima_train.tools.diff import open_transformer, row
+from anima_train.optim.groups import Component
+from anima_train.tools.diff import by_block, by_component, open_transformer, row
 from anima_train.tools.spectra import effective_rank, singular_values
 
 
@@ -28,16 +28,6 @@ class ParameterStats:
     spectral: float | None  # the largest singular value
     effective_rank: float | None
     is_dead: bool  # all zero
-
-    @property
-    def component(self) -> Component:
-        """The component that it belongs to."""
-        return component_of(self.name)
-
-    @property
-    def block(self) -> str:
-        """The block: a number, "llm_adapter" or "" for what is in none."""
-        return block_of(self.name)
 
 
 @dataclass(frozen=True)
@@ -101,21 +91,10 @@ def inspect(path: Path, tell: Callable[[str], object] = lambda name: None) -> In
             tell(name)
             parts.append(tensor_stats(name, tensor))
     return Inspection(
-        path.name, is_adapter(header), header.metadata, GroupStats.of(parts), grouped(parts),
-        {block: grouped([part for part in parts if part.block == block]) for block in ordered_blocks(parts)},
-        parts, [part.name for part in parts if part.is_dead],
+        path.name, is_adapter(header), header.metadata, GroupStats.of(parts),
+        by_component(parts, GroupStats.of), by_block(parts, GroupStats.of), parts,
+        [part.name for part in parts if part.is_dead],
     )  # fmt: skip
-
-
-def ordered_blocks(parts: Sequence[ParameterStats]) -> list[str]:
-    """Return the blocks that there are, numbers first."""
-    return sorted({part.block for part in parts}, key=lambda block: (not block.isdecimal(), block.zfill(4)))
-
-
-def grouped(parts: Sequence[ParameterStats]) -> dict[Component, GroupStats]:
-    """Return the statistics of each component that there is."""
-    found = {key: [part for part in parts if part.component == key] for key in COMPONENTS}
-    return {key: GroupStats.of(group) for key, group in found.items() if group}
 
 
 def change_stats(name: str, parts: Parts) -> ParameterStats:

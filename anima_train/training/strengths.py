@@ -47,39 +47,28 @@ def try_all(
         Abandoned: on all processes, as the run is to stop.
     """
     strengths = strengths_to_try(run.config.strengths_after_training)
-    found = [try_at(strength, run, state, evaluated, measure, previews, draw) for strength in strengths]
+    folder, draws, found = run.folder, run.config.sampling is not None, []
+    for strength in strengths:
+        place = folder.strengths_folder / f"{strength:g}"
+        drawn = None if previews is None else replace(previews, folder=place)
+        paths: Sequence[Path] = []
+        with at_strength(state.transformer, strength):
+            run.memory.doing, run.memory.shape = "an evaluation", evaluated
+            results = measure()
+            run.memory.doing, run.memory.shape = "a preview", None
+            with contextlib.suppress(Abandoned):  # all processes leave together, below
+                paths = draw(drawn)[0] if draws else []
+            judged = None if drawn is None else drawn.scored(paths)
+        patient_barrier(run.accelerator)  # one process draws
+        if run.signals.is_requested(run.accelerator):
+            raise Abandoned
+        names = [path.relative_to(folder.path).as_posix() for path in paths]
+        found.append(AtStrength(strength, results, names, judged))
     if not run.is_main:
         return
     record = strengths_record(state.step, found)
-    run.folder.check()
-    write_text(run.folder.strengths_path, json.dumps(record, indent=1))
+    folder.check()
+    write_text(folder.strengths_path, json.dumps(record, indent=1))
     logger.info("the adapter at several strengths, loss minus the base's:")
     for line in table_lines(*strengths_table(record)):
         logger.info("%s", line)
-
-
-def try_at(
-    strength: float,
-    run: RunContext,
-    state: TrainState,
-    evaluated: MicroBatchShape,
-    measure: Callable[[], Sequence[Evaluation]],
-    previews: Previews | None,
-    draw: Draw,
-) -> AtStrength:
-    """Measure, and draw, the adapter at one strength; arguments and errors as above."""
-    folder, draws = run.folder, run.config.sampling is not None
-    if previews is not None:
-        previews = replace(previews, folder=folder.strengths_folder / f"{strength:g}")
-    paths: Sequence[Path] = []
-    with at_strength(state.transformer, strength):
-        run.memory.doing, run.memory.shape = "an evaluation", evaluated
-        results = measure()
-        run.memory.doing, run.memory.shape = "a preview", None
-        with contextlib.suppress(Abandoned):  # all processes leave together, below
-            paths = draw(previews)[0] if draws else []
-        judged = None if previews is None else previews.scored(paths)
-    patient_barrier(run.accelerator)  # one process draws
-    if run.signals.is_requested(run.accelerator):
-        raise Abandoned
-    return AtStrength(strength, results, [path.relative_to(folder.path).as_posix() for path in paths], judged)

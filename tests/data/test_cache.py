@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,7 @@ import anima_train
 from anima_train.core.errors import SpaceError
 from anima_train.data import cache as cache_module
 from anima_train.data.buckets import Size
-from anima_train.data.cache import SCHEMA, Cache, DamagedEntry, entry_key, write_files
+from anima_train.data.cache import SCHEMA, Cache, DamagedEntry, Kind, entry_key, write_files
 from anima_train.data.loader import TextIdentity
 from anima_train.data.samples import Picture, Sample, View
 from anima_train.data.settings import DirectoryOptions
@@ -33,17 +33,21 @@ KEY2 = "cd" + "0" * 62
 WRITER = """
 import sys, torch
 from pathlib import Path
-from anima_train.data.cache import Cache
+from anima_train.data.cache import Cache, write_files
 cache = Cache(Path(sys.argv[1]))
 for round in range(3):
     for entry in range(40):
-        cache.save("latent", f"{entry:064x}", {"latents": torch.full((16, 40), float(entry))})
+        write_files([cache.entry_file("latent", f"{entry:064x}", {"latents": torch.full((16, 40), float(entry))})])
 """
 
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Cache:
     return Cache(tmp_path / "cache")
+
+
+def save(cache: Cache, kind: Kind, key: str, tensors: Mapping[str, Tensor]) -> None:
+    write_files([cache.entry_file(kind, key, tensors)])
 
 
 def files(folder: Path) -> list[Path]:
@@ -118,7 +122,7 @@ def test_a_caption_of_any_characters_has_a_key():
 
 def test_an_entry_of_another_schema_is_not_seen(cache: Cache):
     text = json.dumps({"image": "x", "kind": "latent", "schema": SCHEMA + 1}, sort_keys=True)
-    cache.save("latent", hashlib.sha256(text.encode()).hexdigest(), {"latents": torch.zeros(2)})
+    save(cache, "latent", hashlib.sha256(text.encode()).hexdigest(), {"latents": torch.zeros(2)})
     assert entry_key("latent", image="x") not in cache.keys("latent")
     same = json.dumps({"image": "x", "kind": "latent", "schema": SCHEMA}, sort_keys=True)
     assert entry_key("latent", image="x") == hashlib.sha256(same.encode()).hexdigest()
@@ -141,7 +145,7 @@ def test_an_entry_of_another_schema_is_not_seen(cache: Cache):
     ],
 )
 def test_an_entry_is_read_as_it_was_written(cache: Cache, tensors: dict[str, Tensor]):
-    cache.save("latent", KEY, tensors)
+    save(cache, "latent", KEY, tensors)
     found = cache.load("latent", KEY)
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -151,16 +155,16 @@ def test_an_entry_is_read_as_it_was_written(cache: Cache, tensors: dict[str, Ten
 
 
 def test_saving_again_replaces(cache: Cache):
-    cache.save("latent", KEY, {"latents": torch.zeros(3)})
-    cache.save("latent", KEY, {"latents": torch.ones(4)})
+    save(cache, "latent", KEY, {"latents": torch.zeros(3)})
+    save(cache, "latent", KEY, {"latents": torch.ones(4)})
     assert torch.equal(cache.load("latent", KEY)["latents"], torch.ones(4))
     assert len(files(cache.folder)) == 1
 
 
 def test_keys_lists_each_kind_by_itself(cache: Cache):
     assert cache.keys("latent") == set()  # no folder yet
-    cache.save("latent", KEY, {"latents": torch.zeros(3)})
-    cache.save("text", KEY2, {"context": torch.zeros(3)})
+    save(cache, "latent", KEY, {"latents": torch.zeros(3)})
+    save(cache, "text", KEY2, {"context": torch.zeros(3)})
     assert cache.keys("latent") == {KEY}
     assert cache.keys("text") == {KEY2}
     assert cache.keys("mask") == set()
@@ -168,7 +172,7 @@ def test_keys_lists_each_kind_by_itself(cache: Cache):
 
 def test_temporary_files_are_no_entries(cache: Cache):
     path = cache.path("latent", KEY)
-    cache.save("latent", KEY, {"latents": torch.zeros(3)})
+    save(cache, "latent", KEY, {"latents": torch.zeros(3)})
     (path.parent / f".{path.name}.x7_q.tmp").write_bytes(b"half")  # what a killed process leaves
     assert cache.keys("latent") == {KEY}
 
@@ -176,7 +180,7 @@ def test_temporary_files_are_no_entries(cache: Cache):
 def test_the_permissions_are_those_of_the_umask(cache: Cache):
     old = os.umask(0o027)
     try:
-        cache.save("latent", KEY, {"latents": torch.zeros(3)})
+        save(cache, "latent", KEY, {"latents": torch.zeros(3)})
     finally:
         os.umask(old)
     assert cache.path("latent", KEY).stat().st_mode & 0o777 == 0o640
@@ -186,7 +190,7 @@ def test_the_permissions_are_those_of_the_umask(cache: Cache):
 
 
 def test_every_flipped_bit_is_noticed(cache: Cache):
-    cache.save("latent", KEY, {"latents": torch.arange(3, dtype=torch.bfloat16), "t5_ids": torch.tensor([4])})
+    save(cache, "latent", KEY, {"latents": torch.arange(3, dtype=torch.bfloat16), "t5_ids": torch.tensor([4])})
     path = cache.path("latent", KEY)
     content = path.read_bytes()
     cache.load("latent", KEY)
@@ -198,7 +202,7 @@ def test_every_flipped_bit_is_noticed(cache: Cache):
 
 
 def test_every_truncation_is_noticed(cache: Cache):
-    cache.save("latent", KEY, {"latents": torch.arange(3.0)})
+    save(cache, "latent", KEY, {"latents": torch.arange(3.0)})
     path = cache.path("latent", KEY)
     content = path.read_bytes()
     assert cache.is_whole("latent", KEY)
@@ -229,8 +233,8 @@ def test_a_missing_entry_is_named(cache: Cache):
 
 def test_rejected_keys_are_remembered_with_their_reasons(cache: Cache):
     assert cache.rejected() == {}
-    cache.reject(KEY, "truncated: the file stops, 猫")
-    cache.reject(KEY2, "its mask \udcff.png: not an image")  # a name that is not UTF-8
+    write_files([cache.rejection_file(KEY, "truncated: the file stops, 猫")])
+    write_files([cache.rejection_file(KEY2, "its mask \udcff.png: not an image")])  # a name that is not UTF-8
     assert Cache(cache.folder).rejected() == {
         KEY: "truncated: the file stops, 猫",
         KEY2: "its mask \\udcff.png: not an image",
@@ -241,11 +245,11 @@ def test_rejected_keys_are_remembered_with_their_reasons(cache: Cache):
 
 
 def test_a_full_disk_names_the_bytes_and_leaves_nothing_behind(cache: Cache):
-    cache.save("latent", KEY, {"latents": torch.zeros(10)})
-    cache.save("latent", KEY2, {"latents": torch.ones(1000)})
+    save(cache, "latent", KEY, {"latents": torch.zeros(10)})
+    save(cache, "latent", KEY2, {"latents": torch.ones(1000)})
     before = {path: path.read_bytes() for path in files(cache.folder)}
     with largest_file(2000), pytest.raises(SpaceError) as caught:
-        cache.save("latent", KEY2, {"latents": torch.zeros(1000)})
+        save(cache, "latent", KEY2, {"latents": torch.zeros(1000)})
     size = cache.path("latent", KEY2).stat().st_size
     assert f"needs {size:,} bytes" in str(caught.value)
     assert "cache_dir" in str(caught.value)
@@ -278,10 +282,10 @@ def test_a_folder_that_cannot_be_made_is_a_space_error(tmp_path: Path):
     (tmp_path / "file").write_text("not a folder")
     cache = Cache(tmp_path / "file" / "cache")
     with pytest.raises(SpaceError, match=r"needs [\d,]+ bytes") as caught:
-        cache.save("latent", KEY, {"latents": torch.zeros(10)})
+        save(cache, "latent", KEY, {"latents": torch.zeros(10)})
     assert str(cache.folder) in str(caught.value)
     with pytest.raises(SpaceError, match="needs 8 bytes"):
-        cache.reject(KEY, "no image")
+        write_files([cache.rejection_file(KEY, "no image")])
 
 
 # Several processes

@@ -26,6 +26,7 @@ from anima_train.data.plan import MicroBatch, SampleRef
 from anima_train.data.samples import EMPTY, Caption, Picture, Sample, View
 from anima_train.data.settings import DirectoryOptions
 from anima_train.objective.timesteps import Timesteps
+from tests.data.test_cache import save
 
 SIZE = Size(32, 48)
 VAE = "vae"
@@ -56,13 +57,13 @@ def make_data(folder: Path, identity: TextIdentity = OUTPUT, seed: int = 0, mask
         samples.append(Sample(f"0/{name}.png@40", picture, SIZE, 40, 0, DirectoryOptions(), cache))
     generator = torch.Generator().manual_seed(1)
     for sample in samples:
-        cache.save("latent", View(sample).latent_key(VAE), {"latents": torch.randn(16, 1, 6, 4, generator=generator)})
+        save(cache, "latent", View(sample).latent_key(VAE), {"latents": torch.randn(16, 1, 6, 4, generator=generator)})
         if sample.picture.mask is not None:
-            cache.save("mask", View(sample).mask_key(), {"mask": torch.rand(1, 6, 4, generator=generator)})
+            save(cache, "mask", View(sample).mask_key(), {"mask": torch.rand(1, 6, 4, generator=generator)})
     for caption, rows in ROWS.items():
         values = torch.randn(rows, 8, generator=generator).to(torch.bfloat16)
         states = {"qwen": values[1:], "t5_ids": torch.arange(rows) + 5}
-        cache.save("text", identity.key(caption), {"context": values} if identity.adapter else states)
+        save(cache, "text", identity.key(caption), {"context": values} if identity.adapter else states)
     return CachedData(samples, VAE, identity, seed)
 
 
@@ -259,9 +260,9 @@ def test_the_repeat_picks_the_caption_variant(tmp_path: Path):
     cache = Cache(tmp_path)
     picture = Picture(Path("a.png"), Path("a.png"), "hash", 64, 96, ("one, two, three, four",))
     sample = Sample("0/a.png@40", picture, SIZE, 40, 0, DirectoryOptions(cache_shuffle_num=3), cache)
-    cache.save("latent", View(sample).latent_key(VAE), {"latents": torch.zeros(16, 1, 6, 4)})
+    save(cache, "latent", View(sample).latent_key(VAE), {"latents": torch.zeros(16, 1, 6, 4)})
     for variant, caption in enumerate(sample.captions(0)):
-        cache.save("text", OUTPUT.key(caption), {"context": torch.full((1, 8), variant + 1.0)})
+        save(cache, "text", OUTPUT.key(caption), {"context": torch.full((1, 8), variant + 1.0)})
     batch = batch_of(CachedData([sample], VAE, OUTPUT, 0), *[(0, repeat) for repeat in range(7)])
     assert rows(batch)[:, 0, 0].tolist() == [1, 2, 3, 1, 2, 3, 1]
 

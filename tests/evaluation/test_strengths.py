@@ -171,18 +171,18 @@ def test_a_run_that_is_stopped_while_strengths_are_tried_tries_them_when_it_is_r
         "eval_datasets": sets(others), "eval_every_n_steps": 2, "max_steps": 2, "optimizer": {"lr": 1e-2},
         "ema": {"decay": 0.5}, "strengths_after_training": [0.5, 1.0, 1.25],
     }  # fmt: skip
-    real = strengths.try_at
+    real = strengths.at_strength
 
-    def stopped(strength, *arguments):
+    def stopped(transformer, strength):
         if strength == 0.5:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(strength, *arguments)
+        return real(transformer, strength)
 
-    monkeypatch.setattr(strengths, "try_at", stopped)
+    monkeypatch.setattr(strengths, "at_strength", stopped)
     with pytest.raises(Interrupted, match="while strengths were tried; resume with the same command"):
         trainer(**keys)
     assert not (trainer.folder / "runs" / "run" / "strengths.json").exists()
-    monkeypatch.setattr(strengths, "try_at", real)
+    monkeypatch.setattr(strengths, "at_strength", real)
     caplog.set_level(logging.INFO)
     resumed = trainer(**keys)
     found, expected = ([each["metrics"] for each in record_of(each)["strengths"]] for each in (resumed, run))
