@@ -51,6 +51,7 @@ LLM_ADAPTER_BLOCK_MODULES: tuple[str, ...] = (
     "norm_self_attn", "norm_cross_attn", "norm_mlp", "mlp.0", "mlp.2",
 )  # fmt: skip
 LLM_ADAPTER_MODULES = ("embed", "in_proj", "out_proj", "norm")
+BIAS = re.compile(r"llm_adapter\.(out_proj|blocks\.\d+\.mlp\.[02])\.bias")  # all that there are
 
 
 def anima_modules(blocks: Iterable[int], llm_adapter_blocks: Iterable[int]) -> list[str]:
@@ -102,11 +103,14 @@ def kohya_name(module: str) -> str:
 
 
 # Whose names these are, in the order of `lora_stems`.
-STEM_FORMS = ("ComfyUI", "kohya", "diffusers", "PEFT", "PEFT", "bare", "bare")
+STEM_FORMS = (
+    "ComfyUI", "kohya", "diffusers", "PEFT", "PEFT", "bare", "bare", "bare", "bare", "LyCORIS", "LyCORIS", "OneTrainer",
+)  # fmt: skip
 
 
 def lora_stems(module: str) -> tuple[str, ...]:
     """Return the names that LoRA files have for a module, by its full name in the transformer."""
+    of_diffusers = diffusers_name(module).replace(".", "_")
     return (
         LORA_PREFIX + module,  # ours, and ComfyUI's
         kohya_name(module),
@@ -114,5 +118,10 @@ def lora_stems(module: str) -> tuple[str, ...]:
         "base_model.model." + module,  # PEFT
         "base_model.model." + LORA_PREFIX + module,
         "transformer." + module,
+        CHECKPOINT_PREFIX + module,
+        "model." + LORA_PREFIX + module,
         module,
+        "lycoris_" + module.replace(".", "_"),
+        "lycoris_" + of_diffusers.removeprefix("transformer_"),  # of a trainer with diffusers' model
+        "lora_" + of_diffusers,
     )

@@ -50,18 +50,25 @@ def change_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | Non
         return ()
     if kind in ("LoRA", "DoRA"):
         shape = product_shape(shapes["up"], shapes["down"])
-        return shape if kind == "LoRA" or math.prod(shapes["dora_scale"]) in shape else ()
-    if kind == "LoHa":
+    elif kind == "LoHa":
         first, second = (product_shape(shapes[f"hada_{side}_a"], shapes[f"hada_{side}_b"]) for side in ("w1", "w2"))
-        return first if first == second else ()
-    if kind == "LoKr":
+        shape = first if first == second else ()
+    elif kind == "LoKr":
         first, second = (
             shapes.get(f"lokr_{side}")
             or product_shape(shapes.get(f"lokr_{side}_a", ()), shapes.get(f"lokr_{side}_b", ()))
             for side in ("w1", "w2")
         )
-        return tuple(a * b for a, b in zip(first, second, strict=True)) if len(first) == len(second) else ()
-    return shapes["diff" if kind == "difference" else "set_weight"] if kind else None
+        shape = tuple(a * b for a, b in zip(first, second, strict=True)) if len(first) == len(second) else ()
+    else:
+        return shapes["diff" if kind == "difference" else "set_weight"] if kind else None
+    scale = shapes.get("dora_scale")  # with one side alone ComfyUI would multiply columns by what is of rows
+    return shape if scale is None or (shape and scale in ((shape[0], 1), (1, shape[1]))) else ()
+
+
+def is_for_one_base(parts: Collection[str]) -> bool:
+    """Return True if these parts (names) make a change that depends on the weight that it was made for."""
+    return "dora_scale" in parts or "set_weight" in parts
 
 
 def product_shape(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...]:
@@ -77,7 +84,7 @@ def updated(weight: Tensor, parts: Parts, strength: float = 1.0) -> Tensor:
         ValueError: as `change`.
     """
     if "set_weight" in parts:
-        strength = 1.0  # as there
+        return expect_shape(parts["set_weight"].float(), weight)  # at any strength, as there
     return weight.float() + strength * change(weight, parts)
 
 

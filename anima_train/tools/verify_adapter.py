@@ -5,7 +5,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from anima_train.adapters.names import LORA_PREFIX
+from anima_train.adapters.names import BIAS, LORA_PREFIX
 from anima_train.adapters.parts import (
     BLOCK_NUMBER,
     LLLITE,
@@ -26,16 +26,20 @@ from anima_train.tools.verdict import Reading, Verdict
 # Stems of text-encoder changes that ComfyUI loads for Anima since May 2026.
 COMFY_TEXT_ENCODER = re.compile(r"lora_te_layers_\d+_|text_encoders\.qwen3_06b\.transformer\.model\.layers\.\d+\.")
 TEXT_ENCODER = re.compile(r"lora_te\d?_|text_encoders?\.|te\d?\.")
+# Of up and down, by ComfyUI's code. Here others are read, too.
+COMFY_HALF = re.compile(r".+\.(lora_(down|up)\.weight|lora\.(down|up)\.weight|lora_[AB]((\.default)?\.weight)?)")
 FORM_NAMES = {
     "ComfyUI": f"ComfyUI's ({LORA_PREFIX}MODULE)",
     "kohya": "kohya's (lora_unet_MODULE)",
     "diffusers": "diffusers' (transformer.MODULE, text_conditioner.MODULE)",
     "PEFT": "PEFT's (base_model.model.MODULE)",
     "bare": "the model's own (MODULE)",
+    "LyCORIS": "LyCORIS' (lycoris_MODULE)",
+    "OneTrainer": "OneTrainer's (lora_transformer_MODULE)",
 }
 KIND_NAMES = {"difference": "whole differences of weights", "replacement": "whole weights"}
 # Kinds that ComfyUI reads, and nothing here computes.
-BY_NAME = {"oft_blocks": "OFT", "a1.weight": "GLoRA", **dict.fromkeys(MIDDLES, "LyCORIS for convolutions")}
+BY_NAME = {"oft_blocks": "OFT", "a1.weight": "GLoRA"}
 MAGNITUDE = "lora_magnitude_vector"
 TRAINED_ON = ("ss_sd_model_name", "ss_base_model_version", ARCHITECTURE)
 TRAINED_WITH = ("modelspec.implementation", "ss_network_module")
@@ -56,7 +60,7 @@ def adapter_verdict(file: TensorFile, base: TensorFile | None) -> Verdict:
     comfy = Reading.of((key.key, comfy_reason(key, groups, misfits, whose)) for key in keys)
     refusal = diffusers_refusal(file.entries)
     diffusers = Reading.of(((key.key, diffusers_reason(key, groups, misfits)) for key in keys), refusal)
-    problems = [*dict.fromkeys(misfits.values()), *halves(groups)]
+    problems = [*dict.fromkeys(misfits.values()), *halves(groups), *repetitions(groups)]
     return Verdict(
         file.path.name, kind_text(file, keys, kinds), facts(file, keys, groups, kinds),
         {"ComfyUI": comfy, "diffusers": diffusers}, problems, [*misalignment(keys, base), *notes(file, keys)],
@@ -68,7 +72,9 @@ def group_kind(parts: Sequence[AdapterKey]) -> str | None:
     names = {key.change_part for key in parts}
     known = next((kind for part, kind in BY_NAME.items() if part in names), None)
     magnitude = {name for name in names if name.startswith(MAGNITUDE)}
-    kind = known or kind_of(names - magnitude)
+    kind = known or kind_of(names - magnitude - MIDDLES)
+    if kind and names & MIDDLES:
+        return f"{kind} with a middle factor"
     return "DoRA in PEFT's keys" if magnitude and kind else kind
 
 
@@ -84,7 +90,8 @@ def kind_text(file: TensorFile, keys: Sequence[AdapterKey], kinds: Counter[str])
         if any(COMFY_TEXT_ENCODER.match(name) for name in names):
             return f"{text} of Anima's text encoder"
         others = (model for pattern, model in OTHER_LORAS if any(re.search(pattern, name) for name in names))
-        return f"{text} {next(others, 'of another model')}, not of Anima"
+        unknown = "of a text encoder" if any(map(TEXT_ENCODER.match, names)) else "of another model, not of Anima"
+        return f"{text} {next((f'{model}, not of Anima' for model in others), unknown)}"
     return f"{text} of {family(file)}"
 
 
@@ -155,10 +162,17 @@ def comfy_reason(key: AdapterKey, groups: Groups, misfits: Mapping[str, str], wh
         return None
     if not key.stem:
         return "they are no part of an adapter that it knows"
+    if key.module is None and TEXT_ENCODER.match(key.key):
+        return "of a text encoder it looks for lora_te_layers_ and text_encoders.qwen3_06b.transformer.model.layers."
     if key.module is None:
         return f"{whose} has no such module"
     if key.form not in ("ComfyUI", "kohya"):
-        return f"their names are {FORM_NAMES[key.form or 'bare']}, and it looks for {LORA_PREFIX} and lora_unet_"
+        return (
+            f"their names are {FORM_NAMES[key.form or 'bare']}, and it looks for {LORA_PREFIX} and lora_unet_, which "
+            "`anima convert --to comfyui` writes"
+        )
+    if key.part in ("down", "up") and not COMFY_HALF.fullmatch(key.key):
+        return "it looks for lora_A.weight and lora_B.weight, or lora_down.weight and lora_up.weight"
     if key.part.startswith(MAGNITUDE):
         return "it does not read PEFT's DoRA; it wants dora_scale"
     return incompleteness(key, groups, misfits)
@@ -172,8 +186,8 @@ def diffusers_reason(key: AdapterKey, groups: Groups, misfits: Mapping[str, str]
         return "it leaves DoRA's scales out"
     if key.part.startswith(MAGNITUDE):
         return None
-    if "lora_A" not in key.key and "lora_B" not in key.key:
-        return "it reads lora_A and lora_B alone"
+    if not key.key.endswith(("lora_A.weight", "lora_B.weight")):
+        return "it reads lora_A.weight and lora_B.weight alone"
     return incompleteness(key, groups, misfits)
 
 
@@ -200,6 +214,15 @@ def halves(groups: Groups) -> list[str]:
     return [f"{count(len(lonely), 'weight')} with some parts missing, such as those beside {lonely[0].key}"]
 
 
+def repetitions(groups: Groups) -> list[str]:
+    """Return the weights that have a part twice, under names of several programs."""
+    whole = (parts for parts in groups.values() if parts[0].module)
+    twice = [parts[0] for parts in whole if len({key.change_part for key in parts}) < len(parts)]
+    if not twice:
+        return []
+    return [f"{count(len(twice), 'weight')} changed twice, such as {twice[0].parameter}: ComfyUI takes one of the two"]
+
+
 def shape_faults(file: TensorFile, groups: Groups, base: TensorFile | None) -> dict[str, str]:
     """Return what does not fit each other, or the base, by the full names of parameters."""
     found = {}
@@ -210,6 +233,8 @@ def shape_faults(file: TensorFile, groups: Groups, base: TensorFile | None) -> d
         if shape == () and "diff" not in shapes:
             listing = ", ".join(f"{part} {own}" for part, own in sorted(shapes.items()))
             found[name] = f"{name}: parts that do not fit each other: {listing}"
+        elif name.endswith(".bias") and not BIAS.fullmatch(name):
+            found[name] = f"{name}: {family(file)} has no such tensor"
         elif base is None:
             continue
         elif name not in base.entries:
@@ -220,7 +245,7 @@ def shape_faults(file: TensorFile, groups: Groups, base: TensorFile | None) -> d
         key.key
         for parts in groups.values()
         for key in parts
-        if key.part != "alpha" and not file.entries[key.key].dtype.is_floating_point
+        if key.part not in ("alpha", "reshape_weight") and not file.entries[key.key].dtype.is_floating_point
     ]:
         found[""] = f"{count(len(whole), 'key')} without floating-point numbers, such as {whole[0]}"
     return found
@@ -255,7 +280,7 @@ def notes(file: TensorFile, keys: Sequence[AdapterKey]) -> Iterable[str]:
         )
     if is_of_state(file):
         yield "it is for resuming; the run's folder `weights` has the file to load elsewhere"
-    if any(TEXT_ENCODER.match(key.key) for key in keys):
+    if any(COMFY_TEXT_ENCODER.match(key.key) for key in keys):
         yield "ComfyUI loads changes of Anima's text encoder since May 2026; diffusers and anima-train do not"
     alpha = declared_alpha(file.metadata)
     if alpha and "ss_network_alpha" not in file.metadata and not any(key.part == "alpha" for key in keys):
