@@ -73,17 +73,18 @@ def convert_weights(path: Path, out: Path, to: Layout, dtype: Precision | None, 
         print(printable(f"{out}: {described(split_bundle(path, out, precision))}"))
         check_written(out)
         return
+    is_lora = not path.is_dir() and is_adapter(open_header(path))
+    if not is_lora and to != "comfyui":
+        way = "give the config that names it" if to == "diffusers" else "kohya's scripts read the official file"
+        raise ConfigError(f"--to {to} is for adapters, and {path} is a whole model; {way}")
     expect_new_file(out)
-    if not path.is_dir() and is_adapter(open_header(path)):
+    if is_lora:
         if prefix is not None:
             raise ConfigError(f"--prefix is for whole models, and {path} is an adapter; leave it out")
         number = convert_adapter(path, out, to, precision)
         print(printable(f"{out}: {count(number, 'weight')} under the keys of {to}"))
         check_written(out, "diffusers" if to == "diffusers" else "ComfyUI")
         return
-    if to != "comfyui":
-        way = "give the config that names it" if to == "diffusers" else "kohya's scripts read the official file"
-        raise ConfigError(f"--to {to} is for adapters, and {path} is a whole model; {way}")
     keys = "" if prefix == "none" else prefix or "net."
     number = convert_checkpoint(path, out, keys, precision)
     print(printable(f"{out}: {count(number, 'tensor')} with the prefix {keys or 'none'}"))

@@ -199,6 +199,18 @@ def validate_kind(file: TensorFile, slot: str, *others: str) -> str:
     return kind
 
 
+def open_model(path: Path) -> tuple[TensorFile, str]:
+    """Return the header of a transformer that a command is given, without buffers, and the prefix of its keys.
+
+    Raises:
+        ModelFileError: as `open_slot` and `validate_kind`.
+    """
+    file = open_slot(path, "transformer").without(is_buffer)
+    if (kind := identify(file)) not in ("transformer", "cosmos"):  # told without the settings of a config
+        raise ModelFileError(f"{path}: expected a transformer; this looks like {SLOTS.get(kind, kind)}")
+    return file, key_prefix(file, validate_kind(file, "transformer", "cosmos"))
+
+
 def layout_problems(file: TensorFile, kind: str) -> Iterator[str]:
     """Yield the faults in the keys of a file of this kind (of `SLOTS`) that show before a module is built."""
     prefix = key_prefix(file, kind)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from anima_train.adapters.names import LORA_PREFIX, diffusers_name, kohya_name
 from anima_train.adapters.parts import read_adapter
-from anima_train.adapters.updates import NEVER_ROUNDED, Parts, kind_of, scale_of
+from anima_train.adapters.updates import NEVER_ROUNDED, Parts, is_for_one_base, kind_of, scale_of
 from anima_train.core.errors import ConfigError
 from anima_train.tools.outputs import adapter_architecture, adapter_depth, metadata_of, save_streamed
 
@@ -40,7 +40,9 @@ def convert_adapter(path: Path, out: Path, keys: Keys, dtype: torch.dtype | None
         kind = kind_of(parts)
         if keys == "diffusers" and kind != "LoRA":
             remedy = (
-                "merge it into its base, and extract" if kind == "DoRA" else "make a LoRA of it with `anima resize`"
+                "merge it --into its base, and take the difference with `anima extract`"
+                if is_for_one_base(parts)
+                else "make a LoRA of it with `anima resize`"
             )
             raise ConfigError(f"{path}: {name} is a {kind}, and diffusers takes plain LoRAs alone; {remedy}")
         for part, tensor in converted(parts, keys):

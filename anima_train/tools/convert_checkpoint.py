@@ -12,7 +12,7 @@ from anima_train.core.errors import ConfigError, ModelFileError
 from anima_train.core.files import atomic_folder
 from anima_train.core.format import count
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
-from anima_train.model.file_kinds import BUNDLE_KEY, LLM_ADAPTER_PREFIX, is_buffer, key_prefix, open_slot, validate_kind
+from anima_train.model.file_kinds import BUNDLE_KEY, LLM_ADAPTER_PREFIX, open_model, open_slot
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
 from anima_train.model.safetensors_io import Entry, TensorFile, match_keys, open_header, read_tensors
 from anima_train.tools.outputs import base_architecture, metadata_of, save_streamed
@@ -44,9 +44,8 @@ def convert_checkpoint(path: Path, out: Path, prefix: str, dtype: torch.dtype | 
 
 def places_in_file(path: Path) -> Places:
     """Return the places of a transformer's tensors in a file."""
-    file = open_slot(path, "transformer")
-    prefix = key_prefix(file, validate_kind(file, "transformer", "cosmos"))
-    return {name.removeprefix(prefix): (file, name) for name in file.entries if not is_buffer(name)}
+    file, prefix = open_model(path)
+    return {name.removeprefix(prefix): (file, name) for name in file.entries}
 
 
 def places_in_folder(folder: Path) -> Places:

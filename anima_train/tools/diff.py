@@ -13,7 +13,7 @@ from anima_train.adapters.parts import Adapter, is_adapter, read_adapter
 from anima_train.core.errors import ModelFileError
 from anima_train.core.format import count
 from anima_train.core.random import stream
-from anima_train.model.file_kinds import is_buffer, key_prefix, open_slot, validate_kind
+from anima_train.model.file_kinds import open_model
 from anima_train.model.safetensors_io import TensorFile, first_five, open_header, read_tensors
 from anima_train.optim.groups import COMPONENTS, Component, block_of, component_of
 
@@ -132,8 +132,8 @@ def by_block(parts: Sequence[Part], total: Callable[[Sequence[Part]], Total]) ->
 
 def open_transformer(path: Path) -> TensorFile:
     """Return the tensors of a transformer file, without prefix and buffers."""
-    file = open_slot(path, "transformer")
-    return file.stripped(key_prefix(file, validate_kind(file, "transformer", "cosmos"))).without(is_buffer)
+    file, prefix = open_model(path)
+    return file.stripped(prefix)
 
 
 def delta_of(base: TensorFile, path: Path) -> Delta:

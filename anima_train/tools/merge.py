@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from anima_train.adapters.parts import is_adapter, read_adapter
-from anima_train.adapters.updates import Parts, kind_of, low_rank_factors, product
+from anima_train.adapters.updates import Parts, is_for_one_base, kind_of, low_rank_factors, product
 from anima_train.core.errors import ConfigError, ModelFileError
 from anima_train.core.format import count
-from anima_train.model.file_kinds import is_buffer, key_prefix, open_slot, validate_kind
+from anima_train.model.file_kinds import open_model
 from anima_train.model.safetensors_io import TensorFile, first_five, open_header, read_tensors
 from anima_train.model.variants import architecture
 from anima_train.tools.outputs import (
@@ -79,12 +79,6 @@ def merge(
         option = "--into" if into is not None else "--rank"
         raise ConfigError(f"{option} is for adapters, and {sources[0].path} is none; leave it out")
     return merge_checkpoints(sources, out, dtype, tell)
-
-
-def open_model(path: Path) -> tuple[TensorFile, str]:
-    """Return the header of a transformer without buffers, and the prefix of its keys."""
-    file = open_slot(path, "transformer").without(is_buffer)
-    return file, key_prefix(file, validate_kind(file, "transformer", "cosmos"))
 
 
 def shapes_of(file: TensorFile, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -172,7 +166,7 @@ def shares(sources: Sequence[Source]) -> list[float]:
     if not given:
         return [1 / len(sources)] * len(sources)
     if len(given) < len(sources) or abs(sum(given) - 1) > 1e-3:
-        found = f"of {sum(given):g}" if len(given) == len(sources) else f"for {len(given)} of {len(sources)}"
+        found = f"{sum(given):g}" if len(given) == len(sources) else f"weights for {len(given)} of {len(sources)}"
         raise ConfigError(
             f"the weights of checkpoints sum up to 1, found {found}; write each, such as a.safetensors:0.7 "
             "b.safetensors:0.3, or none for equal shares"
@@ -233,7 +227,7 @@ def joined(name: str, changes: Sequence[tuple[Path, Parts, float]], limit: Limit
     """
     kinds = [kind_of(parts) for _, parts, _ in changes]
     for (path, parts, _), kind in zip(changes, kinds, strict=True):
-        if kind in ("DoRA", "replacement") or "dora_scale" in parts:
+        if is_for_one_base(parts):
             raise ConfigError(
                 f"{path}: {name} is a {kind}, whose values hold for its base alone; merge it --into that checkpoint, "
                 "and take the difference with `anima extract`"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from anima_train.adapters.parts import BLOCK_NUMBER, num_blocks, read_adapter
 from anima_train.core.errors import ConfigError, ModelFileError
-from anima_train.model.file_kinds import key_prefix, open_slot, validate_kind
+from anima_train.model.file_kinds import open_model
 from anima_train.model.safetensors_io import TensorFile
 from anima_train.model.variants import VARIANTS
 from anima_train.tools.convert_adapter import key_of
@@ -62,9 +62,8 @@ class Variant:
     @classmethod
     def of_file(cls, path: Path) -> "Variant":
         """Return the variant in a file; raises as `of`."""
-        file = open_slot(path, "transformer")
-        kind = validate_kind(file, "transformer", "cosmos")
-        depth = num_blocks(file.stripped(key_prefix(file, kind)).entries, re.compile(r"^blocks\.(\d+)\."))
+        file, prefix = open_model(path)
+        depth = num_blocks(file.stripped(prefix).entries, re.compile(r"^blocks\.(\d+)\."))
         if POSITIONS in file.metadata:
             return cls(depth, positions(file, depth))
         if depth not in DEPTHS:

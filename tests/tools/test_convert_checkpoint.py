@@ -116,7 +116,8 @@ def test_a_bundle_becomes_its_parts(model, bundle, anima, tmp_path):
         (("{model}", "{out}", "--to", "diffusers"), "is a whole model; give the config that names it"),
         (("{model}", "{out}", "--to", "diffusers", "--prefix", "net."), "--prefix is for a whole model as one file"),
         (("{model}", "{out}", "--to", "comfyui", "--set", "a=1"), "--checkpoint and --set are for a config"),
-        (("{vae}", "{out}", "--to", "comfyui"), "looks like the Qwen-Image VAE"),
+        (("{here}", "{here}/new", "--to", "diffusers"), "is a whole model; give the config that names it"),
+        (("{vae}", "{out}", "--to", "comfyui"), "expected a transformer; this looks like the Qwen-Image VAE"),
         (("{here}/none.safetensors", "{out}", "--to", "comfyui"), "there is no such file"),
     ],
 )
