@@ -141,6 +141,9 @@ def table(found: Inspection, num_shown: int = 10) -> Iterator[str]:
         yield from (f"  {name}" for name in found.dead[:num_shown])
         if len(found.dead) > num_shown:
             yield f"  ... and {len(found.dead) - num_shown:,} more (`--json` has all)"
+    if "DoRA" in {part.kind for part in found.parameters}:
+        yield ""
+        yield "norms without DoRA's scales, which need the base: `anima diff BASE FILE` tells the whole change"
     if found.metadata:
         yield ""
         yield from (f"{name}: {shortened(text)}" for name, text in sorted(found.metadata.items()))

@@ -28,7 +28,9 @@ def lr_text(row: GroupRow) -> str:
     """Return a component's learning rate, as tables show it."""
     if row.lr == 0 or not row.num_parameters:
         return "frozen" if row.lr == 0 else "-"
-    return f"{row.lr:g}" if row.lowest is None else f"{row.lowest:g} to {row.highest:g}"
+    if row.lowest is None or row.lowest == row.highest:
+        return f"{row.lr if row.lowest is None else row.lowest:g}"
+    return f"{row.lowest:g} to {row.highest:g}"
 
 
 def trained_text(adapter: AnyAdapter, rates: LearningRates, spec: ModelSpec) -> list[str]:

@@ -86,6 +86,9 @@ def test_adapters_are_added_up_by_component_and_block_and_dead_ones_named(golden
     assert found.whole.rms == pytest.approx((total / (5 * 24 * 16)) ** 0.5, rel=1e-4)
     assert {part.kind for part in found.parameters} == {"LoRA", "LoHa", "LoKr", "difference"}
     assert "1 weight dead (all zero):" in list(table(found))
+    assert not any("DoRA" in line for line in table(found))
+    save_file(file | {f"{STEM.format(0)}.dora_scale": torch.ones(24, 1)}, path)
+    assert any(line.startswith("norms without DoRA's scales") for line in table(inspect(path)))
 
 
 def test_a_checkpoint_is_told_by_its_norms(tiny):

@@ -18,9 +18,11 @@ from anima_train.config.model_files import build_model_spec, find_model_files
 from anima_train.config.model_part import load_model_part
 from anima_train.core.errors import ConfigError, ModelFileError
 from anima_train.model.tiny import tiny_paths
+from anima_train.optim.groups import GroupRow
 from anima_train.tools.verify import verify
 from anima_train.training.dry_run import describe_run
 from anima_train.training.prepare import scan_all
+from anima_train.training.summary import lr_text
 
 CHOSEN = {
     "rank": 4, "alpha": 2.0, "target_modules": "attention+mlp", "exclude_modules": ["blocks[.]0[.]cross_attn[.].*"],
@@ -182,6 +184,10 @@ def test_learning_rates_of_modules_may_change_at_the_resume_and_modules_may_not(
 def test_what_matches_nothing_stops_the_run_before_it_begins(trainer):
     with pytest.raises(ConfigError, match='"atention" matches no linear; did you mean "attention"'):
         trainer("run", adapter={"target_modules": "atention"})
+
+
+def test_a_rate_that_all_weights_of_a_component_share_is_told_once():
+    assert lr_text(GroupRow("mlp", 1e-2, 2, 8, 1e-3, 1e-3)) == "0.001"
 
 
 def test_the_table_of_the_start_has_all_learning_rates(trainer, capsys):
