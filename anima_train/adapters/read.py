@@ -48,7 +48,7 @@ OTHER_LORAS = (
     (r"lllite_", "of LLLite, for control images"),
 )
 BY_RESIZE = "; `anima resize` makes one of it"
-BY_EXTRACT = "; to make one of it, merge it into its base (`anima merge --into`), then `anima extract`"
+BY_EXTRACT = "; `anima extract BASE FILE` makes one of it"
 # Key pattern -> what has it, and how it becomes a plain LoRA.
 OTHER_FORMS = (
     (r"\.lokr_", "LoKr", BY_RESIZE),

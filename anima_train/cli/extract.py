@@ -22,14 +22,17 @@ Precision = Annotated[Literal["bfloat16", "float32"], Option("--dtype", help="Of
 
 def extract(
     base: Annotated[Path, Argument(metavar="A", help="A checkpoint: a transformer's .safetensors file.")],
-    other: Annotated[Path, Argument(metavar="B", help="Another one, such as a fine-tune of it.")],
+    other: Annotated[Path, Argument(metavar="B", help="A fine-tune of it, or an adapter for it, such as a DoRA.")],
     out: Out,
     rank: Rank = None,
     energy: Energy = None,
     dtype: Precision = "float32",
     as_json: Json = False,
 ) -> None:
-    """Write the difference of two checkpoints as a LoRA: with it, A is nearly B. The error of each module is told."""
+    """Write the difference of two checkpoints as a LoRA: with it, A is nearly B. The error of each module is told.
+
+    Of an adapter it is what the adapter adds to A: so a DoRA becomes a LoRA.
+    """
 
     def run() -> Findings:
         from tqdm import tqdm

@@ -40,7 +40,7 @@ def convert_adapter(path: Path, out: Path, keys: Keys, dtype: torch.dtype | None
         kind = kind_of(parts)
         if keys == "diffusers" and kind != "LoRA":
             remedy = (
-                "merge it --into its base, and take the difference with `anima extract`"
+                f"make a LoRA of it with `anima extract BASE {path.name}`"
                 if is_for_one_base(parts)
                 else "make a LoRA of it with `anima resize`"
             )

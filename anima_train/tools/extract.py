@@ -31,7 +31,7 @@ def extract(
 
     Args:
         base_path: a transformer.
-        other_path: another one with the same tensors.
+        other_path: another one with the same tensors, or an adapter, whose change of the base is taken.
         out: the file to write.
         limit: of the rank.
         dtype: of the file.

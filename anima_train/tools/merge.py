@@ -229,8 +229,8 @@ def joined(name: str, changes: Sequence[tuple[Path, Parts, float]], limit: Limit
     for (path, parts, _), kind in zip(changes, kinds, strict=True):
         if is_for_one_base(parts):
             raise ConfigError(
-                f"{path}: {name} is a {kind}, whose values hold for its base alone; merge it --into that checkpoint, "
-                "and take the difference with `anima extract`"
+                f"{path}: {name} is a {kind}, whose values hold for its base alone; make a LoRA of it with "
+                f"`anima extract BASE {path.name}`"
             )
         if kind != "LoRA" and limit is None:
             raise ConfigError(f"{path}: {name} is a {kind}, which has no factors to put beside others; give --rank")

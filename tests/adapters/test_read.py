@@ -260,7 +260,7 @@ def test_what_is_no_plain_lora_is_refused_by_its_kind(write, trained, key, kind)
     text = refused(write({**trained[1], name: torch.ones(3, 3)}))
     assert f"lora.safetensors: is a {kind} (1 key such as {name}); a plain LoRA is wanted, which has an up" in text
     assert ("`anima resize` makes one" in text) == (kind in ("LoKr", "LoHa"))
-    assert ("`anima extract`" in text) == (key in ("dora_scale", "diff"))
+    assert ("`anima extract BASE FILE`" in text) == (key in ("dora_scale", "diff"))
 
 
 @pytest.mark.parametrize(

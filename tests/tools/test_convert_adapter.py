@@ -76,7 +76,7 @@ def test_alpha_in_metadata_becomes_a_tensor_and_counts_once(tmp_path):
     torch.testing.assert_close(product(read_adapter(path).changes["blocks.1.self_attn.q_proj.weight"]), expected)
 
 
-@pytest.mark.parametrize(("case", "words"), [("loha", "anima resize"), ("dora_out", "difference with `anima extract`")])
+@pytest.mark.parametrize(("case", "words"), [("loha", "anima resize"), ("dora_out", "anima extract BASE kohya")])
 def test_diffusers_takes_plain_loras_alone(kohya, tmp_path, case, words):
     with pytest.raises(ConfigError, match=words):
         convert_adapter(kohya(case), tmp_path / "out.safetensors", "diffusers")

@@ -62,6 +62,19 @@ def test_an_extracted_lora_makes_the_other_checkpoint_of_the_base(base, tuned, t
         torch.testing.assert_close(back[f"net.{module}.weight"], wanted[f"net.{module}.weight"], rtol=1e-3, atol=1e-4)
 
 
+def test_a_dora_becomes_a_lora_of_what_it_does_to_its_base(base, tmp_path):
+    module, generator = CHANGED[0], torch.Generator().manual_seed(0)
+    weight = load_file(base)[f"net.{module}.weight"].float()
+    down, up = torch.randn(2, weight.shape[1], generator=generator), torch.randn(len(weight), 2, generator=generator)
+    scale = torch.rand(len(weight), 1, generator=generator)
+    stem, path = f"diffusion_model.{module}", tmp_path / "dora.safetensors"
+    save_file({f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up, f"{stem}.dora_scale": scale}, path)
+    found = extract(base, path, tmp_path / "lora.safetensors", Limit(len(weight)))
+    assert found.errors.keys() == {module}
+    whole = scale * (weight + up @ down) / weight.norm(dim=1, keepdim=True)  # as ComfyUI has it
+    torch.testing.assert_close(product(tmp_path / "lora.safetensors", module), whole - weight, rtol=1e-3, atol=1e-3)
+
+
 def test_a_lower_rank_is_the_best_one_and_its_error_is_told(base, tuned, tmp_path):
     out = tmp_path / "lora.safetensors"
     found = extract(base, tuned, out, Limit(2))
