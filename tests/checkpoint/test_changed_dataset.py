@@ -14,10 +14,8 @@ from anima_train.checkpoint.samples import SampleRecords, name_differences, reco
 from anima_train.config.load import load_config
 from anima_train.core.errors import DataError
 from anima_train.model.tiny import tiny_paths
-from anima_train.training import train as train_module
 from anima_train.training.prepare import scan_all
-
-STATES = {"checkpoint_every_n_steps": 1, "keep_last": 20}
+from tests.resuming import STATES, run_until
 
 
 @pytest.fixture
@@ -26,24 +24,6 @@ def own(trainer, images_drawer, tmp_path):
     folder = images_drawer(tmp_path / "own", [(96, 96)] * 7)
     trainer.base["dataset"]["directory"] = [{"path": str(folder)}]
     return trainer, folder
-
-
-def run_until(trainer, step, name="run", **changes):
-    """A run that fails in the step after `step`, as after a power cut."""
-    real, number = train_module.compute_loss, 0
-
-    def failing(*arguments):
-        nonlocal number
-        number += 1
-        if number > step:
-            raise ZeroDivisionError
-        return real(*arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "compute_loss", failing)
-        with pytest.raises(ZeroDivisionError):
-            trainer(name, **STATES, **changes)
-    return trainer.folder / "runs" / name
 
 
 def draw(path, colour):

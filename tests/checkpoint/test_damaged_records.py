@@ -14,10 +14,9 @@ from anima_train.checkpoint.training_state import StateManifest, check_state
 from anima_train.core.errors import ConfigError, UserError
 from anima_train.core.files import sha256_file
 from anima_train.evaluation.evaluate import read_base
-from anima_train.training import train as train_module
 from anima_train.training.anomalies import replay
+from tests.resuming import STATES, numbers, run_until
 
-STATES = {"checkpoint_every_n_steps": 1, "keep_last": 20}
 NESTED = b"[" * 100_000
 
 
@@ -135,25 +134,6 @@ def test_a_damaged_base_evaluation_counts_as_none(tmp_path, content):
 # Whole runs ----------------------------------------------------------------------------------------------------------
 
 
-def stopped(trainer, step, **changes):
-    """A run that fails in the step after `step`, as after a power cut."""
-    real, number = train_module.compute_loss, 0
-
-    def failing(*arguments):
-        nonlocal number
-        if arguments[0].training:
-            number += 1
-        if number > step:
-            raise ZeroDivisionError
-        return real(*arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "compute_loss", failing)
-        with pytest.raises(ZeroDivisionError):
-            trainer("run", **STATES, **changes)
-    return trainer.folder / "runs" / "run"
-
-
 def held_out(pictures):
     return {
         "eval_datasets": [{"name": "held", "config": {"resolutions": [64], "directory": [{"path": str(pictures)}]}}],
@@ -161,14 +141,9 @@ def held_out(pictures):
     }
 
 
-def numbers(run):
-    timed = ("seconds", "images_per_second", "memory_bytes")
-    return [{key: value for key, value in line.items() if key not in timed} for line in run.metrics]
-
-
 def test_damaged_records_are_told_and_training_goes_on_from_a_whole_state(trainer, caplog, capsys):
     whole = trainer("whole")
-    run = stopped(trainer, 3)
+    run = run_until(trainer, 3)
     state = run / "checkpoints" / "step-000003" / "state.json"
     state.write_text(state.read_text().replace('"step": 3', '"step": 1'))
     metrics = run / "metrics.jsonl"
@@ -189,7 +164,7 @@ def test_damaged_records_are_told_and_training_goes_on_from_a_whole_state(traine
 @pytest.mark.slow
 def test_a_run_whose_metrics_are_gone_goes_on_and_does_not_begin_again(trainer, caplog):
     whole = trainer("whole")
-    run = stopped(trainer, 2)
+    run = run_until(trainer, 2)
     (run / "metrics.jsonl").unlink()
     resumed = trainer("run", **STATES)
     assert any("metrics.jsonl: is missing" in text for text in caplog.messages)
@@ -198,7 +173,7 @@ def test_a_run_whose_metrics_are_gone_goes_on_and_does_not_begin_again(trainer, 
 
 
 def test_a_run_that_would_end_at_or_before_its_state_is_refused(trainer):
-    run = stopped(trainer, 3)
+    run = run_until(trainer, 3)
     for num_steps in (2, 3):
         with pytest.raises(ConfigError, match=rf"max_steps: the run would end at step {num_steps}, and .*of step 3,"):
             trainer("run", resume=True, **STATES, max_steps=num_steps)
@@ -244,7 +219,7 @@ def damages(content, moments):
 def test_no_damage_of_a_record_is_a_traceback_or_another_result(trainer, pictures, name, caplog, capsys):
     keys = held_out(pictures)
     whole = trainer("whole", **STATES, **keys)
-    run = stopped(trainer, 3, **keys)
+    run = run_until(trainer, 3, **keys)
     kept = run.rename(run.with_name("kept"))
     moments = random.Random(name)
     outcomes = {"refused": 0, "told": 0, "the same": 0}

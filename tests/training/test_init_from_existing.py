@@ -13,33 +13,14 @@ from anima_train.checkpoint.training_state import check_state
 from anima_train.config.load import load_config
 from anima_train.config.model_files import build_model_spec
 from anima_train.core.errors import ConfigError
-from anima_train.training import train as train_module
 from anima_train.training.build import initial_lora
 from anima_train.training.dry_run import describe_run
 from anima_train.training.prepare import scan_all
-
-STATES = {"checkpoint_every_n_steps": 1, "keep_last": 20}
+from tests.resuming import STATES, numbers, run_until
 
 
 def lora(path, **changes):
     return {"adapter": {"type": "lora", "rank": 4, "init_from_existing": str(path), **changes}}
-
-
-def run_until(trainer, step, name="run", **changes):
-    """A run that fails in the step after `step`, as after a power cut."""
-    real, number = train_module.compute_loss, 0
-
-    def failing(*arguments):
-        nonlocal number
-        number += 1
-        if number > step:
-            raise ZeroDivisionError
-        return real(*arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "compute_loss", failing)
-        with pytest.raises(ZeroDivisionError):
-            trainer(name, **changes)
 
 
 def held_out(pictures):
@@ -47,11 +28,6 @@ def held_out(pictures):
         "eval_datasets": [{"name": "held", "config": {"resolutions": [64], "directory": [{"path": str(pictures)}]}}],
         "eval_every_n_steps": 4,
     }
-
-
-def numbers(run):
-    timed = ("seconds", "images_per_second", "memory_bytes")
-    return [{key: value for key, value in line.items() if key not in timed} for line in run.metrics]
 
 
 def test_a_run_begins_where_the_file_ends_and_goes_on_bitwise_without_it(trainer, pictures, capsys):

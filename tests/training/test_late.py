@@ -14,8 +14,7 @@ from anima_train.training import tasks as tasks_module
 from anima_train.training import train as train_module
 from anima_train.training.anomalies import MAX_SKIPPED, SkippedUpdates, UpdateGuard
 from anima_train.training.late import LateSteps
-
-TIMED = ("seconds", "images_per_second", "memory_bytes")
+from tests.resuming import TIMED
 
 
 @pytest.fixture

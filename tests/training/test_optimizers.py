@@ -17,6 +17,7 @@ from anima_train.optim.optimizers import AnyOptimizer
 from anima_train.optim.schedule_free import averages_in_place
 from anima_train.training import train as train_module
 from anima_train.training.build import build_optimizer, check_release
+from tests.resuming import STATES, run_until
 
 HALF_LORA = {"adapter": {"type": "lora", "rank": 4, "dtype": "bfloat16"}}
 FULL = {"adapter": None, "model": {"dtype": "bfloat16"}}
@@ -39,27 +40,10 @@ CASES = [
     for kind in ("LoRA", "full")
 ]
 NO_CLIPPING = {"gradient_clipping": 0.0}
-STATES = {"checkpoint_every_n_steps": 1, "keep_last": 20}
 
 
 def changes(name, kind):
     return (HALF_LORA if kind == "LoRA" else FULL) | NO_CLIPPING | {"optimizer": OPTIMIZERS[name]}
-
-
-def stopped_after(trainer, monkeypatch, name, step, **keys):
-    """A run that fails in the step after `step`."""
-    real, calls = train_module.compute_loss, []
-
-    def failing(*arguments):
-        calls.append(1)
-        if len(calls) > step:
-            raise ZeroDivisionError
-        return real(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_module, "compute_loss", failing)
-        with pytest.raises(ZeroDivisionError):
-            trainer(name, **STATES, **keys)
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
@@ -67,7 +51,7 @@ def test_a_run_is_resumed_bit_for_bit_whatever_was_looked_at(trainer, monkeypatc
     keys = changes(name, kind)
     whole = trainer("whole", **keys)
     looked_at = keys | {"save_every_n_steps": 1}
-    stopped_after(trainer, monkeypatch, "run", 2, **looked_at)
+    run_until(trainer, 2, **looked_at)
     resumed = trainer("run", **STATES, **looked_at)
     assert resumed.losses == whole.losses
     assert all(torch.equal(tensor, resumed.weights[key]) for key, tensor in whole.weights.items())
