@@ -15,7 +15,7 @@ from anima_train.model.safetensors_io import TensorFile
 from anima_train.model.t5 import SHARED, empty_t5, load_t5, open_t5
 from anima_train.model.text import TextEncoder, Tokenizers, load_t5_tokenizer
 from anima_train.model.text_quantized import TextQuantization
-from anima_train.model.variants import COSMOS, cosmos_architecture
+from anima_train.model.variants import COSMOS, FAMILIES, cosmos_architecture
 
 CAPTION_BYTES = 480 * 2**20  # of T5-XXL's activations for MAX_TOKENS: 128 MiB a copy of the logits or the MLP's
 
@@ -36,6 +36,7 @@ class T5Context(Conditioner):
 class CosmosFiles(ModelFiles):
     """The paths of the files of Cosmos-Predict2: `llm` is T5's encoder, and both tokenizers are T5's."""
 
+    FAMILY: ClassVar[str] = FAMILIES[COSMOS]
     SLOTS: ClassVar[tuple[str, str, str]] = ("cosmos", "vae", "t5")
 
     def text_checks(self, tokenizers: Tokenizers) -> list[Callable[[], object]]:

@@ -2,13 +2,14 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from anima_train.core.errors import ModelFileError
 from anima_train.core.format import count
 from anima_train.model.comfy_quantized import dequantized
 from anima_train.model.safetensors_io import FLOATS, Entry, TensorFile, first_five, open_header
+from anima_train.model.variants import ANIMA, COSMOS, FAMILIES, told_family
 
 TRANSFORMER_PREFIXES = ("net.", "model.diffusion_model.", "diffusion_model.", "")
 LLM_ADAPTER_PREFIX = "llm_adapter."
@@ -35,10 +36,20 @@ SLOT_KEYS = {
     "t5": "model.t5_path",
     "vae": "model.vae_path",
 }
-A_LORA = "a LoRA"
+TYPES = {  # the `type` of [model] that reads the kind, where only one does
+    "transformer": "anima",
+    "llm_adapter": "anima",
+    "text_encoder": "anima",
+    "cosmos": "cosmos_predict2",
+    "t5": "cosmos_predict2",
+}
+A_LORA, AN_ADAPTER = "a LoRA", "an adapter that is no plain LoRA"
+RENAMED_TRANSFORMER = "a transformer in diffusers names, not in ComfyUI's"
+RENAMED_VAE = "a VAE in diffusers names, not in Wan's"
 # Key pattern -> a key of `SLOTS`, or a description. The first pattern found in any name counts.
 SIGNATURES = (
-    (r"(^|[._])lora[._]|\.(lokr|hada|oft|boft|glora)_", A_LORA),
+    (r"\.(lokr|hada|oft|boft|glora)_|\.(dora_scale|diff|diff_b|set_weight|[wb]_norm)$|^lllite_", AN_ADAPTER),
+    (r"(^|[._])lora[._]", A_LORA),
     (r"(^|\.)blocks\.block0\.", "a Cosmos-Predict1 transformer"),
     (rf"^({'|'.join(map(re.escape, TRANSFORMER_PREFIXES))})x_embedder\.proj\.1\.weight$", "transformer"),
     (r"(^|\.)x_embedder\.proj\.1\.weight$", "a transformer like Anima's, but with another prefix to its keys"),
@@ -48,7 +59,7 @@ SIGNATURES = (
     (r"(^|\.)joint_blocks\.\d+\.", "a Stable Diffusion 3 transformer"),
     (r"(^|\.)double_blocks\.\d+\.img_attn", "a Flux transformer"),
     (r"(^|\.)blocks\.\d+\.cross_attn\.norm_q\.weight$", "a Wan video transformer"),
-    (r"(^|\.)transformer_blocks\.\d+\.attn1?\.to_q\.", "a transformer in diffusers names, not in ComfyUI's"),
+    (r"(^|\.)transformer_blocks\.\d+\.attn1?\.to_q\.", RENAMED_TRANSFORMER),
     (r"(^|\.)blocks\.0\.norm_cross_attn\.weight$", "llm_adapter"),
     (r"(^|\.)text_model\.(encoder|embeddings)\.", "a CLIP text encoder"),
     (r"(^|\.)layers\.\d+\.(pre_feedforward_layernorm|post_ffw_norm)\.", "a Gemma text encoder"),
@@ -57,11 +68,11 @@ SIGNATURES = (
     (r"(^|\.)layers\.\d+\.self_attn\.q_proj\.bias$", "a Qwen2 text encoder"),
     (r"(^|\.)layers\.\d+\.self_attn\.q_proj\.weight$", "a language model that is not Qwen3"),
     (r"(^|\.)encoder\.block\.\d+\.layer\.1\.DenseReluDense\.wi_0\.", "a T5 v1.1 text encoder"),
-    (r"^encoder\.block\.\d+\.layer\.0\.SelfAttention\.", "t5"),
+    (r"^encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight$", "t5"),
     (r"^encoder\.downsamples\.0\.residual\.0\.gamma$", "vae"),
     (r"^encoder\.downsamples\.0\.downsamples\.", "the VAE of Wan 2.2"),
     (r"^(first_stage_model\.|vae\.)?encoder\.down\.\d+\.block\.", "an SD or Flux VAE"),
-    (r"^(encoder|decoder)\.(mid_block|down_blocks|up_blocks)\.", "a VAE in diffusers names, not in Wan's"),
+    (r"^(encoder|decoder)\.(mid_block|down_blocks|up_blocks)\.", RENAMED_VAE),
 )
 SIGNATURE_KEYS = {  # those that every file of the kind has, without prefix
     "transformer": "x_embedder.proj.1.weight",
@@ -71,17 +82,16 @@ SIGNATURE_KEYS = {  # those that every file of the kind has, without prefix
     "t5": "encoder.block.0.layer.0.SelfAttention.q.weight",
     "vae": "encoder.downsamples.0.residual.0.gamma",
 }
-BEGINS_WITH_LORA = "a LoRA to begin with is init_from_existing, in [adapter]"
-# What to do with a file of this kind (second) in this slot (first), where it is not just another key that it is for.
-REMEDIES = {
+# What to do with a file of this kind (second) in this slot (first; None: in any), where it is not just another key that
+# it is for.
+REMEDIES: Mapping[tuple[str | None, str], str] = {
     ("transformer", "cosmos"): (
         'give the LLM adapter as model.llm_adapter_path, or a file with it inside; or write type = "cosmos_predict2"'
     ),
     ("cosmos", "transformer"): 'write type = "anima"',
-    ("transformer", A_LORA): BEGINS_WITH_LORA,
-    ("cosmos", A_LORA): BEGINS_WITH_LORA,
-    ("text_encoder", "t5"): 'give Qwen3-0.6B, or write type = "cosmos_predict2"',
-    ("t5", "text_encoder"): 'give T5-XXL, or write type = "anima"',
+    ("transformer", RENAMED_TRANSFORMER): "`anima convert FOLDER OUT --to comfyui` makes a file of its folder",
+    (None, A_LORA): "a LoRA to begin with is init_from_existing, in [adapter]",
+    (None, AN_ADAPTER): "`anima merge FILE --into TRANSFORMER --out OUT` makes a transformer of both",
     ("t5", "a T5 v1.1 text encoder"): "Cosmos-Predict2 reads the first T5, such as oldt5_xxl_fp16.safetensors",
 }
 # Tensors that the dimensions of each model are read from, with the number of sides: no module is built without them.
@@ -184,8 +194,7 @@ def validate_kind(file: TensorFile, slot: str, *others: str) -> str:
     """
     kind, key = identify(file), SLOT_KEYS[slot]
     if kind not in (slot, *others):
-        elsewhere = f"it belongs in {SLOT_KEYS[kind]}" if kind in SLOT_KEYS else ""
-        remedy = REMEDIES.get((slot, kind), elsewhere)
+        remedy = REMEDIES.get((slot, kind)) or REMEDIES.get((None, kind)) or place(kind)
         text = f"{key}: expects {SLOTS[slot]}; {file.path} looks like {SLOTS.get(kind, kind)}"
         raise ModelFileError(f"{text}; {remedy}" if remedy else text)
     kinds = Counter(entry.dtype for entry in file.without(is_buffer).entries.values())
@@ -209,6 +218,24 @@ def open_model(path: Path) -> tuple[TensorFile, str]:
     if (kind := identify(file)) not in ("transformer", "cosmos"):  # told without the settings of a config
         raise ModelFileError(f"{path}: expected a transformer; this looks like {SLOTS.get(kind, kind)}")
     return file, key_prefix(file, validate_kind(file, "transformer", "cosmos"))
+
+
+def family_of(names: Iterable[str], metadata: Mapping[str, str]) -> str:
+    """Return the family of a transformer: without LLM adapter Cosmos-Predict2, unless its metadata tell Anima.
+
+    Args:
+        names: of its tensors, without prefix.
+        metadata: of its file.
+    """
+    if any(name.startswith(LLM_ADAPTER_PREFIX) for name in names):
+        return ANIMA
+    return told_family(metadata) or FAMILIES[COSMOS]
+
+
+def place(kind: str) -> str:
+    """Return where a file of this kind belongs, in words; "" where nothing reads it."""
+    of_type = f' (type = "{TYPES[kind]}")' if kind in TYPES else ""
+    return f"it belongs in {SLOT_KEYS[kind]}{of_type}" if kind in SLOT_KEYS else ""
 
 
 def layout_problems(file: TensorFile, kind: str) -> Iterator[str]:

@@ -30,7 +30,7 @@ from anima_train.model.text import (
 )
 from anima_train.model.text_quantized import TextQuantization, stored_bytes
 from anima_train.model.vae import open_vae
-from anima_train.model.variants import variant_warnings
+from anima_train.model.variants import ANIMA, variant_warnings
 
 CAPTION_BYTES = 96 * 2**20  # of Qwen3-0.6B, for MAX_TOKENS
 
@@ -46,6 +46,7 @@ class ModelFiles:
     t5_tokenizer: Path
     llm_adapter: Path | None = None  # instead of the one inside the transformer file
 
+    FAMILY: ClassVar[str] = ANIMA
     SLOTS: ClassVar[tuple[str, str, str]] = ("transformer", "vae", "text_encoder")  # of the first three
 
     @cached_property

@@ -113,7 +113,7 @@ def check_t5(path: Path) -> None:
     Raises:
         ModelFileError: another kind of model.
     """
-    validate_kind(open_t5(path), SLOT)
+    validate_kind(merge(path, open_shards(path, SLOT), SLOT), SLOT)
 
 
 def open_t5(path: Path) -> TensorFile:

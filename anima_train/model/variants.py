@@ -9,7 +9,9 @@ ARCHITECTURE = "modelspec.architecture"  # the key of metadata
 KOHYA_MODULE = "networks.lora_anima"  # of kohya's scripts, for Anima alone: ss_network_module
 COSMOS = "cosmos-predict2"
 COSMOS_LICENSE = "NVIDIA Open Model License"
-COSMOS_SIZES = {2048: "-2b", 5120: "-14b"}  # by the width
+COSMOS_SIZES = {2048: "2B", 5120: "14B"}  # by the width
+ANIMA = "Anima"
+FAMILIES = {"anima": ANIMA, COSMOS: "Cosmos-Predict2"}  # by the begin of an architecture
 LICENSE = "CircleStone Labs Non-Commercial License v1.2; NVIDIA Open Model License"  # of the base
 # By the number of blocks; those after the first are by others: the base's blocks with copies between them.
 VARIANTS = {28: "Anima 2B", 40: "Anima 2.9B", 52: "Anima 3.8B"}
@@ -33,12 +35,27 @@ def architecture(num_blocks: int, is_adapter: bool = False) -> str:
 
 def cosmos_architecture(width: int, is_adapter: bool = False) -> str:
     """Return the name of an architecture of Cosmos-Predict2 as `architecture` does: "cosmos-predict2-2b/lora"."""
-    return COSMOS + COSMOS_SIZES.get(width, "") + ("/lora" if is_adapter else "")
+    size = f"-{COSMOS_SIZES[width].lower()}" if width in COSMOS_SIZES else ""
+    return COSMOS + size + ("/lora" if is_adapter else "")
+
+
+def told_family(metadata: Mapping[str, str]) -> str | None:
+    """Return the family of models that a file is of, or for, as its metadata tell it; None if they do not."""
+    made = metadata.get(ARCHITECTURE, "")
+    return next((family for begin, family in FAMILIES.items() if made.startswith(begin)), None)
 
 
 def is_of_cosmos(metadata: Mapping[str, str]) -> bool:
     """Return True if the metadata of a file tell that it is of, or for, Cosmos-Predict2."""
-    return metadata.get(ARCHITECTURE, "").startswith(COSMOS)
+    return told_family(metadata) == FAMILIES[COSMOS]
+
+
+def family_warning(name: str, metadata: Mapping[str, str], family: str) -> str | None:
+    """Return what to know of an adapter by its metadata, on a model of this family; None if they do not differ."""
+    told = told_family(metadata)
+    if told in (None, family):
+        return None
+    return f"{name} was made for {told}, as its metadata tell, and not for {family}: it fits in shape alone"
 
 
 def picture_defaults(transformer: str | Path | None) -> dict[str, Any]:

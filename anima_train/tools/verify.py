@@ -4,15 +4,22 @@ from dataclasses import replace
 from pathlib import Path
 
 from anima_train.adapters.parts import is_adapter
-from anima_train.model.file_kinds import COMPILED, SLOTS, bundle_part, identify, key_prefix, uncompiled
+from anima_train.model.file_kinds import (
+    COMPILED,
+    RENAMED_TRANSFORMER,
+    RENAMED_VAE,
+    SLOTS,
+    bundle_part,
+    identify,
+    key_prefix,
+    uncompiled,
+)
 from anima_train.model.safetensors_io import TensorFile, open_header
 from anima_train.tools.diff import open_transformer
 from anima_train.tools.verdict import Reading, Verdict
 from anima_train.tools.verify_adapter import adapter_verdict
 from anima_train.tools.verify_checkpoint import NEEDS_FOLDER, checkpoint_verdict, renamed_verdict
 
-RENAMED_TRANSFORMER = "a transformer in diffusers names, not in ComfyUI's"  # as `identify` calls it
-RENAMED_VAE = "a VAE in diffusers names, not in Wan's"
 # Files that ComfyUI loads beside the transformer: it takes them whole, and their keys are not looked at one by one.
 OTHER_PARTS = ("text_encoder", "t5", "vae")
 

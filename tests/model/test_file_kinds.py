@@ -17,7 +17,7 @@ from anima_train.model.file_kinds import open_slot
 from anima_train.model.loading import ModelFiles, load_transformer
 from anima_train.model.safetensors_io import read_tensors
 from anima_train.model.text import load_text_encoder, load_tokenizers
-from anima_train.model.tiny import write_tiny
+from anima_train.model.tiny import write_tiny, write_tiny_cosmos
 from anima_train.model.vae import load_vae
 
 CPU = torch.device("cpu")
@@ -143,7 +143,85 @@ def test_a_lora_in_the_place_of_the_transformer_gets_its_key(tiny, tmp_path):
         f"model.transformer_path: expects an Anima transformer; {path} looks like a LoRA; a LoRA to begin with is "
         "init_from_existing, in [adapter]"
     )
-    assert header_fault(tiny, vae=path).endswith("looks like a LoRA")
+
+
+# What each kind of file is called, and where it belongs.
+KINDS = {
+    "anima": ("an Anima transformer", 'model.transformer_path (type = "anima")'),
+    "cosmos": ("a Cosmos-Predict2 transformer", 'model.transformer_path (type = "cosmos_predict2")'),
+    "llm_adapter": ("an Anima LLM adapter", 'model.llm_adapter_path (type = "anima")'),
+    "qwen": ("a Qwen3 text encoder", 'model.llm_path (type = "anima")'),
+    "t5": ("the T5-XXL encoder", 'model.t5_path (type = "cosmos_predict2")'),
+    "vae": ("the Qwen-Image VAE", "model.vae_path"),
+    "lora": ("a LoRA", "init_from_existing, in [adapter]"),
+    "lokr": ("an adapter that is no plain LoRA", "--out OUT` makes a transformer of both"),
+    "dora": ("an adapter that is no plain LoRA", "--out OUT` makes a transformer of both"),
+    "flux": ("a Flux transformer", "looks like a Flux transformer"),
+}
+ADDED = {
+    "lora": "diffusion_model.blocks.0.mlp.layer1.lora_A.weight",
+    "lokr": "lycoris_blocks_0_mlp_layer1.lokr_w1",
+    "dora": "diffusion_model.blocks.0.mlp.layer1.dora_scale",
+    "flux": "double_blocks.0.img_attn.qkv.weight",
+}
+RIGHT = {
+    ("anima", "transformer"): ("anima",),
+    ("anima", "vae"): ("vae",),
+    ("anima", "llm"): ("qwen",),
+    ("anima", "llm_adapter"): ("llm_adapter", "anima"),
+    ("cosmos", "transformer"): ("cosmos",),
+    ("cosmos", "vae"): ("vae",),
+    ("cosmos", "llm"): ("t5",),
+}
+ELSEWHERE = {  # the other sentences
+    ("anima", "transformer", "cosmos"): 'or write type = "cosmos_predict2"',
+    ("cosmos", "transformer", "anima"): 'write type = "anima"',
+}
+
+
+@pytest.fixture(scope="module")
+def kinds(tiny, tmp_path_factory):
+    """A file of each kind, and the files of both families."""
+    folder = tmp_path_factory.mktemp("kinds")
+    cosmos = write_tiny_cosmos(folder)
+    paths = {
+        "anima": tiny.transformer,
+        "vae": tiny.vae,
+        "qwen": tiny.llm,
+        "cosmos": cosmos.transformer,
+        "t5": cosmos.llm,
+    }
+    for name, key in ADDED.items():
+        paths[name] = folder / f"{name}.safetensors"
+        save_file({key: torch.ones(4, 4)}, paths[name])
+    paths["llm_adapter"] = folder / "llm_adapter.safetensors"
+    inside = {key: tensor for key, tensor in load_file(tiny.transformer).items() if key.startswith("net.llm_adapter.")}
+    save_file(inside, paths["llm_adapter"])
+    return paths, {"anima": tiny, "cosmos": cosmos}
+
+
+@pytest.mark.parametrize(("family", "slot"), RIGHT)
+def test_a_file_in_the_place_of_another_is_named_and_where_it_belongs(kinds, family, slot):
+    paths, files = kinds
+    key = {"llm": "llm_path" if family == "anima" else "t5_path"}.get(slot, f"{slot}_path")
+    for kind, (name, place) in KINDS.items():
+        if kind in RIGHT[family, slot]:
+            dataclasses.replace(files[family], **{slot: paths[kind]}).check_headers()
+            continue
+        fault = header_fault(files[family], **{slot: paths[kind]})
+        assert fault.startswith(f"model.{key}: expects ")
+        assert f"{paths[kind]} looks like {name}" in fault
+        assert fault.endswith(ELSEWHERE.get((family, slot, kind), place))
+
+
+def test_a_t5_without_its_first_block_and_a_vae_in_its_place_are_refused(kinds, tmp_path):
+    _, files = kinds
+    for key, kind in (
+        ("encoder.block.1.layer.0.SelfAttention.q.weight", "a file of unknown kind"),
+        ("decoder.mid_block.resnets.0.conv1.weight", "a VAE in diffusers names"),
+    ):
+        save_file({key: torch.ones(4, 4)}, tmp_path / "a.safetensors")
+        assert f"looks like {kind}" in header_fault(files["cosmos"], llm=tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("llm_adapter", [None, "hf://me/adapter/a.safetensors"])
