@@ -25,7 +25,7 @@ from anima_train.model.safetensors_io import Entry, TensorFile, opened
 WEIGHT, FORMAT = ".weight", ".comfy_quant"
 SCALES = (".weight_scale", ".scale_weight")
 BESIDE = (FORMAT, *SCALES, ".input_scale", ".scale_input")  # what a quantised weight has beside it
-MARK = "scaled_fp8"  # a tensor that older files have
+MARK = "scaled_fp8"  # a tensor that older files have, behind the prefix of the others
 TABLE = "_quantization_metadata"  # the key of the metadata with the formats of all layers, in some files
 FORMATS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2, "int8_tensorwise": torch.int8}
 NAMES = {dtype: name for name, dtype in FORMATS.items()}
@@ -81,7 +81,7 @@ def dequantized(file: TensorFile) -> TensorFile:
     if not names:
         return file
     formats = format_table(file)
-    kept = {name: entry for name, entry in file.entries.items() if not name.endswith(BESIDE) and name != MARK}
+    kept = {name: entry for name, entry in file.entries.items() if not is_beside(name)}
     with opened(file.path) as stream:
         for name in names:
             described = formats.get(name, {})
@@ -93,6 +93,11 @@ def dequantized(file: TensorFile) -> TensorFile:
             if entry is not None:
                 kept[name + WEIGHT] = entry
     return TensorFile(file.path, kept, file.metadata)
+
+
+def is_beside(name: str) -> bool:
+    """Return True for what a quantised file of ComfyUI has beside weights."""
+    return name.endswith(BESIDE) or name.rpartition(".")[2] == MARK
 
 
 def quantized_entry(file: TensorFile, name: str, described: Mapping[str, Any]) -> QuantizedEntry | None:

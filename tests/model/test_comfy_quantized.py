@@ -78,8 +78,8 @@ def test_quantised_weights_are_read_as_what_they_stand_for(tmp_path, error, kind
 
 def test_older_files_have_scales_without_a_format_or_neither_or_a_table_of_formats(tmp_path):
     values = torch.randn(4, 16).to(torch.float8_e4m3fn)
-    tensors = {"a.weight": values, "a.scale_weight": torch.tensor(2.0), "scaled_fp8": torch.zeros(2, dtype=torch.uint8)}
-    tensors["b.weight"] = values.clone()
+    tensors = {"a.weight": values, "a.scale_weight": torch.tensor(2.0), "b.weight": values.clone()}
+    tensors |= {f"{prefix}scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn) for prefix in ("", "net.")}
     save_file(tensors, tmp_path / "a.safetensors")
     found = dict(read_tensors(dequantized(open_header(tmp_path / "a.safetensors"))))
     assert found.keys() == {"a.weight", "b.weight"}
