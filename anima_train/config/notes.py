@@ -55,6 +55,10 @@ def without_effect(config: Config) -> Iterator[tuple[str, str]]:
                 getattr(prompt, key) != value for prompt in config.sampling.prompts
             ):
                 yield f"sampling.{key}", "every prompt has its own"
+    texts = {key: value for key, value in config.metadata.model_dump().items() if value and key != "license"}
+    level = texts.pop("level")
+    for key in texts if level == "none" else texts.keys() & {"tag_frequencies"} if level == "minimal" else ():
+        yield f"metadata.{key}", f'level is "{level}"'
     if config.x_axis_examples and not (monitoring.tensorboard or monitoring.enable_wandb):
         yield "x_axis_examples", "there are neither TensorBoard nor W&B curves"
 

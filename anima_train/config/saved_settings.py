@@ -29,5 +29,6 @@ def settings_metadata(config: Config) -> dict[str, str]:
         "ss_loss_type": config.loss().kind,
         **{f"ss_{part}_lr": rate for part, rate in config.learning_rates().by_component.items() if part != "base"},
     }
-    settings |= {f"ss_{key}": value for key in ("max_steps", "epochs") if (value := getattr(config, key)) is not None}
+    ends = {"ss_max_train_steps": config.max_steps, "ss_num_epochs": config.epochs}
+    settings |= {key: value for key, value in ends.items() if value is not None}
     return {key: text for key, text in texts.items() if text} | {key: str(value) for key, value in settings.items()}

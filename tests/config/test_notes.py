@@ -43,6 +43,11 @@ NO_SETS = "there are no eval_datasets"
         ),
         ({"x_axis_examples": True}, []),
         (
+            {"metadata": {"level": "minimal", "author": "me", "tag_frequencies": True}},
+            [("metadata.tag_frequencies", 'level is "minimal"')],
+        ),
+        ({"metadata": {"level": "none", "tags": ["a"]}}, [("metadata.tags", 'level is "none"')]),
+        (
             {"optimizer": {"type": "muon", "lr": 1e-4, "eps": 1e-7, "momentum": 0.9}},
             [("optimizer.eps", "an adapter has matrices alone, for which muon has momentum")],
         ),
