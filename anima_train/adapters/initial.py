@@ -13,7 +13,8 @@ from anima_train.adapters.lora import Lora, lora_layers
 from anima_train.adapters.read import Shapes, Updates, read_lora
 from anima_train.core.errors import ConfigError, ModelFileError
 from anima_train.core.format import count, printable
-from anima_train.model.safetensors_io import first_five
+from anima_train.model.safetensors_io import first_five, open_header
+from anima_train.model.variants import family_warning
 
 KEY = "adapter.init_from_existing"
 FILES = ("adapter_model.safetensors", "weights.safetensors")  # in the folders of other trainers, and of our states
@@ -28,6 +29,7 @@ class InitialLora:
     left_out: Sequence[str]  # modules of the file that it does not train
     absent: Sequence[str]  # modules that it trains, and that the file lacks
     settings: Lora
+    family_warning: str | None  # of a file that was made for other models
 
     @property
     def lines(self) -> list[str]:
@@ -59,21 +61,22 @@ class InitialLora:
         return abs(mantissa) in (0, 0.5) and update.down.dtype == update.up.dtype == torch.bfloat16
 
     @property
-    def warning(self) -> str | None:
-        """The part of the file that is lost; None if there is none."""
-        if not self.left_out:
-            return None
-        modules = count(len(self.left_out), "module")
-        return (
-            f"{KEY}: {modules} of {printable(self.path.name)} not trained here, left out: {first_five(self.left_out)}; "
-            "the run begins without their part (a learning rate of 0, in [model], freezes a "
-            "component, and target_modules, in [adapter], chooses modules)"
-        )
+    def warnings(self) -> list[str]:
+        """The part of the file that is lost, and other models that it was made for."""
+        found = [] if self.family_warning is None else [f"{KEY}: {printable(self.family_warning)}"]
+        if self.left_out:
+            modules = count(len(self.left_out), "module")
+            found.append(
+                f"{KEY}: {modules} of {printable(self.path.name)} not trained here, left out: "
+                f"{first_five(self.left_out)}; the run begins without their part (a learning rate of 0, in [model], "
+                "freezes a component, and target_modules, in [adapter], chooses modules)"
+            )
+        return found
 
     @property
     def described(self) -> list[str]:
-        """The lines, and the warning as one of them."""
-        return self.lines if self.warning is None else [*self.lines, f"warning: {self.warning}"]
+        """The lines, and the warnings as some of them."""
+        return [*self.lines, *(f"warning: {text}" for text in self.warnings)]
 
     @torch.no_grad()
     def load(self, transformer: nn.Module) -> None:
@@ -94,7 +97,7 @@ class InitialLora:
                 raise ModelFileError(f"{self.path}: {name} with its scale of {update.scale:g} is not finite; broken")
 
 
-def read_initial(path: Path, shapes: Shapes, trained: Sequence[str], settings: Lora) -> InitialLora:
+def read_initial(path: Path, shapes: Shapes, trained: Sequence[str], settings: Lora, family: str) -> InitialLora:
     """Read a LoRA for a run to begin with.
 
     Args:
@@ -102,6 +105,7 @@ def read_initial(path: Path, shapes: Shapes, trained: Sequence[str], settings: L
         shapes: of every linear's weight.
         trained: names of the modules that the run trains.
         settings: of the run's LoRA.
+        family: of the run's model.
 
     Raises:
         ConfigError: its rank is larger than the run's, or the run trains none of its modules.
@@ -126,7 +130,9 @@ def read_initial(path: Path, shapes: Shapes, trained: Sequence[str], settings: L
             f"rank = {rank}, in [adapter]"
         )
     left_out = [name for name in updates if name not in taken]
-    return InitialLora(path, taken, left_out, [name for name in trained if name not in taken], settings)
+    absent = [name for name in trained if name not in taken]
+    warning = family_warning(path.name, open_header(path).metadata, family)
+    return InitialLora(path, taken, left_out, absent, settings, warning)
 
 
 def lora_file(path: Path) -> Path:

@@ -1,5 +1,6 @@
 """`anima convert`."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -50,7 +51,10 @@ def convert(
             raise ConfigError("--prefix is for a whole model as one file, with --to comfyui; leave it out")
         convert_model(source, out, checkpoint, dtype, overrides or [])
     else:
-        convert_weights(source, out, to, dtype, prefix)
+        from anima_train.run.log import logged_to, terminal
+
+        with logged_to(terminal(is_main=True, stream=sys.stderr)):
+            convert_weights(source, out, to, dtype, prefix)
 
 
 def convert_weights(path: Path, out: Path, to: Layout, dtype: Precision | None, prefix: Prefix | None) -> None:

@@ -130,7 +130,8 @@ def draw(model: ModelPart, cells: Sequence[Cell], out: Path) -> list[Path]:
     from anima_train.config.model_files import build_model_spec
     from anima_train.data.buckets import Size
     from anima_train.model.attention_choice import AttentionShape, choose_attention
-    from anima_train.model.variants import drawn_with
+    from anima_train.model.safetensors_io import open_header
+    from anima_train.model.variants import drawn_with, family_warning
     from anima_train.sampling.pipeline import sample
 
     try:
@@ -139,6 +140,9 @@ def draw(model: ModelPart, cells: Sequence[Cell], out: Path) -> list[Path]:
         raise ConfigError(f"--out: {out} cannot be a folder ({error.strerror}); choose another place") from error
     device = choose_device()
     spec = build_model_spec(model, device)
+    for path in paths:
+        if text := family_warning(path.name, open_header(path).metadata, spec.files.FAMILY):
+            print(printable(f"warning: {text}"), file=sys.stderr)
     if not is_quiet():
         print(describe_device(device, spec.dtype), file=sys.stderr)
     num_tokens = max(Size(cell.request.width, cell.request.height).num_tokens for cell in cells)

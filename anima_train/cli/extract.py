@@ -1,5 +1,6 @@
 """`anima extract` and `anima resize`."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -38,12 +39,14 @@ def extract(
         from tqdm import tqdm
 
         from anima_train.core.device import DTYPES
+        from anima_train.run.log import logged_to, terminal
         from anima_train.tools import extract as extraction
         from anima_train.tools.outputs import expect_new_file
 
         limit = limit_of(rank, energy)
         expect_new_file(out)
-        with tqdm(desc="weights", unit="", leave=False) as bar:
+        told = terminal(is_main=True, stream=sys.stderr)
+        with logged_to(told), tqdm(desc="weights", unit="", leave=False) as bar:
             found = extraction.extract(base, other, out, limit, DTYPES[dtype], lambda name: bar.update())
         lines = [
             f"{out}: a LoRA of rank {found.largest_rank} for {count(len(found.errors), 'module')}",

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -37,12 +38,14 @@ def merge(
         from tqdm import tqdm
 
         from anima_train.core.device import DTYPES
+        from anima_train.run.log import logged_to, terminal
         from anima_train.tools import merge as merging
         from anima_train.tools.outputs import expect_new_file
 
         expect_new_file(out)
         sources = [source(text) for text in files]
-        with tqdm(desc="weights", unit="", leave=False) as bar:
+        told = terminal(is_main=True, stream=sys.stderr)
+        with logged_to(told), tqdm(desc="weights", unit="", leave=False) as bar:
             precision = None if dtype is None else DTYPES[dtype]
             found = merging.merge(sources, out, into, rank, precision, lambda name: bar.update())
         line = f"{out}: {found.kind}, with {count(found.num_changed, 'weight')} changed"

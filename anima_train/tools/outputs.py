@@ -1,6 +1,7 @@
 """The files that tools write: whole or not at all, with metadata that say how they came about."""
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,9 +18,10 @@ from anima_train.core.errors import ConfigError, NumericError
 from anima_train.core.files import atomic_path, written_to
 from anima_train.model.comfy_quantized import TABLE
 from anima_train.model.dit import TransformerShape
-from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX
+from anima_train.model.file_kinds import family_of
 from anima_train.model.safetensors_io import FLOATS, PLACEHOLDER, Entry, file_bytes, write_streamed
 from anima_train.model.variants import (
+    ANIMA,
     ARCHITECTURE,
     COSMOS,
     COSMOS_LICENSE,
@@ -29,8 +31,11 @@ from anima_train.model.variants import (
     architecture,
     cosmos_architecture,
     is_of_cosmos,
+    told_family,
 )
 from anima_train.tools.spectra import LowRank
+
+logger = logging.getLogger(__name__)
 
 # Metadata of a file that do not hold for one that is made of it: hashes, and scales and formats of its tensors.
 NO_LONGER_TRUE = ("sshs_", "modelspec.hash", DIFFUSERS_METADATA, STATE_SCALE, TABLE)
@@ -66,16 +71,20 @@ def adapter_architecture(depth: int, metadata: Mapping[str, str]) -> str:
 
 
 def base_architecture(entries: Mapping[str, Entry], metadata: Mapping[str, str], is_adapter: bool = False) -> str:
-    """Return the architecture of a checkpoint, or of an adapter for it.
+    """Return the architecture of a checkpoint, or of an adapter for it; log where it is taken for Cosmos-Predict2.
 
     Args:
-        entries: its tensors, without prefix. Without LLM adapter it is Cosmos-Predict2, unless its metadata tell Anima.
+        entries: its tensors, without prefix.
         metadata: of its file.
         is_adapter: for that of an adapter.
     """
-    has_llm_adapter = any(name.startswith(LLM_ADAPTER_PREFIX) for name in entries)
-    if has_llm_adapter or metadata.get(ARCHITECTURE, "").startswith("anima"):
+    if family_of(entries, metadata) == ANIMA:
         return architecture(num_blocks(entries, BLOCK_NUMBER), is_adapter)
+    if told_family(metadata) is None:
+        logger.warning(
+            "a checkpoint without LLM adapter, whose metadata do not tell Anima, counts as Cosmos-Predict2: the "
+            "new file has that name and its licence"
+        )
     return cosmos_architecture(TransformerShape.of(entries).width, is_adapter)
 
 

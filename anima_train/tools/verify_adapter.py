@@ -18,8 +18,9 @@ from anima_train.adapters.parts import (
 from anima_train.adapters.read import OTHER_LORAS
 from anima_train.adapters.updates import MIDDLES, change_shape, kind_of
 from anima_train.core.format import count
+from anima_train.model.file_kinds import family_of
 from anima_train.model.safetensors_io import TensorFile, read_tensors
-from anima_train.model.variants import ARCHITECTURE, VARIANTS, is_of_cosmos
+from anima_train.model.variants import ARCHITECTURE, VARIANTS, family_warning, is_of_cosmos
 from anima_train.optim.groups import COMPONENTS, component_of
 from anima_train.tools.verdict import Reading, Verdict
 
@@ -63,7 +64,7 @@ def adapter_verdict(file: TensorFile, base: TensorFile | None) -> Verdict:
     problems = [*dict.fromkeys(misfits.values()), *halves(groups), *repetitions(groups)]
     return Verdict(
         file.path.name, kind_text(file, keys, kinds), facts(file, keys, groups, kinds),
-        {"ComfyUI": comfy, "diffusers": diffusers}, problems, [*misalignment(keys, base), *notes(file, keys)],
+        {"ComfyUI": comfy, "diffusers": diffusers}, problems, [*misalignment(file, keys, base), *notes(file, keys)],
     )  # fmt: skip
 
 
@@ -251,11 +252,14 @@ def shape_faults(file: TensorFile, groups: Groups, base: TensorFile | None) -> d
     return found
 
 
-def misalignment(keys: Sequence[AdapterKey], base: TensorFile | None) -> Iterable[str]:
-    """Yield a warning if an adapter has just as many blocks as a variant other than its base.
+def misalignment(file: TensorFile, keys: Sequence[AdapterKey], base: TensorFile | None) -> Iterable[str]:
+    """Yield a warning if an adapter has just as many blocks as a variant other than its base, or is for other models.
 
     The variants have copies of blocks inserted between those of the first, which shift the numbers of all behind them.
     """
+    if base is not None:
+        family = family_of(base.entries, base.metadata)
+        yield from filter(None, [family_warning(file.path.name, file.metadata, family)])
     made_for = num_blocks((key.key for key in keys), BLOCK_NUMBER)  # those that the base lacks have no module
     found = 0 if base is None else num_blocks(base.entries, BLOCK_NUMBER)
     if base is None or made_for not in VARIANTS or found not in VARIANTS or made_for == found:

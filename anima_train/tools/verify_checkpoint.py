@@ -8,8 +8,9 @@ import torch
 
 from anima_train.adapters.names import anima_modules, cosmos_key
 from anima_train.adapters.parts import BLOCK_NUMBER, numbers
+from anima_train.core.errors import ModelFileError
 from anima_train.core.format import count
-from anima_train.model.comfy_quantized import BESIDE, MARK
+from anima_train.model.comfy_quantized import dequantized, is_beside
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.file_kinds import (
     BUNDLE_KEY,
@@ -22,7 +23,7 @@ from anima_train.model.file_kinds import (
 )
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
 from anima_train.model.safetensors_io import FLOATS, TensorFile, first_five
-from anima_train.model.variants import VARIANTS
+from anima_train.model.variants import ANIMA, COSMOS, COSMOS_SIZES, FAMILIES, VARIANTS, told_family
 from anima_train.tools.verdict import Reading, Verdict
 from anima_train.tools.verify_adapter import TRAINED_ON, TRAINED_WITH, first_of
 
@@ -30,6 +31,7 @@ COMFY_PREFIXES = ("net.", "model.diffusion_model.", "")
 COMFY_BLOCKS = {2048: 28, 5120: 36}  # by the width, up to ComfyUI 0.33.0; other widths
 COMFY_OTHER_BLOCKS = 10
 NEEDS_FOLDER = "it takes a model as a folder, which `anima convert CONFIG OUT --to diffusers` writes"
+NEEDS_OTHER_FOLDER = "it takes a model as a folder, which its own scripts/convert_cosmos_to_diffusers.py writes"
 BUNDLED = re.compile(r"vae\.|text_encoders\.")
 
 
@@ -61,11 +63,14 @@ def checkpoint_verdict(file: TensorFile, kind: str, base: TensorFile | None) -> 
         "trained with": first_of(file.metadata, TRAINED_WITH),
     }
     unreadable = "the dimensions of the model cannot be read off its tensors" if faults else None
-    programs = {"ComfyUI": Reading.of(reasons, unreadable), "diffusers": Reading(refusal=NEEDS_FOLDER)}
+    apart = NEEDS_FOLDER if kind == "transformer" else NEEDS_OTHER_FOLDER
+    programs = {"ComfyUI": Reading.of(reasons, unreadable), "diffusers": Reading(refusal=apart)}
     bundled = "a bundle with " if BUNDLE_KEY in file.entries and any(map(BUNDLED.match, file.entries)) else ""
     told = {name: text for name, text in facts.items() if text}
     notes = [] if faults else list(checkpoint_notes(tensors, kind, file))
-    return Verdict(file.path.name, bundled + SLOTS[kind], told, programs, problems, notes)
+    lacks_adapter = kind == "cosmos" and told_family(file.metadata) == ANIMA
+    text = "an Anima transformer that lacks its LLM adapter" if lacks_adapter else SLOTS[kind]
+    return Verdict(file.path.name, bundled + text, told, programs, problems, notes)
 
 
 def comfy_reason(name: str, prefix: str, tensors: TensorFile, wanted: Mapping[str, tuple[int, ...]]) -> str | None:
@@ -81,12 +86,9 @@ def comfy_reason(name: str, prefix: str, tensors: TensorFile, wanted: Mapping[st
         return None
     if bare not in wanted:
         return "the model has no such tensor"
-    return None if tensors.entries[bare].shape == wanted[bare] else "the model's have another shape"
-
-
-def is_beside(name: str) -> bool:
-    """Return True for what a quantised file of ComfyUI has beside weights."""
-    return name.endswith(BESIDE) or name == MARK
+    entry = tensors.entries[bare]
+    is_packed = entry.dtype == torch.uint8  # several values in a byte
+    return None if is_packed or entry.shape == wanted[bare] else "the model's have another shape"
 
 
 def base_shapes(base: TensorFile) -> dict[str, tuple[int, ...]]:
@@ -108,7 +110,10 @@ def expected_shapes(tensors: TensorFile, kind: str) -> dict[str, tuple[int, ...]
 def shape_facts(tensors: TensorFile, kind: str, prefix: str) -> dict[str, str]:
     """Return the dimensions of a transformer in words."""
     shape = TransformerShape.of(tensors.entries)
-    variant = VARIANTS.get(shape.num_blocks) if shape.width == 2048 and kind == "transformer" else None
+    variant = VARIANTS.get(shape.num_blocks) if shape.width == 2048 else None
+    if kind == "cosmos":
+        is_whole = COMFY_BLOCKS.get(shape.width) == shape.num_blocks
+        variant = f"{FAMILIES[COSMOS]} {COSMOS_SIZES[shape.width]}" if is_whole else None
     return {
         "variant": f"{variant or 'none of those known'} ({shape.num_blocks} blocks, width {shape.width})",
         "parameters": f"{tensors.num_values:,} in {count(len(tensors.entries), 'tensor')}",
@@ -126,10 +131,27 @@ def checkpoint_notes(tensors: TensorFile, kind: str, file: TensorFile) -> Iterab
             f"ComfyUI up to 0.33.0 makes {built} blocks of this width, and the file has {shape.num_blocks}; later ones "
             "count them"
         )
-    if kind == "cosmos":
-        yield "without an LLM adapter ComfyUI takes it for Cosmos-Predict2"
+    if kind == "cosmos" and told_family(file.metadata) == ANIMA:
+        yield "ComfyUI takes it for Cosmos-Predict2, as it has no LLM adapter; anima-train needs model.llm_adapter_path"
+    elif kind == "cosmos" and told_family(file.metadata) is None:
+        yield (
+            "it counts as Cosmos-Predict2, as it has no LLM adapter and its metadata do not tell Anima; in ComfyUI an "
+            "Anima without it does, too. If it is one, give the LLM adapter as model.llm_adapter_path"
+        )
     if any(map(is_beside, file.entries)) or any(entry.dtype not in FLOATS for entry in tensors.entries.values()):
-        yield "it is quantised: anima-train reads it as bfloat16, with the rounding that it has"
+        yield quantization_note(file)
+
+
+def quantization_note(file: TensorFile) -> str:
+    """Return how the weights of a quantised file are read here, or why they are not."""
+    try:
+        kinds = {entry.dtype for entry in dequantized(file).entries.values()} - set(FLOATS)
+    except ModelFileError as error:
+        return f"it is quantised, and anima-train does not read it: {error}"
+    if kinds:
+        listing = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+        return f"it is quantised, and anima-train does not read it: {listing} without a format that is known"
+    return "it is quantised: anima-train reads it as bfloat16, with the rounding that it has"
 
 
 def renamed_verdict(file: TensorFile, kind: str) -> Verdict:

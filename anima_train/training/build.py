@@ -198,7 +198,8 @@ def initial_lora(adapter: AnyAdapter, spec: ModelSpec, rates: LearningRates) -> 
         return None
     transformer = trainable_transformer(spec, adapter, rates, seed=0)
     trained = [name for name, _ in lora_layers(transformer)]
-    return read_initial(Path(adapter.init_from_existing), linear_shapes(spec.files), trained, adapter)
+    shapes, family = linear_shapes(spec.files), spec.files.FAMILY
+    return read_initial(Path(adapter.init_from_existing), shapes, trained, adapter, family)
 
 
 def load_trained(

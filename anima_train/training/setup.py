@@ -195,8 +195,8 @@ def lora_to_begin_with(run: RunContext, spec: ModelSpec) -> InitialLora | None:
         return None
     for line in initial.lines:
         logger.info("%s", line)
-    if initial.warning is not None:
-        logger.warning("%s", initial.warning)
+    for warning in initial.warnings:
+        logger.warning("%s", warning)
     return initial
 
 

@@ -13,6 +13,7 @@ from anima_train.adapters.selection import block_linears
 from anima_train.core.errors import ConfigError, ModelFileError
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
+from anima_train.model.variants import ANIMA
 from anima_train.optim.groups import COMPONENTS, LearningRates
 
 ALL = dict.fromkeys(COMPONENTS, 1e-4)
@@ -86,7 +87,7 @@ def attached(settings, rates=None):
 
 def began(path, settings, rates=None):
     model = attached(settings, rates)
-    initial = read_initial(path, SHAPES, [name for name, _ in lora_layers(model)], settings)
+    initial = read_initial(path, SHAPES, [name for name, _ in lora_layers(model)], settings, ANIMA)
     initial.load(model)
     return model, initial
 
@@ -109,8 +110,14 @@ def test_the_first_step_computes_what_the_merged_weights_compute(tmp_path, error
     for found, expected, before in zip(outputs(model), outputs(merged), outputs(base_model()), strict=True):
         assert error(found, expected) < 1e-5
         assert error(before, expected) > 0.1
-    assert initial.warning is None
+    assert initial.warnings == []
     assert f"rank 4 of {settings.rank}, {len(MODULES)} modules" in initial.lines[0]
+
+
+def test_a_file_of_another_family_is_warned_of(tmp_path):
+    for made, is_warned in (("cosmos-predict2-2b/lora", True), ("anima-2b/lora", False)):
+        path = write(tmp_path, comfy(matrices(4)), metadata={"modelspec.architecture": made})
+        assert any("made for Cosmos-Predict2" in text for text in began(path, Lora(rank=4))[1].warnings) == is_warned
 
 
 def test_the_same_rank_and_scale_are_loaded_bit_for_bit(tmp_path):
@@ -150,7 +157,7 @@ def test_modules_that_one_side_lacks_are_counted_and_named(tmp_path):
     inside = [name for name in MODULES if name.startswith("llm_adapter.")]
     frozen = ALL | {"llm_adapter": 0}
     _, initial = began(write(tmp_path, comfy(matrices(4)), "whole"), Lora(rank=4), frozen)
-    assert f"{len(inside)} modules of whole.safetensors not trained here, left out: llm_adapter." in initial.warning
+    assert f"{len(inside)} modules of whole.safetensors not trained here, left out: llm_adapter." in initial.warnings[0]
     with pytest.raises(ConfigError, match=rf"trains none of the {len(inside)} modules of .*: llm_adapter"):
         began(write(tmp_path, comfy(matrices(4, inside)), "part"), Lora(rank=4), frozen)
 
@@ -158,7 +165,7 @@ def test_modules_that_one_side_lacks_are_counted_and_named(tmp_path):
 def test_weights_outside_of_what_a_lora_here_trains_are_named(tmp_path):
     outside = [name for name in SHAPES if name not in MODULES][:1]
     _, initial = began(write(tmp_path, comfy(matrices(4, [*MODULES, *outside]))), Lora(rank=4))
-    assert f"1 module of lora.safetensors not trained here, left out: {outside[0]}" in initial.warning
+    assert f"1 module of lora.safetensors not trained here, left out: {outside[0]}" in initial.warnings[0]
 
 
 def test_another_scale_and_dtype_are_said(tmp_path):

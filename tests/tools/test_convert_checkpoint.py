@@ -43,6 +43,18 @@ def same(found, expected):
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+def test_a_transformer_that_counts_as_cosmos_predict2_is_told_of(model, anima, tmp_path, caplog):
+    split = {name: each for name, each in load_file(model.transformer).items() if "llm_adapter" not in name}
+    for number, (told, is_noted) in enumerate(((None, True), ("anima-2b", False), ("cosmos-predict2-2b", False))):
+        source, out = tmp_path / f"{number}.safetensors", tmp_path / f"out{number}.safetensors"
+        save_file(split, source, told and {"modelspec.architecture": told})
+        caplog.clear()
+        anima(source, out, "--to", "comfyui")
+        assert ("counts as Cosmos-Predict2" in caplog.text) == is_noted
+        with safe_open(out, "pt") as file:
+            assert file.metadata()["modelspec.license"].startswith("CircleStone") == (told == "anima-2b")
+
+
 @pytest.fixture(scope="module")
 def bundle(model, tmp_path_factory):
     """ComfyUI's "save checkpoint" of the model."""

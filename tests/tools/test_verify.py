@@ -1,6 +1,7 @@
 """What `anima verify` says of every kind of file that is saved here, and of others' formats made by hand."""
 
 import json
+import math
 import struct
 import sys
 
@@ -138,6 +139,19 @@ def test_the_weights_of_a_training_state_are_no_file_to_load(tmp_path):
         read_adapter(path)
 
 
+def write_hollow(path, shapes, dtype, num_bytes):
+    """Write a file whose tensors are a hole, which takes no room on the disk."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * num_bytes
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with open(path, "wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        stream.truncate(8 + len(text) + end)
+    return path
+
+
 def test_a_whole_model_is_used_by_comfyui_and_its_folder_by_diffusers(tiny, tmp_path):
     files = tiny_paths(tiny)
     found = verify(files.transformer)
@@ -199,13 +213,55 @@ def test_prefixes_bundles_quantised_files_and_those_without_an_adapter_are_told_
     assert found.is_good_for("ComfyUI")
     cosmos = look({name: tensor for name, tensor in bare.items() if not name.startswith("llm_adapter.")})
     assert cosmos.is_good_for("ComfyUI")
-    assert any("Cosmos-Predict2" in note for note in cosmos.notes)
+    assert any("it counts as Cosmos-Predict2, as it has no LLM adapter" in note for note in cosmos.notes)
+    assert "convert_cosmos_to_diffusers" in cosmos.programs["diffusers"].refusal
     name = "blocks.0.mlp.layer1.weight"
     scaled = bare | {name: bare[name].to(torch.float8_e4m3fn), f"{name}_scale": torch.ones(1)}
     scaled["blocks.0.pos_embedder.seq"] = ALPHA
     found = look(scaled)
     assert found.is_good_for("ComfyUI")
     assert any("quantised" in note for note in found.notes)
+    scaled["blocks.0.mlp.layer1.comfy_quant"] = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
+    scaled[name] = torch.zeros(bare[name].shape[0], bare[name].shape[1] // 2, dtype=torch.uint8)
+    found = look(scaled)
+    assert found.is_good_for("ComfyUI")
+    assert any("anima-train does not read it" in note and "nvfp4" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("width", "num_blocks", "told"),
+    [
+        (2048, 28, "Cosmos-Predict2 2B (28 blocks, width 2048)"),
+        (5120, 36, "Cosmos-Predict2 14B (36 blocks, width 5120)"),
+        (2048, 40, "none of those known (40 blocks, width 2048)"),
+    ],
+)
+def test_the_sizes_of_cosmos_predict2_are_known(width, num_blocks, told, tmp_path):
+    shape = TransformerShape(
+        width=width, in_channels=16, head_dim=128, context_width=1024, adaln_lora_dim=256, num_blocks=num_blocks
+    )
+    with torch.device("meta"):
+        model = MiniTrainDIT(shape)
+    shapes = {f"net.{name}": tensor.shape for name, tensor in model.state_dict().items()}
+    path = write_hollow(tmp_path / "a.safetensors", shapes, "BF16", 2)
+    found = verify(path)
+    assert found.facts["variant"] == told
+    assert "Cosmos-Predict2" in found.kind
+
+
+def test_an_anima_that_lacks_its_llm_adapter_is_known_by_its_metadata(tiny, tmp_path):
+    files = tiny_paths(tiny)
+    split = {name: each for name, each in load_file(files.transformer).items() if "llm_adapter" not in name}
+    save_file(split, tmp_path / "a.safetensors", {"modelspec.architecture": "anima-2b"})
+    assert verify(tmp_path / "a.safetensors").kind == "an Anima transformer that lacks its LLM adapter"
+
+
+def test_a_lora_of_another_family_than_its_base_is_warned_of(tiny, tmp_path):
+    path = tmp_path / "a.safetensors"
+    for made, is_warned in (("cosmos-predict2-2b/lora", True), ("anima-2b/lora", False)):
+        save_file(pair(OURS), path, {"modelspec.architecture": made})
+        notes = verify(path, tiny_paths(tiny).transformer).notes
+        assert any("made for Cosmos-Predict2, as its metadata tell, and not for Anima" in n for n in notes) == is_warned
 
 
 def test_a_lora_for_more_blocks_is_told_and_does_not_fit_a_smaller_base(tmp_path, tiny):
@@ -241,15 +297,8 @@ def test_a_lora_of_another_variant_than_its_base_is_warned_of(tmp_path, tiny):
 
 
 def test_a_huge_file_takes_no_time_because_its_tensors_are_not_read(tmp_path):
-    path, size = tmp_path / "huge.safetensors", 100_000_000_000
-    header = {
-        f"{OURS}.lora_A.weight": {"dtype": "U8", "shape": [1, size], "data_offsets": [0, size]},
-        f"{OURS}.lora_B.weight": {"dtype": "U8", "shape": [1, 1], "data_offsets": [size, size + 1]},
-    }
-    text = json.dumps(header).encode()
-    with open(path, "wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        stream.truncate(8 + len(text) + size + 1)  # a hole, which takes no room on the disk
+    shapes = {f"{OURS}.lora_A.weight": (1, 100_000_000_000), f"{OURS}.lora_B.weight": (1, 1)}
+    path = write_hollow(tmp_path / "huge.safetensors", shapes, "U8", 1)
     assert verify(path).kind == "LoRA of Anima"
 
 
