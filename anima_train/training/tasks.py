@@ -1,28 +1,18 @@
-"""The work of a run between steps: evaluations, previews, saved weights and training states."""
+"""The work of a run between steps: evaluations, previews, and the times at which it is saved."""
 
 import contextlib
 import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from anima_train.checkpoint.async_writer import AsyncWriter, Groups
-from anima_train.checkpoint.manifest import StateManifest
-from anima_train.checkpoint.metadata import at_level, data_metadata, thumbnail, weights_metadata
-from anima_train.checkpoint.samples import sample_records
-from anima_train.checkpoint.training_state import START, save_state, start_name, state_tensors, take_part_in
-from anima_train.checkpoint.weights import save_weights, warn_of_unused, weights_to_save
-from anima_train.config.resolved import plain
-from anima_train.config.saved_settings import settings_metadata
-from anima_train.core.device import DTYPES
 from anima_train.core.errors import Interrupted
 from anima_train.core.files import write_text
 from anima_train.core.format import count
@@ -34,11 +24,10 @@ from anima_train.evaluation.bounds import Bounds, history_of
 from anima_train.evaluation.evaluate import EvalSet, base_text, evaluate, masking_of, read_base
 from anima_train.evaluation.previews import Previews
 from anima_train.evaluation.results import Evaluation, described, score, summary
-from anima_train.model.safetensors_io import open_header, read_tensors
 from anima_train.run.intervals import next_event
 from anima_train.run.manifest import seen_facts
 from anima_train.training.anomalies import naming, step_names
-from anima_train.training.build import all_intervals, begins_with_lora
+from anima_train.training.build import all_intervals
 from anima_train.training.context import RunContext
 from anima_train.training.divided import LLM_ADAPTER, TRANSFORMER, divided_passes, whole_pass
 from anima_train.training.late import LateSteps
@@ -46,6 +35,7 @@ from anima_train.training.memory import MicroBatchShape
 from anima_train.training.metrics import MadeStep, StepLogger
 from anima_train.training.prefetch import RankStep
 from anima_train.training.prepare import Prepared
+from anima_train.training.saving import Saver
 from anima_train.training.setup import TrainState
 from anima_train.training.strengths import try_all
 
@@ -64,14 +54,12 @@ class PeriodicTasks:
     plan: Plan
     schedule: EpochSchedule
     previews: Previews | None
-    manifest: Mapping[str, Any]
+    saver: Saver
     log: StepLogger
     evaluated: MicroBatchShape  # the largest micro-batch of an evaluation
     lag: int  # see `LateSteps`
-    scores: dict[int, float] = field(default_factory=dict)  # see `evaluation.results.score`, after a step
 
     def __post_init__(self) -> None:
-        self.writer = self.context.stack.enter_context(AsyncWriter())  # closed with the run
         self.late = self.context.stack.enter_context(LateSteps(self.lag, self.log_step, self.check_skipped))
         config = self.context.config
         self.bounds = Bounds(
@@ -82,30 +70,6 @@ class PeriodicTasks:
         self.ending = self.end_by_bounds()  # why the run ends now, before its last step; the same on all processes
         self.lockstep = None if self.state.shards is None else divided_passes(self.context, self.state)
         self.intervals = all_intervals(self.context.config, time.monotonic())
-
-    @property
-    def writes(self) -> bool:
-        """True on processes that take part in saving: the main one, and all if the model is divided among them."""
-        return self.context.is_main or self.state.shards is not None
-
-    def write(self, groups: Groups, job: Callable[[Groups], object]) -> None:
-        """Have the main process write tensors, behind the steps; of a divided model at once, all processes together."""
-        if self.state.shards is None:
-            self.writer.write(groups, job)
-        elif self.context.is_main:
-            job(groups)
-        else:
-            take_part_in(groups)
-
-    @cached_property
-    def sample_records(self) -> bytes:
-        """The facts about the dataset that each state keeps."""
-        return sample_records(self.data.train.samples, self.data.unusable)
-
-    @cached_property
-    def data_metadata(self) -> dict[str, str]:
-        """The metadata that come from the data: they may take long; made once, where weights are written."""
-        return data_metadata(self.plan.samples, self.context.config.metadata.tag_frequencies)
 
     def before_first_step(self) -> list[str]:
         """Return the names of what is to be done before the first step, or was left by a process that had to stop."""
@@ -122,7 +86,7 @@ class PeriodicTasks:
             Interrupted: the run is to stop, and its state is saved.
         """
         context, state = self.context, self.state
-        self.writer.check()
+        self.saver.writer.check()
         seen_before = state.samples_seen - step.planned.num_samples
         place = (state.step, step.epoch, self.schedule.epochs_done(step.index), seen_before, state.samples_seen)
         due = {name: interval.after(*place) for name, interval in self.intervals.items()}
@@ -135,12 +99,12 @@ class PeriodicTasks:
         is_last = state.step == self.schedule.num_steps or self.ending is not None
         if request.waits or is_last:
             self.late.tell_all()  # not before the request: all processes do it in the same step
-        if self.writes and request.waits:
+        if self.saver.writes and request.waits:
             with self.log.progress.doing("saving"):
                 if request.weights and not is_last:
-                    self.save_weights(state.step)
+                    self.saver.save_weights(state.step)
                 if request.state:
-                    self.save_state(state.step, pending)
+                    self.saver.save_state(state.step, pending)
         if request.exit_code is not None and (pending or not is_last):
             self.wait_for_writes()
             raise Interrupted(f"after step {state.step}; {RESUME_HINT}", request.exit_code)
@@ -178,7 +142,7 @@ class PeriodicTasks:
         context, state = self.context, self.state
         with state.averaged():
             results = self.measured()
-            norms = state.update_norms() if self.writes else {}
+            norms = state.update_norms() if self.saver.writes else {}
         if not context.is_main or not results:
             return
         folder = context.folder
@@ -191,7 +155,7 @@ class PeriodicTasks:
             logger.info("step %d: %s", state.step, described(result, base.get(result.name)))
         self.log_evaluation(summary(results, base))
         found = score(results)
-        self.scores = {state.step: found} if math.isfinite(found) else {}  # such a step is not the best one
+        self.saver.scores = {state.step: found} if math.isfinite(found) else {}  # such a step is not the best one
         kept = "" if math.isfinite(found) else "; a state of this step is not kept as the best"
         for result in results:
             if not math.isfinite(result.loss):
@@ -250,8 +214,8 @@ class PeriodicTasks:
         """Keep the weights of an evaluation that is the best, and look whether the run ends by it."""
         if not self.bounds.are_any:
             return
-        if self.is_best() and self.writes:
-            self.save_weights(self.state.step, self.context.folder.best_path)
+        if self.is_best() and self.saver.writes:
+            self.saver.save_weights(self.state.step, self.context.folder.best_path)
         self.ending = self.end_by_bounds()
 
     def log_evaluation(self, values: Mapping[str, float]) -> None:
@@ -269,7 +233,7 @@ class PeriodicTasks:
         """
         with self.state.averaged():
             paths, pictures = self.draw(self.previews)
-            norms = self.state.update_norms() if self.writes and not self.data.evals else {}
+            norms = self.state.update_norms() if self.saver.writes and not self.data.evals else {}
         if not paths or self.previews is None:
             return
         step, examples, folder = self.state.step, self.state.samples_seen, self.context.folder
@@ -333,75 +297,11 @@ class PeriodicTasks:
                 try_all(context, self.state, self.evaluated, self.measured, self.previews, self.draw)
         except Abandoned:
             request = context.signals.requested(context.accelerator)
-            if self.writes:
-                self.save_state(self.state.step)
+            if self.saver.writes:
+                self.saver.save_state(self.state.step)
             self.wait_for_writes()
             assert request.exit_code is not None
             raise Interrupted(f"while strengths were tried; {RESUME_HINT}", request.exit_code) from None
-
-    def save_weights(self, step: int | None, path: Path | None = None) -> Path:
-        """Have the adapter or the model written; None: after the last step. Return its path."""
-        path = self.context.folder.weights_path(step) if path is None else path
-        done = self.state.step if step is None else step
-        epoch = self.schedule.locate(max(0, done - 1))[0] + 1
-        config = self.context.config
-        base, num_blocks = self.manifest["model_files"].get("transformer", {}), len(self.state.transformer.blocks)
-        settings = settings_metadata(config) | self.data.spec.files.metadata(is_adapter=config.adapter.leaves_base)
-        metadata = weights_metadata(self.context.folder.name, done, epoch, config.adapter, num_blocks, settings, base)
-
-        def write(groups: Groups) -> None:
-            self.context.folder.check()  # or it would be made again, without what it held
-            picture = thumbnail(self.context.folder.path / "samples", done) if config.metadata.thumbnail else {}
-            told = at_level(metadata | self.data_metadata | picture, config.metadata.level)
-            save_weights(path, groups["weights"], told)
-            warn_of_unused(path, done)
-            if config.adapter.is_without_effect(read_tensors(open_header(path))):
-                has_masks = any(sample.has_mask for sample in self.plan.samples)
-                asked = (
-                    "do the masks leave anything to train (white is)?" if has_masks else "is the learning rate too low?"
-                )
-                parts = " and ".join(part.strip(".").removesuffix(".weight") for part in config.adapter.zero_factors)
-                text = "%s changes nothing: every %s in it is zero; %s"
-                logger.warning(text, path.name, parts, asked, extra={"step": done})
-            if step is not None:
-                logger.info("step %d: saved %s", step, path)
-
-        with self.state.averaged():
-            dtype = None if config.save_dtype is None else DTYPES[config.save_dtype]
-            tensors = weights_to_save(config.adapter, self.state.transformer, self.data.spec.files, dtype)
-            self.write({"weights": tensors}, write)
-        return path
-
-    def save_state(self, step: int, pending: Sequence[str] = ()) -> None:
-        """Have the training state after a step written."""
-        state, folder = self.state, self.context.folder
-        keep_last = self.context.config.keep_last
-        facts = StateManifest(
-            step=step,
-            optimizer=type(state.optimizer).__name__,
-            pending=list(pending),
-            score=self.scores.get(step),
-            run=dict(self.manifest),
-            config=plain(self.context.loaded.config),
-            records=self.record_digests(step, pending),
-        )
-        groups = state_tensors(state.transformer, state.optimizer, state.ema, state.shards)
-        if begins_with_lora(self.context.config.adapter) and state.moved.first is not None:
-            groups = {**groups, START: {start_name(state.shards): state.moved.first}}
-
-        def write(groups: Groups) -> None:
-            folder.check()
-            folder.sync()  # what was logged before the state
-            save_state(folder.checkpoints, facts, groups, keep_last, self.sample_records)
-
-        self.write(groups, write)
-
-    def record_digests(self, step: int, pending: Sequence[str]) -> dict[str, str]:
-        """Return the hashes of what was logged until a step; empty on processes that log nothing."""
-        if not self.context.is_main:
-            return {}
-        folder = self.context.folder
-        return folder.digests(step, pending) if pending or step < self.state.step else folder.digests_now()
 
     def log_step(self, made: MadeStep) -> None:
         """Log a step's numbers; warn of an update that was skipped, with the images of the step."""
@@ -419,8 +319,8 @@ class PeriodicTasks:
         """
         skipped = self.state.skipped
         if skipped.is_over:
-            if self.writes and self.state.release is None:
-                self.save_state(made.number - skipped.in_a_row)  # nothing has changed since, see `UpdateGuard`
+            if self.saver.writes and self.state.release is None:
+                self.saver.save_state(made.number - skipped.in_a_row)  # nothing has changed since, see `UpdateGuard`
             self.wait_for_writes()
         skipped.check(is_saved=self.state.release is None)
 
@@ -430,9 +330,9 @@ class PeriodicTasks:
         if self.ending is not None:
             logger.info("the run ends after step %d: %s", self.state.step, self.ending)
         with self.log.progress.doing("saving"):
-            if self.writes:
-                self.save_weights(None)
-            self.writer.wait()
+            if self.saver.writes:
+                self.saver.save_weights(None)
+            self.saver.writer.wait()
         self.try_strengths()
         if self.context.is_main:
             seen = seen_facts(self.plan, self.schedule, self.state.step)
@@ -446,5 +346,5 @@ class PeriodicTasks:
     def wait_for_writes(self) -> None:
         """Wait until all is written: a process that leaves while another one saves would end that, too."""
         with self.log.progress.doing("saving"):
-            self.writer.wait()
+            self.saver.writer.wait()
             patient_barrier(self.context.accelerator)

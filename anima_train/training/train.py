@@ -40,6 +40,7 @@ from anima_train.training.metrics import MadeStep, StepLogger, StepSums, rates_i
 from anima_train.training.prefetch import RankStep, prefetch_steps, rank_steps
 from anima_train.training.prepare import prepare_data, scan_all, with_online_text_encoder
 from anima_train.training.restore import restore
+from anima_train.training.saving import Saver
 from anima_train.training.setup import TrainState, build_plan, encode_previews, use_attention, watch_memory  # fmt: skip
 from anima_train.training.tasks import PeriodicTasks
 
@@ -118,7 +119,8 @@ def train(run: RunContext, lag: int | None = None) -> Path:
     log = StepLogger(run, state, schedule.num_steps)
     is_async = is_asynchronous(run.device)
     lag = int(is_async) if lag is None else lag
-    tasks = PeriodicTasks(run, state, data, plan, schedule, previews, manifest, log, shapes[-1], lag)
+    saver = Saver(run, state, data, plan, schedule, manifest)
+    tasks = PeriodicTasks(run, state, data, plan, schedule, previews, saver, log, shapes[-1], lag)
 
     tasks.run(tasks.before_first_step())
 

@@ -18,7 +18,7 @@ from anima_train.core.device import DTYPES
 from anima_train.core.errors import SpaceError
 from anima_train.core.files import on_disk
 from anima_train.core.format import format_bytes
-from anima_train.training import tasks as outputs_module
+from anima_train.training import saving as saving_module
 from anima_train.training.build import disk_plan, file_sizes, load_trained, plan_run, trainable_transformer
 from anima_train.training.dry_run import describe_run
 from anima_train.training.prepare import scan_all
@@ -305,15 +305,15 @@ def test_numbers_that_cannot_be_written_end_the_run_in_good_order(trainer, disk,
         "output_dir": str(folder), "checkpoint_every_n_steps": 5, "max_steps": 45,
         "monitoring": {"tensorboard": tensorboard},
     }  # fmt: skip
-    save = outputs_module.save_state
+    save = saving_module.save_state
 
     def save_and_fill(*arguments):
         saved = save(*arguments)
         fill(folder)
-        monkeypatch.setattr(outputs_module, "save_state", lambda *ignored: saved)
+        monkeypatch.setattr(saving_module, "save_state", lambda *ignored: saved)
         return saved
 
-    monkeypatch.setattr(outputs_module, "save_state", save_and_fill)
+    monkeypatch.setattr(saving_module, "save_state", save_and_fill)
     with pytest.raises(SpaceError, match=r"metrics\.jsonl: could not be written \(No space left on device\)"):
         trainer(**changes)
     monkeypatch.undo()

@@ -7,7 +7,7 @@ import pytest
 from anima_train.core.errors import SpaceError
 from anima_train.evaluation.previews import Previews
 from anima_train.run.folder import RunFolder
-from anima_train.training import tasks, train
+from anima_train.training import saving, tasks, train
 
 ACTS = {
     "removed": shutil.rmtree,
@@ -17,8 +17,8 @@ ACTS = {
 }
 WRITES = {
     "metrics": (train, "compute_loss"),
-    "weights": (tasks, "save_weights"),
-    "state": (tasks, "save_state"),
+    "weights": (saving, "save_weights"),
+    "state": (saving, "save_state"),
     "preview": (Previews, "draw"),
     "evaluation": (tasks, "evaluate"),
     "end": (tasks, "seen_facts"),

@@ -14,6 +14,8 @@ from anima_train.training import tasks as tasks_module
 from anima_train.training import train as train_module
 from anima_train.training.anomalies import MAX_SKIPPED, SkippedUpdates, UpdateGuard
 from anima_train.training.late import LateSteps
+from anima_train.training.saving import Saver
+from anima_train.training.tasks import PeriodicTasks
 from tests.resuming import TIMED
 
 
@@ -111,21 +113,29 @@ def test_a_run_that_is_told_late_leaves_the_same(trainer, pictures, late, monkey
 def test_everything_is_told_before_the_run_is_looked_at(trainer, pictures, late, monkeypatch):
     """A state holds metrics up to its step, and no evaluation or preview comes before the metrics of its step."""
     late(3)
-    seen = []
+    seen, waiting = [], []
 
-    def noted(name):
-        real = getattr(tasks_module.PeriodicTasks, name)
+    class NotedSteps(LateSteps):
+        def __enter__(self):
+            waiting.append(self.waiting)
+            return super().__enter__()
+
+    def noted(owner, name):
+        real = getattr(owner, name)
 
         def noting(tasks, *arguments):
             if tasks.state.step:
                 last = lines(tasks.context.folder.metrics_path)[-1]["step"]
-                seen.append((name, tasks.state.step, len(tasks.late.waiting), last))
+                seen.append((name, tasks.state.step, len(waiting[-1]), last))
             return real(tasks, *arguments)
 
-        monkeypatch.setattr(tasks_module.PeriodicTasks, name, noting)
+        monkeypatch.setattr(owner, name, noting)
 
-    for name in ("evaluate", "preview", "save_weights", "save_state"):
-        noted(name)
+    monkeypatch.setattr(tasks_module, "LateSteps", NotedSteps)
+    for owner, name in (
+        (PeriodicTasks, "evaluate"), (PeriodicTasks, "preview"), (Saver, "save_weights"), (Saver, "save_state"),
+    ):  # fmt: skip
+        noted(owner, name)
     trainer("run", **everything(pictures))
     assert {name for name, *_ in seen} == {"evaluate", "preview", "save_weights", "save_state"}
     assert all((waiting, last) == (0, step) for _, step, waiting, last in seen)
@@ -161,7 +171,7 @@ def test_an_error_loses_no_step_that_was_made(trainer, late, monkeypatch):
 def test_a_request_saves_a_state_with_all_metrics_and_resume_is_bitwise(trainer, late, monkeypatch):
     late(1)
     whole = trainer("whole", max_steps=8)
-    real = tasks_module.PeriodicTasks.run_due
+    real = PeriodicTasks.run_due
 
     def asked(tasks, step):
         if tasks.state.step == 5:
@@ -169,7 +179,7 @@ def test_a_request_saves_a_state_with_all_metrics_and_resume_is_bitwise(trainer,
         real(tasks, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tasks_module.PeriodicTasks, "run_due", asked)
+        patch.setattr(PeriodicTasks, "run_due", asked)
         with pytest.raises(Interrupted, match="after step 5"):
             trainer("run", max_steps=8)
     folder = trainer.folder / "runs" / "run"

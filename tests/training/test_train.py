@@ -22,6 +22,7 @@ from anima_train.model.llm_adapter import LLMAdapter
 from anima_train.model.safetensors_io import open_header
 from anima_train.model.tiny import tiny_paths, write_tiny
 from anima_train.training import prepare as prepare_module
+from anima_train.training import saving as saving_module
 from anima_train.training import tasks as tasks_module
 from anima_train.training import train as train_module
 
@@ -563,7 +564,7 @@ def test_what_weights_say_of_captions_is_made_once_and_not_by_the_steps(trainer,
         threads.append(threading.current_thread().name)
         return {"modelspec.trigger_phrase": "xyz"}
 
-    monkeypatch.setattr(tasks_module, "data_metadata", data_metadata)
+    monkeypatch.setattr(saving_module, "data_metadata", data_metadata)
     run = trainer(save_every_n_steps=1, max_steps=2)
     assert threads == ["writer"]
     assert run.metadata()["modelspec.trigger_phrase"] == "xyz"
