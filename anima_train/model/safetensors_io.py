@@ -255,11 +255,9 @@ def fingerprint(file: TensorFile) -> str:
 
 
 def write_tensors(
-    path: Path,
-    tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
-    look: Callable[[str, Tensor], object] | None = None,
-) -> None:
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str],
+    look: Callable[[str, Tensor], object] | None = None, make: Callable[[str], Tensor] | None = None,
+) -> None:  # fmt: skip
     """Write a safetensors file, one tensor after the other; the same content gives the same bytes.
 
     Unlike the safetensors library's own function this holds one tensor at a time in memory, not all of them, and a
@@ -267,16 +265,19 @@ def write_tensors(
 
     Args:
         path: of the file.
-        tensors: by name. While one is written of which each process holds a part, the others `take_part`.
+        tensors: by name; with `make`, on the meta device. While one is written of which each process holds a part, the
+            others `take_part`.
         metadata: of the file. `PLACEHOLDER` in it becomes the SHA-256 of all bytes behind the header.
         look: called with each name and its tensor on the host before that is written; it may raise.
+        make: returns the tensor of a name when it is to be written, on the host.
     """
     header, ordered = header_bytes(tensors, metadata)
     content = hashlib.sha256() if any(PLACEHOLDER in value for value in metadata.values()) else None
     with open(path, "wb") as stream:
         stream.write(header)
         for name, tensor in ordered:
-            found = whole(tensor).detach().cpu().contiguous()
+            found = (whole(tensor).detach().cpu() if make is None else make(name)).contiguous()
+            assert (found.shape, found.dtype) == (tensor.shape, tensor.dtype), name
             if look is not None:
                 look(name, found)
             stream.write(byte_view(found))
@@ -285,30 +286,6 @@ def write_tensors(
         if content is not None:
             stream.seek(0)
             stream.write(header.replace(PLACEHOLDER.encode(), content.hexdigest().encode()))
-
-
-def write_streamed(
-    path: Path, shapes: Mapping[str, Tensor], metadata: Mapping[str, str], make: Callable[[str], Tensor]
-) -> None:
-    """Write a safetensors file whose tensors are made one after the other, each when it is written.
-
-    Args:
-        path: a temporary one.
-        shapes: by name, on the meta device.
-        metadata: of the file; `PLACEHOLDER` in it as of `write_tensors`.
-        make: returns the tensor of a name, on the CPU, with the shape and dtype that are told.
-    """
-    header, ordered = header_bytes(shapes, metadata)
-    content = hashlib.sha256()
-    with open(path, "wb") as stream:
-        stream.write(header)
-        for name, like in ordered:
-            tensor = make(name).contiguous()
-            assert (tensor.shape, tensor.dtype) == (like.shape, like.dtype), name
-            stream.write(byte_view(tensor))
-            content.update(byte_view(tensor))
-        stream.seek(0)
-        stream.write(header.replace(PLACEHOLDER.encode(), content.hexdigest().encode()))
 
 
 def take_part(tensors: Mapping[str, Tensor]) -> None:

@@ -19,7 +19,7 @@ from anima_train.core.files import atomic_path, written_to
 from anima_train.model.comfy_quantized import TABLE
 from anima_train.model.dit import TransformerShape
 from anima_train.model.file_kinds import family_of
-from anima_train.model.safetensors_io import FLOATS, PLACEHOLDER, Entry, file_bytes, write_streamed
+from anima_train.model.safetensors_io import FLOATS, PLACEHOLDER, Entry, file_bytes, write_tensors
 from anima_train.model.variants import (
     ANIMA,
     ARCHITECTURE,
@@ -133,15 +133,13 @@ def save_streamed(
         SpaceError: the disk is full; nothing is left.
     """
 
-    def finite(name: str) -> Tensor:
-        tensor = make(name)
+    def check_finite(name: str, tensor: Tensor) -> None:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
             kind = str(tensor.dtype).removeprefix("torch.")
             raise NumericError(f"{path}: not written, because {name} is not finite in {kind}; choose another dtype")
-        return tensor
 
     with written_to(path), atomic_path(path, file_bytes(shapes, metadata)) as temporary:
-        write_streamed(temporary, shapes, metadata, finite)
+        write_tensors(temporary, shapes, metadata, check_finite, make)
 
 
 def save_lora(

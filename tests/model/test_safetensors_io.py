@@ -19,15 +19,7 @@ from anima_train.core.errors import ModelFileError
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX, TRANSFORMER_PREFIXES, identify, key_prefix, validate_kind
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
-from anima_train.model.safetensors_io import (
-    DTYPES,
-    fingerprint,
-    load_into,
-    open_header,
-    read_tensors,
-    write_streamed,
-    write_tensors,
-)
+from anima_train.model.safetensors_io import DTYPES, fingerprint, load_into, open_header, read_tensors, write_tensors
 
 CPU = torch.device("cpu")
 
@@ -650,7 +642,7 @@ def test_a_file_is_written_of_tensors_of_which_two_at_most_are_there_at_once(tmp
         return tensor
 
     shapes = {name: tensor.to("meta") for name, tensor in tensors.items()}
-    write_streamed(tmp_path / "streamed.safetensors", shapes, {"a": "b"}, make)
+    write_tensors(tmp_path / "streamed.safetensors", shapes, {"a": "b"}, make=make)
     write_tensors(tmp_path / "whole.safetensors", tensors, {"a": "b"})
     assert len(made) == len(tensors)
     assert (tmp_path / "streamed.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
