@@ -11,9 +11,9 @@ from accelerate import init_empty_weights
 from anima_train.core.errors import ModelFileError
 from anima_train.core.text_batch import EncodedText
 from anima_train.model.file_kinds import validate_kind
-from anima_train.model.safetensors_io import TensorFile, count_blocks, match_keys, read_tensors
+from anima_train.model.safetensors_io import TensorFile, count_blocks, match_keys
 from anima_train.model.text import TextEncoder, Tokenizers, Tokens, merge, open_shards
-from anima_train.model.text_quantized import TextQuantization, TextQuantizer
+from anima_train.model.text_quantized import TextQuantization, with_weights
 
 if TYPE_CHECKING:
     from transformers import T5Config, T5EncoderModel
@@ -46,17 +46,9 @@ def load_t5(
 ) -> T5Encoder:
     """Load T5's encoder in float32, whatever dtype the file has; arguments and errors as of `load_text_encoder`."""
     files, model = empty_t5(path, tokenizers)
-    quantizer = None if quantization is None else TextQuantizer(model, quantization, device)
-    state = {
-        name: tensor.to(device=device, dtype=torch.float32)
-        for file in files
-        for name, tensor in read_tensors(file.without(is_unused))
-        if quantizer is None or not quantizer.replace(name, tensor)
-    }
-    model.load_state_dict(state | {EMBEDDING: state[SHARED]}, assign=True, strict=quantizer is None)
-    if quantizer is not None:
-        quantizer.tell()
-    return T5Encoder(model.to(device).eval().requires_grad_(False), tokenizers.t5.pad_token_id)
+    used = [file.without(is_unused) for file in files]
+    model = with_weights(model, used, {EMBEDDING: SHARED}, device, quantization)
+    return T5Encoder(model, tokenizers.t5.pad_token_id)
 
 
 def empty_t5(path: Path, tokenizers: Tokenizers) -> tuple[list[TensorFile], "T5EncoderModel"]:

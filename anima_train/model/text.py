@@ -23,8 +23,8 @@ from anima_train.core.files import sha256_file
 from anima_train.core.text_batch import MAX_TOKENS, QWEN_POSITIONS, EncodedText, length_mask
 from anima_train.model.file_kinds import SHARD, SLOT_KEYS, identify, is_buffer, open_slot, validate_kind
 from anima_train.model.hub import PICKLES
-from anima_train.model.safetensors_io import Entry, TensorFile, count_blocks, match_keys, open_header, read_tensors
-from anima_train.model.text_quantized import TextQuantization, TextQuantizer
+from anima_train.model.safetensors_io import Entry, TensorFile, count_blocks, match_keys, open_header
+from anima_train.model.text_quantized import TextQuantization, with_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Qwen3Model
@@ -246,18 +246,7 @@ def load_text_encoder(
         ModelFileError: missing or damaged file, another kind of model, or tensors missing, unexpected or misshapen.
     """
     files, model = empty_text_encoder(path, tokenizers)
-    quantizer = None if quantization is None else TextQuantizer(model, quantization, device)
-    # Weight by weight: `.to(float32)` on a model loaded in bfloat16 would keep a rounded `inv_freq`.
-    state = {
-        name: tensor.to(device=device, dtype=torch.float32)
-        for file in files
-        for name, tensor in read_tensors(file)
-        if quantizer is None or not quantizer.replace(name, tensor)
-    }
-    model.load_state_dict(state, assign=True, strict=quantizer is None)
-    if quantizer is not None:
-        quantizer.tell()
-    return TextEncoder(model.to(device).eval().requires_grad_(False), tokenizers.qwen.pad_token_id)
+    return TextEncoder(with_weights(model, files, {}, device, quantization), tokenizers.qwen.pad_token_id)
 
 
 def empty_text_encoder(path: Path, tokenizers: Tokenizers) -> tuple[list[TensorFile], "Qwen3Model"]:

@@ -1,21 +1,23 @@
-"""The text encoder with linears of a byte, or half a byte, a value."""
+"""The weights of a text encoder, given to its model in float32, or with linears of a byte, or half a byte, a value."""
 
 import importlib.util
 import logging
 import math
 import re
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from anima_train.core.errors import ConfigError
 from anima_train.model.quantized import QuantizedLinear, QuantizedWeight
-from anima_train.model.safetensors_io import Entry
+from anima_train.model.safetensors_io import Entry, TensorFile, read_tensors
 
 logger = logging.getLogger(__name__)
 
 TextQuantization = Literal["nf4", "float8"]
+AnyModel = TypeVar("AnyModel", bound=nn.Module)
 LINEAR_BYTES = {"nf4": 0.5 + 4 / 64 / 4, "float8": 1.0}  # a value; of nf4 with its scales, in 8 bits themselves
 EMBEDDING = "embed_tokens.weight"
 LINEAR = re.compile(  # of Qwen3, and of T5
@@ -67,6 +69,34 @@ class TextQuantizer:
             "the text encoder is in %s: its weights are off by %.1f %%; docs/performance.md has what that does to "
             "the conditions", self.quantization, 100 * moved,
         )  # fmt: skip
+
+
+def with_weights(
+    model: AnyModel, files: Iterable[TensorFile], tied: Mapping[str, str], device: torch.device,
+    quantization: TextQuantization | None,
+) -> AnyModel:  # fmt: skip
+    """Return a model on the meta device with the weights of its files, in float32 or quantised, frozen.
+
+    Args:
+        model: a text encoder.
+        files: headers of the weights.
+        tied: names of weights that no file has, each with that which it shares.
+        device: of the weights afterwards.
+        quantization: of the linears' weights.
+    """
+    quantizer = None if quantization is None else TextQuantizer(model, quantization, device)
+    # Weight by weight: `.to(float32)` on a model loaded in bfloat16 would keep a rounded `inv_freq`.
+    state = {
+        name: tensor.to(device=device, dtype=torch.float32)
+        for file in files
+        for name, tensor in read_tensors(file)
+        if quantizer is None or not quantizer.replace(name, tensor)
+    }
+    state |= {name: state[source] for name, source in tied.items()}
+    model.load_state_dict(state, assign=True, strict=quantizer is None)
+    if quantizer is not None:
+        quantizer.tell()
+    return model.to(device).eval().requires_grad_(False)
 
 
 def float8(weight: Tensor) -> tuple[nn.Module, Tensor]:
