@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 REPO = Path(__file__).parents[2]
 METHODS = (
@@ -29,12 +30,14 @@ def tables():
 
 
 @pytest.fixture(scope="module")
-def runs(command, tmp_path_factory, tables):
-    """What the runs have logged, by method and seed; losses only."""
-    folder = tmp_path_factory.mktemp("forgetting")
+def runs(command, tmp_path_factory, worker_id, tables):
+    """What the runs have logged, by method and seed; losses only. One process makes them, for all."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own if worker_id == "master" else own.parent) / "forgetting"
     script, base = REPO / "scripts" / "forgetting_experiment.py", REPO / "tests" / "data_files" / "forgetting"
     options = ["--seeds", ",".join(map(str, SEEDS)), "--only", ",".join(METHODS), "--no-pictures", "--base", str(base)]
-    result = command([sys.executable, str(script), str(folder), *options], timeout=1800)
+    with FileLock(f"{folder}.lock"):  # runs that are there are not made again
+        result = command([sys.executable, str(script), str(folder), *options], timeout=1800)
     assert result.returncode == 0, result.stderr
     found = json.loads((folder / "results.json").read_text())["runs"]
     return {
