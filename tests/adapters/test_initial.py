@@ -11,27 +11,13 @@ from anima_train.adapters.names import diffusers_name
 from anima_train.adapters.read import read_lora
 from anima_train.adapters.selection import block_linears
 from anima_train.core.errors import ConfigError, ModelFileError
-from anima_train.model.dit import MiniTrainDIT, TransformerShape
-from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
 from anima_train.model.variants import ANIMA
 from anima_train.optim.groups import COMPONENTS, LearningRates
+from tests.adapters.test_read import SHAPES, base_model
 
 ALL = dict.fromkeys(COMPONENTS, 1e-4)
 
 
-def base_model():
-    generator = torch.Generator().manual_seed(0)
-    model = MiniTrainDIT(TransformerShape(2, 48, 24, 16, 20, 8), LLMAdapter(LLMAdapterShape(2, 20, 10, 12, 20, 30)))
-    for parameter in model.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
-    return model.eval().requires_grad_(False)
-
-
-SHAPES = {
-    name.removesuffix(".weight"): tuple(tensor.shape)
-    for name, tensor in base_model().state_dict().items()
-    if name.endswith(".weight") and tensor.dim() == 2
-}
 MODULES = block_linears(base_model())
 
 

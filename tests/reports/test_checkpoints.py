@@ -4,7 +4,6 @@ import json
 import math
 import random
 import re
-from html.parser import HTMLParser
 
 import pytest
 from jinja2 import ChoiceLoader, DictLoader
@@ -26,31 +25,10 @@ from anima_train.reports.run import collect_run, run_facts
 from anima_train.reports.run_page import preview_rows, render_run
 from anima_train.sampling.generate import Request
 from anima_train.sampling.pictures import UsedWeights, png_info
+from tests.reports.page import Page
 
 UNKNOWN = Estimate()
 KEYS = ("learning", "learning_at_highest_t", "memorization", "forgetting", "forgetting_relative", "drift_relative")
-
-
-class Page(HTMLParser):
-    """The elements and the words of a page."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.elements, self.words, self.open = [], [], None
-        self.feed(html)
-        self.close()
-        self.text = " ".join(" ".join(self.words).split())
-
-    def handle_starttag(self, tag, attrs):
-        self.open = tag
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_data(self, data):
-        if self.open not in ("script", "style"):
-            self.words.append(data)
-
-    def all(self, tag, **wanted):
-        return [attrs for name, attrs in self.elements if name == tag and wanted.items() <= attrs.items()]
 
 
 def jsonl(path, lines):

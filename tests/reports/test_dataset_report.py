@@ -11,7 +11,6 @@ import string
 import time
 from collections import Counter
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -48,8 +47,8 @@ from anima_train.training.costs import Measured, ModelStats, estimated_seconds, 
 from anima_train.training.ladder import Budget, Choice
 from anima_train.training.memory import MicroBatchShape
 from anima_train.training.prepare import scan_all
+from tests.reports.page import Page
 
-VOID = {"meta", "br"}
 SIZES = {"a": (200, 200), "b": (300, 200), "c": (200, 300), "d": (310, 190), "e": (200, 210), "f": (100, 140)}
 LONG = ", ".join(f"tag number {number}" for number in range(400))
 CAPTIONS = {
@@ -61,38 +60,6 @@ CAPTIONS = {
     "f": "blue sky & more",
     "twin": "smiling girl",
 }
-
-
-class Page(HTMLParser):
-    """What a page holds; fails where its tags are not balanced."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.open, self.elements, self.words = [], [], []
-        self.feed(html)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-    @property
-    def text(self):
-        return " ".join(self.words)
-
-    def all(self, tag, **wanted):
-        return [attrs for name, attrs in self.elements if name == tag and wanted.items() <= attrs.items()]
 
 
 def make_dataset(folder):

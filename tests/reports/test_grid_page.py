@@ -3,7 +3,6 @@
 import base64
 import io
 import re
-from html.parser import HTMLParser
 
 import pytest
 from jinja2 import ChoiceLoader, DictLoader
@@ -14,35 +13,14 @@ from anima_train.reports.grid_page import render_page, write_page
 from anima_train.reports.html import TEMPLATES
 from anima_train.sampling.generate import Request
 from anima_train.sampling.grids import Axis, Cell, Sheet
+from tests.reports.page import Page
 
 HOSTILE = '</td><script>alert(1)</script>"\'><img src="http://x.test/y" onerror=alert(2)>&amp;\u202e'
 JPEG = "AAAA"
-VOID = {"meta", "img", "input", "br"}
-
-
-class Balance(HTMLParser):
-    """Every tag is closed in its turn; collects tags and attributes."""
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.tags, self.wrong = [], [], []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        if not self.open or self.open.pop() != tag:
-            self.wrong.append(tag)
 
 
 def parsed(html):
-    parser = Balance()
-    parser.feed(html)
-    parser.close()
-    assert (parser.open, parser.wrong) == ([], [])
-    return parser.tags
+    return Page(html).elements
 
 
 def grid(columns, rows):

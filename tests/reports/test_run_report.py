@@ -7,7 +7,6 @@ import math
 import random
 import re
 import shutil
-from html.parser import HTMLParser
 
 import pytest
 from jinja2 import ChoiceLoader, DictLoader
@@ -25,42 +24,9 @@ from anima_train.reports.run_page import histogram, preview_rows, render_run, wr
 from anima_train.reports.series import MAX_POINTS, Series, number
 from anima_train.sampling.generate import Request
 from anima_train.sampling.pictures import UsedWeights, png_info
+from tests.reports.page import Page
 
-VOID = {"meta", "img", "br"}
 HOSTILE = "<script>alert(1)</script>\x1b[31m\u202e\"'&"
-
-
-class Page(HTMLParser):
-    """What a page holds; fails where its tags are not balanced."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.open, self.elements, self.words = [], [], []
-        self.feed(html)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if not self.open or self.open[-1] not in ("script", "style"):
-            self.words.append(data)
-
-    @property
-    def text(self):
-        return " ".join(" ".join(self.words).split())
-
-    def all(self, tag, **wanted):
-        return [attrs for name, attrs in self.elements if name == tag and wanted.items() <= attrs.items()]
 
 
 def jsonl(path, lines):
