@@ -58,14 +58,18 @@ def selection_text(adapter: AnyAdapter, transformer: MiniTrainDIT) -> list[str]:
     if isinstance(adapter, Full):
         return []
     lines = unscaled_text(adapter, transformer)
+    chosen = [name for name, _ in adapted_layers(transformer)]
     if isinstance(adapter, Lora) and adapter.min_rank is not None:
+        falling = [adapter.rank_of(name) for name in chosen if not name.startswith(LLM_ADAPTER_PREFIX)]
         lines.append(
             f"adapter: a T-LoRA, whose ranks fall to {adapter.min_rank} with noise in training alone: evaluations and "
             "previews show its file, a plain LoRA; loss_as_trained is the loss as it is trained"
+            if max(falling, default=0) > adapter.min_rank
+            else f"note: adapter: min_rank has no effect, as no linear of the transformer has a rank above "
+            f"{adapter.min_rank}"
         )
     if not adapter.is_partial:
         return lines
-    chosen = [name for name, _ in adapted_layers(transformer)]
     lines.append(f"adapter: {len(chosen)} of {count(len(block_linears(transformer)), 'linear')}: {described(chosen)}")
     ranks = Counter(adapter.rank_of(name) for name in chosen)
     if len(ranks) > 1:

@@ -21,6 +21,7 @@ from anima_train.model.quantized import quantize_blocks
 from anima_train.model.recompute import runner
 from anima_train.objective.losses import Loss
 from anima_train.optim.groups import COMPONENTS, LearningRates
+from anima_train.training.summary import selection_text
 
 RATES = LearningRates(dict.fromkeys(COMPONENTS, 1e-4))
 T_LORA = Lora(rank=5, alpha=3.0, min_rank=2, alpha_rank_scale=2.0, rank_pattern={".*layer1": 8})
@@ -176,6 +177,13 @@ def test_a_rank_to_fall_to_has_no_effect_where_the_llm_adapter_trains_alone():
         model = {"type": "anima", "transformer_path": "a", "vae_path": "b", "llm_path": "c", **rates}
         config = Config.model_validate({**given, "model": model, "adapter": {"type": "lora", "min_rank": 2}})
         assert ("adapter.min_rank" in dict(without_effect(config))) == noted
+
+
+@pytest.mark.parametrize(("ranks", "masked"), [({".*": 4}, False), ({".*layer1": 4}, True)])
+def test_a_rank_to_fall_to_that_no_linear_is_above_is_told(ranks, masked):
+    adapter = Lora(rank=8, min_rank=5, rank_pattern=ranks)
+    text = "\n".join(selection_text(adapter, model_of(adapter)))
+    assert ("adapter: a T-LoRA" in text, "min_rank has no effect" in text) == (masked, not masked)
 
 
 def test_how_the_rank_falls_has_no_effect_without_where_to():
