@@ -14,6 +14,8 @@ from anima_train.objective.timesteps import TENTHS, Points
 from anima_train.sampling.generate import PictureSettings, Request, with_shared
 
 Role = Literal["train", "validation", "retention"]
+Captions = str | dict[str, list[str]]  # "shipped", a file, or captions by their kind
+Pictures = dict[str, int | float | str]  # keys of a picture that differ from the defaults
 
 
 class EvalDataset(Settings):
@@ -29,12 +31,12 @@ class EvalDataset(Settings):
     "retention" what is forgotten, on images that have nothing to do with it; "train" what is memorized, on some of the
     training images. Logged together as evaluation/learning, forgetting and memorization, with their errors. The best
     training state is chosen by the validation sets."""
-    captions: str | dict[str, list[str]] | None = Field(default=None, min_length=1)
+    captions: Captions | None = Field(default=None, min_length=1)
     """Instead of config, captions alone, for role = "retention": the base model draws a picture for each, once, and
     what is forgotten is measured on these. "shipped": 30 captions of manners, characters, text and composition that
     come with this program; or a TOML file of your own, with a list of captions for each kind: manner = ["...", "..."];
     or its table. The pictures lie in `base_drawn` of cache_dir, or else of output_dir."""
-    pictures: dict[str, int | float | str] = Field(default={})
+    pictures: Pictures = Field(default={})
     """The way these pictures are drawn, where it differs from what [sampling] does by default, with its keys:
     {width = 768, height = 768, steps = 20}."""
     quantiles: list[Annotated[float, Field(gt=0, lt=1)]] = Field(default=list(TENTHS), min_length=1)
@@ -58,9 +60,7 @@ class EvalDataset(Settings):
 
     @field_validator("captions")
     @classmethod
-    def one_source(
-        cls, value: str | dict[str, list[str]] | None, earlier: ValidationInfo
-    ) -> str | dict[str, list[str]] | None:
+    def one_source(cls, value: Captions | None, earlier: ValidationInfo) -> Captions | None:
         """Require one of config and captions, the purpose that captions serve, and such as can be drawn from."""
         if "config" in earlier.data and (value is None) == (earlier.data["config"] is None):
             raise ValueError("missing, as config is; set one of them" if value is None else "excludes config; keep one")
@@ -72,9 +72,7 @@ class EvalDataset(Settings):
 
     @field_validator("pictures")
     @classmethod
-    def are_of_captions(
-        cls, value: dict[str, int | float | str], earlier: ValidationInfo
-    ) -> dict[str, int | float | str]:
+    def are_of_captions(cls, value: Pictures, earlier: ValidationInfo) -> Pictures:
         """Refuse the settings of pictures where none is drawn."""
         if value and earlier.data.get("captions", "") is None:
             raise ValueError("has no effect without captions, from which they would be drawn")
@@ -117,10 +115,10 @@ class PreservationSettings(Settings):
     share of the times that each training image is seen."""
     weight: float = Field(default=1.0, gt=0)
     """Factor on the loss of these samples."""
-    captions: str | dict[str, list[str]] = Field(default="shipped", min_length=1)
+    captions: Captions = Field(default="shipped", min_length=1)
     """The captions, for "retention" and "training_latents". "shipped": 36 that come with this program, none of which is
     among the 30 that eval_datasets measure on; or a TOML file of your own, or its table: {manner = ["...", "..."]}."""
-    pictures: dict[str, int | float | str] = Field(default={})
+    pictures: Pictures = Field(default={})
     """The way the pictures of "retention" are drawn, as pictures of eval_datasets; without width and height they are
     squares of the dataset's largest resolution. They lie in `base_drawn` of cache_dir, or else of output_dir, for later
     runs, too."""
@@ -129,7 +127,7 @@ class PreservationSettings(Settings):
 
     @field_validator("captions")
     @classmethod
-    def are_used(cls, value: str | dict[str, list[str]], earlier: ValidationInfo) -> str | dict[str, list[str]]:
+    def are_used(cls, value: Captions, earlier: ValidationInfo) -> Captions:
         """Refuse captions where others are used, and those that cannot be drawn from."""
         if value != "shipped" and earlier.data.get("on") in ("class_caption", "empty_caption"):
             raise ValueError(f"has no effect with on = {quoted(earlier.data['on'])}; remove one of them")
@@ -139,7 +137,7 @@ class PreservationSettings(Settings):
 
     @field_validator("pictures")
     @classmethod
-    def are_drawn(cls, value: dict[str, int | float | str], earlier: ValidationInfo) -> dict[str, int | float | str]:
+    def are_drawn(cls, value: Pictures, earlier: ValidationInfo) -> Pictures:
         """Refuse the settings of pictures where none is drawn."""
         if value and earlier.data.get("on", "retention") != "retention":
             raise ValueError(f"has no effect with on = {quoted(earlier.data['on'])}, where nothing is drawn")

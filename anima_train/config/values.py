@@ -1,6 +1,7 @@
 """Kinds of values that several keys have, and what each of them refuses."""
 
 import os
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -44,16 +45,6 @@ def batch_sizes(value: int | list[list[int]]) -> int | list[list[int]]:
     return value
 
 
-def caption_tokens(value: int) -> int:
-    """Refuse less than captions are padded to, and more than Qwen3 reads."""
-    return tokens_up_to(QWEN_POSITIONS, "Qwen3 reads no more", value)
-
-
-def t5_caption_tokens(value: int) -> int:
-    """Refuse less than captions are padded to, and more than T5-XXL has memory for."""
-    return tokens_up_to(T5_TOKENS, "the memory of T5's attention grows with the square of their length", value)
-
-
 def tokens_up_to(most: int, reason: str, value: int) -> int:
     """Return a number of tokens, if it is at least what captions are padded to and at most this, for a reason."""
     if not MAX_TOKENS <= value <= most:
@@ -79,6 +70,7 @@ WeightsDtype = Annotated[
 ]
 ComputeDtype = Annotated[Dtype, BeforeValidator(refuse_float16)]
 Folder = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
-CaptionTokens = Annotated[int, AfterValidator(caption_tokens)]
-T5CaptionTokens = Annotated[int, AfterValidator(t5_caption_tokens)]
+CaptionTokens = Annotated[int, AfterValidator(partial(tokens_up_to, QWEN_POSITIONS, "Qwen3 reads no more"))]
+T5_REASON = "the memory of T5's attention grows with the square of their length"
+T5CaptionTokens = Annotated[int, AfterValidator(partial(tokens_up_to, T5_TOKENS, T5_REASON))]
 BatchSizes = Annotated[int | list[list[int]], AfterValidator(batch_sizes)]
