@@ -149,15 +149,20 @@ class Evaluation:
         """Return the same at each noise level."""
         return [paired_difference(each, self.kinds) for each in (self.losses - base.losses).T]
 
+    def by_level(self, name: str, losses: Float[Tensor, "S L"]) -> dict[str, float]:
+        """Return the mean at each noise level, to log under a name."""
+        means = zip(self.levels, losses.mean(dim=0).tolist(), strict=True)
+        return {f"{self.name}/{name}_{level}": mean for level, mean in means}
+
     def metrics(self, base: "Evaluation | None") -> dict[str, float]:
         """Return the numbers to log: the mean, at each noise level, and of each kind, beside the base model's."""
         values = {f"{self.name}/loss": self.loss}
-        for level, loss in zip(self.levels, self.losses.mean(dim=0), strict=True):
-            values[f"{self.name}/loss_{level}"] = float(loss)
+        values |= self.by_level("loss", self.losses)
         for kind, rows in rows_by_kind(self.kinds):
             values[f"{self.name}/loss_of_{kind}"] = float(self.losses[rows].mean())
         if self.masked is not None:
             values[f"{self.name}/loss_as_trained"] = float(self.masked.mean())
+            values |= self.by_level("loss_as_trained", self.masked)
         if self.drift is not None:
             values |= self.drift.metrics(f"{self.name}/drift", self.kinds)
         if base is not None:

@@ -70,6 +70,8 @@ class Evaluated:
     relative: Estimate = Estimate()  # the same in parts of the mean square of the base's velocity
     cross_term: Estimate = Estimate()  # the rest of the difference
     kinds: Mapping[str, KindEvaluated] = field(default_factory=dict)
+    as_trained: float = math.nan  # the loss of a T-LoRA whose ranks fall with noise
+    levels_as_trained: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -155,12 +157,6 @@ def evaluations_by_set(lines: Iterable[tuple[int, Values]]) -> dict[str, list[Ev
 def evaluated(step: int, name: str, values: Values) -> Evaluated:
     """Return the evaluation of a set out of what was logged after a step."""
     change, drift = f"{name}/difference_from_base", f"{name}/drift"
-    levels = {
-        f"{short} {key.removeprefix(start)}": number(values[key])
-        for short, start in (("q", f"{name}/loss_quantile_"), ("t", f"{name}/loss_sigma_"))
-        for key in values
-        if key.startswith(start)
-    }
     kinds = {
         kind: KindEvaluated(
             number(values.get(f"{name}/loss_of_{kind}")),
@@ -173,9 +169,22 @@ def evaluated(step: int, name: str, values: Values) -> Evaluated:
     }
     difference = Estimate.of(values, change)
     return Evaluated(
-        step, number(values[f"{name}/loss"]), difference.value, difference.error, levels, Estimate.of(values, drift),
-        Estimate.of(values, f"{drift}_relative"), Estimate.of(values, f"{drift}_cross_term"), kinds,
+        step, number(values[f"{name}/loss"]), difference.value, difference.error, by_level(values, f"{name}/loss"),
+        drift=Estimate.of(values, drift), relative=Estimate.of(values, f"{drift}_relative"),
+        cross_term=Estimate.of(values, f"{drift}_cross_term"), kinds=kinds,
+        as_trained=number(values.get(f"{name}/loss_as_trained")),
+        levels_as_trained=by_level(values, f"{name}/loss_as_trained"),
     )  # fmt: skip
+
+
+def by_level(values: Values, name: str) -> dict[str, float]:
+    """Return what was logged under a name at each noise level, as `Evaluated.levels` names them."""
+    return {
+        f"{short} {key.removeprefix(start)}": number(values[key])
+        for short, start in (("q", f"{name}_quantile_"), ("t", f"{name}_sigma_"))
+        for key in values
+        if key.startswith(start)
+    }
 
 
 def checkpoints_of(lines: Iterable[tuple[int, Values]], scores: Scores | None = None) -> list[Checkpoint]:

@@ -123,9 +123,12 @@ def highest_of(name: str, series: Series, unit: float = 1) -> Line:
 
 
 def loss_chart(name: str, points: Sequence[Evaluated]) -> Markup:
-    """Return the chart of a set's loss."""
+    """Return the chart of a set's loss, of a T-LoRA also as it is trained."""
     shown = evenly_to_last(points, MAX_POINTS)
-    return chart(f"loss on {name}", [Line("loss", [(point.step, point.loss) for point in shown])])
+    lines = [Line("loss", [(point.step, point.loss) for point in shown])]
+    if math.isfinite(points[-1].as_trained):
+        lines.append(Line("loss as trained", [(point.step, point.as_trained) for point in shown]))
+    return chart(f"loss on {name}", lines)
 
 
 def difference_chart(name: str, points: Sequence[Evaluated]) -> Markup:

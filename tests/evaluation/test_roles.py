@@ -83,6 +83,8 @@ def test_a_t_lora_is_measured_as_its_file_which_is_a_plain_lora_and_as_it_is_tra
     start, end = ({key: value for line in run.evaluations if line["step"] == step for key, value in line.items()}
                   for step in (0, 4))  # fmt: skip
     assert start["known/loss_as_trained"] == start["known/loss"]
+    at_levels = [value for key, value in end.items() if key.startswith("known/loss_as_trained_quantile_")]
+    assert sum(at_levels) / len(at_levels) == pytest.approx(end["known/loss_as_trained"])
     assert end["known/loss_as_trained"] != pytest.approx(end["known/loss"], rel=1e-4)
     file = run.path / "weights" / "run.safetensors"
     plain = trainer("plain", adapter={"rank": 4, "init_from_existing": str(file)}, max_steps=1, **sets)

@@ -328,6 +328,17 @@ def test_an_evaluation_shows_its_levels_the_drift_and_the_kinds(run):
     ) in text
     assert "Evaluation on known " in text
     assert "Evaluation on known/" not in text
+    assert "as trained" not in text
+
+
+def test_an_evaluation_of_a_t_lora_shows_its_loss_as_trained_beside_the_files(run):
+    levels = {"known/loss_sigma_0.50": 0.25, "known/loss_as_trained_sigma_0.50": 0.125}
+    jsonl(run / "evaluations.jsonl", [{"step": 4, "known/loss": 0.5, "known/loss_as_trained": 0.375, **levels}])
+    page = page_of(run)
+    assert "step loss loss as trained difference standard error t 0.50 t 0.50, as trained 4 0.5 0.375 0.25 0.125" in (
+        page.text
+    )
+    assert "loss as trained" in page.text.partition("Evaluation on known")[2].partition("Numbers")[0]
 
 
 def test_everything_a_run_leaves_is_on_the_page(run):
