@@ -10,12 +10,20 @@ from typing import Any
 from anima_train.adapters.choice import AnyAdapter
 from anima_train.adapters.full import Full
 from anima_train.adapters.lora import Lora
-from anima_train.config.sections import EarlyStopping, EvalDataset, PreservationSettings, Sampling, metric_fault
+from anima_train.config.sections import (
+    EarlyStopping,
+    EvalDataset,
+    PreservationSettings,
+    Sampling,
+    metric_fault,
+    score_fault,
+)  # fmt: skip
 from anima_train.core.settings import describe_value, quoted
 from anima_train.optim.ema import Ema
 from anima_train.optim.groups import COMPONENTS
 from anima_train.optim.lr_schedules import Constant
 from anima_train.optim.optimizers import SCHEDULE_FREE, AnyOptimizer
+from anima_train.sampling.names import SCORE
 
 EVAL_INTERVALS = ("eval_every_n_epochs", "eval_every_n_steps", "eval_every_n_examples")
 STATE_INTERVALS = ("checkpoint_every_n_epochs", "checkpoint_every_n_steps", "checkpoint_every_n_minutes")
@@ -86,7 +94,7 @@ def never_evaluated_fault(value: bool, earlier: Earlier) -> str | None:
 
 
 def best_fault(value: str | None, earlier: Earlier) -> str | None:
-    """Refuse a number that no evaluation logs."""
+    """Refuse a number that is never logged."""
     return None if value is None else metric_fault(value, earlier.get("eval_datasets", ()))
 
 
@@ -233,11 +241,19 @@ def thumbnail_fault(value: Sampling | None, earlier: Earlier) -> str | None:
     return None
 
 
+def best_preview_fault(value: Sampling | None, earlier: Earlier) -> str | None:
+    """Require the score that is to choose what is kept."""
+    fault = score_fault(value) if earlier.get("keep_best") == SCORE else None
+    return None if fault is None else f"keep_best = {quoted(SCORE)} {fault}"
+
+
 def stopping_fault(value: EarlyStopping | None, earlier: Earlier) -> str | None:
-    """Refuse a number that no evaluation logs."""
+    """Refuse a number that neither evaluations nor previews log."""
     if value is None:
         return None
     fault = metric_fault(value.metric, earlier.get("eval_datasets", ()))
+    if value.metric == SCORE and "sampling" in earlier and (lacks := score_fault(earlier["sampling"])) is not None:
+        fault = f"{quoted(SCORE)} {lacks}"
     if fault is None and "/drift" in value.metric and base_is_lost(earlier):
         fault = BASE_IS_LOST
     return None if fault is None else f"metric: {fault}"
@@ -271,6 +287,6 @@ CHECKS: Mapping[str, tuple[Callable[[Any, Earlier], str | None], ...]] = {
     "optimizer": (frozen_fault, optimizer_fault),
     "preservation": (preservation_fault,),
     "ema": (average_fault,),
-    "sampling": (thumbnail_fault,),
+    "sampling": (thumbnail_fault, best_preview_fault),
     "early_stopping": (stopping_fault,),
 }

@@ -120,7 +120,8 @@ class Config(Settings):
     keep_best: str | None = Field(default=None, min_length=1)
     """Save the weights of the best evaluation until now as NAME-best.safetensors: the one with the lowest value of this
     number, as the evaluations log it ("held/loss", "known/drift_relative", "evaluation/forgetting"; the highest of
-    "evaluation/learning"), within forgetting_budget."""
+    "evaluation/learning"), within forgetting_budget. "score" is the mean that the judge of [sampling] gives the
+    previews, and the judge says whether the highest or the lowest is the best: of CLIP the highest."""
     forgetting_budget: float | None = Field(default=None, gt=0)
     """Largest drift that is allowed, relative to the base (`drift_relative`), mean over the sets with role =
     "retention". The last evaluation within it is saved as NAME-best.safetensors, or that which keep_best names."""

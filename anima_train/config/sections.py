@@ -12,6 +12,7 @@ from anima_train.data.settings import DatasetSettings
 from anima_train.model.variants import picture_defaults
 from anima_train.objective.timesteps import TENTHS, Points
 from anima_train.sampling.generate import PictureSettings, Request, with_shared
+from anima_train.sampling.names import SCORE
 
 Role = Literal["train", "validation", "retention"]
 Captions = str | dict[str, list[str]]  # "shipped", a file, or captions by their kind
@@ -161,13 +162,13 @@ class EarlyStopping(Settings):
     metric: str = Field(min_length=1)
     """The number that has to get better, as keep_best names it."""
     patience: int = Field(default=5, ge=1)
-    """Evaluations in a row that may bring no better one."""
+    """Evaluations in a row, of "score" previews, that may bring no better one."""
     min_change: float = Field(default=0.0, ge=0)
     """By how much a better one has to be better."""
 
 
 def metric_fault(metric: str, sets: Sequence[EvalDataset]) -> str | None:
-    """Return why the evaluations of these sets do not log a number; None if they do, with an adapter."""
+    """Return why a number is not logged, if not by these sets; None if it is, with an adapter and with a judge."""
     names = {f"{each.name}/{number}" for each in sets for number in ("loss", "difference_from_base")}
     drifts = [each for each in sets if each.measures_drift]
     names |= {f"{each.name}/{number}" for each in drifts for number in ("drift", "drift_relative")}
@@ -177,11 +178,22 @@ def metric_fault(metric: str, sets: Sequence[EvalDataset]) -> str | None:
         names |= {"evaluation/forgetting", "evaluation/forgetting_relative"} if "retention" in roles else set()
         names |= {"evaluation/drift_relative"} if "retention" in {each.role for each in drifts} else set()
         names |= {"evaluation/memorization"} if {"validation", "train"} <= roles else set()
-    if metric in names:
+    if metric in {SCORE, *names}:
         return None
     if not names:
-        return f"found {quoted(metric)}, but there are no eval_datasets that would log it"
-    return f"found {quoted(metric)}, which no evaluation logs; expected one of {', '.join(sorted(names))}"
+        text = "but there are no eval_datasets that would log it"
+        return f"found {quoted(metric)}, {text}; {quoted(SCORE)}, that of the previews, needs none"
+    text = f"which no evaluation logs; expected one of {', '.join(sorted(names))}"
+    return f"found {quoted(metric)}, {text}, or {quoted(SCORE)}, that of the previews"
+
+
+def score_fault(sampling: "Sampling | None") -> str | None:
+    """Return why trained weights have no score of their previews, and what to do; None if they have."""
+    if sampling is None or sampling.judge is None:
+        return 'needs a judge in [sampling], that scores the previews, such as judge = "clip:PATH"'
+    if sampling.every_n_steps is None and sampling.every_n_epochs is None:
+        return "needs every_n_steps or every_n_epochs in [sampling]; without, only the base is drawn and scored"
+    return None
 
 
 class Monitoring(Settings):
@@ -253,7 +265,8 @@ class Sampling(PictureSettings):
     judge: str | None = Field(default=None, min_length=1)
     """The judge that scores each of them when they are drawn: "clip:PATH", a folder or a name on the Hub with a CLIP,
     or one of an installed package, as anima compare has them. It is loaded for that time, like the VAE; its numbers are
-    logged, and stand beside learning and forgetting. Absent: none."""
+    logged, and stand beside learning and forgetting; keep_best and early_stopping take their mean as "score". Absent:
+    none."""
     prompts: list[Prompt] = Field(min_length=1)
     """The pictures to draw: texts, as in ComfyUI ("1girl, (smile:1.2)"), or tables {prompt = "...", seed = 1, ...}."""
 

@@ -1,12 +1,17 @@
 """The bounds of a run: which of its evaluations is the best, and when it ends before its last step.
 
-All of it follows from what the evaluations have logged, so that a run that is resumed decides as one that was not.
+All of it follows from what evaluations and previews have logged, so that a run that is resumed decides as one that was
+not.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from anima_train.core.format import count
+from anima_train.sampling.names import SCORE
 
 if TYPE_CHECKING:  # pages are made without torch
     from anima_train.config.sections import EarlyStopping
@@ -65,13 +70,14 @@ class Bounds:
         if rule is None:
             return None
         lowest, since = math.inf, 0
-        for _, each in history:
+        for each in (values for _, values in history if rule.metric in values):  # it may be measured less often
             now = cost(rule.metric, each)
             is_better = now < lowest - rule.min_change
             lowest, since = (now, 0) if is_better else (lowest, since + 1)
         if since < rule.patience:
             return None
-        return f"early_stopping: {rule.metric} did not get better in {since} evaluations"
+        looks = count(since, "preview" if rule.metric == SCORE else "evaluation")
+        return f"early_stopping: {rule.metric} did not get better in {looks}"
 
 
 def cost(metric: str | None, values: Mapping[str, float]) -> float:
@@ -79,12 +85,22 @@ def cost(metric: str | None, values: Mapping[str, float]) -> float:
     value = values.get(metric or "", math.nan)
     if not math.isfinite(value):
         return math.inf
-    return -value if metric in HIGHER else value
+    return -value if metric in HIGHER or (metric == SCORE and values["higher_is_better"]) else value
 
 
-def history_of(lines: Iterable[Mapping[str, float]]) -> History:
-    """Return what was logged after each step, of the lines of a run's evaluations."""
+def history_of(evaluations: Iterable[Mapping[str, Any]], previews: Iterable[Mapping[str, Any]] = ()) -> History:
+    """Return what was logged after each step.
+
+    Args:
+        evaluations: the lines of a run's evaluations.
+        previews: those of its previews' scores; what cannot be compared with the last of them is left out.
+    """
     found: dict[int, dict[str, float]] = {}
-    for line in lines:
+    for line in evaluations:
         found.setdefault(int(line["step"]), {}).update(line)
+    scored = list(previews)
+    for line in scored:
+        if all(line[key] == scored[-1][key] for key in ("judge", "requests")):
+            numbers = {SCORE: fmean(line["scores"]), "higher_is_better": line["higher_is_better"]}
+            found.setdefault(int(line["step"]), {}).update(numbers)
     return sorted(found.items())

@@ -10,6 +10,7 @@ from typing import Any
 from anima_train.evaluation.bounds import Bounds
 from anima_train.reports.html import rounded
 from anima_train.reports.series import number
+from anima_train.sampling.names import SCORE
 
 Values = Mapping[str, object]  # as they were logged
 LOGGED_OF_KINDS = ("/loss_of_", "/drift", "/difference_from_base")  # of which a kind, any text, may be the end
@@ -249,25 +250,30 @@ def on_front(checkpoints: Sequence[Checkpoint], gain: str, cost: str, sign: int 
 
 
 def best_steps(checkpoints: Sequence[Checkpoint], scores: Scores | None = None) -> dict[str, int]:
-    """Return the step of the checkpoint that has learned most, by the words for it; the base model is none."""
-    names = {"learning": ("evaluation/learning", 1), "learning_at_highest_t": ("evaluation/learning_at_highest_t", 1)}
+    """Return the step that has learned most, or has the best previews, by the words for it; the base model is none."""
+    gains = {
+        "evaluation/learning": {each.step: each.learning.value for each in checkpoints},
+        "evaluation/learning_at_highest_t": {each.step: each.learning_at_highest_t.value for each in checkpoints},
+    }
     if scores is not None:
-        names["score"] = (f"score/{scores.judge}", scores.sign)
+        gains[f"{SCORE}/{scores.judge}"] = {step: scores.sign * mean.value for step, mean in scores.means.items()}
     found = {}
-    for name, (words, sign) in names.items():
-        values = {each.step: sign * getattr(each, name).value for each in checkpoints if each.step}
-        known = {step: value for step, value in values.items() if math.isfinite(value)}
+    for words, values in gains.items():
+        known = {step: value for step, value in values.items() if step and math.isfinite(value)}
         if known:
             found[f"best by {words}"] = max(known, key=lambda step: known[step])
     return found
 
 
-def kept_step(lines: Iterable[tuple[int, Values]], settings: Values) -> dict[str, int]:
+def kept_step(
+    lines: Iterable[tuple[int, Values]], settings: Values, scores: Scores | None = None
+) -> dict[str, int]:  # fmt: skip
     """Return the step whose weights the run has kept, by the words for why; empty if it was to keep none.
 
     Args:
         lines: what was logged.
         settings: of the run, as its file tells them.
+        scores: of its previews.
     """
     metric, budget = (settings.get(key) for key in ("keep_best", "forgetting_budget"))
     bounds = Bounds(
@@ -278,10 +284,13 @@ def kept_step(lines: Iterable[tuple[int, Values]], settings: Values) -> dict[str
     history: dict[int, dict[str, float]] = defaultdict(dict)
     for step, values in lines:
         history[step].update({key: number(value) for key, value in values.items()})
+    for step, mean in ({} if scores is None else scores.means).items():
+        history[step] |= {SCORE: mean.value, "higher_is_better": scores is not None and scores.higher_is_better}
     step_kept = bounds.best(sorted(history.items()))
     if step_kept is None:
         return {}
-    chosen = "the last" if bounds.keep_best is None else f"best by {bounds.keep_best}"
+    named = f"{SCORE}/{scores.judge}" if scores is not None and metric == SCORE else metric
+    chosen = "the last" if bounds.keep_best is None else f"best by {named}"
     return {f"kept: {chosen}{'' if bounds.forgetting_budget is None else ' within the budget'}": step_kept}
 
 

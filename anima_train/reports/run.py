@@ -152,7 +152,7 @@ def collect_run(run: Path) -> RunReport:
         metrics,
         evaluations_by_set(evaluated),
         checkpoints,
-        best_steps(checkpoints, scores) | kept_step(evaluated, parsed_toml(written)),
+        best_steps(checkpoints, scores) | kept_step(evaluated, parsed_toml(written), scores),
         update_norms(evaluated),
         sorted(counts(seen.get("buckets")).items()),
         sorted(counts(seen.get("samples")).items(), key=lambda item: (item[1], item[0])),

@@ -41,8 +41,8 @@ class RunFolder:
         self.strengths_path = self.path / STRENGTHS  # the adapter at several strengths, after the last step
         self.strengths_folder = self.path / "strengths"  # previews of these
         self.scores_path = self.path / SCORES  # of previews, by a judge
-        self.hashed = (self.metrics_path, self.evaluations_path)  # in training states
-        self.records = (*self.hashed, self.warnings_path, self.scores_path)
+        self.hashed = (self.metrics_path, self.evaluations_path, self.scores_path)  # in training states
+        self.records = (*self.hashed, self.warnings_path)
         self.written = (
             *self.records,
             self.config_path,
@@ -71,10 +71,10 @@ class RunFolder:
         """The file of the weights of the best evaluation."""
         return self.path / "weights" / f"{self.name}-best.safetensors"
 
-    def evaluations(self) -> Iterator[dict[str, Any]]:
-        """Yield what evaluations have logged; a line that is damaged counts as none."""
-        if self.evaluations_path.exists():
-            for line in self.evaluations_path.read_text(encoding="utf-8", errors="replace").splitlines():
+    def lines(self, path: Path) -> Iterator[dict[str, Any]]:
+        """Yield what was logged in one of the records; a line that is damaged counts as none."""
+        if path.exists():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 with contextlib.suppress(*DAMAGED):
                     values = dict(json.loads(line))
                     if isinstance(values.get("step"), int):
@@ -280,7 +280,8 @@ def kept_text(path: Path, num_steps: int, pending: Collection[str]) -> str:
 def kept_lines(path: Path, num_steps: int, pending: Collection[str]) -> list[str]:
     """Return the lines of a record that are of the first steps, without what was not made after the last of them."""
     first = 1 if path.name == WARNINGS else 0  # those before the first step are logged at each start
-    last = num_steps - 1 if path.name == EVALUATIONS and "evaluation" in pending else num_steps
+    is_pending = {EVALUATIONS: "evaluation", SCORES: "preview"}.get(path.name) in pending
+    last = num_steps - 1 if is_pending else num_steps
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     return [line for line in lines if first <= step_of(line) <= last]
 

@@ -1,6 +1,7 @@
 """The steps after which evaluations and saves are due."""
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from anima_train.data.plan import EpochSchedule
@@ -47,6 +48,13 @@ class Interval:
             epoch = (timetable.locate(step)[0] // self.epochs + 1) * self.epochs
             steps.extend(timetable.epoch_starts[epoch : epoch + 1])
         return min((each for each in steps if each <= timetable.num_steps), default=None)
+
+    def all_steps(self, timetable: EpochSchedule) -> Iterator[int]:
+        """Yield the steps of the run after which it is due, as far as steps and epochs tell."""
+        step = self.following(0, timetable)
+        while step is not None:
+            yield step
+            step = self.following(step, timetable)
 
 
 def next_event(events: dict[str, Interval], step: int, timetable: EpochSchedule) -> str:

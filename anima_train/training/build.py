@@ -1,7 +1,7 @@
 """The plan, the model and the files of a run, made from its configuration."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from anima_train.config.sections import Sampling
 from anima_train.core.device import DTYPES
 from anima_train.core.errors import ConfigError
 from anima_train.core.files import on_disk
-from anima_train.core.format import format_bytes
+from anima_train.core.format import count, format_bytes
 from anima_train.data.plan import EpochSchedule, Plan, times_seen
 from anima_train.data.samples import Sample
 from anima_train.evaluation.strengths import strengths_to_try
@@ -37,6 +37,7 @@ from anima_train.optim.release import GradientRelease
 from anima_train.optim.split import SplitOptimizer
 from anima_train.run.intervals import Interval
 from anima_train.sampling.judges import load_judges
+from anima_train.sampling.names import SCORE
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +46,40 @@ def plan_run(config: Config, samples: Sequence[Sample], num_processes: int) -> t
     """Return the plan of the run's batches, and its schedule of epochs.
 
     Raises:
-        ConfigError: the run would have no step.
+        ConfigError: the run would have no step, or no previews to decide by.
     """
     num_micro_batches = config.gradient_accumulation_steps * num_processes
     plan = Plan(samples, config.seed, config.micro_batch_size_per_gpu, num_micro_batches)
-    return plan, EpochSchedule.of(plan, config.epochs, config.max_steps)
+    schedule = EpochSchedule.of(plan, config.epochs, config.max_steps)
+    rule = config.early_stopping
+    if config.keep_best == SCORE or (rule is not None and rule.metric == SCORE):
+        is_bound = config.keep_best == SCORE and config.forgetting_budget is not None
+        check_previews(all_intervals(config), schedule, is_bound)
+    return plan, schedule
+
+
+def check_previews(intervals: Mapping[str, Interval], schedule: EpochSchedule, is_bound: bool) -> None:
+    """Refuse to decide by the score of previews where none can.
+
+    Args:
+        intervals: as `all_intervals` returns them.
+        schedule: of the epochs.
+        is_bound: True if the best one has to be within a budget, which an evaluation of the same step tells.
+
+    Raises:
+        ConfigError: there are none, or none of a step that is evaluated.
+    """
+    drawn, evaluation = set(intervals["preview"].all_steps(schedule)), intervals["evaluation"]
+    if not drawn:
+        raise ConfigError(
+            f"sampling: the run has {count(schedule.num_steps, 'step')}, and ends before the first previews, whose "
+            f'"{SCORE}" is to decide; draw them more often, with every_n_steps'
+        )
+    if is_bound and evaluation.examples is None and drawn.isdisjoint(evaluation.all_steps(schedule)):
+        raise ConfigError(
+            f'keep_best: "{SCORE}" within forgetting_budget needs previews and an evaluation after the same step, and '
+            "there is no such step; set eval_every_n_steps and sampling.every_n_steps to the same number"
+        )
 
 
 def check_compiler(compiles: bool | None, device: torch.device) -> None:

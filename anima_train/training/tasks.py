@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from anima_train.data.plan import EpochSchedule, Plan
 from anima_train.distributed.collectives import broadcast_from_main, patient_barrier
 from anima_train.distributed.signals import Abandoned
 from anima_train.evaluation.base_velocities import BaseVelocity, FromWeights, Recording, recorded
-from anima_train.evaluation.bounds import Bounds, history_of
+from anima_train.evaluation.bounds import Bounds, History, history_of
 from anima_train.evaluation.evaluate import EvalSet, base_text, evaluate, masking_of, read_base
 from anima_train.evaluation.previews import Previews
 from anima_train.evaluation.results import Evaluation, described, score, summary
@@ -111,7 +111,7 @@ class PeriodicTasks:
         if request.waits:
             patient_barrier(context.accelerator)  # where the disk is slower than the steps, saving waits for it
 
-    def run(self, names: Iterable[str]) -> list[str]:
+    def run(self, names: Sequence[str]) -> list[str]:
         """Evaluate or draw; return the names of what is left to the process that goes on, as this one is to stop."""
         makers: dict[str, Callable[[], None]] = {"evaluation": self.evaluate, "preview": self.preview}
         left = []
@@ -126,11 +126,11 @@ class PeriodicTasks:
             try:
                 with self.log.progress.doing(name):
                     makers[name]()
-                    if name == "evaluation":  # also one that was left by the process before this one
-                        self.heed_bounds()
             except Abandoned:
                 left.append(name)
             patient_barrier(self.context.accelerator)  # one process draws
+        if names:  # also what was left by the process before this one
+            self.heed_bounds()
         return left
 
     def evaluate(self) -> None:
@@ -194,24 +194,26 @@ class PeriodicTasks:
             logger.warning(text, eval_set.name, folder, extra={"step": state.step})
         return found
 
+    def history(self) -> History:
+        """Return what evaluations and previews have logged, on the main process."""
+        folder = self.context.folder
+        return history_of(folder.lines(folder.evaluations_path), folder.lines(folder.scores_path))
+
     def end_by_bounds(self) -> str | None:
-        """Return on all processes why the run has come to its end by what was evaluated; None: it has not."""
+        """Return on all processes why the run has come to its end by what was logged; None: it has not."""
         if not self.bounds.are_any:
             return None
-        folder = self.context.folder
-        return broadcast_from_main(
-            self.context.accelerator, lambda: self.bounds.ending(history_of(folder.evaluations()))
-        )  # fmt: skip
+        return broadcast_from_main(self.context.accelerator, lambda: self.bounds.ending(self.history()))
 
     def is_best(self) -> bool:
         """Return on all processes whether the weights as they are now are the best until now."""
-        folder, step = self.context.folder, self.state.step
+        step = self.state.step
         return bool(step) and broadcast_from_main(
-            self.context.accelerator, lambda: self.bounds.best(history_of(folder.evaluations())) == step
+            self.context.accelerator, lambda: self.bounds.best(self.history()) == step
         )  # fmt: skip
 
     def heed_bounds(self) -> None:
-        """Keep the weights of an evaluation that is the best, and look whether the run ends by it."""
+        """Keep the weights of this step if they are the best, and look whether the run ends by them."""
         if not self.bounds.are_any:
             return
         if self.is_best() and self.saver.writes:
@@ -243,7 +245,9 @@ class PeriodicTasks:
         if (found := self.previews.scored(paths)) is not None:
             folder.log(folder.scores_path, {"step": step, "examples": examples, **self.previews.record(found)})
             self.log.trackers.log(found.metrics(), self.log.x(step, examples))
-            logger.info("step %d: %s %.4g, mean over the previews", step, found.judge, found.mean)
+            better = "higher" if found.higher_is_better else "lower"
+            text = "step %d: %s %.4g, mean over the previews; %s is better"
+            logger.info(text, step, found.judge, found.mean, better)
 
     def draw(self, previews: Previews | None) -> tuple[list[Path], Mapping[str, np.ndarray]]:
         """Draw with the weights as they are; return files and pictures, none where it fails, with a warning.

@@ -1,5 +1,6 @@
 """What a run keeps of its evaluations, and where it ends: by rules on numbers, and in whole runs."""
 
+import contextlib
 import json
 import math
 import shutil
@@ -13,8 +14,12 @@ from safetensors.torch import load_file
 from anima_train.config.load import load_config
 from anima_train.config.sections import EarlyStopping
 from anima_train.core.errors import ConfigError, Interrupted
+from anima_train.data.plan import EpochSchedule
 from anima_train.evaluation import evaluate as evaluate_module
+from anima_train.evaluation import previews as previews_module
 from anima_train.evaluation.bounds import Bounds, history_of
+from anima_train.run.intervals import Interval
+from anima_train.training.build import check_previews
 
 
 def course(**numbers):
@@ -77,6 +82,32 @@ def test_early_stopping_counts_evaluations_without_a_better_one(values, patience
     assert (Bounds(early_stopping=rule).ending(course(held_loss=values)) is not None) == ends
 
 
+@pytest.mark.parametrize(("higher", "best"), [(True, 20), (False, 10)])
+def test_the_best_score_is_what_the_judge_says_and_within_the_budget_only_where_that_is_measured(higher, best):
+    of_previews = {"judge": "j", "requests": "r", "higher_is_better": higher}
+    values = {0: [0.0, 9.0], 10: [1.0, 2.0], 20: [5.0, 2.0], 30: [4.0, 2.0], 40: [math.nan, 9.0]}
+    lines = [{"step": step, "scores": scores, **of_previews} for step, scores in values.items()]
+    best_of_all = {"step": 35, "scores": [1e3 if higher else -1e3], **of_previews}
+    other = [best_of_all | {key: "?"} for key in ("judge", "requests")]
+    history = history_of([], [*other, *lines])
+    assert Bounds("score").best(history) == best
+    assert Bounds("score").best(history_of([], [])) is None
+    evaluated = [{"step": step, "a/drift": step / 100} for step in (0, 15, 30)]
+    for budget, within in ((0.2, None), (0.3, 30)):
+        assert Bounds("score", None, budget, True, ("a/drift",)).best(history_of(evaluated, lines)) == within
+
+
+def test_early_stopping_by_a_score_counts_previews_alone():
+    lines = [
+        {"step": step, "scores": [score], "judge": "j", "requests": "r", "higher_is_better": True}
+        for step, score in ((0, 1.0), (20, 3.0), (40, 2.0), (60, 1.0))
+    ]
+    evaluated = [{"step": step, "held/loss": 1.0} for step in range(0, 80, 5)]
+    bounds = Bounds(early_stopping=EarlyStopping(metric="score", patience=2))
+    assert bounds.ending(history_of(evaluated[:12], lines[:3])) is None
+    assert bounds.ending(history_of(evaluated, lines)) == "early_stopping: score did not get better in 2 previews"
+
+
 def test_lines_of_one_step_are_one_evaluation():
     lines = [{"step": 4, "a/loss": 1.0}, {"step": 4, "evaluation/learning": 2.0}, {"step": 2, "a/loss": 3.0}]
     assert [step for step, _ in history_of(lines)] == [2, 4]
@@ -126,7 +157,7 @@ def test_a_run_ends_at_its_budget_keeps_what_was_within_and_resumes_exactly(trai
     best = run.path / "weights" / "run-best.safetensors"
     assert step_of(best) == 6
     assert step_of(run.path / "weights" / "run.safetensors") == 8
-    final, kept = run.weights, load_file(best)
+    final, kept, losses, evaluations = run.weights, load_file(best), run.losses, run.evaluations
 
     # As a kill after step 7 leaves it.
     (run.path / "weights" / "run.safetensors").unlink()
@@ -135,8 +166,8 @@ def test_a_run_ends_at_its_budget_keeps_what_was_within_and_resumes_exactly(trai
             shutil.rmtree(path)
     (run.path / "manifest.json").write_text(json.dumps(run.manifest | {"finished": False}))
     again = trainer("run", **sets, forgetting_budget=budget, checkpoint_every_n_steps=3)
-    assert again.losses == run.losses
-    assert again.evaluations == run.evaluations
+    assert again.losses == losses
+    assert again.evaluations == evaluations
     assert all(torch.equal(tensor, again.weights[key]) for key, tensor in final.items())
     assert all(torch.equal(tensor, load_file(best)[key]) for key, tensor in kept.items())
 
@@ -181,6 +212,85 @@ def test_two_processes_end_together(trainer, sets):
     assert step_of(two.path / "weights" / "two-best.safetensors") == 4
 
 
+def score_of(run):
+    lines = [json.loads(line) for line in (run.path / "scores.jsonl").read_text().splitlines()]
+    return {line["step"]: sum(line["scores"]) / len(line["scores"]) for line in lines}
+
+
+DRAWN = {"every_n_steps": 2, "width": 32, "height": 32, "steps": 1, "prompts": ["a"]}
+
+
+def test_the_best_by_the_previews_and_the_end_by_them_are_exact_after_resume(trainer, installed, capsys):
+    installed("red")
+    keys = {
+        "sampling": DRAWN | {"judge": "red:-1"}, "keep_best": "score", "max_steps": 20, "optimizer": {"lr": 3e-2},
+        "early_stopping": {"metric": "score", "patience": 2}, "checkpoint_every_n_steps": 5, "keep_last": 99,
+    }  # fmt: skip
+    run = trainer("run", **keys)
+    out, scores = capsys.readouterr().out, score_of(run)
+    best = run.path / "weights" / "run-best.safetensors"
+    lowest = min(scores, key=scores.__getitem__)  # redness: the lower the better
+    assert list(scores) == list(range(0, lowest + 5, 2))  # not better two times in a row, for the first time
+    assert f"the run ends after step {lowest + 4}: early_stopping: score did not get better in 2 previews" in out
+    assert "mean over the previews; lower is better" in out
+    assert step_of(best) == lowest > 5
+    assert f"kept: best by score/redness</th><td>step {lowest}<" in (run.path / "report.html").read_text()
+
+    # As a kill after some step beyond the state of step 5 leaves it.
+    final, kept, losses = run.weights, load_file(best), run.losses
+    for path in (best, run.path / "weights" / "run.safetensors"):
+        path.unlink()
+    for path in (run.path / "checkpoints").iterdir():
+        if path.name > "step-000005":
+            shutil.rmtree(path)
+    (run.path / "manifest.json").write_text(json.dumps(run.manifest | {"finished": False}))
+    again = trainer("run", **keys)
+    assert "resuming after step 5 " in capsys.readouterr().out
+    assert again.losses == losses
+    assert score_of(again) == scores
+    assert all(torch.equal(tensor, again.weights[key]) for key, tensor in final.items())
+    assert all(torch.equal(tensor, load_file(best)[key]) for key, tensor in kept.items())
+
+
+@pytest.mark.slow
+def test_a_preview_that_was_left_to_the_next_process_is_heeded_there(trainer, installed, monkeypatch):
+    installed("red")
+    keys = {"sampling": DRAWN | {"judge": "red"}, "keep_best": "score", "max_steps": 3}
+    real, calls = previews_module.generate, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:  # after step 2
+            signal.raise_signal(signal.SIGTERM)
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(previews_module, "generate", interrupted)
+        with pytest.raises(Interrupted):
+            trainer("run", **keys)
+    folder = trainer.folder / "runs" / "run"
+    assert not (folder / "weights" / "run-best.safetensors").exists()
+    run, straight = trainer("run", **keys), trainer("straight", **keys)
+    assert score_of(run) == score_of(straight)
+    assert step_of(folder / "weights" / "run-best.safetensors") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", [None, "fsdp2"])
+def test_two_processes_keep_what_the_one_that_draws_has_scored_and_end_together(trainer, clip_folder, sharding):
+    sampling = DRAWN | {"judge": f"clip:{clip_folder[0]}", "prompts": ["a", "b"]}
+    stops = {"metric": "score", "patience": 1}
+    run = trainer.processes(
+        2, "two", sampling=sampling, keep_best="score", early_stopping=stops, max_steps=40, optimizer={"lr": 1e-2},
+        sharding=sharding,
+    )  # fmt: skip
+    scores = score_of(run)
+    highest = max(scores, key=scores.__getitem__)  # of CLIP the higher the better
+    assert list(scores) == list(range(0, highest + 3, 2))
+    assert len(run.losses) == highest + 2 < 40
+    assert step_of(run.path / "weights" / "two-best.safetensors") == max(list(scores)[1:], key=scores.__getitem__)
+
+
 def test_early_stopping_ends_a_run_that_does_not_learn(trainer, sets, capsys):
     rule = {"metric": "new/loss", "patience": 2, "min_change": 10.0}
     run = trainer("run", **sets, early_stopping=rule)
@@ -199,6 +309,15 @@ LATE = {"adapter": None, "eval_before_first_step": False, "eval_every_n_steps": 
         ({"keep_best": "evaluation/memorization"}, 'keep_best: found "evaluation/memorization"'),
         ({"keep_best": "a/loss", "eval_datasets": []}, "there are no eval_datasets that would log it"),
         ({"early_stopping": {"metric": "loss"}}, 'early_stopping: metric: found "loss"'),
+        ({"keep_best": "score/taste"}, 'found "score/taste", which no evaluation logs; expected one of evaluation/'),
+        ({"keep_best": "score/taste"}, ', or "score", that of the previews'),
+        ({"keep_best": "score"}, 'sampling: keep_best = "score" needs a judge in [sampling]'),
+        ({"keep_best": "score", "sampling": DRAWN}, 'such as judge = "clip:PATH"'),
+        (
+            {"keep_best": "score", "sampling": {"judge": "clip:a/b", "prompts": ["a"]}},
+            "needs every_n_steps or every_n_epochs in [sampling]; without, only the base is drawn and scored",
+        ),
+        ({"early_stopping": {"metric": "score"}}, 'early_stopping: metric: "score" needs a judge in [sampling]'),
         ({"at_budget": "go_on"}, "at_budget: has no effect without forgetting_budget"),
         ({"forgetting_budget": 0.1, "eval_datasets": []}, 'needs a set in eval_datasets with role = "retention"'),
         (
@@ -213,3 +332,19 @@ def test_what_cannot_work_is_refused(trainer, sets, change, message):
     with pytest.raises(ConfigError) as refused:
         load_config(trainer.config(**sets | change))
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("previews", "evaluation", "message"),
+    [
+        (Interval(steps=7), Interval(), "the run has 6 steps, and ends before the first previews"),
+        (Interval(steps=2), Interval(steps=5), "needs previews and an evaluation after the same step"),
+        (Interval(steps=2), Interval(steps=3), None),
+        (Interval(epochs=1), Interval(steps=3), None),
+        (Interval(steps=2), Interval(examples=5), None),  # not known so early
+    ],
+)
+def test_previews_that_can_decide_nothing_are_refused(previews, evaluation, message):
+    intervals, schedule = {"preview": previews, "evaluation": evaluation}, EpochSchedule([0, 3, 6], 6)
+    with contextlib.nullcontext() if message is None else pytest.raises(ConfigError, match=message):
+        check_previews(intervals, schedule, is_bound=True)

@@ -19,6 +19,7 @@ from anima_train.reports.evaluations import (
     evaluations_by_set,
     kept_step,
     on_front,
+    scores_of,
 )
 from anima_train.reports.html import TEMPLATES
 from anima_train.reports.run import collect_run, run_facts
@@ -257,6 +258,8 @@ def test_nothing_of_it_is_on_the_page_of_a_run_without_roles(run):
         ({"keep_best": "new/loss"}, {"kept: best by new/loss": 30}),
         ({"keep_best": "new/loss", "forgetting_budget": 0.5}, {"kept: best by new/loss within the budget": 20}),
         ({"forgetting_budget": 0.2}, {"kept: the last within the budget": 10}),
+        ({"keep_best": "score"}, {"kept: best by score/CLIP": 25}),
+        ({"keep_best": "score", "forgetting_budget": 0.5}, {"kept: best by score/CLIP within the budget": 20}),
         ({"keep_best": 7, "forgetting_budget": "x", "eval_datasets": [3]}, {}),
         ({}, {}),
     ],
@@ -264,7 +267,9 @@ def test_nothing_of_it_is_on_the_page_of_a_run_without_roles(run):
 def test_the_checkpoint_that_was_kept_is_named_by_what_it_was_kept_for(config, expected):
     sets = [{"name": "known", "role": "retention"}, {"name": "new"}]
     lines = [(step, {"new/loss": 1 / step, "known/drift_relative": step / 50}) for step in (10, 20, 30)]
-    assert kept_step(lines, {"eval_datasets": sets, **config}) == expected
+    judged = {"judge": "CLIP", "higher_is_better": True, "requests": "r"}
+    scored = [(step, {"scores": [score], **judged}) for step, score in ((0, 9.0), (20, 2.0), (25, 3.0), (30, 2.5))]
+    assert kept_step(lines, {"eval_datasets": sets, **config}, scores_of(scored)) == expected
 
 
 def test_a_run_with_every_role_leaves_the_whole_section(trainer, pictures, images_drawer, tmp_path):

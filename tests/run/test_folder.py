@@ -81,6 +81,7 @@ def test_the_hash_of_what_was_logged_is_there_without_reading_it(tmp_path, opene
     for step in range(6):
         first.log(first.metrics_path, {"step": step, "loss": 0.1 * step})
     first.log(first.evaluations_path, {"step": 4, "name": "größer"})
+    first.log(first.scores_path, {"step": 4, "scores": [0.5]})
     first.base_path.write_text("{}")
     opened.clear()
     found = first.digests_now()
@@ -90,9 +91,11 @@ def test_the_hash_of_what_was_logged_is_there_without_reading_it(tmp_path, opene
 
     second = RunFolder(tmp_path, "second")
     second.open()
-    second.start_records(first.path, 4, ["evaluation"])
-    assert second.digests_now() == first.digests(4, ["evaluation"])
+    second.start_records(first.path, 4, ["evaluation", "preview"])
+    assert second.digests_now() == first.digests(4, ["evaluation", "preview"])
+    assert list(second.lines(second.scores_path)) == []
     second.log(second.metrics_path, {"step": 5, "loss": 0.5})
     second.log(second.evaluations_path, {"step": 4, "name": "größer"})
+    second.log(second.scores_path, {"step": 4, "scores": [0.5]})
     assert second.digests_now() == found
     second.close()
