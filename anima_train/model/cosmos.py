@@ -10,7 +10,7 @@ from anima_train.core.shapes import LATENT_CHANNELS
 from anima_train.core.text_batch import MAX_TOKENS, T5_TOKENS
 from anima_train.model.dit import TransformerShape
 from anima_train.model.llm_adapter import Conditioner
-from anima_train.model.loading import ModelFiles
+from anima_train.model.loading import ModelFiles, empty_transformer
 from anima_train.model.safetensors_io import TensorFile
 from anima_train.model.t5 import SHARED, empty_t5, load_t5, open_t5
 from anima_train.model.text import TextEncoder, Tokenizers, load_t5_tokenizer
@@ -39,8 +39,11 @@ class CosmosFiles(ModelFiles):
     FAMILY: ClassVar[str] = FAMILIES[COSMOS]
     SLOTS: ClassVar[tuple[str, str, str]] = ("cosmos", "vae", "t5")
 
-    def text_checks(self, tokenizers: Tokenizers) -> list[Callable[[], object]]:
-        return [lambda: empty_t5(self.llm, tokenizers)]
+    def transformer_checks(self) -> list[Callable[[], object]]:
+        return [lambda: empty_transformer(self)]
+
+    def check_text_encoder(self, tokenizers: Tokenizers) -> None:
+        empty_t5(self.llm, tokenizers)
 
     def load_tokenizers(self) -> Tokenizers:
         t5 = load_t5_tokenizer(self.t5_tokenizer)

@@ -1,8 +1,8 @@
 """The model's files: checked by their headers, and loaded."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -73,7 +73,7 @@ class ModelFiles:
         return file.stripped(key_prefix(file, kind) + inside).without(is_buffer)
 
     def check_headers(self) -> None:
-        """Check every file's header.
+        """Check every file's header, and that the transformer's has exactly its weights: before anything is cached.
 
         Raises:
             ModelFileError: every wrong file at once.
@@ -81,9 +81,8 @@ class ModelFiles:
         paths = dict(zip(self.SLOTS, (self.transformer, self.vae, self.llm), strict=True))
         if self.llm_adapter is not None:
             paths["llm_adapter"] = self.llm_adapter
-        if (problems := header_problems(paths, self.llm_adapter is not None)) or (
-            problems := list(self.incompatibilities())
-        ):
+        problems = header_problems(paths, self.llm_adapter is not None)
+        if problems := problems or list(self.incompatibilities()) or problems_of(self.transformer_checks()):
             raise ModelFileError(problems)
 
     def check_keys(self, tokenizers: Tokenizers) -> None:
@@ -92,18 +91,17 @@ class ModelFiles:
         Raises:
             ModelFileError: every wrong file at once.
         """
-        problems: list[str] = []
-        for check in (lambda: empty_transformer(self), lambda: open_vae(self.vae), *self.text_checks(tokenizers)):
-            try:
-                check()
-            except ModelFileError as error:
-                problems.extend(error.problems)
-        if problems:
+        checks = (*self.transformer_checks(), lambda: open_vae(self.vae), lambda: self.check_text_encoder(tokenizers))
+        if problems := problems_of(checks):
             raise ModelFileError(problems)
 
-    def text_checks(self, tokenizers: Tokenizers) -> list[Callable[[], object]]:
-        """Return what checks the parts that make contexts of captions, each as `check_keys` does."""
-        return [lambda: empty_llm_adapter(self), lambda: empty_text_encoder(self.llm, tokenizers)]
+    def transformer_checks(self) -> list[Callable[[], object]]:
+        """Return what checks the transformer and what it reads with, each as `check_keys` does."""
+        return [lambda: empty_transformer(self), lambda: empty_llm_adapter(self)]
+
+    def check_text_encoder(self, tokenizers: Tokenizers) -> None:
+        """Check the text encoder as `check_keys` does."""
+        empty_text_encoder(self.llm, tokenizers)
 
     def load_tokenizers(self) -> Tokenizers:
         """Load the tokenizers."""
@@ -197,13 +195,22 @@ def header_problems(paths: Mapping[str, Path], has_llm_adapter: bool) -> list[st
         has_llm_adapter: the LLM adapter has a file of its own, so the transformer's needs none inside.
     """
     others = {"transformer": ["cosmos"] if has_llm_adapter else [], "llm_adapter": ["transformer"]}
+
+    def check(slot: str, path: Path) -> None:
+        if slot in TEXT_SLOTS:
+            TEXT_SLOTS[slot](path)
+        else:
+            validate_kind(open_slot(path, slot), slot, *others.get(slot, ()))
+
+    return problems_of(partial(check, slot, path) for slot, path in paths.items())
+
+
+def problems_of(checks: Iterable[Callable[[], object]]) -> list[str]:
+    """Return the problems that checks raise."""
     problems: list[str] = []
-    for slot, path in paths.items():
+    for check in checks:
         try:
-            if slot in TEXT_SLOTS:
-                TEXT_SLOTS[slot](path)
-            else:
-                validate_kind(open_slot(path, slot), slot, *others.get(slot, ()))
+            check()
         except ModelFileError as error:
             problems.extend(error.problems)
     return problems

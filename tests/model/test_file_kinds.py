@@ -239,3 +239,14 @@ def test_wrong_files_are_told_together_with_those_that_the_hub_cannot_give(tiny,
     assert llm.startswith(f"model.llm_path: {folder} has no config.json")
     assert absent.startswith(f"model: {3 + (llm_adapter is not None)} files are not in the local Hub cache")
     assert ": run `anima download` once with a connection, or set " in absent
+
+
+@pytest.mark.parametrize("family", ["anima", "cosmos"])
+def test_a_transformer_with_other_weights_is_refused_before_anything_is_cached(kinds, tmp_path, family):
+    _, files = kinds
+    state, path = load_file(files[family].transformer), tmp_path / "a.safetensors"
+    save_file(state | {"net.text_proj.weight": torch.ones(4, 4)}, path)
+    assert header_fault(files[family], transformer=path).endswith("1 keys unexpected: text_proj.weight")
+    state.pop("net.blocks.1.mlp.layer1.weight")
+    save_file(state, path)
+    assert header_fault(files[family], transformer=path).endswith("1 keys missing: blocks.1.mlp.layer1.weight")
