@@ -14,7 +14,7 @@ from torch import Tensor
 from anima_train.adapters.names import lora_stems
 from anima_train.core.errors import ModelFileError
 from anima_train.core.format import count
-from anima_train.model.file_kinds import LLM_ADAPTER_PREFIX, SLOTS, identify, uncompiled
+from anima_train.model.file_kinds import A_LORA, AN_ADAPTER, LLM_ADAPTER_PREFIX, SLOTS, identify, uncompiled
 from anima_train.model.loading import ModelFiles
 from anima_train.model.safetensors_io import Entry, TensorFile, open_header, read_tensors
 
@@ -79,7 +79,7 @@ def read_lora(path: Path, shapes: Shapes) -> dict[str, Update]:
         ModelFileError: no LoRA, damaged, or of another model: how many keys do not fit, and the first.
     """
     file = uncompiled(open_header(path))
-    if (kind := identify(file)) != "a LoRA":
+    if (kind := identify(file)) not in (A_LORA, AN_ADAPTER):
         raise ModelFileError(f"{path}: expected a LoRA; this looks like {SLOTS.get(kind, kind)}")
     keys = keys_by_module(file, shapes)
     config = peft_config(file)
