@@ -3,7 +3,7 @@
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from anima_train.adapters.names import STEM_FORMS, anima_modules, lora_stems
-from anima_train.adapters.read import DIFFUSERS_METADATA, PARTS, STATE_OF, STATE_SCALE, peft_config, peft_scale
+from anima_train.adapters.read import (
+    DIFFUSERS_METADATA,
+    PARTS,
+    STATE_OF,
+    STATE_SCALE,
+    foreign_fault,
+    peft_config,
+    peft_scale,
+)
 from anima_train.adapters.updates import change, change_shape, updated
 from anima_train.core.errors import ModelFileError
 from anima_train.core.format import count
@@ -180,8 +188,8 @@ def expect_whole(path: Path, changes: Mapping[str, Mapping[str, Tensor]]) -> Non
             raise ModelFileError(f"{path}: {name} has parts that do not fit each other: {found}; the file is damaged")
 
 
-def expect_all_known(file: TensorFile, keys: Iterable[AdapterKey], parameters: Collection[str] | None) -> None:
-    """Raise ModelFileError if a key is of nothing in the model, with how many there are, and the first.
+def expect_all_known(file: TensorFile, keys: Sequence[AdapterKey], parameters: Collection[str] | None) -> None:
+    """Raise ModelFileError if a key is of nothing in the model, with their number, and the first or whose they are.
 
     Args:
         file: the adapter.
@@ -192,10 +200,9 @@ def expect_all_known(file: TensorFile, keys: Iterable[AdapterKey], parameters: C
         key.key for key in keys if key.module is None or (parameters is not None and key.parameter not in parameters)
     ]
     if unknown:
-        raise ModelFileError(
-            f"{file.path}: {count(len(unknown), 'key')} for nothing in the transformer: {first_five(unknown)}; "
-            "`anima verify` tells what the file is"
-        )
+        listing = f"{count(len(unknown), 'key')} for nothing in the transformer: {first_five(unknown)}"
+        fault = foreign_fault(unknown, len(keys) - len(unknown))
+        raise ModelFileError(f"{file.path}: {fault or f'{listing}; `anima verify` tells what the file is'}")
 
 
 def give_alphas(file: TensorFile, keys: Iterable[AdapterKey], changes: Mapping[str, dict[str, Tensor]]) -> None:

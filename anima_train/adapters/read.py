@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,6 @@ OTHER_LORAS = (
     (r"joint_blocks|(add_[qkv]_proj|to_add_out)", "of Stable Diffusion 3 or Qwen-Image"),
     (r"cross_attn[._][qkvo][._]lora|cross_attn[._][qkv]_img", "of Wan"),
     (r"(^|[._])layers[._]\d+[._](attention|feed_forward)[._]", "of Lumina or Z-Image"),
-    (r"lllite_", "of LLLite, for control images"),
 )
 BY_RESIZE = "; `anima resize` makes one of it"
 BY_EXTRACT = "; `anima extract BASE FILE` makes one of it"
@@ -56,6 +55,7 @@ OTHER_FORMS = (
     (r"dora_scale", "DoRA", BY_EXTRACT),
     (r"lora_magnitude", "DoRA", ""),
     (r"\.(oft|boft)_", "OFT", ""),
+    (r"^lllite_", "LLLite, for control images", ""),
     (r"\.(glora|[ab][12])\.weight$", "GLoRA", ""),
     (r"lora_mid", "LoCon with a middle matrix", ""),
     (r"\.(diff|diff_b|set_weight|w_norm|b_norm)$", "file of whole differences of weights", BY_EXTRACT),
@@ -160,6 +160,11 @@ def kind_fault(unknown: list[str], num_known: int) -> str | None:
                 f"is a {form} ({count(len(keys), 'key')} such as {keys[0]}); a plain LoRA is wanted, which has an up "
                 f"and a down matrix and no others{remedy}"
             )
+    return foreign_fault(unknown, num_known)
+
+
+def foreign_fault(unknown: Sequence[str], num_known: int) -> str | None:
+    """Return the other model, or the text encoder, that these unknown keys are of; arguments as of `kind_fault`."""
     if num_known == 0:
         for pattern, model in OTHER_LORAS:
             if any(re.search(pattern, key) for key in unknown):

@@ -83,6 +83,12 @@ def test_what_is_no_adapter_or_of_another_model_is_refused(tmp_path):
     with pytest.raises(ModelFileError, match="expected a LoRA or another adapter"):
         read_adapter(path)
     path = write(path, {"lora_te_layers_0_mlp_up_proj.alpha": torch.ones(1)})
+    with pytest.raises(ModelFileError, match=r"changes only the text encoder \(1 key such as lora_te_layers_0"):
+        read_adapter(path)
+    path = write(path, {"lora_unet_double_blocks_0_img_attn_qkv.alpha": torch.ones(1)})
+    with pytest.raises(ModelFileError, match="is a LoRA of Flux or HunyuanVideo, not of Anima"):
+        read_adapter(path)
+    path = write(path, {"diffusion_model.blocks.0.other.alpha": torch.ones(1)})
     with pytest.raises(ModelFileError, match="1 key for nothing in the transformer"):
         read_adapter(path)
     path = write(path, {f"{STEM}.diff": torch.ones(2, 2)})
