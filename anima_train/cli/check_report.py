@@ -31,6 +31,7 @@ from anima_train.data.plan import EpochSchedule, Plan, times_seen
 from anima_train.data.samples import Sample
 from anima_train.data.scan import Scan
 from anima_train.evaluation.base_drawn import split_undrawn
+from anima_train.evaluation.strengths import strengths_to_try
 from anima_train.model.attention_choice import AttentionShape, choose_attention
 from anima_train.model.loading import ModelSpec
 from anima_train.model.text import TokenCounts
@@ -50,14 +51,14 @@ from anima_train.reports.dataset import (
 from anima_train.reports.dataset_page import render, render_refusal
 from anima_train.reports.key_settings import key_settings
 from anima_train.reports.places import places_of, shared_text
-from anima_train.training.build import disk_plan, file_sizes, plan_run, trainable_transformer
+from anima_train.training.build import all_intervals, disk_plan, file_sizes, plan_run, trainable_transformer
 from anima_train.training.costs import Measured, ModelStats, estimated_seconds, memory_cost, model_stats  # fmt: skip
 from anima_train.training.dry_run import describe_run
 from anima_train.training.ladder import Choice, choose_here, num_blocks
 from anima_train.training.memory_check import extremes, measure
 from anima_train.training.prepare import RefusedData, scan_all
 from anima_train.training.setup import counts_zeros
-from anima_train.training.summary import data_messages
+from anima_train.training.summary import data_messages, evaluation_text, kept_text, sets_text
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +184,7 @@ class Checked:
         sizes, kept = file_sizes(config, spec, plan.samples), loaded.base_velocity_bytes(evaluated(scans))
         files = disk_plan(config, Path(config.output_dir), sizes, plan, schedule, base_velocities=kept)
         full = files.warning(config.keep_last)
-        warnings = [*loaded.warnings, *plan_warnings(config, schedule.num_steps), *filter(None, [full])]
+        warnings = [*loaded.warnings, *plan_warnings(config, plan.samples, schedule.num_steps), *filter(None, [full])]
         notes = [*loaded.notes, *plan_notes(config, spec, plan, schedule, evaluated(scans))]
         scans = with_truncated(scans, captions, known.lengths)
         return cls(loaded, spec, scans, captions, known, plan, schedule, files, memory, warnings, notes)
@@ -226,12 +227,25 @@ def make_report(title: str, checked: Checked, max_thumbnails: int, measured: Seq
         curve=lr_curve(config.lr_scheduler, config.warmup_steps, num_steps),
         groups=group_rows(transformer, config.learning_rates()),
         cache=cache_costs(entries, known.lengths, TextFormat.of(spec)),
+        against_forgetting=against_forgetting(checked),
         files=f"{checked.files.described()}: {format_bytes(checked.files.num_bytes)} in all",
         memory=checked.memory,
         device_bytes=memory_bytes(spec.device),
         max_tokens=spec.max_tokens,
         run_seconds=estimated_seconds(measured, plan.micro_batches_per_step, num_steps, num_tokens),
     )
+
+
+def against_forgetting(checked: Checked) -> list[str]:
+    """Return lines about what keeps the base, and about what is measured, with its cost."""
+    loaded, plan, schedule = checked.loaded, checked.plan, checked.schedule
+    config, passes = loaded.config, loaded.passes(evaluated(checked.scans))
+    others = config.eval_before_first_step + len(strengths_to_try(config.strengths_after_training))
+    return [
+        *kept_text(plan, schedule, loaded.preservation),
+        *sets_text(config.eval_datasets, config.measures_drift, config.sampling),
+        *evaluation_text(all_intervals(config)["evaluation"], others, passes, plan, schedule),
+    ]
 
 
 def with_truncated(

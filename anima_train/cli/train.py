@@ -55,6 +55,8 @@ def train_and_report(
 def next_steps(loaded: "LoadedConfig", weights: Path, file: Path, overrides: Sequence[str]) -> list[str]:
     """Return lines about a run's final weights: where they are, how to try them, where ComfyUI wants them.
 
+    Those of the best evaluation, where they are kept, are named with them.
+
     Args:
         loaded: the configuration of the run.
         weights: their file.
@@ -72,8 +74,12 @@ def next_steps(loaded: "LoadedConfig", weights: Path, file: Path, overrides: Seq
     if config.sampling is None:  # else its prompts are drawn
         triggers = (directory.trigger_word for directory in loaded.train.settings.directory if directory.trigger_word)
         words += ["--prompt", next(triggers, "1girl, solo")]
+    keeps = [key for key in ("keep_best", "forgetting_budget") if getattr(config, key) is not None]
+    best = weights.with_name(f"{weights.stem}-best{weights.suffix}")
+    kept = [f"kept by {' and '.join(keeps)}: {best}"] if keeps and best.exists() else []
     return [
         f"weights {weights}",
+        *kept,
         f"try them: {shlex.join(words)}",
         f"for ComfyUI: copy them to ComfyUI/models/{folder}",
     ]

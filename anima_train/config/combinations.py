@@ -81,6 +81,8 @@ def set_names_fault(value: list[EvalDataset], earlier: Earlier) -> str | None:
     names = [dataset.name for dataset in value]
     for name in {"train", "preservation"} & set(names):
         return f"found the name {quoted(name)}, which is that of samples that are trained"
+    if "evaluation" in names:
+        return 'found the name "evaluation", which is that of what all sets say together'
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         return f"two sets are called {', '.join(map(quoted, repeated))}, and would share a curve"
     return None
@@ -96,6 +98,19 @@ def never_evaluated_fault(value: bool, earlier: Earlier) -> str | None:
 def best_fault(value: str | None, earlier: Earlier) -> str | None:
     """Refuse a number that is never logged."""
     return None if value is None else metric_fault(value, earlier.get("eval_datasets", ()))
+
+
+def undecided_fault(value: str | float | EarlyStopping | None, earlier: Earlier) -> str | None:
+    """Require the evaluations that are to decide, and that of the base where a difference from it does."""
+    metric = value.metric if isinstance(value, EarlyStopping) else value
+    if metric is None or (isinstance(metric, str) and "/" not in metric):  # nothing, or what no evaluation logs
+        return None
+    if all(earlier.get(key, 1) is None for key in EVAL_INTERVALS):
+        return f"needs evaluations after some steps, which decide; set {' or '.join(EVAL_INTERVALS)}"
+    compares = str(metric).startswith("evaluation/") or str(metric).endswith("/difference_from_base")
+    if compares and not earlier.get("eval_before_first_step", True):
+        return f"{quoted(str(metric))} needs eval_before_first_step = true: the base is measured then"
+    return None
 
 
 def budget_fault(value: float | None, earlier: Earlier) -> str | None:
@@ -118,6 +133,8 @@ def strengths_fault(value: list[float], earlier: Earlier) -> str | None:
     sets = earlier.get("eval_datasets", ())
     if value and not any(each.role in ("validation", "retention") for each in sets):
         return 'needs a set in eval_datasets with role = "validation" or "retention"'
+    if value and not any(value):
+        return "holds 0 alone, which is the base, and always tried beside others; add such as 0.5 and 1.0"
     return None
 
 
@@ -278,8 +295,8 @@ CHECKS: Mapping[str, tuple[Callable[[Any, Earlier], str | None], ...]] = {
     "pseudo_huber_c": (loss_fault,),
     "eval_datasets": (set_names_fault,),
     "eval_before_first_step": (never_evaluated_fault,),
-    "keep_best": (best_fault,),
-    "forgetting_budget": (budget_fault,),
+    "keep_best": (best_fault, undecided_fault),
+    "forgetting_budget": (budget_fault, undecided_fault),
     "at_budget": (at_budget_fault,),
     "strengths_after_training": (strengths_fault,),
     "keep_last": (keep_last_fault,),
@@ -288,5 +305,5 @@ CHECKS: Mapping[str, tuple[Callable[[Any, Earlier], str | None], ...]] = {
     "preservation": (preservation_fault,),
     "ema": (average_fault,),
     "sampling": (thumbnail_fault, best_preview_fault),
-    "early_stopping": (stopping_fault,),
+    "early_stopping": (stopping_fault, undecided_fault),
 }

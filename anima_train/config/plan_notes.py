@@ -10,6 +10,7 @@ from anima_train.config.combinations import EVAL_INTERVALS
 from anima_train.config.config import Config
 from anima_train.config.data_notes import without_effect_on_data
 from anima_train.core.format import count
+from anima_train.core.settings import quoted
 from anima_train.data.plan import BatchSizes, EpochSchedule, Plan, batch_entry_for, times_seen
 from anima_train.data.samples import Sample, exact
 from anima_train.data.settings import DatasetSettings
@@ -54,14 +55,36 @@ def plan_notes(
     return list(dict.fromkeys(f"{key}: has no effect, as {why}" for key, why in notes))
 
 
-def plan_warnings(config: Config, num_steps: int) -> Iterator[str]:
-    """Yield "key: what is wrong" for what makes a run of this length another than is meant."""
+def plan_warnings(config: Config, trained: Iterable[Sample], num_steps: int) -> Iterator[str]:
+    """Yield "key: what is wrong" for what makes a run of this length, on these samples, another than is meant."""
+    trained = list(trained)
+    yield from trained_captions(config, trained)
+    if trained and all(sample.role == "regularization" for sample in trained):
+        yield 'dataset: every image has role = "regularization": nothing new is to learn; leave role out where it is'
     if config.warmup_steps > num_steps > 0:
         yield (
             f"warmup_steps: {config.warmup_steps:,} is longer than the run of {count(num_steps, 'step')}: the learning "
             f"rate rises to {num_steps / config.warmup_steps:.0%} of lr, and no more; write "
             f"warmup_steps = {max(1, num_steps // 20)}"
         )
+
+
+def trained_captions(config: Config, trained: Iterable[Sample]) -> Iterator[str]:
+    """Yield a warning for captions that are to show what is forgotten, or to keep the base, and are trained."""
+    texts = {text for sample in trained if sample.role == "train" for text in sample.plain_captions() if text}
+    kept = {f"eval_datasets {each.name}: captions": each.captions for each in config.eval_datasets}
+    if (preservation := config.preservation) is not None:
+        kept["preservation.captions"] = preservation.captions
+        kept["preservation.class_caption"] = {"class": [preservation.class_caption or ""]}
+    for key, captions in kept.items():
+        # Of those shipped none is a caption that anyone trains.
+        of_key = chain.from_iterable(captions.values()) if isinstance(captions, dict) else ()
+        if shared := [text for text in of_key if text in texts]:
+            noun = "captions of training images are" if len(shared) > 1 else "caption of a training image is"
+            yield (
+                f"{key}: {len(shared):,} {noun} among what is not to change, such as {quoted(shared[0])}; remove "
+                "what is trained from there"
+            )
 
 
 def without_effect_in_time(config: Config, plan: Plan, schedule: EpochSchedule) -> Notes:
@@ -72,6 +95,9 @@ def without_effect_in_time(config: Config, plan: Plan, schedule: EpochSchedule) 
         "epochs": schedule.locate(num_steps)[0],
         "examples": sum(times_seen(plan, schedule, num_steps)),
     }
+    intervals = {"steps": config.eval_every_n_steps, "epochs": config.eval_every_n_epochs,
+                 "examples": config.eval_every_n_examples}  # fmt: skip
+    yield from undecided(config, sum(lengths[unit] // every for unit, every in intervals.items() if every is not None))
     tables = {"": config} if config.sampling is None else {"": config, "sampling.": config.sampling}
     for prefix, table in tables.items():
         for name in type(table).model_fields:
@@ -81,6 +107,21 @@ def without_effect_in_time(config: Config, plan: Plan, schedule: EpochSchedule) 
             if unit is not None and value is not None and value > lengths[unit[1]]:
                 run = count(lengths[unit[1]], {"examples": "image"}.get(unit[1], unit[1].removesuffix("s")))
                 yield f"{prefix}{name}", f"the run ends before, after {run}"
+
+
+def undecided(config: Config, num_evaluations: int) -> Notes:
+    """Yield the keys that decide by evaluations of which there are too few, at most so many after the first step."""
+    rule = config.early_stopping
+    watched = {"keep_best": config.keep_best, "early_stopping": None if rule is None else rule.metric}
+    keys = [key for key, metric in watched.items() if metric is not None and "/" in metric]
+    keys += [] if config.forgetting_budget is None else ["forgetting_budget"]
+    if num_evaluations == 0:
+        yield from ((key, "the run ends before the first evaluation of what it has trained") for key in keys)
+    elif rule is not None and "early_stopping" in keys:
+        looks = num_evaluations + config.eval_before_first_step
+        if looks <= rule.patience:
+            why = f"the run has {count(looks, 'evaluation')}, and patience waits for {rule.patience} after the best one"
+            yield "early_stopping", why
 
 
 def without_effect_on_schedule(config: Config, num_steps: int) -> Notes:

@@ -35,6 +35,7 @@ EXPECTED = {
     "less_than_equal": "at most {le:g}",
     "literal_error": "{expected}",
     "string_too_short": "text of {min_length} or more characters",
+    "string_pattern_mismatch": "text that matches {pattern}",
     "too_short": "a list of {min_length} or more",
     "too_long": "a list of {max_length} or fewer",
 }

@@ -102,41 +102,47 @@ def scan(
         raise DataError(problems)
     total.warnings.extend(duplicates(sample.picture for sample in total.samples))
     weights = [dataset.options(index).weight for index in range(len(folders))]
-    samples = weighted(with_default_share(total.samples, dataset), weights)
+    samples = weighted(with_regularization_share(total.samples, dataset), weights)
     return Scan(samples, num_images, total.bad, total.skipped, total.warnings)
 
 
-def with_default_share(samples: list[Sample], dataset: DatasetSettings) -> list[Sample]:
-    """Return the samples, images for regularization as often as is their default share, of those that others leave it.
+def with_regularization_share(samples: list[Sample], dataset: DatasetSettings) -> list[Sample]:
+    """Return the samples, images for regularization as often as is their share: their weight, if others have none.
 
-    That is where neither a weight nor num_repeats of their own, or of their folders, says how often. Other images are
-    seen as often as without them.
+    Without a weight it is the default, where no num_repeats of their own, or of their folders, says how often. Other
+    images are seen as often as without them.
     """
-    free = {
+    options = [dataset.options(index) for index in range(len(dataset.directory))]
+    weights = {index: own.weight for index, own in enumerate(options) if own.weight is not None}
+    free = tuple(
         index
-        for index in range(len(dataset.directory))
-        for own in [dataset.options(index)]
+        for index, own in enumerate(options)
         if own.role == "regularization" and own.weight is None and not own.kohya_folders
         if dataset.level(index, "num_repeats") < OWN
-    }
+    )
+    shares: list[tuple[Sequence[int], Fraction]] = [((index,), exact(weight)) for index, weight in weights.items()]
+    shares = shares or [(free, REGULARIZATION_SHARE)]
+    rest = 1 - sum(share for _, share in shares)
     trained = sum(sample.repeats for sample in samples if sample.options.role == "train")
-    kept = sum(sample.repeats for sample in samples if sample.directory in free)
-    if not trained or not kept:
+    if not trained or len(weights) == len(options):
         return samples
-    factor = REGULARIZATION_SHARE / (1 - REGULARIZATION_SHARE) * trained / kept
-    return [replace(each, repeat_factor=factor) if each.directory in free else each for each in samples]
+    factors: dict[int, Fraction] = {}
+    for directories, share in shares:
+        if kept := sum(sample.repeats for sample in samples if sample.directory in directories):
+            factors |= dict.fromkeys(directories, share / rest * trained / kept)
+    return [replace(each, repeat_factor=factors.get(each.directory, each.repeat_factor)) for each in samples]
 
 
 def weighted(samples: list[Sample], weights: Sequence[float | None]) -> list[Sample]:
     """Return the samples, repeated so that each directory has its share of an epoch; `weights` by directory.
 
-    The length of the epoch stays that without weights.
+    The length of the epoch stays that without weights. Where some have none nothing is changed.
     """
     per_epoch: dict[int, Fraction] = defaultdict(Fraction)
     for sample in samples:
         per_epoch[sample.directory] += sample.repeats
     shares = {index: exact(weight) for index, weight in enumerate(weights) if weight is not None and per_epoch[index]}
-    if len(shares) < 2:
+    if None in weights or len(shares) < 2:
         return samples
     total, all_shares = sum(per_epoch.values()), sum(shares.values())
     factors = {index: total * share / all_shares / per_epoch[index] for index, share in shares.items()}

@@ -44,8 +44,9 @@ class DirectoryOptions(Settings):
     weight: float | None = Field(default=None, gt=0)
     """Share of the samples seen, relative to the weights of the other directories: with 3 and 1, three quarters and
     one quarter of each epoch, whatever the number of images. The length of an epoch stays that of num_repeats. Set for
-    all directories or for none. Absent: num_repeats alone decides; images with role = "regularization" without a
-    num_repeats in their own table are 0.2 of those seen, the others as often as without them."""
+    all directories or for none; or for those with role = "regularization" alone: then it is their share of all samples,
+    and the others are seen as often as without them. Absent: num_repeats alone decides; images with role =
+    "regularization" without a num_repeats in their own table are 0.2 of those seen."""
     role: Literal["train", "regularization"] = "train"
     """The purpose of the images. "regularization": images of what the model should not forget. They get no
     trigger_word, and their loss is logged apart, as loss/regularization; weight sets their share, 0.2 without it."""
@@ -309,9 +310,7 @@ class DatasetSettings(DirectoryOptions):
     def model_post_init(self, context: Any) -> None:
         options = [self.options(index) for index in range(len(self.directory))]
         problems = [f"directory[{index}]: {problem}" for index, own in enumerate(options) for problem in own.problems()]
-        unweighted = [index for index, own in enumerate(options) if own.weight is None]
-        if 0 < len(unweighted) < len(options):
-            problems.append(f"directory[{unweighted[0]}]: has no weight, but another has; give one to all, or to none")
+        problems.extend(unequal_weights(options))
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -369,6 +368,19 @@ class DatasetSettings(DirectoryOptions):
     def unused_in_evaluation(self) -> list[str]:
         """Return the keys that are set and change nothing where the loss is only measured."""
         return [name for name in TRAINING_KEYS if any(self.level(index, name) for index in range(len(self.directory)))]
+
+
+def unequal_weights(options: Sequence[DirectoryOptions]) -> Iterator[str]:
+    """Yield what is wrong where some directories have a weight, and others have none."""
+    weights = [own.weight for own in options if own.weight is not None]
+    if len(weights) in (0, len(options)):
+        return
+    place = f"directory[{[own.weight for own in options].index(None)}]"
+    if any((own.weight is None) != (own.role == "train") for own in options):
+        text = 'give one to all, to none, or to those with role = "regularization"'
+        yield f"{place}: has no weight, but another has; {text}"
+    elif sum(Fraction(str(weight)) for weight in weights) >= 1:
+        yield f"{place}: has no weight; then those of images for regularization are shares of all, below 1 together"
 
 
 POSITIONS = {"center": (0.5, 0.5), "top": (0.5, 0.0), "bottom": (0.5, 1.0), "left": (0.0, 0.5), "right": (1.0, 0.5)}

@@ -227,13 +227,14 @@ def score(results: Sequence[Evaluation]) -> float:
 def described(result: Evaluation, base: Evaluation | None) -> str:
     """Return an evaluation in words."""
     text = f"{result.name}/loss {result.loss:.5f}"
-    if base is None or result.losses.equal(base.losses):
+    if base is not None and result.losses.equal(base.losses):
         return text
-    change = result.difference(base)
-    error = change.largest_error
-    text += f", {change.mean:+.5f}" + ("" if error is None else f" +- {error:.5f}") + " from the base"
-    if error is not None and not change.is_beyond_chance:
-        text += " (may be chance)"
+    if base is not None:
+        change = result.difference(base)
+        error = change.largest_error
+        text += f", {change.mean:+.5f}" + ("" if error is None else f" +- {error:.5f}") + " from the base"
+        if error is not None and not change.is_beyond_chance:
+            text += " (may be chance)"
     if result.drift is not None:
         text += f", drift {result.drift.relative(result.kinds).mean:.2%} of the base's velocity"
     return text

@@ -141,6 +141,7 @@ class DatasetReport:
     curve: Sequence[tuple[int, float]]  # (step, factor on the learning rates)
     groups: Sequence[GroupRow]
     cache: Sequence[CacheCost]
+    against_forgetting: Sequence[str]  # lines about what is measured, and what keeps the base
     files: str  # that the run writes
     memory: Choice | None  # the estimate of the largest micro-batch, and the settings that were chosen for it
     device_bytes: int  # all memory of the device
@@ -198,7 +199,7 @@ def collect_sets(
             SetReport(
                 name,
                 scan.num_images,
-                num_used=len(captions[name]),
+                num_used=len({sample.picture.path for sample in samples if not sample.is_preserved}),
                 bad=list(map(shared, scan.bad)),
                 damaged=list(map(shared, damaged)),
                 skipped=list(map(shared, scan.skipped)),

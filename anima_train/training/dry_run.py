@@ -86,8 +86,7 @@ def describe_run(
     check_blocks(config.blocks_to_swap, config.checkpointed_blocks, config.adapter, spec, num_processes)
     if divides:
         check_can_divide(config.optimizer, config.blocks_to_swap, config.model.quantization, bool(config.preservation))
-    lines = trained_text(config.adapter, config.learning_rates(), spec)
-    lines.extend(told(loaded.warnings, loaded.notes))
+    lines = [*trained_text(config.adapter, config.learning_rates(), spec), *told(loaded.warnings, loaded.notes)]
     lines.extend(line for each in scans.items() for message in data_messages(*each) for line in message_lines(message))
     plan, schedule = plan_run(config, scans["train"].samples, num_processes)
     transformer = trainable_transformer(spec, config.adapter, config.learning_rates(), config.seed)
@@ -109,7 +108,8 @@ def describe_run(
     lines.extend(sets_text(config.eval_datasets, config.measures_drift, config.sampling))
     others = config.eval_before_first_step + len(strengths_to_try(config.strengths_after_training))
     lines.extend(evaluation_text(all_intervals(config)["evaluation"], others, loaded.passes(evals), plan, schedule))
-    lines.extend(told(plan_warnings(config, schedule.num_steps), plan_notes(config, spec, plan, schedule, evals)))
+    warnings = plan_warnings(config, plan.samples, schedule.num_steps)
+    lines.extend(told(warnings, plan_notes(config, spec, plan, schedule, evals)))
     lines.extend((*groups_text(rows), *selection_text(config.adapter, transformer)))
     if saved is None and (initial := initial_lora(config.adapter, spec, config.learning_rates())) is not None:
         lines.extend(initial.described)

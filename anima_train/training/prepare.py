@@ -337,7 +337,24 @@ def scan_all(datasets: Sequence[Dataset], seed: int, write: bool) -> dict[str, S
             problems.extend(prefixed(f"dataset {each.name}: ", problem) for problem in error.problems)
     if problems:
         raise RefusedData(problems, scans)
-    return scans
+    return with_shared(scans, {each.name: each.role for each in datasets})
+
+
+def with_shared(scans: Mapping[str, Scan], roles: Mapping[str, str]) -> dict[str, Scan]:
+    """Return the scans with warnings of retention sets about images that are in a validation set, too."""
+    found = dict(scans)
+    for kept in (name for name in scans if roles[name] == "retention"):
+        for learned in (name for name in scans if roles[name] == "validation" and name != "train"):
+            known = {sample.picture.sha256 for sample in scans[learned].samples}
+            shared = [sample.picture for sample in scans[kept].samples if sample.picture.sha256 in known]
+            if files := list(dict.fromkeys(str(picture.path) for picture in shared)):
+                text = (
+                    f"{count(len(files), 'image is', 'images are')} in the evaluation set {learned} too, such as "
+                    f"{files[0]}: what is learned of them counts as forgotten; remove them from one of both"
+                )
+                warning = Listing(text, files, num_shown=0)
+                found[kept] = replace(found[kept], warnings=[*found[kept].warnings, warning])
+    return found
 
 
 def with_preserved(train: Scan, preserved: Scan, share: float) -> Scan:

@@ -113,7 +113,7 @@ def build_plan(run: RunContext, data: Prepared) -> tuple[Plan, EpochSchedule]:
     for line in plan_text(plan, schedule, run.config.epochs, run.config.ema, data.train.preservation):
         logger.info("%s", line)
     evals = {each.name: each.data.samples for each in data.evals}
-    for warning in plan_warnings(run.config, schedule.num_steps):
+    for warning in plan_warnings(run.config, plan.samples, schedule.num_steps):
         logger.warning("%s", warning)
     for note in plan_notes(run.config, data.spec, plan, schedule, evals):
         logger.info("note: %s", note)

@@ -199,4 +199,9 @@ def plan_text(
             f"note: ema.decay: {ema.decay} is not reached in {count(timetable.num_steps, 'step')}: the average "
             "covers about the last ninth of the steps, and a larger one would change nothing"
         )
-    return [*lines, *regularization_text(plan, timetable), *preservation_text(plan, timetable, preservation)]
+    return [*lines, *kept_text(plan, timetable, preservation)]
+
+
+def kept_text(plan: Plan, schedule: EpochSchedule, preservation: Preservation | None) -> list[str]:
+    """Return lines about the samples against forgetting: images for regularization, and what keeps the base."""
+    return [*regularization_text(plan, schedule), *preservation_text(plan, schedule, preservation)]

@@ -109,6 +109,10 @@ FROZEN = {f"model.{name}_lr": 0.0 for name in ("self_attn", "cross_attn", "mlp",
             'eval_datasets: found the name "train", which is that of samples that are trained',
         ),
         (
+            {"eval_datasets": [EVAL["eval_datasets"][0] | {"name": "evaluation"}]},
+            'eval_datasets: found the name "evaluation", which is that of what all sets say together',
+        ),
+        (
             {"keep_last": 5},
             "keep_last: has no effect, as no training state is saved; set checkpoint_every_n_epochs or "
             "checkpoint_every_n_steps or checkpoint_every_n_minutes",

@@ -10,6 +10,7 @@ from PIL import Image
 from anima_train.config.load import load_config
 from anima_train.config.model_files import build_model_spec
 from anima_train.config.plan_notes import plan_notes, plan_warnings
+from anima_train.evaluation.base_drawn import split_undrawn
 from anima_train.training.build import plan_run
 from anima_train.training.prepare import scan_all
 
@@ -20,7 +21,7 @@ def notes_of(trainer):
 
     def run(**changes):
         loaded = load_config(trainer.config(**changes), [])
-        scans = scan_all((loaded.train, *loaded.evals), loaded.config.seed, write=False)
+        scans = scan_all(split_undrawn(loaded.datasets)[0], loaded.config.seed, write=False)
         plan, schedule = plan_run(loaded.config, scans["train"].samples, 1)
         evals = {name: scan.samples for name, scan in scans.items() if name != "train"}
         spec = build_model_spec(loaded.config, torch.device("cpu"))
@@ -66,13 +67,50 @@ def test_what_never_happens_in_a_run_is_noted_and_nothing_else(notes_of, changes
     assert notes_of(**changes) == expected
 
 
+@pytest.mark.parametrize(
+    ("every", "expected"),
+    [
+        (2, []),
+        (4, ["early_stopping: has no effect, as the run has 2 evaluations, and patience waits for 2 after the best "
+             "one"]),
+        (5, [*(f"{key}: has no effect, as the run ends before the first evaluation of what it has trained"
+               for key in ("keep_best", "early_stopping", "forgetting_budget")),
+             "eval_every_n_steps: has no effect, as the run ends before, after 4 steps"]),
+    ],
+)  # fmt: skip
+def test_what_too_few_evaluations_are_to_decide_is_noted(notes_of, pictures, every, expected):
+    known = {"name": "a", "role": "retention", "captions": {"manner": ["ink"]}}
+    rule = {"early_stopping": {"metric": "a/loss", "patience": 2}, "keep_best": "a/loss", "forgetting_budget": 0.1}
+    assert notes_of(eval_datasets=[known], eval_every_n_steps=every, **rule) == expected
+
+
+def test_captions_that_are_trained_and_are_not_to_change_are_warned_of(trainer, pictures):
+    (pictures / "image2.txt").write_text("a hill")
+    sets = [{"name": "a", "role": "retention", "captions": {"manner": ["ink", "a hill"]}}]
+    for kept, key in (({"captions": {"b": ["a hill"]}}, "captions"),
+                      ({"on": "class_caption", "class_caption": "a hill"}, "class_caption")):  # fmt: skip
+        loaded = load_config(trainer.config(eval_datasets=sets, preservation=kept))
+        samples = scan_all((loaded.train,), 0, write=False)["train"].samples
+        assert [warning.partition(";")[0] for warning in plan_warnings(loaded.config, samples, 4)] == [
+            f'{place}: 1 caption of a training image is among what is not to change, such as "a hill"'
+            for place in ("eval_datasets a: captions", f"preservation.{key}")
+        ]
+
+
+def test_images_for_regularization_alone_are_a_warning(trainer, pictures):
+    loaded = load_config(trainer.config(dataset={"directory": [{"path": str(pictures), "role": "regularization"}]}))
+    samples = scan_all((loaded.train,), 0, write=False)["train"].samples
+    (warning,) = plan_warnings(loaded.config, samples, 4)
+    assert warning.startswith('dataset: every image has role = "regularization": nothing new is to learn')
+
+
 def test_a_warmup_longer_than_the_run_is_a_warning(trainer):
     config = load_config(trainer.config(warmup_steps=400), []).config
     said = "the learning rate rises to {} of lr, and no more; write warmup_steps = {}"
     for num_steps, *numbers in ((4, "1%", 1), (300, "75%", 15)):
-        (warning,) = plan_warnings(config, num_steps)
+        (warning,) = plan_warnings(config, [], num_steps)
         assert warning == f"warmup_steps: 400 is longer than the run of {num_steps} steps: {said.format(*numbers)}"
-    assert not list(plan_warnings(config, 400))
+    assert not list(plan_warnings(config, [], 400))
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def complete(header, lines):
         return data | {"eval_datasets": [shown | {"name": "a", "config": "b"}]}
     if header == "[early_stopping]":  # needs what is evaluated
         sets = [{"name": "a", "config": "b"}]
-        return data | {"eval_datasets": sets, "early_stopping": {"metric": "a/loss"} | shown}
+        return data | {"eval_datasets": sets, "eval_every_n_steps": 1, "early_stopping": {"metric": "a/loss"} | shown}
     if header == "[preservation]":  # needs a LoRA
         return data | {"adapter": {"type": "lora"}, "preservation": shown}
     name, *inside = header.strip("[]").split(".")

@@ -1357,8 +1357,13 @@ def test_weights_are_shares_of_what_is_seen_in_as_long_an_epoch(tmp_path: Path, 
 
 
 def test_a_weight_for_some_directories_only_is_refused():
-    expected = "directory[1]: has no weight, but another has; give one to all, or to none"
-    assert expected in problems({}, {"weight": 1}, {})
+    kept = {"role": "regularization"}
+    expected = 'has no weight, but another has; give one to all, to none, or to those with role = "regularization"'
+    for tables in ([{"weight": 1}, {}], [{"weight": 0.2, **kept}, kept, {}], [{"weight": 1}, kept]):
+        assert f"directory[1]: {expected}" in problems({}, *tables)
+    assert "those of images for regularization are shares of all, below 1 together" in problems(
+        {}, {}, {"weight": 0.5, **kept}, {"weight": 0.5, **kept}
+    )
 
 
 def test_captions_that_cannot_be_told_apart_into_tags_are_warned_of(folder: Path):
@@ -1395,6 +1400,8 @@ def test_transparent_images_are_known_from_their_header(folder: Path):
         ({}, {"num_repeats": 2}, (3, 4)),
         ({}, {"kohya_folders": True}, (3, 2)),
         ({"weight": 1}, {}, (Fraction(5, 2), Fraction(5, 2))),
+        ({}, {"weight": 0.4}, (3, 2)),
+        ({}, {"weight": 0.4, "num_repeats": 5}, (3, 2)),
     ],
 )
 def test_images_for_regularization_are_a_fifth_unless_a_key_says_how_often(tmp_path, keys, own, shares):

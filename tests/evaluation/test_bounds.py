@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from anima_train.cli.train import next_steps
 from anima_train.config.load import load_config
 from anima_train.config.sections import EarlyStopping
 from anima_train.core.errors import ConfigError, Interrupted
@@ -157,6 +158,8 @@ def test_a_run_ends_at_its_budget_keeps_what_was_within_and_resumes_exactly(trai
     best = run.path / "weights" / "run-best.safetensors"
     assert step_of(best) == 6
     assert step_of(run.path / "weights" / "run.safetensors") == 8
+    loaded = load_config(trainer.config(**sets, forgetting_budget=budget))
+    assert f"kept by forgetting_budget: {best}" in next_steps(loaded, best.with_name("run.safetensors"), best, [])
     final, kept, losses, evaluations = run.weights, load_file(best), run.losses, run.evaluations
 
     # As a kill after step 7 leaves it.
@@ -298,6 +301,7 @@ def test_early_stopping_ends_a_run_that_does_not_learn(trainer, sets, capsys):
     assert len(run.losses) == 4
 
 
+NEVER = {"eval_every_n_steps": None}  # again
 LATE = {"adapter": None, "eval_before_first_step": False, "eval_every_n_steps": 1}  # a base that is gone
 
 
@@ -318,6 +322,18 @@ LATE = {"adapter": None, "eval_before_first_step": False, "eval_every_n_steps": 
             "needs every_n_steps or every_n_epochs in [sampling]; without, only the base is drawn and scored",
         ),
         ({"early_stopping": {"metric": "score"}}, 'early_stopping: metric: "score" needs a judge in [sampling]'),
+        (NEVER | {"keep_best": "new/loss"}, "keep_best: needs evaluations after some steps, which decide; set eval_"),
+        (NEVER | {"forgetting_budget": 0.1}, "forgetting_budget: needs evaluations after some steps"),
+        (NEVER | {"early_stopping": {"metric": "new/loss"}}, "early_stopping: needs evaluations after some steps"),
+        (
+            {"keep_best": "evaluation/learning", "eval_before_first_step": False},
+            'keep_best: "evaluation/learning" needs eval_before_first_step = true: the base is measured then',
+        ),
+        (
+            {"early_stopping": {"metric": "new/difference_from_base"}, "eval_before_first_step": False},
+            'early_stopping: "new/difference_from_base" needs eval_before_first_step = true',
+        ),
+        ({"strengths_after_training": [0.0]}, "strengths_after_training: holds 0 alone, which is the base"),
         ({"at_budget": "go_on"}, "at_budget: has no effect without forgetting_budget"),
         ({"forgetting_budget": 0.1, "eval_datasets": []}, 'needs a set in eval_datasets with role = "retention"'),
         (

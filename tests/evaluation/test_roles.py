@@ -23,8 +23,8 @@ def held(name, folder, **keys):
 
 @pytest.fixture
 def other(images_drawer, tmp_path):
-    """Images that are not trained, of two kinds."""
-    for name, width in (("artist", 98), ("text", 104)):
+    """Images that are not trained, of two kinds, and new ones of the subject."""
+    for name, width in (("artist", 98), ("text", 104), ("new", 110)):
         images_drawer(tmp_path / name, [(width, 90), (width, 80)])
     for path in (tmp_path / "text").glob("*.txt"):
         path.write_text("a sign, english text")
@@ -36,7 +36,7 @@ def test_a_run_measures_what_it_learns_memorizes_and_forgets(trainer, pictures, 
     kinds = [{"path": str(other / kind), "kind": kind} for kind in ("artist", "text")]
     retention = {"name": "known", "role": "retention", "sigmas": [0.5, 0.9], "repeats": 2}
     retention["config"] = {"resolutions": [96], "directory": kinds}
-    sets = [held("seen", pictures, role="train", quantiles=[0.5]), held("new", other / "artist"), retention]
+    sets = [held("seen", pictures, role="train", quantiles=[0.5]), held("new", other / "new"), retention]
     caplog.set_level(logging.INFO)
     run = trainer(eval_datasets=sets, eval_every_n_steps=4, ema=ema, optimizer={"lr": 1e-2})
     start, end = ({key: value for line in run.evaluations if line["step"] == step for key, value in line.items()}
@@ -162,6 +162,18 @@ def test_what_is_forgotten_is_not_measured_on_what_is_trained(trainer, pictures,
         DataError, match=r"dataset known: 1 image is in the training set too, such as .*a copy\.png; role"
     ):
         scan_all((loaded.train, *loaded.evals), 0, write=False)
+
+
+def test_what_is_learned_and_measured_as_what_is_forgotten_is_told(trainer, other):
+    shutil.copy(other / "new" / "image1.png", other / "artist" / "a copy.png")
+    sets = [held("known", other / "artist", role="retention"), held("new", other / "new"), held("more", other / "new")]
+    loaded = load_config(trainer.config(eval_datasets=sets))
+    scans = scan_all((loaded.train, *loaded.evals), 0, write=False)
+    found = {name: [line for line in scan.warnings if "too" in line] for name, scan in scans.items()}
+    assert [len(lines) for lines in found.values()] == [0, 2, 0, 0]
+    for line, name in zip(found["known"], ("new", "more"), strict=True):
+        assert line.startswith(f"1 image is in the evaluation set {name} too, such as ")
+        assert "a copy.png: what is learned of them counts as forgotten" in line
 
 
 def test_training_pictures_that_are_not_trained_are_told(trainer, other):

@@ -303,11 +303,19 @@ def test_the_table_of_losses_by_noise_is_of_what_is_learned(trainer):
 def test_check_tells_programs_of_it_and_of_what_evaluations_cost(trainer):
     known = {"name": "known", "role": "retention", "captions": "shipped", "quantiles": [0.5]}
     config = trainer.config(preservation=DRAWN | {"share": 0.4}, eval_datasets=[known])
-    result = CliRunner().invoke(application(COMMANDS, ""), ["check", str(config), "--json", "--no-html"])
+    result = CliRunner().invoke(application(COMMANDS, ""), ["check", str(config), "--json"])
     found = json.loads(result.stdout)
     assert found["preservation"] == {"share": 0.4, "weight": 1.0, "captions": []}
     assert found["evaluation_passes"] == 60  # of 30 pictures and of the base
     assert found["datasets"]["train"]["images"] == 6
+    page = Path(found["page"]).read_text(encoding="utf-8")
+    lines = (
+        "6 of 6 images are used",
+        "% of the samples the target is the base",
+        "evaluation sets: known (retention, drift)",
+        "evaluations: 1 with 60 passes",
+    )
+    assert [line for line in lines if line not in page] == []
 
 
 def test_the_bar_has_a_number_where_the_first_step_learns_nothing(trainer, monkeypatch):

@@ -57,6 +57,7 @@ EVAL = {"name": "held out", "config": {"resolutions": [96], "directory": [{"path
 KEPT = {"name": "known", "role": "retention", "captions": "shipped"}
 HELD = {"on": "empty_caption", "share": 0.8}
 OF_CLASS = {"on": "class_caption", "class_caption": "1girl"}
+WATCHED = {"eval_datasets": [KEPT], "eval_every_n_steps": 2}
 RULE = {"metric": "known/loss", "patience": 3}
 LARGER = EVAL | {"config": {"resolutions": [128], "directory": [{"path": "$OTHERS"}]}}
 CLIPS = {"gradient_clipping": 0.0}
@@ -244,8 +245,8 @@ ROWS: dict[str, Row] = dict((
     table("eval_every_n_steps", "due", 4, eval_datasets=[EVAL]),
     table("eval_every_n_examples", "due", 3, eval_datasets=[EVAL]),
     table("eval_before_first_step", "first", False, eval_datasets=[EVAL], eval_every_n_steps=4),
-    table("keep_best", "bounds", "known/difference_from_base", eval_datasets=[KEPT], keep_best="known/loss"),
-    table("forgetting_budget", "bounds", 0.5, eval_datasets=[KEPT], forgetting_budget=0.2),
+    table("keep_best", "bounds", "known/difference_from_base", **WATCHED, keep_best="known/loss"),
+    table("forgetting_budget", "bounds", 0.5, **WATCHED, forgetting_budget=0.2),
     table("preservation", "computed,preserved", HELD, kind="steps"),
     table("preservation.on", "drawn,preserved,texts", "training_latents", preservation={"on": "retention"}),
     table("preservation.share", "computed,preserved", 0.01, kind="steps", preservation=HELD),
@@ -253,12 +254,12 @@ ROWS: dict[str, Row] = dict((
     table("preservation.captions", "drawn", {"manner": ["ink"]}, preservation={"share": 0.5}),
     table("preservation.pictures", "drawn", {"steps": 2}, preservation={"share": 0.5}),
     table("preservation.class_caption", "preserved,texts", "1boy", preservation=OF_CLASS),
-    table("at_budget", "bounds", "go_on", eval_datasets=[KEPT], forgetting_budget=0.2),
+    table("at_budget", "bounds", "go_on", **WATCHED, forgetting_budget=0.2),
     table("strengths_after_training", "strengths", [0.5], eval_datasets=[KEPT]),
-    table("early_stopping", "bounds", {"metric": "known/loss"}, eval_datasets=[KEPT]),
-    table("early_stopping.metric", "bounds", "known/difference_from_base", eval_datasets=[KEPT], early_stopping=RULE),
-    table("early_stopping.patience", "bounds", 1, eval_datasets=[KEPT], early_stopping=RULE),
-    table("early_stopping.min_change", "bounds", 3.5, eval_datasets=[KEPT], early_stopping=RULE),
+    table("early_stopping", "bounds", {"metric": "known/loss"}, **WATCHED),
+    table("early_stopping.metric", "bounds", "known/difference_from_base", **WATCHED, early_stopping=RULE),
+    table("early_stopping.patience", "bounds", 1, **WATCHED, early_stopping=RULE),
+    table("early_stopping.min_change", "bounds", 3.5, **WATCHED, early_stopping=RULE),
     table("eval_micro_batch_size_per_gpu", "measured", 3, eval_datasets=[{"name": "a", "config": {"resolutions": [96],
           "max_bad_fraction": 0.5, "directory": [{"path": "$PICTURES"}]}}]),
     table("save_every_n_epochs", "due", 1),
