@@ -231,9 +231,9 @@ class RunFolder:
         for path in filter(Path.exists, self.records):
             sync(path)
 
-    def finish(self) -> None:
-        """Note that the run came to its end."""
-        write_text(self.manifest_path, json.dumps(self.manifest() | {"finished": True}, indent=1))
+    def finish(self, ended_by: str | None) -> None:
+        """Note that the run came to its end; `ended_by` is the reason where that is not its last step."""
+        write_text(self.manifest_path, json.dumps(self.manifest() | {"finished": True, "ended_by": ended_by}, indent=1))
 
     def warn(self, step: int, warning: str) -> None:
         """Keep a warning that was printed, and all entries of a `Listing`; step 0 is before the first."""

@@ -105,6 +105,8 @@ def difference(
     Raises:
         ModelFileError: a file cannot be read, is of another kind, or does not fit.
     """
+    if is_adapter(open_header(base_path)):
+        raise ModelFileError(f"{base_path}: is an adapter; the checkpoint that it is for comes first, and it second")
     base = open_transformer(base_path)
     delta = delta_of(base, other_path)
     parts = []

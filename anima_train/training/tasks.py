@@ -342,7 +342,7 @@ class PeriodicTasks:
             seen = seen_facts(self.plan, self.schedule, self.state.step)
             folder.check()
             write_text(folder.seen_path, json.dumps(seen, indent=1))
-            folder.finish()
+            folder.finish(self.ending)
             logger.info("saved %s", folder.weights_path(None))
         patient_barrier(self.context.accelerator)
         return folder.weights_path(None)

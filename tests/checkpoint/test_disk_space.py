@@ -365,6 +365,6 @@ def test_what_a_full_fine_tune_keeps_of_its_base_is_planned(trainer, images_draw
     lines = disk_plan(loaded.config, tmp_path, sizes, plan, schedule, base_velocities=found).described()
     assert lines.endswith(", 1 x velocities of the base (72.0 KiB)")
     assert disk_plan(loaded.config, tmp_path, sizes, plan, schedule, 1, base_velocities=found).base_velocities == 0
-    of_lora = load_config(trainer.config(eval_datasets=sets, keep_best="new/loss", max_steps=1))
+    of_lora = load_config(trainer.config(eval_datasets=sets, eval_every_n_steps=1, keep_best="new/loss", max_steps=1))
     assert of_lora.base_velocity_bytes({name: scans[name].samples for name in ("known", "new")}) == 0
     assert disk_plan(of_lora.config, tmp_path, sizes, plan, schedule).num_weights == 2  # the last and the best

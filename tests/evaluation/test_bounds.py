@@ -19,6 +19,8 @@ from anima_train.data.plan import EpochSchedule
 from anima_train.evaluation import evaluate as evaluate_module
 from anima_train.evaluation import previews as previews_module
 from anima_train.evaluation.bounds import Bounds, history_of
+from anima_train.reports.run import collect_run
+from anima_train.reports.run_page import render_run
 from anima_train.run.intervals import Interval
 from anima_train.training.build import check_previews
 
@@ -160,6 +162,9 @@ def test_a_run_ends_at_its_budget_keeps_what_was_within_and_resumes_exactly(trai
     assert step_of(run.path / "weights" / "run.safetensors") == 8
     loaded = load_config(trainer.config(**sets, forgetting_budget=budget))
     assert f"kept by forgetting_budget: {best}" in next_steps(loaded, best.with_name("run.safetensors"), best, [])
+    page = render_run(collect_run(run.path))
+    assert f"forgetting_budget: {found[8]:.4g} is above {budget:g}" in page
+    assert "<th>kept: the last within the budget</th><td>step 6</td>" in page
     final, kept, losses, evaluations = run.weights, load_file(best), run.losses, run.evaluations
 
     # As a kill after step 7 leaves it.

@@ -119,6 +119,13 @@ def test_a_checkpoint_that_does_not_fit_is_refused(base, tmp_path):
     save_file(tensors, tmp_path / "other.safetensors")
     with pytest.raises(ModelFileError, match=r"has in another shape 1 tensor of .*blocks\.0\.mlp\.layer1\.weight"):
         difference(base, tmp_path / "other.safetensors")
+    name = "diffusion_model.blocks.0.mlp.layer1.lora_"
+    lora = tmp_path / "l.safetensors"
+    save_file({f"{name}A.weight": torch.zeros(2, 48), f"{name}B.weight": torch.zeros(192, 2)}, lora)
+    with pytest.raises(
+        ModelFileError, match=r"l\.safetensors: is an adapter; the checkpoint that it is for comes first"
+    ):
+        difference(lora, lora)
     with pytest.raises(ModelFileError, match="expected a transformer; this looks like the Qwen-Image VAE"):
         difference(tiny_paths(base.parents[2]).vae, base)
 

@@ -5,6 +5,7 @@ import math
 import re
 from fractions import Fraction
 from itertools import chain
+from pathlib import Path
 
 import pytest
 import torch
