@@ -5,15 +5,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from anima_train.cli.extract import Energy, Rank, extracted, limit_of, resized
 from anima_train.cli.options import Argument, Option, Overrides
-from anima_train.cli.output import check_written
+from anima_train.cli.output import check_written, show
 from anima_train.core.errors import ConfigError
 from anima_train.core.format import count, printable
 
 if TYPE_CHECKING:
     import torch
 
-Layout = Literal["diffusers", "comfyui", "kohya", "parts"]
+    from anima_train.tools.spectra import Limit
+
+SameWeights = Literal["diffusers", "comfyui", "kohya", "parts"]
+Layout = Literal[SameWeights, "lora"]
 Precision = Literal["bfloat16", "float32"]
 Prefix = Literal["net.", "model.diffusion_model.", "none"]
 
@@ -28,7 +32,8 @@ def convert(
         Option(
             "--to",
             help="comfyui: the keys of an adapter, or a whole model as one file; kohya: the keys of an adapter; "
-            "diffusers: of a config a folder, or the keys of an adapter; parts: of a bundle its files, in a folder.",
+            "diffusers: of a config a folder, or the keys of an adapter; lora: of another adapter the nearest LoRA; "
+            "parts: of a bundle its files, in a folder.",
         ),
     ],
     checkpoint: Annotated[
@@ -38,6 +43,11 @@ def convert(
     prefix: Annotated[
         Prefix | None, Option(help="Of the keys of a whole model. Absent: net., as the official base has it.")
     ] = None,
+    rank: Rank = None,
+    energy: Energy = None,
+    base: Annotated[
+        Path | None, Option(help="The checkpoint that a DoRA was trained on, with --to lora; then float32 is written.")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Write a config's model, a whole model or an adapter in the layout of another program."""
@@ -46,10 +56,16 @@ def convert(
         raise ConfigError(f"--checkpoint and --set are for a config, and {source} holds weights; leave them out")
     if is_config and to != "diffusers":
         raise ConfigError(f"--to {to} is for files of weights: give one instead of {source}, or --to diffusers")
+    if to != "lora" and not (rank is None and energy is None and base is None):
+        raise ConfigError(f"--rank, --energy and --base are for --to lora, found --to {to}; leave them out")
     if is_config:
         if prefix is not None:
             raise ConfigError("--prefix is for a whole model as one file, with --to comfyui; leave it out")
         convert_model(source, out, checkpoint, dtype, overrides or [])
+    elif to == "lora":
+        if prefix is not None:
+            raise ConfigError("--prefix is for a whole model as one file, with --to comfyui; leave it out")
+        convert_to_lora(source, out, base, limit_of(rank, energy), dtype)
     else:
         from anima_train.run.log import logged_to, terminal
 
@@ -57,7 +73,7 @@ def convert(
             convert_weights(source, out, to, dtype, prefix)
 
 
-def convert_weights(path: Path, out: Path, to: Layout, dtype: Precision | None, prefix: Prefix | None) -> None:
+def convert_weights(path: Path, out: Path, to: SameWeights, dtype: Precision | None, prefix: Prefix | None) -> None:
     """Write an adapter under other keys, a whole model as one file, or a bundle as several.
 
     Raises:
@@ -92,6 +108,29 @@ def convert_weights(path: Path, out: Path, to: Layout, dtype: Precision | None, 
     keys = "" if prefix == "none" else prefix or "net."
     number = convert_checkpoint(path, out, keys, precision)
     print(printable(f"{out}: {count(number, 'tensor')} with the prefix {keys or 'none'}"))
+    check_written(out)
+
+
+def convert_to_lora(path: Path, out: Path, base: Path | None, limit: "Limit", dtype: Precision | None) -> None:
+    """Write the LoRA that is nearest to an adapter of another kind, and tell the error of each module.
+
+    Raises:
+        UserError: as `resized` and `extracted`, or it is none, or a DoRA without its base.
+    """
+    from anima_train.adapters.parts import is_adapter, read_adapter
+    from anima_train.adapters.updates import is_for_one_base
+    from anima_train.model.safetensors_io import open_header
+
+    if path.is_dir() or not is_adapter(open_header(path)):
+        raise ConfigError(
+            f"--to lora is for adapters, and {path} is none; `anima extract BASE` makes one of a fine-tune"
+        )
+    if base is None and any(is_for_one_base(parts) for parts in read_adapter(path).changes.values()):
+        raise ConfigError(f"{path} has a DoRA, whose values hold for its base alone; give that as --base")
+    if base is None:
+        show(lambda: resized(path, out, limit, dtype), False)
+    else:
+        show(lambda: extracted(base, path, out, limit, dtype or "float32"), False)
     check_written(out)
 
 

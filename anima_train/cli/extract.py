@@ -35,32 +35,33 @@ def extract(
     Of an adapter it is what the adapter adds to A: so a DoRA becomes a LoRA.
     """
 
-    def run() -> Findings:
-        from tqdm import tqdm
-
-        from anima_train.core.device import DTYPES
-        from anima_train.run.log import logged_to, terminal
-        from anima_train.tools import extract as extraction
-        from anima_train.tools.outputs import expect_new_file
-
-        limit = limit_of(rank, energy)
-        expect_new_file(out)
-        told = terminal(is_main=True, stream=sys.stderr)
-        with logged_to(told), tqdm(desc="weights", unit="", leave=False) as bar:
-            found = extraction.extract(base, other, out, limit, DTYPES[dtype], lambda name: bar.update())
-        lines = [
-            f"{out}: a LoRA of rank {found.largest_rank} for {count(len(found.errors), 'module')}",
-            f"relative error of all together: {found.error:.2%}",
-            *error_lines(found.errors),
-        ]
-        if found.left_out:
-            name, share = max(found.left_out.items(), key=lambda pair: pair[1])
-            what = f"{count(len(found.left_out), 'changed tensor')} left out, which a LoRA does not hold"
-            lines.append(f"{what}; the largest change: {share:.2%} of {name}")
-        return {"path": out, **vars(found)}, lines
-
-    show(run, as_json)
+    show(lambda: extracted(base, other, out, limit_of(rank, energy), dtype), as_json)
     check_written(out)
+
+
+def extracted(base: Path, other: Path, out: Path, limit: "Limit", dtype: Literal["bfloat16", "float32"]) -> Findings:
+    """Write the LoRA of a difference, and return what is to be told of it."""
+    from tqdm import tqdm
+
+    from anima_train.core.device import DTYPES
+    from anima_train.run.log import logged_to, terminal
+    from anima_train.tools import extract as extraction
+    from anima_train.tools.outputs import expect_new_file
+
+    expect_new_file(out)
+    told = terminal(is_main=True, stream=sys.stderr)
+    with logged_to(told), tqdm(desc="weights", unit="", leave=False) as bar:
+        found = extraction.extract(base, other, out, limit, DTYPES[dtype], lambda name: bar.update())
+    lines = [
+        f"{out}: a LoRA of rank {found.largest_rank} for {count(len(found.errors), 'module')}",
+        f"relative error of all together: {found.error:.2%}",
+        *error_lines(found.errors),
+    ]
+    if found.left_out:
+        name, share = max(found.left_out.items(), key=lambda pair: pair[1])
+        what = f"{count(len(found.left_out), 'changed tensor')} left out, which a LoRA does not hold"
+        lines.append(f"{what}; the largest change: {share:.2%} of {name}")
+    return {"path": out, **vars(found)}, lines
 
 
 def resize(
@@ -75,23 +76,24 @@ def resize(
 ) -> None:
     """Make a LoRA of a lower rank of a LoRA, or a LoRA of a LoKr or LoHa, and tell the error of each module."""
 
-    def run() -> Findings:
-        from tqdm import tqdm
-
-        from anima_train.core.device import DTYPES
-        from anima_train.tools.merge import Source, merge_adapters
-        from anima_train.tools.outputs import expect_new_file
-
-        limit = limit_of(rank, energy)
-        expect_new_file(out)
-        with tqdm(desc="weights", unit="", leave=False) as bar:
-            precision = None if dtype is None else DTYPES[dtype]
-            found = merge_adapters([Source(path)], out, limit, precision, lambda name: bar.update())
-        line = f"{out}: {found.kind} for {count(found.num_changed, 'module')}"
-        return {"path": out, **vars(found)}, [line, *error_lines(found.errors)]
-
-    show(run, as_json)
+    show(lambda: resized(path, out, limit_of(rank, energy), dtype), as_json)
     check_written(out)
+
+
+def resized(path: Path, out: Path, limit: "Limit", dtype: Literal["bfloat16", "float32"] | None) -> Findings:
+    """Write the LoRA that is nearest to an adapter, and return what is to be told of it."""
+    from tqdm import tqdm
+
+    from anima_train.core.device import DTYPES
+    from anima_train.tools.merge import Source, merge_adapters
+    from anima_train.tools.outputs import expect_new_file
+
+    expect_new_file(out)
+    with tqdm(desc="weights", unit="", leave=False) as bar:
+        precision = None if dtype is None else DTYPES[dtype]
+        found = merge_adapters([Source(path)], out, limit, precision, lambda name: bar.update())
+    line = f"{out}: {found.kind} for {count(found.num_changed, 'module')}"
+    return {"path": out, **vars(found)}, [line, *error_lines(found.errors)]
 
 
 def limit_of(rank: int | None, energy: float | None) -> "Limit":

@@ -39,12 +39,10 @@ def convert_adapter(path: Path, out: Path, keys: Keys, dtype: torch.dtype | None
     for name, parts in adapter.changes.items():
         kind = kind_of(parts)
         if keys == "diffusers" and kind != "LoRA":
-            remedy = (
-                f"make a LoRA of it with `anima extract BASE {path.name}`"
-                if is_for_one_base(parts)
-                else "make a LoRA of it with `anima resize`"
+            remedy = "--to lora --base BASE" if is_for_one_base(parts) else "--to lora"
+            raise ConfigError(
+                f"{path}: {name} is a {kind}, and diffusers takes plain LoRAs alone; make one with {remedy}"
             )
-            raise ConfigError(f"{path}: {name} is a {kind}, and diffusers takes plain LoRAs alone; {remedy}")
         for part, tensor in converted(parts, keys):
             tensors[key_of(name, part, keys)] = tensor if part in NEVER_ROUNDED or dtype is None else tensor.to(dtype)
     folded = ("ss_network_alpha",) if keys == "diffusers" else ()

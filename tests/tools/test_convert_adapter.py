@@ -11,6 +11,7 @@ from anima_train.adapters.parts import read_adapter
 from anima_train.adapters.updates import product
 from anima_train.cli.main import main
 from anima_train.core.errors import ConfigError
+from anima_train.model.tiny import tiny_paths
 from anima_train.tools.convert_adapter import convert_adapter
 from anima_train.tools.verify import verify
 
@@ -76,20 +77,77 @@ def test_alpha_in_metadata_becomes_a_tensor_and_counts_once(tmp_path):
     torch.testing.assert_close(product(read_adapter(path).changes["blocks.1.self_attn.q_proj.weight"]), expected)
 
 
-@pytest.mark.parametrize(("case", "words"), [("loha", "anima resize"), ("dora_out", "anima extract BASE kohya")])
+@pytest.mark.parametrize(("case", "words"), [("loha", "--to lora$"), ("dora_out", "--to lora --base BASE$")])
 def test_diffusers_takes_plain_loras_alone(kohya, tmp_path, case, words):
     with pytest.raises(ConfigError, match=words):
         convert_adapter(kohya(case), tmp_path / "out.safetensors", "diffusers")
     assert not (tmp_path / "out.safetensors").exists()
 
 
-def test_the_command_takes_a_file_in_the_place_of_a_config(kohya, tmp_path, monkeypatch, capsys):
-    def run(*arguments):
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs `anima convert` in this process; returns its exit code and what it printed."""
+
+    def invoke(*arguments):
         monkeypatch.setattr(sys, "argv", ["anima", "convert", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
             main()
         return end.value.code or 0, capsys.readouterr()
 
+    return invoke
+
+
+def test_loha_and_lokr_become_the_nearest_lora_and_the_error_is_told(kohya, run, tmp_path):
+    path, out = kohya("loha", "lokr_both_low"), tmp_path / "lora.safetensors"
+    code, streams = run(path, out, "--to", "lora", "--rank", "2")
+    assert code == 2
+    assert "is no matrix" in streams.err  # the change of a bias
+    tensors = load_file(path)
+    save_file({key: tensor for key, tensor in tensors.items() if "diff_b" not in key}, path)
+    code, streams = run(path, out, "--to", "lora", "--rank", "2")
+    assert code == 0
+    before, after = read_adapter(path).changes, read_adapter(out).changes
+    assert before.keys() == after.keys()
+    errors = []
+    for name, parts in before.items():
+        wanted, found = product(parts), product(after[name])
+        squares = torch.linalg.svdvals(wanted).square()
+        errors.append(float((squares[2:].sum() / squares.sum()).sqrt()))
+        assert float((found - wanted).norm() / wanted.norm()) == pytest.approx(errors[-1], abs=1e-5)
+    assert f"{max(errors):.2%}" in streams.out
+
+
+def test_a_dora_becomes_a_lora_with_its_base(run, tiny, tmp_path):
+    base, module = tiny_paths(tiny).transformer, "blocks.0.self_attn.q_proj"
+    weight = load_file(base)[f"net.{module}.weight"].float()
+    down, up, scale = torch.randn(2, weight.shape[1]), torch.randn(len(weight), 2), torch.rand(len(weight), 1)
+    stem, path, out = f"diffusion_model.{module}", tmp_path / "dora.safetensors", tmp_path / "lora.safetensors"
+    save_file({f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up, f"{stem}.dora_scale": scale}, path)
+    code, streams = run(path, out, "--to", "lora", "--rank", "64")
+    assert code == 2
+    assert "give that as --base" in streams.err
+    code, streams = run(path, out, "--to", "lora", "--rank", "64", "--base", base)
+    assert code == 0, streams.err
+    whole = scale * (weight + up @ down) / weight.norm(dim=1, keepdim=True)  # as ComfyUI has it
+    found = product(read_adapter(out).changes[f"{module}.weight"])
+    torch.testing.assert_close(found, whole - weight, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--to", "lora"], "give --rank R, or --energy"),
+        (["--to", "kohya", "--rank", "4"], "--rank, --energy and --base are for --to lora"),
+        (["--to", "lora", "--rank", "4", "--prefix", "net."], "--prefix is for a whole model"),
+    ],
+)
+def test_options_that_would_have_no_effect_are_refused(kohya, run, tmp_path, arguments, message):
+    code, streams = run(kohya("loha"), tmp_path / "out.safetensors", *arguments)
+    assert code == 2
+    assert message in streams.err
+
+
+def test_the_command_takes_a_file_in_the_place_of_a_config(kohya, run, tmp_path):
     path, out = kohya("lora_alpha"), tmp_path / "out.safetensors"
     code, streams = run(path, out, "--to", "comfyui", "--dtype", "bfloat16")
     assert (code, streams.out) == (0, f"{out}: 1 weight under the keys of comfyui\n")
