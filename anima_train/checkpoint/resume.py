@@ -87,9 +87,11 @@ def find_resume_point(resolved: Mapping[str, Any], run_name: str, resume: bool, 
         )
     if not resume:
         if run.is_finished:
+            bound = run.manifest().get("ended_by")
+            way = "raise max_steps or epochs" if bound is None else f"change what ended it ({bound})"
             raise ConfigError(
-                f"{run.path}: already holds a run that is finished; to train it further raise max_steps or epochs and "
-                "use --resume; else set another run_name, or remove it"
+                f"{run.path}: already holds a run that is finished; to train it further {way} and use --resume; "
+                "else set another run_name, or remove it"
             )
         if changes.allowed and not changes.refused:
             raise ConfigError(

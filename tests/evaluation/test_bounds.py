@@ -179,6 +179,12 @@ def test_a_run_ends_at_its_budget_keeps_what_was_within_and_resumes_exactly(trai
     assert all(torch.equal(tensor, again.weights[key]) for key, tensor in final.items())
     assert all(torch.equal(tensor, load_file(best)[key]) for key, tensor in kept.items())
 
+    with pytest.raises(ConfigError, match=r"change what ended it \(forgetting_budget: .* above .*\) and use --resume"):
+        trainer("run", **sets, forgetting_budget=budget, checkpoint_every_n_steps=3)
+    further = trainer("run", resume=True, **sets, forgetting_budget=9.0, checkpoint_every_n_steps=3)
+    assert further.losses == whole.losses
+    assert all(torch.equal(tensor, whole.weights[key]) for key, tensor in further.weights.items())
+
 
 def test_an_evaluation_that_was_left_to_the_next_process_is_heeded_there(trainer, sets, monkeypatch):
     budget = drifts(trainer("whole", **sets))[2] * 1.01
