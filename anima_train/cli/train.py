@@ -55,7 +55,7 @@ def train_and_report(
 def next_steps(loaded: "LoadedConfig", weights: Path, file: Path, overrides: Sequence[str]) -> list[str]:
     """Return lines about a run's final weights: where they are, how to try them, where ComfyUI wants them.
 
-    Those of the best evaluation, where they are kept, are named with them.
+    Those of the best evaluation or previews, where they are kept, are named with them.
 
     Args:
         loaded: the configuration of the run.

@@ -96,7 +96,7 @@ def never_evaluated_fault(value: bool, earlier: Earlier) -> str | None:
 
 
 def best_fault(value: str | None, earlier: Earlier) -> str | None:
-    """Refuse a number that is never logged."""
+    """Refuse a number that cannot decide."""
     return None if value is None else metric_fault(value, earlier.get("eval_datasets", ()))
 
 
@@ -134,7 +134,7 @@ def strengths_fault(value: list[float], earlier: Earlier) -> str | None:
     if value and not any(each.role in ("validation", "retention") for each in sets):
         return 'needs a set in eval_datasets with role = "validation" or "retention"'
     if value and not any(value):
-        return "holds 0 alone, which is the base, and always tried beside others; add such as 0.5 and 1.0"
+        return "holds 0 alone, which is the base, and always tried beside others; add others, such as 0.5 and 1.0"
     return None
 
 
@@ -265,7 +265,7 @@ def best_preview_fault(value: Sampling | None, earlier: Earlier) -> str | None:
 
 
 def stopping_fault(value: EarlyStopping | None, earlier: Earlier) -> str | None:
-    """Refuse a number that neither evaluations nor previews log."""
+    """Refuse a number that cannot decide, or that this run does not measure."""
     if value is None:
         return None
     fault = metric_fault(value.metric, earlier.get("eval_datasets", ()))

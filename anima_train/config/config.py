@@ -180,7 +180,8 @@ class Config(Settings):
     sampling: VariantSampling | None = None
     """Previews. Absent: none."""
     early_stopping: EarlyStopping | None = None
-    """An end where evaluations no longer get better. Absent: the run ends after its last step."""
+    """An end where evaluations, or the scores of previews, no longer get better. Absent: the run ends after its last
+    step."""
 
     @field_validator(*CHECKS)
     @classmethod

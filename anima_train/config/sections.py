@@ -157,18 +157,18 @@ class PreservationSettings(Settings):
 
 
 class EarlyStopping(Settings):
-    """An end before the last step, where evaluations no longer get better."""
+    """An end before the last step, where evaluations, or the scores of previews, no longer get better."""
 
     metric: str = Field(min_length=1)
     """The number that has to get better, as keep_best names it."""
     patience: int = Field(default=5, ge=1)
-    """Evaluations in a row, of "score" previews, that may bring no better one."""
+    """Evaluations in a row (for "score": drawings of the previews) that may bring no better one."""
     min_change: float = Field(default=0.0, ge=0)
     """By how much a better one has to be better."""
 
 
 def metric_fault(metric: str, sets: Sequence[EvalDataset]) -> str | None:
-    """Return why a number is not logged, if not by these sets; None if it is, with an adapter and with a judge."""
+    """Return why a number cannot decide with these sets; None if it can, with an adapter and with a judge."""
     names = {f"{each.name}/{number}" for each in sets for number in ("loss", "difference_from_base")}
     drifts = [each for each in sets if each.measures_drift]
     names |= {f"{each.name}/{number}" for each in drifts for number in ("drift", "drift_relative")}
@@ -183,7 +183,7 @@ def metric_fault(metric: str, sets: Sequence[EvalDataset]) -> str | None:
     if not names:
         text = "but there are no eval_datasets that would log it"
         return f"found {quoted(metric)}, {text}; {quoted(SCORE)}, that of the previews, needs none"
-    text = f"which no evaluation logs; expected one of {', '.join(sorted(names))}"
+    text = f"which cannot decide; expected one of {', '.join(sorted(names))}"
     return f"found {quoted(metric)}, {text}, or {quoted(SCORE)}, that of the previews"
 
 

@@ -68,7 +68,7 @@ class RunFolder:
 
     @property
     def best_path(self) -> Path:
-        """The file of the weights of the best evaluation."""
+        """The file of the weights of the best evaluation or previews."""
         return self.path / "weights" / f"{self.name}-best.safetensors"
 
     def lines(self, path: Path) -> Iterator[dict[str, Any]]:

@@ -350,7 +350,8 @@ def with_shared(scans: Mapping[str, Scan], roles: Mapping[str, str]) -> dict[str
             if files := list(dict.fromkeys(str(picture.path) for picture in shared)):
                 text = (
                     f"{count(len(files), 'image is', 'images are')} in the evaluation set {learned} too, such as "
-                    f"{files[0]}: what is learned of them counts as forgotten; remove them from one of both"
+                    f"{files[0]}: what is learned of them counts as drift, and hides what is forgotten; remove them "
+                    "from one of the two"
                 )
                 warning = Listing(text, files, num_shown=0)
                 found[kept] = replace(found[kept], warnings=[*found[kept].warnings, warning])

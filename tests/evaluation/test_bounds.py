@@ -319,12 +319,12 @@ LATE = {"adapter": None, "eval_before_first_step": False, "eval_every_n_steps": 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"keep_best": "new/los"}, 'keep_best: found "new/los", which no evaluation logs; expected one of evaluation/'),
+        ({"keep_best": "new/los"}, 'keep_best: found "new/los", which cannot decide; expected one of evaluation/'),
         ({"keep_best": "new/drift"}, 'keep_best: found "new/drift"'),
         ({"keep_best": "evaluation/memorization"}, 'keep_best: found "evaluation/memorization"'),
         ({"keep_best": "a/loss", "eval_datasets": []}, "there are no eval_datasets that would log it"),
         ({"early_stopping": {"metric": "loss"}}, 'early_stopping: metric: found "loss"'),
-        ({"keep_best": "score/taste"}, 'found "score/taste", which no evaluation logs; expected one of evaluation/'),
+        ({"keep_best": "score/taste"}, 'found "score/taste", which cannot decide; expected one of evaluation/'),
         ({"keep_best": "score/taste"}, ', or "score", that of the previews'),
         ({"keep_best": "score"}, 'sampling: keep_best = "score" needs a judge in [sampling]'),
         ({"keep_best": "score", "sampling": DRAWN}, 'such as judge = "clip:PATH"'),

@@ -173,7 +173,7 @@ def test_what_is_learned_and_measured_as_what_is_forgotten_is_told(trainer, othe
     assert [len(lines) for lines in found.values()] == [0, 2, 0, 0]
     for line, name in zip(found["known"], ("new", "more"), strict=True):
         assert line.startswith(f"1 image is in the evaluation set {name} too, such as ")
-        assert "a copy.png: what is learned of them counts as forgotten" in line
+        assert "a copy.png: what is learned of them counts as drift, and hides what is forgotten" in line
 
 
 def test_training_pictures_that_are_not_trained_are_told(trainer, other):
