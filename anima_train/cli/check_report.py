@@ -227,7 +227,7 @@ def make_report(title: str, checked: Checked, max_thumbnails: int, measured: Seq
         curve=lr_curve(config.lr_scheduler, config.warmup_steps, num_steps),
         groups=group_rows(transformer, config.learning_rates()),
         cache=cache_costs(entries, known.lengths, TextFormat.of(spec)),
-        against_forgetting=against_forgetting(checked),
+        against_forgetting=list(map(shared, against_forgetting(checked))),
         files=f"{checked.files.described()}: {format_bytes(checked.files.num_bytes)} in all",
         memory=checked.memory,
         device_bytes=memory_bytes(spec.device),

@@ -59,8 +59,12 @@ def plan_warnings(config: Config, trained: Iterable[Sample], num_steps: int) -> 
     """Yield "key: what is wrong" for what makes a run of this length, on these samples, another than is meant."""
     trained = list(trained)
     yield from trained_captions(config, trained)
-    if trained and all(sample.role == "regularization" for sample in trained):
-        yield 'dataset: every image has role = "regularization": nothing new is to learn; leave role out where it is'
+    learned = [sample for sample in trained if not sample.is_preserved]
+    if learned and all(sample.role == "regularization" for sample in learned):
+        yield (
+            'dataset: every image has role = "regularization": there is nothing new to learn; remove role from the '
+            "images of your subject"
+        )
     if config.warmup_steps > num_steps > 0:
         yield (
             f"warmup_steps: {config.warmup_steps:,} is longer than the run of {count(num_steps, 'step')}: the learning "
@@ -95,9 +99,7 @@ def without_effect_in_time(config: Config, plan: Plan, schedule: EpochSchedule) 
         "epochs": schedule.locate(num_steps)[0],
         "examples": sum(times_seen(plan, schedule, num_steps)),
     }
-    intervals = {"steps": config.eval_every_n_steps, "epochs": config.eval_every_n_epochs,
-                 "examples": config.eval_every_n_examples}  # fmt: skip
-    yield from undecided(config, sum(lengths[unit] // every for unit, every in intervals.items() if every is not None))
+    yield from undecided(config, schedule, lengths["examples"])
     tables = {"": config} if config.sampling is None else {"": config, "sampling.": config.sampling}
     for prefix, table in tables.items():
         for name in type(table).model_fields:
@@ -109,19 +111,24 @@ def without_effect_in_time(config: Config, plan: Plan, schedule: EpochSchedule) 
                 yield f"{prefix}{name}", f"the run ends before, after {run}"
 
 
-def undecided(config: Config, num_evaluations: int) -> Notes:
-    """Yield the keys that decide by evaluations of which there are too few, at most so many after the first step."""
+def undecided(config: Config, schedule: EpochSchedule, num_examples: int) -> Notes:
+    """Yield the keys that decide by evaluations of which the run has too few."""
     rule = config.early_stopping
     watched = {"keep_best": config.keep_best, "early_stopping": None if rule is None else rule.metric}
     keys = [key for key, metric in watched.items() if metric is not None and "/" in metric]
     keys += [] if config.forgetting_budget is None else ["forgetting_budget"]
-    if num_evaluations == 0:
+    steps, epochs, examples = config.eval_every_n_steps, config.eval_every_n_epochs, config.eval_every_n_examples
+    after = set() if steps is None else set(range(steps, schedule.num_steps + 1, steps))
+    ends = [] if epochs is None else schedule.epoch_starts[epochs::epochs]
+    after.update(step for step in ends if 0 < step <= schedule.num_steps)
+    most = len(after) + (0 if examples is None else num_examples // examples)
+    if most == 0:
         yield from ((key, "the run ends before the first evaluation of what it has trained") for key in keys)
     elif rule is not None and "early_stopping" in keys:
-        looks = num_evaluations + config.eval_before_first_step
+        looks = most + config.eval_before_first_step
         if looks <= rule.patience:
-            why = f"the run has {count(looks, 'evaluation')}, and patience waits for {rule.patience} after the best one"
-            yield "early_stopping", why
+            has = f"{'' if examples is None else 'at most '}{count(looks, 'evaluation')}"
+            yield "early_stopping", f"the run has {has}, and patience waits for {rule.patience} after the best one"
 
 
 def without_effect_on_schedule(config: Config, num_steps: int) -> Notes:

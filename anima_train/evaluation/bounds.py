@@ -60,11 +60,9 @@ class Bounds:
 
     def ending(self, history: History) -> str | None:
         """Return why the run ends after the last of these evaluations; None if it goes on."""
-        if not history:
-            return None
-        step, values = history[-1]
-        found = self.measured(values)
-        if step and self.stops_at_budget and found is not None and not self.is_within(values):
+        measured = [(step, found) for step, values in history if (found := self.measured(values)) is not None]
+        step, found = measured[-1] if measured else (0, 0.0)  # a step that was only drawn decides nothing
+        if step and self.stops_at_budget and self.forgetting_budget is not None and not found <= self.forgetting_budget:
             return f"forgetting_budget: {found:.4g} is above {self.forgetting_budget:g}"
         rule = self.early_stopping
         if rule is None:
@@ -76,7 +74,8 @@ class Bounds:
             lowest, since = (now, 0) if is_better else (lowest, since + 1)
         if since < rule.patience:
             return None
-        looks = count(since, "preview" if rule.metric == SCORE else "evaluation")
+        drawings = ("drawing of the previews", "drawings of the previews")
+        looks = count(since, *drawings if rule.metric == SCORE else ("evaluation",))
         return f"early_stopping: {rule.metric} did not get better in {looks}"
 
 
@@ -93,14 +92,21 @@ def history_of(evaluations: Iterable[Mapping[str, Any]], previews: Iterable[Mapp
 
     Args:
         evaluations: the lines of a run's evaluations.
-        previews: those of its previews' scores; what cannot be compared with the last of them is left out.
+        previews: those of its previews' scores; one that is damaged, or cannot be compared with the last, is left out.
     """
     found: dict[int, dict[str, float]] = {}
     for line in evaluations:
         found.setdefault(int(line["step"]), {}).update(line)
-    scored = list(previews)
+    scored = [line for line in previews if is_score(line)]
     for line in scored:
         if all(line[key] == scored[-1][key] for key in ("judge", "requests")):
             numbers = {SCORE: fmean(line["scores"]), "higher_is_better": line["higher_is_better"]}
             found.setdefault(int(line["step"]), {}).update(numbers)
     return sorted(found.items())
+
+
+def is_score(line: Mapping[str, Any]) -> bool:
+    """Return True if a line holds the scores of previews, as they are logged."""
+    scores = line.get("scores")
+    is_whole = isinstance(scores, list) and scores and all(isinstance(each, int | float) for each in scores)
+    return bool(is_whole) and {"judge", "requests", "higher_is_better"} <= line.keys()

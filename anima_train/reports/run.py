@@ -133,7 +133,7 @@ def collect_run(run: Path) -> RunReport:
     manifest = read_object(run / "manifest.json", notes)
     metrics = read_metrics(run / "metrics.jsonl", notes)
     planned = manifest.get("num_steps")
-    if isinstance(planned, int) and metrics.num_steps < planned:
+    if isinstance(planned, int) and metrics.num_steps < planned and not manifest.get("finished"):
         notes.append(f"{metrics.num_steps:,} of {planned:,} steps are done: the run is not at its end")
     seen = read_object(run / "seen.json", notes)
     previews, num_previews = read_previews(run / "samples", notes)

@@ -200,8 +200,11 @@ class PeriodicTasks:
         return history_of(folder.lines(folder.evaluations_path), folder.lines(folder.scores_path))
 
     def end_by_bounds(self) -> str | None:
-        """Return on all processes why the run has come to its end by what was logged; None: it has not."""
-        if not self.bounds.are_any:
+        """Return on all processes why the run has come to its end by what was logged; None: it has not.
+
+        After the last step, where it ends anyway, nothing else has ended it.
+        """
+        if not self.bounds.are_any or self.state.step >= self.schedule.num_steps:
             return None
         return broadcast_from_main(self.context.accelerator, lambda: self.bounds.ending(self.history()))
 

@@ -2,6 +2,7 @@
 
 import logging
 import tarfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,6 +85,26 @@ def test_what_too_few_evaluations_are_to_decide_is_noted(notes_of, pictures, eve
     assert notes_of(eval_datasets=[known], eval_every_n_steps=every, **rule) == expected
 
 
+@pytest.mark.parametrize(
+    ("every", "patience", "looks"),
+    [
+        ({"steps": 6, "epochs": 1}, 3, "3 evaluations"),  # both after the same steps
+        ({"steps": 6, "epochs": 1}, 2, None),
+        ({"steps": 9, "epochs": 1}, 4, "4 evaluations"),
+        ({"steps": 6, "examples": 9}, 4, "at most 4 evaluations"),
+    ],
+)
+def test_evaluations_are_counted_by_their_steps(notes_of, every, patience, looks):
+    known = {"name": "a", "role": "retention", "captions": {"manner": ["ink"]}}
+    due = {f"eval_every_n_{unit}": number for unit, number in every.items()}
+    notes = notes_of(
+        eval_datasets=[known], max_steps=12, early_stopping={"metric": "a/loss", "patience": patience}, **due
+    )
+    assert notes == ([] if looks is None else [
+        f"early_stopping: has no effect, as the run has {looks}, and patience waits for {patience} after the best one"
+    ])  # fmt: skip
+
+
 def test_captions_that_are_trained_and_are_not_to_change_are_warned_of(trainer, pictures):
     (pictures / "image2.txt").write_text("a hill")
     sets = [{"name": "a", "role": "retention", "captions": {"manner": ["ink", "a hill"]}}]
@@ -101,7 +122,10 @@ def test_images_for_regularization_alone_are_a_warning(trainer, pictures):
     loaded = load_config(trainer.config(dataset={"directory": [{"path": str(pictures), "role": "regularization"}]}))
     samples = scan_all((loaded.train,), 0, write=False)["train"].samples
     (warning,) = plan_warnings(loaded.config, samples, 4)
-    assert warning.startswith('dataset: every image has role = "regularization": nothing new is to learn')
+    assert warning.startswith('dataset: every image has role = "regularization": there is nothing new to learn')
+    preserved = [replace(sample, is_preserved=True) for sample in samples]
+    assert list(plan_warnings(loaded.config, [*samples, *preserved], 4)) == [warning]
+    assert list(plan_warnings(loaded.config, preserved, 4)) == []
 
 
 def test_a_warmup_longer_than_the_run_is_a_warning(trainer):

@@ -67,6 +67,8 @@ def test_the_run_ends_beyond_the_budget_unless_it_is_to_go_on():
     broken = course(a_drift=[0, math.nan])
     assert Bounds(None, None, 0.2, True, ("a/drift",)).ending(broken) is not None
     assert Bounds(None, None, 0.2, True, ("a/drift",)).ending([]) is None
+    drawn = [*history, (25, {"score": 1.0, "higher_is_better": True})]  # a step that was not evaluated
+    assert Bounds(None, None, 0.2, True, ("a/drift",)).ending(drawn) == "forgetting_budget: 0.3 is above 0.2"
 
 
 @pytest.mark.parametrize(
@@ -100,6 +102,14 @@ def test_the_best_score_is_what_the_judge_says_and_within_the_budget_only_where_
         assert Bounds("score", None, budget, True, ("a/drift",)).best(history_of(evaluated, lines)) == within
 
 
+def test_a_damaged_line_of_scores_counts_as_none():
+    line = {"step": 5, "scores": [1.0, 2.0], "judge": "j", "requests": "r", "higher_is_better": True}
+    damaged = [{key: each for key, each in line.items() if key != gone} for gone in line if gone != "step"]
+    damaged += [line | {"scores": scores} for scores in ([], None, [None], ["1"], 2.0)]
+    assert history_of([], [line, *(each | {"step": 6} for each in damaged)]) == history_of([], [line])
+    assert history_of([], damaged) == []
+
+
 def test_early_stopping_by_a_score_counts_previews_alone():
     lines = [
         {"step": step, "scores": [score], "judge": "j", "requests": "r", "higher_is_better": True}
@@ -108,7 +118,8 @@ def test_early_stopping_by_a_score_counts_previews_alone():
     evaluated = [{"step": step, "held/loss": 1.0} for step in range(0, 80, 5)]
     bounds = Bounds(early_stopping=EarlyStopping(metric="score", patience=2))
     assert bounds.ending(history_of(evaluated[:12], lines[:3])) is None
-    assert bounds.ending(history_of(evaluated, lines)) == "early_stopping: score did not get better in 2 previews"
+    ended = "early_stopping: score did not get better in 2 drawings of the previews"
+    assert bounds.ending(history_of(evaluated, lines)) == ended
 
 
 def test_lines_of_one_step_are_one_evaluation():
@@ -163,6 +174,7 @@ def test_a_run_ends_at_its_budget_keeps_what_was_within_and_resumes_exactly(trai
     loaded = load_config(trainer.config(**sets, forgetting_budget=budget))
     assert f"kept by forgetting_budget: {best}" in next_steps(loaded, best.with_name("run.safetensors"), best, [])
     page = render_run(collect_run(run.path))
+    assert "not at its end" not in page
     assert f"forgetting_budget: {found[8]:.4g} is above {budget:g}" in page
     assert "<th>kept: the last within the budget</th><td>step 6</td>" in page
     final, kept, losses, evaluations = run.weights, load_file(best), run.losses, run.evaluations
@@ -181,7 +193,9 @@ def test_a_run_ends_at_its_budget_keeps_what_was_within_and_resumes_exactly(trai
 
     with pytest.raises(ConfigError, match=r"change what ended it \(forgetting_budget: .* above .*\) and use --resume"):
         trainer("run", **sets, forgetting_budget=budget, checkpoint_every_n_steps=3)
-    further = trainer("run", resume=True, **sets, forgetting_budget=9.0, checkpoint_every_n_steps=3)
+    budget = (found[10] + found[12]) / 2  # beyond it only after the last step, where a run ends anyway
+    further = trainer("run", resume=True, **sets, forgetting_budget=budget, checkpoint_every_n_steps=3)
+    assert further.manifest["ended_by"] is None
     assert further.losses == whole.losses
     assert all(torch.equal(tensor, whole.weights[key]) for key, tensor in further.weights.items())
 
@@ -245,10 +259,13 @@ def test_the_best_by_the_previews_and_the_end_by_them_are_exact_after_resume(tra
     best = run.path / "weights" / "run-best.safetensors"
     lowest = min(scores, key=scores.__getitem__)  # redness: the lower the better
     assert list(scores) == list(range(0, lowest + 5, 2))  # not better two times in a row, for the first time
-    assert f"the run ends after step {lowest + 4}: early_stopping: score did not get better in 2 previews" in out
+    why = "early_stopping: score did not get better in 2 drawings of the previews"
+    assert f"the run ends after step {lowest + 4}: {why}" in out
     assert "mean over the previews; lower is better" in out
     assert step_of(best) == lowest > 5
-    assert f"kept: best by score/redness</th><td>step {lowest}<" in (run.path / "report.html").read_text()
+    page = (run.path / "report.html").read_text()
+    assert f"kept: best by score/redness</th><td>step {lowest}<" in page
+    assert page.count("<th>kept: ") == 1
 
     # As a kill after some step beyond the state of step 5 leaves it.
     final, kept, losses = run.weights, load_file(best), run.losses

@@ -595,7 +595,10 @@ def test_a_page_names_the_folder_of_the_data_and_what_is_in_it(checked, tmp_path
     masks.mkdir()
     mask_of(masks / "1.png", 128, 128, 0.5)
     data = {"path": str(folder), "recursive": True, "mask_path": str(masks)}
-    html = render(report_of(write_config(tmp_path, checked / "tiny", data), [], max_thumbnails=9))
+    sampling = {"judge": f"clip:{folder}", "prompts": ["a"]}
+    config = write_config(tmp_path, checked / "tiny", data, sampling=sampling)
+    html = render(report_of(config, [], max_thumbnails=9))
+    assert "previews are scored by clip:zxown, each time" in html
     assert not re.search(f"zxabove|{re.escape(str(tmp_path))}|{re.escape(tmp_path.name)}", html)
     assert "zxown/zxinside/zxbroken.png: not an image" in html
     assert "zxown/zxinside/4.png" in html  # without the first tag of the others
