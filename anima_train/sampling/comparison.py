@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from anima_train.adapters.parts import is_adapter
 from anima_train.core.errors import ConfigError
 from anima_train.core.format import printable
 from anima_train.core.settings import nearest, quoted
-from anima_train.model.file_kinds import A_LORA, identify
 from anima_train.model.safetensors_io import open_header
 from anima_train.sampling.generate import Request
 from anima_train.sampling.grids import Cell, ChosenLora, check_number
@@ -83,7 +83,7 @@ def find_checkpoints(folder: Path, run_name: str) -> list[Checkpoint]:
     if not paths:
         raise ConfigError(f"{folder}: there are no weights yet; a run saves them at its end, or by save_every_n_steps")
     ranked = sorted((rank_and_label(path.stem, run_name), path) for path in paths)
-    return [Checkpoint(path, label, identify(open_header(path)) == A_LORA) for (_, _, label), path in ranked]
+    return [Checkpoint(path, label, is_adapter(open_header(path))) for (_, _, label), path in ranked]
 
 
 def rank_and_label(stem: str, run_name: str) -> tuple[int, int, str]:

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from anima_train.config.model_part import load_model_part
 from anima_train.core.errors import ConfigError
 from anima_train.model.loading import load_transformer
 from anima_train.model.tiny import write_tiny
+from anima_train.sampling.comparison import find_checkpoints
 from anima_train.sampling.grids import ChosenLora
 from anima_train.sampling.judges import clip_pixels
 from anima_train.sampling.pipeline import LoraSwitch
@@ -112,6 +114,13 @@ def test_the_page_is_a_table_without_scripts_and_names_what_the_script_filters_b
     assert [(prompt, cells.count("data:image/jpeg")) for prompt, cells in rows] == [("a &lt;b&gt;", 7), ("c", 7)]
     assert "http" not in page.replace("http-equiv", "")
     assert str(drawn[0]) not in page
+
+
+def test_an_adapter_of_any_kind_is_drawn_on_the_base_and_a_whole_model_instead_of_it(model_files, tmp_path):
+    for part in ("lora_A.weight", "lokr_w1", "hada_w1_a", "dora_scale"):
+        save_file({f"diffusion_model.blocks.0.mlp.layer1.{part}": torch.ones(2, 2)}, tmp_path / f"{part}.safetensors")
+    shutil.copy(model_files[1].transformer, tmp_path / "whole.safetensors")
+    assert [each.label for each in find_checkpoints(tmp_path, "run") if not each.is_lora] == ["whole"]
 
 
 def test_without_flags_all_checkpoints_are_drawn_by_step_into_the_folder_of_the_run(run, tmp_path):
