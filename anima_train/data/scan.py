@@ -120,16 +120,17 @@ def with_regularization_share(samples: list[Sample], dataset: DatasetSettings) -
         if own.role == "regularization" and own.weight is None and not own.kohya_folders
         if dataset.level(index, "num_repeats") < OWN
     )
-    shares: list[tuple[Sequence[int], Fraction]] = [((index,), exact(weight)) for index, weight in weights.items()]
+    shares: list[tuple[tuple[int, ...], Fraction]] = [((index,), exact(weight)) for index, weight in weights.items()]
     shares = shares or [(free, REGULARIZATION_SHARE)]
-    rest = 1 - sum(share for _, share in shares)
+    kept = {each: sum(sample.repeats for sample in samples if sample.directory in each) for each, _ in shares}
+    rest = 1 - sum(share for directories, share in shares if kept[directories])
     trained = sum(sample.repeats for sample in samples if sample.options.role == "train")
     if not trained or len(weights) == len(options):
         return samples
     factors: dict[int, Fraction] = {}
     for directories, share in shares:
-        if kept := sum(sample.repeats for sample in samples if sample.directory in directories):
-            factors |= dict.fromkeys(directories, share / rest * trained / kept)
+        if kept[directories]:
+            factors |= dict.fromkeys(directories, share / rest * trained / kept[directories])
     return [replace(each, repeat_factor=factors.get(each.directory, each.repeat_factor)) for each in samples]
 
 

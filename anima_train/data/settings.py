@@ -380,7 +380,10 @@ def unequal_weights(options: Sequence[DirectoryOptions]) -> Iterator[str]:
         text = 'give one to all, to none, or to those with role = "regularization"'
         yield f"{place}: has no weight, but another has; {text}"
     elif sum(Fraction(str(weight)) for weight in weights) >= 1:
-        yield f"{place}: has no weight; then those of images for regularization are shares of all, below 1 together"
+        yield (
+            f"{place}: has no weight, so the weights of regularization directories are shares of all samples; their "
+            "sum must be below 1"
+        )
 
 
 POSITIONS = {"center": (0.5, 0.5), "top": (0.5, 0.0), "bottom": (0.5, 1.0), "left": (0.0, 0.5), "right": (1.0, 0.5)}

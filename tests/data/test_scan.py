@@ -1361,7 +1361,7 @@ def test_a_weight_for_some_directories_only_is_refused():
     expected = 'has no weight, but another has; give one to all, to none, or to those with role = "regularization"'
     for tables in ([{"weight": 1}, {}], [{"weight": 0.2, **kept}, kept, {}], [{"weight": 1}, kept]):
         assert f"directory[1]: {expected}" in problems({}, *tables)
-    assert "those of images for regularization are shares of all, below 1 together" in problems(
+    assert "the weights of regularization directories are shares of all samples; their sum must be below 1" in problems(
         {}, {}, {"weight": 0.5, **kept}, {"weight": 0.5, **kept}
     )
 
@@ -1417,3 +1417,18 @@ def test_images_for_regularization_are_a_fifth_unless_a_key_says_how_often(tmp_p
     assert tuple(seen) == shares
     if not keys and not own:
         assert seen[1] / sum(seen) == Fraction(1, 5)
+
+
+def test_a_directory_for_regularization_without_samples_takes_no_share(tmp_path):
+    folders = [tmp_path / name for name in ("train", "kept", "damaged")]
+    for folder, number in zip(folders, (10, 4, 2), strict=True):
+        folder.mkdir()
+        for each in range(number):
+            image(folder / f"{folder.name}{each}.png", caption="a")
+    for path in folders[2].glob("*.png"):
+        path.write_bytes(b"no image")
+    kept = {"role": "regularization"}
+    dataset = settings(dict(SQUARES), {}, {"weight": 0.2, **kept}, {"weight": 0.3, **kept})
+    samples = scan(dataset, folders, [None] * 3, [Cache(tmp_path / "cache")] * 3, 0, write=False).samples
+    seen = [sum(each.repeats for each in samples if each.directory == index) for index in (0, 1, 2)]
+    assert seen == [10, Fraction(5, 2), 0]
