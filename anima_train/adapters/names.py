@@ -51,7 +51,7 @@ LLM_ADAPTER_BLOCK_MODULES: tuple[str, ...] = (
     "norm_self_attn", "norm_cross_attn", "norm_mlp", "mlp.0", "mlp.2",
 )  # fmt: skip
 LLM_ADAPTER_MODULES = ("embed", "in_proj", "out_proj", "norm")
-BIAS = re.compile(r"llm_adapter\.(out_proj|blocks\.\d+\.mlp\.[02])\.bias")  # all that there are
+BIAS = re.compile(r"llm_adapter\.(in_proj|out_proj|blocks\.\d+\.mlp\.[02])\.bias")  # all that there are
 
 
 def anima_modules(blocks: Iterable[int], llm_adapter_blocks: Iterable[int]) -> list[str]:

@@ -185,7 +185,9 @@ def expect_whole(path: Path, changes: Mapping[str, Mapping[str, Tensor]]) -> Non
                 "file is"
             )
         if shape == () and "diff" not in parts:
-            raise ModelFileError(f"{path}: {name} has parts that do not fit each other: {found}; the file is damaged")
+            is_flat = "dora_scale" in parts and parts["dora_scale"].dim() == 1
+            fault = "dora_scale has (out, 1) or (1, in)" if is_flat else "the file is damaged"
+            raise ModelFileError(f"{path}: {name} has parts that do not fit each other: {found}; {fault}")
 
 
 def expect_all_known(file: TensorFile, keys: Sequence[AdapterKey], parameters: Collection[str] | None) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from anima_train.adapters.names import lora_stems
 from anima_train.core.errors import ModelFileError
 from anima_train.core.format import count
-from anima_train.model.file_kinds import A_LORA, AN_ADAPTER, LLM_ADAPTER_PREFIX, SLOTS, identify, uncompiled
+from anima_train.model.file_kinds import ADAPTERS, LLM_ADAPTER_PREFIX, SLOTS, identify, uncompiled
 from anima_train.model.loading import ModelFiles
 from anima_train.model.safetensors_io import Entry, TensorFile, open_header, read_tensors
 
@@ -50,15 +50,15 @@ BY_RESIZE = "; `anima resize` makes one of it"
 BY_EXTRACT = "; `anima extract BASE FILE` makes one of it"
 # Key pattern -> what has it, and how it becomes a plain LoRA.
 OTHER_FORMS = (
-    (r"\.lokr_", "LoKr", BY_RESIZE),
-    (r"\.hada_", "LoHa", BY_RESIZE),
-    (r"dora_scale", "DoRA", BY_EXTRACT),
-    (r"lora_magnitude", "DoRA", ""),
-    (r"\.(oft|boft)_", "OFT", ""),
-    (r"^lllite_", "LLLite, for control images", ""),
-    (r"\.(glora|[ab][12])\.weight$", "GLoRA", ""),
-    (r"lora_mid", "LoCon with a middle matrix", ""),
-    (r"\.(diff|diff_b|set_weight|w_norm|b_norm)$", "file of whole differences of weights", BY_EXTRACT),
+    (r"\.lokr_", "a LoKr", BY_RESIZE),
+    (r"\.hada_", "a LoHa", BY_RESIZE),
+    (r"dora_scale", "a DoRA", BY_EXTRACT),
+    (r"lora_magnitude", "a DoRA", ""),
+    (r"\.(oft|boft)_", "an OFT", ""),
+    (r"^lllite_", "an LLLite, for control images", ""),
+    (r"\.(glora|[ab][12])\.weight$", "a GLoRA", ""),
+    (r"lora_mid", "a LoCon with a middle matrix", ""),
+    (r"\.(diff|diff_b|set_weight|w_norm|b_norm)$", "a file of whole differences of weights", BY_EXTRACT),
 )
 TEXT_ENCODER = re.compile(r"^(lora_te\d?_|text_encoders?\.|te\d?\.)|(^|[._])text_model[._]")
 
@@ -79,7 +79,7 @@ def read_lora(path: Path, shapes: Shapes) -> dict[str, Update]:
         ModelFileError: no LoRA, damaged, or of another model: how many keys do not fit, and the first.
     """
     file = uncompiled(open_header(path))
-    if (kind := identify(file)) not in (A_LORA, AN_ADAPTER):
+    if (kind := identify(file)) not in ADAPTERS:
         raise ModelFileError(f"{path}: expected a LoRA; this looks like {SLOTS.get(kind, kind)}")
     keys = keys_by_module(file, shapes)
     config = peft_config(file)
@@ -157,7 +157,7 @@ def kind_fault(unknown: list[str], num_known: int) -> str | None:
     for pattern, form, remedy in OTHER_FORMS:
         if keys := [key for key in unknown if re.search(pattern, key)]:
             return (
-                f"is a {form} ({count(len(keys), 'key')} such as {keys[0]}); a plain LoRA is wanted, which has an up "
+                f"is {form} ({count(len(keys), 'key')} such as {keys[0]}); a plain LoRA is wanted, which has an up "
                 f"and a down matrix and no others{remedy}"
             )
     return foreign_fault(unknown, num_known)

@@ -117,15 +117,17 @@ def convert_to_lora(path: Path, out: Path, base: Path | None, limit: "Limit", dt
     Raises:
         UserError: as `resized` and `extracted`, or it is none, or a DoRA without its base.
     """
-    from anima_train.adapters.parts import is_adapter, read_adapter
+    from anima_train.adapters.parts import adapter_keys, is_adapter
     from anima_train.adapters.updates import is_for_one_base
+    from anima_train.model.file_kinds import uncompiled
     from anima_train.model.safetensors_io import open_header
 
     if path.is_dir() or not is_adapter(open_header(path)):
         raise ConfigError(
             f"--to lora is for adapters, and {path} is none; `anima extract BASE` makes one of a fine-tune"
         )
-    if base is None and any(is_for_one_base(parts) for parts in read_adapter(path).changes.values()):
+    keys = adapter_keys(uncompiled(open_header(path)).entries)
+    if base is None and is_for_one_base({key.part for key in keys if key.module}):
         raise ConfigError(f"{path} has a DoRA, whose values hold for its base alone; give that as --base")
     if base is None:
         show(lambda: resized(path, out, limit, dtype), False)

@@ -24,7 +24,7 @@ from anima_train.model.safetensors_io import Entry, TensorFile, opened
 
 WEIGHT, FORMAT = ".weight", ".comfy_quant"
 SCALES = (".weight_scale", ".scale_weight")
-BESIDE = (FORMAT, *SCALES, ".input_scale", ".scale_input")  # what a quantised weight has beside it
+BESIDE = (FORMAT, *SCALES, ".weight_scale_2", ".input_scale", ".scale_input")  # what a quantised weight has beside it
 MARK = "scaled_fp8"  # a tensor that older files have, behind the prefix of the others
 TABLE = "_quantization_metadata"  # the key of the metadata with the formats of all layers, in some files
 FORMATS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2, "int8_tensorwise": torch.int8}

@@ -44,11 +44,14 @@ TYPES = {  # the `type` of [model] that reads the kind, where only one does
     "t5": "cosmos_predict2",
 }
 A_LORA, AN_ADAPTER = "a LoRA", "an adapter that is no plain LoRA"
+OTHER_ADAPTER = "an adapter of a kind that is not read"
+ADAPTERS = (A_LORA, AN_ADAPTER, OTHER_ADAPTER)
 RENAMED_TRANSFORMER = "a transformer in diffusers names, not in ComfyUI's"
 RENAMED_VAE = "a VAE in diffusers names, not in Wan's"
 # Key pattern -> a key of `SLOTS`, or a description. The first pattern found in any name counts.
 SIGNATURES = (
-    (r"\.(lokr|hada|oft|boft|glora)_|\.(dora_scale|diff|diff_b|set_weight|[wb]_norm)$|^lllite_", AN_ADAPTER),
+    (r"\.(oft|boft|glora)_|\.lora_(magnitude|mid)|^lllite_", OTHER_ADAPTER),
+    (r"\.(lokr|hada)_|\.(dora_scale|diff|diff_b|set_weight|[wb]_norm)$", AN_ADAPTER),
     (r"(^|[._])lora[._]", A_LORA),
     (r"(^|\.)blocks\.block0\.", "a Cosmos-Predict1 transformer"),
     (rf"^({'|'.join(map(re.escape, TRANSFORMER_PREFIXES))})x_embedder\.proj\.1\.weight$", "transformer"),
@@ -92,6 +95,7 @@ REMEDIES: Mapping[tuple[str | None, str], str] = {
     ("transformer", RENAMED_TRANSFORMER): "`anima convert FOLDER OUT --to comfyui` makes a file of its folder",
     (None, A_LORA): "a LoRA to begin with is init_from_existing, in [adapter]",
     (None, AN_ADAPTER): "`anima merge FILE --into TRANSFORMER --out OUT` makes a transformer of both",
+    (None, OTHER_ADAPTER): "`anima verify` tells what it is",
     ("t5", "a T5 v1.1 text encoder"): "Cosmos-Predict2 reads the first T5, such as oldt5_xxl_fp16.safetensors",
 }
 # Tensors that the dimensions of each model are read from, with the number of sides: no module is built without them.

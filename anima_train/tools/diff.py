@@ -13,8 +13,8 @@ from anima_train.adapters.parts import Adapter, is_adapter, read_adapter
 from anima_train.core.errors import ModelFileError
 from anima_train.core.format import count
 from anima_train.core.random import stream
-from anima_train.model.file_kinds import open_model
-from anima_train.model.safetensors_io import TensorFile, first_five, open_header, read_tensors
+from anima_train.model.file_kinds import open_model, open_slot
+from anima_train.model.safetensors_io import TensorFile, first_five, read_tensors
 from anima_train.optim.groups import COMPONENTS, Component, block_of, component_of
 
 OVERSAMPLING, ITERATIONS = 8, 3  # of the search for leading directions (Halko, Martinsson and Tropp, 2011)
@@ -105,7 +105,7 @@ def difference(
     Raises:
         ModelFileError: a file cannot be read, is of another kind, or does not fit.
     """
-    if is_adapter(open_header(base_path)):
+    if is_adapter(open_slot(base_path, "transformer")):
         raise ModelFileError(f"{base_path}: is an adapter; the checkpoint that it is for comes first, and it second")
     base = open_transformer(base_path)
     delta = delta_of(base, other_path)
@@ -140,7 +140,7 @@ def open_transformer(path: Path) -> TensorFile:
 
 def delta_of(base: TensorFile, path: Path) -> Delta:
     """Return what computes the change of a tensor: of the other checkpoint, or of an adapter."""
-    if is_adapter(open_header(path)):
+    if is_adapter(open_slot(path, "transformer")):
         return adapter_delta(read_adapter(path, base.entries))
     other = open_transformer(path)
     for problem, names in (

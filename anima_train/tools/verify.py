@@ -22,6 +22,7 @@ from anima_train.tools.verify_checkpoint import NEEDS_FOLDER, checkpoint_verdict
 
 # Files that ComfyUI loads beside the transformer: it takes them whole, and their keys are not looked at one by one.
 OTHER_PARTS = ("text_encoder", "t5", "vae")
+WHOLE = ("transformer", "cosmos")
 
 
 def verify(path: Path, base: Path | None = None) -> Verdict:
@@ -40,7 +41,9 @@ def verify(path: Path, base: Path | None = None) -> Verdict:
     found = verdict_of(uncompiled(header), None if base is None else open_transformer(base))
     if not any(map(COMPILED.search, header.entries)):
         return found
-    reason = "their names have `_orig_mod`, of torch.compile; `anima convert --to comfyui` writes them without"
+    reason = "their names have `_orig_mod`, of torch.compile"
+    if is_adapter(header) or identify(bundle_part(uncompiled(header), "transformer")) in WHOLE:
+        reason += "; `anima convert --to comfyui` writes them without"
     compiled = Reading.of((name, reason if COMPILED.search(name) else None) for name in header.entries)
     programs = {name: reading if reading.refusal else compiled for name, reading in found.programs.items()}
     return replace(found, programs=programs)
@@ -51,7 +54,7 @@ def verdict_of(file: TensorFile, base: TensorFile | None) -> Verdict:
     if is_adapter(file):
         return adapter_verdict(file, base)
     kind = identify(bundle_part(file, "transformer"))
-    if kind in ("transformer", "cosmos"):
+    if kind in WHOLE:
         return checkpoint_verdict(file, kind, base)
     if kind == RENAMED_TRANSFORMER or is_text_conditioner(file, kind):
         return renamed_verdict(file, kind)

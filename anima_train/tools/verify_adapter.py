@@ -168,9 +168,10 @@ def comfy_reason(key: AdapterKey, groups: Groups, misfits: Mapping[str, str], wh
     if key.module is None:
         return f"{whose} has no such module"
     if key.form not in ("ComfyUI", "kohya"):
+        is_read = kind_of({each.change_part for each in groups[key.parameter]}) is not None
+        remedy = ", which `anima convert --to comfyui` writes" if is_read else ""
         return (
-            f"their names are {FORM_NAMES[key.form or 'bare']}, and it looks for {LORA_PREFIX} and lora_unet_, which "
-            "`anima convert --to comfyui` writes"
+            f"their names are {FORM_NAMES[key.form or 'bare']}, and it looks for {LORA_PREFIX} and lora_unet_{remedy}"
         )
     if key.part in ("down", "up") and not COMFY_HALF.fullmatch(key.key):
         return "it looks for lora_A.weight and lora_B.weight, or lora_down.weight and lora_up.weight"
@@ -221,7 +222,8 @@ def repetitions(groups: Groups) -> list[str]:
     twice = [parts[0] for parts in whole if len({key.change_part for key in parts}) < len(parts)]
     if not twice:
         return []
-    return [f"{count(len(twice), 'weight')} changed twice, such as {twice[0].parameter}: ComfyUI takes one of the two"]
+    listing = f"{count(len(twice), 'weight')} changed twice, such as {twice[0].parameter}"
+    return [f"{listing}: a program takes one of the two, or none"]
 
 
 def shape_faults(file: TensorFile, groups: Groups, base: TensorFile | None) -> dict[str, str]:

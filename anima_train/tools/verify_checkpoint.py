@@ -10,13 +10,14 @@ from anima_train.adapters.names import anima_modules, cosmos_key
 from anima_train.adapters.parts import BLOCK_NUMBER, numbers
 from anima_train.core.errors import ModelFileError
 from anima_train.core.format import count
-from anima_train.model.comfy_quantized import dequantized, is_beside
+from anima_train.model.comfy_quantized import FORMAT, TABLE, WEIGHT, dequantized, is_beside
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.file_kinds import (
     BUNDLE_KEY,
     LLM_ADAPTER_PREFIX,
     SLOTS,
     bundle_part,
+    family_of,
     is_buffer,
     key_prefix,
     layout_problems,
@@ -47,15 +48,16 @@ def checkpoint_verdict(file: TensorFile, kind: str, base: TensorFile | None) -> 
     prefix = key_prefix(part, kind)
     own = part.without(lambda name: is_buffer(name) or is_beside(name) or not name.startswith(prefix))
     tensors = own.stripped(prefix)
+    is_anima = family_of(tensors.entries, file.metadata) == ANIMA
     faults = list(layout_problems(own, kind))
     wanted = base_shapes(base) if base is not None else {} if faults else expected_shapes(tensors, kind)
     missing = [name for name in wanted if name not in tensors.entries]
     whose = f"of {base.path.name} " if base is not None else ""
     problems = faults + ([f"{count(len(missing), 'tensor')} {whose}missing: {first_five(missing)}"] if missing else [])
     reasons = [
-        (name, comfy_reason(name, prefix, tensors, wanted)) for name in file.entries if not is_buffer(name) and wanted
+        (name, comfy_reason(name, prefix, file, wanted)) for name in file.entries if not is_buffer(name) and wanted
     ]
-    facts = shape_facts(tensors, kind, prefix) if not faults else {}
+    facts = shape_facts(tensors, is_anima, prefix) if not faults else {}
     dtypes = Counter(str(entry.dtype).removeprefix("torch.") for entry in own.entries.values())
     facts |= {
         "dtype": ", ".join(f"{name} ({number:,})" for name, number in dtypes.most_common()),
@@ -63,17 +65,16 @@ def checkpoint_verdict(file: TensorFile, kind: str, base: TensorFile | None) -> 
         "trained with": first_of(file.metadata, TRAINED_WITH),
     }
     unreadable = "the dimensions of the model cannot be read off its tensors" if faults else None
-    apart = NEEDS_FOLDER if kind == "transformer" else NEEDS_OTHER_FOLDER
+    apart = NEEDS_FOLDER if is_anima else NEEDS_OTHER_FOLDER
     programs = {"ComfyUI": Reading.of(reasons, unreadable), "diffusers": Reading(refusal=apart)}
     bundled = "a bundle with " if BUNDLE_KEY in file.entries and any(map(BUNDLED.match, file.entries)) else ""
     told = {name: text for name, text in facts.items() if text}
     notes = [] if faults else list(checkpoint_notes(tensors, kind, file))
-    lacks_adapter = kind == "cosmos" and told_family(file.metadata) == ANIMA
-    text = "an Anima transformer that lacks its LLM adapter" if lacks_adapter else SLOTS[kind]
+    text = "an Anima transformer that lacks its LLM adapter" if kind == "cosmos" and is_anima else SLOTS[kind]
     return Verdict(file.path.name, bundled + text, told, programs, problems, notes)
 
 
-def comfy_reason(name: str, prefix: str, tensors: TensorFile, wanted: Mapping[str, tuple[int, ...]]) -> str | None:
+def comfy_reason(name: str, prefix: str, file: TensorFile, wanted: Mapping[str, tuple[int, ...]]) -> str | None:
     """Return why ComfyUI would ignore a key of a checkpoint; None if it uses it."""
     if prefix == "model.diffusion_model." and BUNDLED.match(name):
         return None
@@ -86,8 +87,9 @@ def comfy_reason(name: str, prefix: str, tensors: TensorFile, wanted: Mapping[st
         return None
     if bare not in wanted:
         return "the model has no such tensor"
-    entry = tensors.entries[bare]
-    is_packed = entry.dtype == torch.uint8  # several values in a byte
+    entry = file.entries[name]
+    is_described = TABLE in file.metadata or name.removesuffix(WEIGHT) + FORMAT in file.entries
+    is_packed = entry.dtype == torch.uint8 and is_described  # several values in a byte
     return None if is_packed or entry.shape == wanted[bare] else "the model's have another shape"
 
 
@@ -107,11 +109,11 @@ def expected_shapes(tensors: TensorFile, kind: str) -> dict[str, tuple[int, ...]
     return {name: tuple(tensor.shape) for name, tensor in wanted.items()}
 
 
-def shape_facts(tensors: TensorFile, kind: str, prefix: str) -> dict[str, str]:
+def shape_facts(tensors: TensorFile, is_anima: bool, prefix: str) -> dict[str, str]:
     """Return the dimensions of a transformer in words."""
     shape = TransformerShape.of(tensors.entries)
     variant = VARIANTS.get(shape.num_blocks) if shape.width == 2048 else None
-    if kind == "cosmos":
+    if not is_anima:
         is_whole = COMFY_BLOCKS.get(shape.width) == shape.num_blocks
         variant = f"{FAMILIES[COSMOS]} {COSMOS_SIZES[shape.width]}" if is_whole else None
     return {

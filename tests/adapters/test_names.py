@@ -2,7 +2,7 @@
 
 import torch
 
-from anima_train.adapters.names import anima_modules, checkpoint_key, lora_key
+from anima_train.adapters.names import BIAS, anima_modules, checkpoint_key, lora_key
 from anima_train.model.dit import MiniTrainDIT, TransformerShape
 from anima_train.model.llm_adapter import LLMAdapter, LLMAdapterShape
 
@@ -29,3 +29,4 @@ def test_the_names_of_all_modules_are_those_of_the_transformer():
             *(f"llm_adapter.{name}" for name in LLMAdapter(adapter).state_dict()),
         ]
     assert {name.rpartition(".")[0] for name in names} == set(anima_modules(range(3), range(2)))
+    assert [name for name in names if name.endswith(".bias")] == list(filter(BIAS.fullmatch, names))

@@ -66,6 +66,7 @@ HADA = {"hada_w1_a": (8, 2), "hada_w1_b": (2, 6), "hada_w2_a": (8, 2), "hada_w2_
         (HADA, "do not fit each other"),
         ({"lokr_w1": (2, 2), "lokr_w2_a": (4, 2), "lokr_w2_b": (3, 3)}, "do not fit each other"),
         ({"lora_A.weight": (2, 6), "lora_B.weight": (8, 2), "alpha": (2,)}, "do not fit each other"),
+        ({"lora_A.weight": (2, 6), "lora_B.weight": (8, 2), "dora_scale": (8,)}, r"has \(out, 1\) or \(1, in\)$"),
         ({"lora_A.weight": (2, 6)}, "make no change that is known"),
         ({"lora_A.weight": (2, 6), "lora_B.weight": (8, 2), "lora_mid.weight": (2, 2, 1, 1)}, "make no change that is"),
         ({"oft_blocks": (2, 2, 2)}, "make no change that is known"),

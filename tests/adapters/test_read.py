@@ -252,14 +252,15 @@ def test_a_lora_without_its_second_half_is_said_to_be_that(write, trained):
 
 @pytest.mark.parametrize(
     ("key", "kind"),
-    [("dora_scale", "DoRA"), ("lora_magnitude_vector.weight", "DoRA"), ("lokr_w1", "LoKr"), ("lokr_w2_a", "LoKr"),
-     ("hada_w1_a", "LoHa"), ("oft_blocks", "OFT"), ("diff", "file of whole differences of weights")],
+    [("dora_scale", "a DoRA"), ("lora_magnitude_vector.weight", "a DoRA"), ("lokr_w1", "a LoKr"),
+     ("lokr_w2_a", "a LoKr"), ("hada_w1_a", "a LoHa"), ("oft_blocks", "an OFT"),
+     ("diff", "a file of whole differences of weights")],
 )  # fmt: skip
 def test_what_is_no_plain_lora_is_refused_by_its_kind(write, trained, key, kind):
     name = f"diffusion_model.blocks.0.mlp.layer1.{key}"
     text = refused(write({**trained[1], name: torch.ones(3, 3)}))
-    assert f"lora.safetensors: is a {kind} (1 key such as {name}); a plain LoRA is wanted, which has an up" in text
-    assert ("`anima resize` makes one" in text) == (kind in ("LoKr", "LoHa"))
+    assert f"lora.safetensors: is {kind} (1 key such as {name}); a plain LoRA is wanted, which has an up" in text
+    assert ("`anima resize` makes one" in text) == (kind in ("a LoKr", "a LoHa"))
     assert ("`anima extract BASE FILE`" in text) == (key in ("dora_scale", "diff"))
 
 

@@ -156,12 +156,18 @@ KINDS = {
     "lora": ("a LoRA", "init_from_existing, in [adapter]"),
     "lokr": ("an adapter that is no plain LoRA", "--out OUT` makes a transformer of both"),
     "dora": ("an adapter that is no plain LoRA", "--out OUT` makes a transformer of both"),
+    "peft_dora": ("an adapter of a kind that is not read", "`anima verify` tells what it is"),
+    "oft": ("an adapter of a kind that is not read", "`anima verify` tells what it is"),
+    "lllite": ("an adapter of a kind that is not read", "`anima verify` tells what it is"),
     "flux": ("a Flux transformer", "looks like a Flux transformer"),
 }
 ADDED = {
     "lora": "diffusion_model.blocks.0.mlp.layer1.lora_A.weight",
     "lokr": "lycoris_blocks_0_mlp_layer1.lokr_w1",
     "dora": "diffusion_model.blocks.0.mlp.layer1.dora_scale",
+    "peft_dora": "base_model.model.blocks.0.mlp.layer1.lora_magnitude_vector",
+    "oft": "lycoris_blocks_0_mlp_layer1.oft_blocks",
+    "lllite": "lllite_unet_blocks_0_mlp_layer1.down.0.weight",
     "flux": "double_blocks.0.img_attn.qkv.weight",
 }
 RIGHT = {

@@ -126,6 +126,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused(base, tmp_path):
         ModelFileError, match=r"l\.safetensors: is an adapter; the checkpoint that it is for comes first"
     ):
         difference(lora, lora)
+    with pytest.raises(ModelFileError, match=r"give the file in it: .*anima-tiny\.safetensors"):
+        difference(base.parent, lora)
     with pytest.raises(ModelFileError, match="expected a transformer; this looks like the Qwen-Image VAE"):
         difference(tiny_paths(base.parents[2]).vae, base)
 

@@ -139,9 +139,9 @@ def test_the_weights_of_a_training_state_are_no_file_to_load(tmp_path):
         read_adapter(path)
 
 
-def write_hollow(path, shapes, dtype, num_bytes):
+def write_hollow(path, shapes, dtype, num_bytes, metadata=None):
     """Write a file whose tensors are a hole, which takes no room on the disk."""
-    header, end = {}, 0
+    header, end = {"__metadata__": metadata or {}}, 0
     for name, shape in shapes.items():
         start, end = end, end + math.prod(shape) * num_bytes
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
@@ -200,8 +200,8 @@ def test_what_a_checkpoint_lacks_or_has_besides_is_told(tiny, tmp_path, change, 
 def test_prefixes_bundles_quantised_files_and_those_without_an_adapter_are_told_apart(tiny, tmp_path):
     bare = {name.removeprefix("net."): tensor for name, tensor in load_file(tiny_paths(tiny).transformer).items()}
 
-    def look(tensors):
-        save_file(tensors, tmp_path / "model.safetensors")
+    def look(tensors, metadata=None):
+        save_file(tensors, tmp_path / "model.safetensors", metadata)
         return verify(tmp_path / "model.safetensors")
 
     assert look(bare).is_good_for("ComfyUI")
@@ -223,20 +223,24 @@ def test_prefixes_bundles_quantised_files_and_those_without_an_adapter_are_told_
     assert any("quantised" in note for note in found.notes)
     scaled["blocks.0.mlp.layer1.comfy_quant"] = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
     scaled[name] = torch.zeros(bare[name].shape[0], bare[name].shape[1] // 2, dtype=torch.uint8)
+    scaled[f"{name}_scale_2"] = torch.ones(1)
     found = look(scaled)
     assert found.is_good_for("ComfyUI")
     assert any("anima-train does not read it" in note and "nvfp4" in note for note in found.notes)
+    del scaled["blocks.0.mlp.layer1.comfy_quant"]
+    assert "the model's have another shape" in look(scaled).programs["ComfyUI"].ignored
+    assert look(scaled, {"_quantization_metadata": "{}"}).is_good_for("ComfyUI")
 
 
 @pytest.mark.parametrize(
-    ("width", "num_blocks", "told"),
+    ("width", "num_blocks", "told", "variant"),
     [
-        (2048, 28, "Cosmos-Predict2 2B (28 blocks, width 2048)"),
-        (5120, 36, "Cosmos-Predict2 14B (36 blocks, width 5120)"),
-        (2048, 40, "none of those known (40 blocks, width 2048)"),
+        (2048, 28, "Cosmos-Predict2 2B (28 blocks, width 2048)", "Anima 2B"),
+        (5120, 36, "Cosmos-Predict2 14B (36 blocks, width 5120)", "none of those known"),
+        (2048, 40, "none of those known (40 blocks, width 2048)", "Anima 2.9B"),
     ],
 )
-def test_the_sizes_of_cosmos_predict2_are_known(width, num_blocks, told, tmp_path):
+def test_sizes_are_those_of_cosmos_predict2_or_as_metadata_tell_of_anima(width, num_blocks, told, variant, tmp_path):
     shape = TransformerShape(
         width=width, in_channels=16, head_dim=128, context_width=1024, adaln_lora_dim=256, num_blocks=num_blocks
     )
@@ -247,13 +251,32 @@ def test_the_sizes_of_cosmos_predict2_are_known(width, num_blocks, told, tmp_pat
     found = verify(path)
     assert found.facts["variant"] == told
     assert "Cosmos-Predict2" in found.kind
+    assert "convert_cosmos_to_diffusers" in found.programs["diffusers"].refusal
+    found = verify(write_hollow(path, shapes, "BF16", 2, {"modelspec.architecture": "anima-2b"}))
+    assert found.kind == "an Anima transformer that lacks its LLM adapter"
+    assert found.facts["variant"].startswith(variant)
+    assert "`anima convert CONFIG OUT --to diffusers`" in found.programs["diffusers"].refusal
 
 
-def test_an_anima_that_lacks_its_llm_adapter_is_known_by_its_metadata(tiny, tmp_path):
-    files = tiny_paths(tiny)
-    split = {name: each for name, each in load_file(files.transformer).items() if "llm_adapter" not in name}
-    save_file(split, tmp_path / "a.safetensors", {"modelspec.architecture": "anima-2b"})
-    assert verify(tmp_path / "a.safetensors").kind == "an Anima transformer that lacks its LLM adapter"
+def test_convert_is_advised_where_it_reads_the_file(tiny, tmp_path):
+    path, files = tmp_path / "a.safetensors", tiny_paths(tiny)
+    stem = "lycoris_blocks_1_self_attn_q_proj"
+    for tensors, is_read in (
+        (under("_orig_mod", load_file(files.transformer)), True),
+        (under("_orig_mod", load_file(files.vae)), False),
+        (under(stem, LOKR), True),
+        (under(stem, {"oft_blocks": torch.ones(4, 16, 16)}), False),
+    ):
+        save_file(tensors, path)
+        assert ["anima convert" in reason for reason in verify(path).programs["ComfyUI"].ignored] == [is_read]
+
+
+def test_a_weight_that_is_changed_twice_may_be_used_by_no_program(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file(pair(f"net.{Q}") | pair("lycoris_blocks_1_self_attn_q_proj"), path)
+    found = verify(path)
+    assert found.problems == [f"1 weight changed twice, such as {Q}.weight: a program takes one of the two, or none"]
+    assert [reading.num_used for reading in found.programs.values()] == [0, 0]
 
 
 def test_a_lora_of_another_family_than_its_base_is_warned_of(tiny, tmp_path):
