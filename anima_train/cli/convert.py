@@ -128,7 +128,7 @@ def convert_to_lora(path: Path, out: Path, base: Path | None, limit: "Limit", dt
         )
     keys = adapter_keys(uncompiled(open_header(path)).entries)
     if base is None and is_for_one_base({key.part for key in keys if key.module}):
-        raise ConfigError(f"{path} has a DoRA, whose values hold for its base alone; give that as --base")
+        raise ConfigError(f"{path} has values that hold for its base alone, as a DoRA has; give that base as --base")
     if base is None:
         show(lambda: resized(path, out, limit, dtype), False)
     else:

@@ -125,7 +125,7 @@ def test_a_dora_becomes_a_lora_with_its_base(run, tiny, tmp_path):
     save_file({f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up, f"{stem}.dora_scale": scale}, path)
     code, streams = run(path, out, "--to", "lora", "--rank", "64")
     assert code == 2
-    assert "give that as --base" in streams.err
+    assert "give that base as --base" in streams.err
     code, streams = run(path, out, "--to", "lora", "--rank", "64", "--base", base)
     assert code == 0, streams.err
     whole = scale * (weight + up @ down) / weight.norm(dim=1, keepdim=True)  # as ComfyUI has it
