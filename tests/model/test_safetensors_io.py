@@ -82,8 +82,12 @@ FOREIGN = {
     "an adapter that is no plain LoRA": (
         zeros({"lycoris_blocks_0_mlp_layer1.lokr_w1": (2, 2)}),
         zeros({"lora_unet_blocks_0_mlp_layer1.hada_w1_a": (2, 2)}),
-        zeros({"lllite_unet_blocks_1_self_attn_q_proj.down.0.weight": (2, 2)}),
         zeros({"diffusion_model.final_layer.linear.diff": (2, 2)}),
+    ),
+    "an adapter of a kind that is not read": (
+        zeros({"lllite_unet_blocks_1_self_attn_q_proj.down.0.weight": (2, 2)}),
+        zeros({"oft_unet_blocks_0_mlp_layer1.oft_blocks": (2, 2, 2)}),
+        zeros({"base_model.model.blocks.0.mlp.layer1.lora_magnitude_vector.weight": (8,)}),
     ),
     "Cosmos-Predict1": (zeros({"net.x_embedder.proj.1.weight": (8, 68), "net.blocks.block0.blocks.0.x": (1,)}),),
     "another prefix": (zeros(transformer_shapes(), "module.net."),),
