@@ -74,7 +74,7 @@ from anima_train.cli.main import train_main
 from anima_train.core.errors import ConfigError, DataError
 from anima_train.data.loader import CachedData
 from anima_train.run import accelerator
-from anima_train.training import context, prepare, setup, tasks, train
+from anima_train.training import context, prepare, saving, setup, tasks, train
 
 RANK, FOLDER = int(os.environ["RANK"]), Path(__file__).parent
 
@@ -120,11 +120,11 @@ def before(act):
     anima_train.config.load.load_config = fault(act)
 
 def at(name, act):
-    module = next(module for module in (tasks, prepare, setup) if hasattr(module, name))
+    module = next(module for module in (saving, tasks, prepare, setup) if hasattr(module, name))
     setattr(module, name, fault(act))
 
 def slowly(name):
-    module = next(module for module in (context, prepare, setup, tasks, train) if hasattr(module, name))
+    module = next(module for module in (context, prepare, saving, setup, tasks, train) if hasattr(module, name))
     real = getattr(module, name)
     def call(*arguments, **keys):
         print(f"slow: {name}", flush=True)
