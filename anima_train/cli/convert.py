@@ -58,13 +58,11 @@ def convert(
         raise ConfigError(f"--to {to} is for files of weights: give one instead of {source}, or --to diffusers")
     if to != "lora" and not (rank is None and energy is None and base is None):
         raise ConfigError(f"--rank, --energy and --base are for --to lora, found --to {to}; leave them out")
+    if prefix is not None and to != "comfyui":
+        raise ConfigError("--prefix is for a whole model as one file, with --to comfyui; leave it out")
     if is_config:
-        if prefix is not None:
-            raise ConfigError("--prefix is for a whole model as one file, with --to comfyui; leave it out")
         convert_model(source, out, checkpoint, dtype, overrides or [])
     elif to == "lora":
-        if prefix is not None:
-            raise ConfigError("--prefix is for a whole model as one file, with --to comfyui; leave it out")
         convert_to_lora(source, out, base, limit_of(rank, energy), dtype)
     else:
         from anima_train.run.log import logged_to, terminal
@@ -87,8 +85,6 @@ def convert_weights(path: Path, out: Path, to: SameWeights, dtype: Precision | N
     from anima_train.tools.outputs import expect_new_file
 
     precision: torch.dtype | None = None if dtype is None else DTYPES[dtype]
-    if prefix is not None and to != "comfyui":
-        raise ConfigError("--prefix is for a whole model as one file, with --to comfyui; leave it out")
     if to == "parts":
         print(printable(f"{out}: {described(split_bundle(path, out, precision))}"))
         check_written(out)
@@ -122,11 +118,12 @@ def convert_to_lora(path: Path, out: Path, base: Path | None, limit: "Limit", dt
     from anima_train.model.file_kinds import uncompiled
     from anima_train.model.safetensors_io import open_header
 
-    if path.is_dir() or not is_adapter(open_header(path)):
+    header = None if path.is_dir() else open_header(path)
+    if header is None or not is_adapter(header):
         raise ConfigError(
             f"--to lora is for adapters, and {path} is none; `anima extract BASE` makes one of a fine-tune"
         )
-    keys = adapter_keys(uncompiled(open_header(path)).entries)
+    keys = adapter_keys(uncompiled(header).entries)
     if base is None and is_for_one_base({key.part for key in keys if key.module}):
         raise ConfigError(f"{path} has values that hold for its base alone, as a DoRA has; give that base as --base")
     if base is None:

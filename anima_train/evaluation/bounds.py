@@ -60,9 +60,10 @@ class Bounds:
 
     def ending(self, history: History) -> str | None:
         """Return why the run ends after the last of these evaluations; None if it goes on."""
-        measured = [(step, found) for step, values in history if (found := self.measured(values)) is not None]
-        step, found = measured[-1] if measured else (0, 0.0)  # a step that was only drawn decides nothing
-        if step and self.stops_at_budget and self.forgetting_budget is not None and not found <= self.forgetting_budget:
+        measured = [(step, values) for step, values in history if self.measured(values) is not None]
+        step, values = measured[-1] if measured else (0, {})  # a step that was only drawn decides nothing
+        if step and self.stops_at_budget and not self.is_within(values):
+            found = self.measured(values)
             return f"forgetting_budget: {found:.4g} is above {self.forgetting_budget:g}"
         rule = self.early_stopping
         if rule is None:

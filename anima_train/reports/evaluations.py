@@ -284,12 +284,14 @@ def kept_step(
     history: dict[int, dict[str, float]] = defaultdict(dict)
     for step, values in lines:
         history[step].update({key: number(value) for key, value in values.items()})
-    for step, mean in ({} if scores is None else scores.means).items():
-        history[step] |= {SCORE: mean.value, "higher_is_better": scores is not None and scores.higher_is_better}
+    named = metric
+    if scores is not None:
+        for step, mean in scores.means.items():
+            history[step] |= {SCORE: mean.value, "higher_is_better": scores.higher_is_better}
+        named = f"{SCORE}/{scores.judge}" if metric == SCORE else metric
     step_kept = bounds.best(sorted(history.items()))
     if step_kept is None:
         return {}
-    named = f"{SCORE}/{scores.judge}" if scores is not None and metric == SCORE else metric
     chosen = "the last" if bounds.keep_best is None else f"best by {named}"
     return {f"kept: {chosen}{'' if bounds.forgetting_budget is None else ' within the budget'}": step_kept}
 
